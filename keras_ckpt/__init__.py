@@ -1,0 +1,71 @@
+"""Checkpoints for Keras: kept by policy, explained by sidecars, never lost.
+
+A name is loaded when it is first used, so reading a directory does not wait for TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from keras_ckpt.callbacks import BackupAndRestore as BackupAndRestore
+    from keras_ckpt.callbacks import ModelCheckpoint as ModelCheckpoint
+    from keras_ckpt.directory import CheckpointDirectory as CheckpointDirectory
+    from keras_ckpt.directory import PrunePlan as PrunePlan
+    from keras_ckpt.errors import CheckpointError as CheckpointError
+    from keras_ckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from keras_ckpt.errors import DamagedCheckpointError as DamagedCheckpointError
+    from keras_ckpt.errors import DirectoryInUseError as DirectoryInUseError
+    from keras_ckpt.errors import DirectoryNotEmptyError as DirectoryNotEmptyError
+    from keras_ckpt.errors import FormatVersionError as FormatVersionError
+    from keras_ckpt.errors import MismatchError as MismatchError
+    from keras_ckpt.errors import PlanError as PlanError
+    from keras_ckpt.errors import SaveError as SaveError
+    from keras_ckpt.manager import CheckpointManager as CheckpointManager
+    from keras_ckpt.policies import BestN as BestN
+    from keras_ckpt.policies import EveryNEpochs as EveryNEpochs
+    from keras_ckpt.policies import EveryNHours as EveryNHours
+    from keras_ckpt.policies import EveryNSteps as EveryNSteps
+    from keras_ckpt.policies import LatestN as LatestN
+    from keras_ckpt.policies import PreservationPolicy as PreservationPolicy
+    from keras_ckpt.record import CheckpointRecord as CheckpointRecord
+    from keras_ckpt.restoring import RestoreReport as RestoreReport
+    from keras_ckpt.restoring import restore as restore
+
+_HOMES = {
+    "callbacks": ("BackupAndRestore", "ModelCheckpoint"),
+    "directory": ("CheckpointDirectory", "PrunePlan"),
+    "errors": (
+        "CheckpointError",
+        "CheckpointNotFoundError",
+        "DamagedCheckpointError",
+        "DirectoryInUseError",
+        "DirectoryNotEmptyError",
+        "FormatVersionError",
+        "MismatchError",
+        "PlanError",
+        "SaveError",
+    ),
+    "manager": ("CheckpointManager",),
+    "policies": ("BestN", "EveryNEpochs", "EveryNHours", "EveryNSteps", "LatestN", "PreservationPolicy"),
+    "record": ("CheckpointRecord",),
+    "restoring": ("RestoreReport", "restore"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - one table is enough
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'keras_ckpt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"keras_ckpt.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,173 @@
+"""The one rule: a sidecar is the commit record of its checkpoint, published last and withdrawn first.
+
+Without a complete, valid sidecar in the directory there is no checkpoint, whatever else lies there. The functions
+here keep that so, in an order that survives a crash at any point; the caller holds the directory's mutex.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Sequence
+
+from keras_ckpt import record as sidecars
+from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError
+from keras_ckpt.files import PRIVATE, Folder
+from keras_ckpt.record import CheckpointRecord
+
+STATE_FILE = "checkpoint"
+_STATE_LIMIT = 1 << 24
+
+
+def publish(folder: Folder, stage: Folder, record: CheckpointRecord) -> None:
+    """Puts a staged checkpoint in its place, in that of the one that had the same step before.
+
+    Raises:
+        DirectoryNotEmptyError: A file of somebody else's has the name of one of the checkpoint's.
+        OSError: It is not published.
+    """
+    sidecar = f"{record.name}.json"
+    previous = _read(folder, sidecar)
+    with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
+        _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
+        if previous:
+            # From here on the stage is what a crash is recovered from.
+            private.sync()
+            withdraw(folder, [previous])
+    if not previous:
+        # A pin that was left behind by an earlier checkpoint of that name is no pin of this one.
+        folder.remove(f"{record.name}.keep")
+    staged = [file.name for file in record.files if stage.exists(file.name)]
+    try:
+        for name in staged:
+            stage.move(name, folder)
+        folder.sync()
+        stage.move(sidecar, folder)
+        folder.sync()
+    except Exception:
+        folder.remove(sidecar)
+        for name in staged:
+            if not stage.exists(name):
+                folder.remove(name)
+        raise
+
+
+def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
+    """Removes checkpoints: the sidecars go first, then the files that they list and nothing else."""
+    if not records:
+        return
+    with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
+        for record in records:
+            folder.move(f"{record.name}.json", trash)
+        trash.sync()
+        folder.sync()
+        _empty_trash(folder, trash, records)
+
+
+def recover(folder: Folder) -> None:
+    """Finishes what a process that died had begun: complete stages go forward, the rest is thrown away."""
+    with folder.folder(PRIVATE, create=True) as private:
+        for name in private.names():
+            if name.startswith("stage-"):
+                with private.folder(name) as stage:
+                    _roll_forward(folder, stage)
+            if name.startswith(("stage-", "swap-")):
+                private.remove_folder(name)
+        with private.folder("trash", create=True) as trash:
+            for name in trash.names():
+                record = _read(trash, name)
+                if record is None or folder.exists(name):
+                    trash.remove(name)
+                else:
+                    _empty_trash(folder, trash, [record])
+
+
+def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preserved: float | None = None) -> None:
+    """Writes TensorFlow's state file, so that its functions agree on what is there and what is newest.
+
+    Args:
+        folder: The directory.
+        records: Its checkpoints, oldest first. Pinned ones are not listed: TensorFlow's manager would delete them.
+        last_preserved: When `keep_checkpoint_every_n_hours` last preserved one; defaults to what the file says.
+    """
+    records = list(records)
+    if not records:
+        folder.remove(STATE_FILE)
+        return
+    listed = [record for record in records if not record.pinned]
+    lines = [f"model_checkpoint_path: {_quoted(records[-1].name)}"]
+    lines += [f"all_model_checkpoint_paths: {_quoted(record.name)}" for record in listed]
+    lines += [f"all_model_checkpoint_timestamps: {record.time!r}" for record in listed]
+    if last_preserved is None:
+        last_preserved = read_state(folder)[1]
+    if last_preserved is not None:
+        lines.append(f"last_preserved_timestamp: {last_preserved!r}")
+    folder.replace(STATE_FILE, "\n".join([*lines, ""]).encode())
+
+
+def read_state(folder: Folder) -> tuple[str | None, float | None]:
+    """The newest checkpoint's name, and the time of the last preserved one, as TensorFlow's state file has them.
+
+    The name is only a hint: it may be of a file that is not there, but never of one outside the directory.
+    """
+    try:
+        text = folder.read(STATE_FILE, _STATE_LIMIT).decode()
+    except (OSError, UnicodeDecodeError):
+        return None, None
+    newest = re.search(r'^model_checkpoint_path: "([^"\\/]+)"$', text, re.MULTILINE)
+    preserved = re.search(r"^last_preserved_timestamp: ([0-9.e+]+)$", text, re.MULTILINE)
+    with contextlib.suppress(ValueError):
+        return newest and newest[1], preserved and float(preserved[1])
+    return newest and newest[1], None
+
+
+def _roll_forward(folder: Folder, stage: Folder) -> None:
+    names = [name for name in stage.names() if name.endswith(".json")]
+    record = _read(stage, names[0]) if names else None
+    if record is None:
+        return
+    for file in record.files:
+        holder = stage if stage.exists(file.name) else folder
+        try:
+            if holder.digest(file.name) != (file.size, file.digest.lower()):
+                return
+        except OSError:
+            return
+    if not folder.exists(f"{record.name}.keep"):
+        with contextlib.suppress(DirectoryNotEmptyError):
+            publish(folder, stage, record)
+
+
+def _refuse_foreign(
+    folder: Folder, stage: Folder, record: CheckpointRecord, earlier: Iterable[CheckpointRecord | None]
+) -> None:
+    ours = {file.name for each in earlier if each for file in each.files}
+    for file in record.files:
+        if file.name not in ours and stage.exists(file.name) and folder.exists(file.name):
+            raise DirectoryNotEmptyError(
+                f"{folder.path} has a file {file.name} that belongs to no checkpoint of this package. It is left "
+                "alone: move it away, or save into another directory."
+            )
+
+
+def _read(folder: Folder, name: str) -> CheckpointRecord | None:
+    try:
+        return sidecars.decode(folder.read(name, sidecars.SIZE_LIMIT), name.removesuffix(".json"))
+    except (OSError, CheckpointError):
+        return None
+
+
+def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointRecord]) -> None:
+    for record in records:
+        for file in record.files:
+            folder.remove(file.name)
+    # Were the sidecars gone first, a power cut could bring files back that nothing lists any more.
+    folder.sync()
+    for record in records:
+        trash.remove(f"{record.name}.json")
+
+
+def _quoted(text: str) -> str:
+    """A string in protocol buffer text form."""
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}" for byte in text.encode())
+    return f'"{"".join(plain)}"'

@@ -1,0 +1,338 @@
+"""The checkpoints of one run on disk: the only ledger, read anew each time.
+
+The files of a directory:
+
+    checkpoint                       TensorFlow's state file
+    ckpt-120.index                   a plain TensorFlow checkpoint
+    ckpt-120.data-00000-of-00001
+    ckpt-120.json                    the sidecar; without it there is no checkpoint
+    ckpt-120.keep                    a pin
+    .keras_ckpt/                     lock, stages, trash
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from keras_ckpt import commit, tables
+from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, PlanError
+from keras_ckpt.files import Folder
+from keras_ckpt.listing import PIN_LIMIT, Listing, amend, scan
+from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, selection
+from keras_ckpt.record import CheckpointRecord, Mode
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What a plan means for one checkpoint, and why."""
+
+    record: CheckpointRecord
+    kept: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunePlan:
+    """What a policy would keep and remove, and why; nothing is removed before `CheckpointDirectory.prune(plan)`.
+
+    Example:
+
+    ```python
+    runs = keras_ckpt.CheckpointDirectory("runs/digits")
+    plan = runs.plan(keras_ckpt.LatestN(1) | keras_ckpt.BestN(1, "val_loss", "min"))
+    print(plan)
+    runs.prune(plan)
+    ```
+
+    Attributes:
+        policy: The policy, as it was written.
+        decisions: One for each checkpoint, oldest first.
+        listing: What the directory held when the plan was made.
+    """
+
+    policy: str
+    decisions: tuple[Decision, ...]
+    listing: Listing
+
+    @property
+    def kept(self) -> tuple[CheckpointRecord, ...]:
+        return tuple(decision.record for decision in self.decisions if decision.kept)
+
+    @property
+    def removed(self) -> tuple[CheckpointRecord, ...]:
+        return tuple(decision.record for decision in self.decisions if not decision.kept)
+
+    def __str__(self) -> str:
+        return tables.text(self._table())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return tables.html(self._table())
+
+    def _table(self) -> tables.Table:
+        return tables.of_plan(self)
+
+
+class CheckpointDirectory:
+    """The checkpoints of one run.
+
+    Iterating gives the records, oldest first; `directory[120]` is that of step 120. What is there is read from
+    disk each time. TensorFlow is not needed for any of it.
+
+    Example:
+
+    ```python
+    runs = keras_ckpt.CheckpointDirectory("runs/digits")
+    print(runs)
+    best = runs.best("val_accuracy", mode="max")
+    runs.pin(best.step, "the one in production")
+    ```
+
+    Args:
+        path: The directory. It need not be there yet.
+
+    Raises:
+        ValueError: The path is a URL, or empty.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = os.fspath(path)
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"A checkpoint directory is a path. Received: {path!r}")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+            raise ValueError(f"Checkpoint directories are local. Received: {path!r}. Copy it, or mount it.")
+        # A program may change its working directory between two saves.
+        self.path = os.path.abspath(path)
+
+    def listing(self) -> Listing:
+        """Reads the directory: the good, the damaged and what others wrote.
+
+        Raises:
+            NotADirectoryError: The path is a file.
+        """
+        try:
+            with Folder(self.path) as folder:
+                return scan(folder)
+        except FileNotFoundError:
+            return Listing(self.path)
+
+    def __iter__(self) -> Iterator[CheckpointRecord]:
+        return iter(self.listing().records)
+
+    def __len__(self) -> int:
+        return len(self.listing().records)
+
+    def __getitem__(self, step: int) -> CheckpointRecord:
+        return self.listing().find(step)
+
+    def latest(self) -> CheckpointRecord | None:
+        """The checkpoint that was saved last, or `None` if there is none."""
+        records = self.listing().records
+        return records[-1] if records else None
+
+    def best(self, monitor: str | None = None, mode: Mode | None = None) -> CheckpointRecord:
+        """The checkpoint with the best value of a metric; of equal ones, the earlier.
+
+        Args:
+            monitor: The metric. Defaults to the one that training watched.
+            mode: `"min"` or `"max"`. Defaults to what the sidecars say of that metric.
+
+        Raises:
+            CheckpointNotFoundError: No checkpoint has a finite value of the metric; the metrics there are, are named.
+            ValueError: Nothing says which metric, or which direction of it, is meant.
+        """
+        listing = self.listing()
+        if not listing.records:
+            raise CheckpointNotFoundError(f"There is no checkpoint in {self.path}.")
+        policy = _resolved(BestN(1, monitor, mode), listing)
+        _refuse_unknown_metrics(policy, listing, CheckpointNotFoundError)
+        steps = policy.select(listing.records)
+        if not steps:
+            raise CheckpointNotFoundError(f"No checkpoint in {self.path} is best: {policy!r} found no finite value.")
+        return listing.find(steps.pop())
+
+    def plan(self, keep: PreservationPolicy | int) -> PrunePlan:
+        """What a policy would keep and remove here, and why. Removes nothing.
+
+        Args:
+            keep: A policy; an int `n` means `LatestN(n)`.
+
+        Raises:
+            PlanError: The plan would keep nothing, or the policy ranks by a metric that no checkpoint has.
+            FormatVersionError: A newer version of this package wrote here.
+        """
+        policy = as_policy(keep)
+        if policy is None:
+            raise TypeError("plan() needs a policy, such as keras_ckpt.LatestN(2). Received: None")
+        listing = self.listing()
+        listing.refuse_newer()
+        policy = _resolved(policy, listing) if listing.records else policy
+        _refuse_unknown_metrics(policy, listing, PlanError)
+        decisions = tuple(_decide(policy, listing.records))
+        if listing.records and not any(decision.kept for decision in decisions):
+            raise PlanError(
+                f"{policy!r} would keep none of the {len(decisions)} checkpoints in {self.path}. "
+                "To remove all of them, use clear()."
+            )
+        return PrunePlan(repr(policy), decisions, listing)
+
+    def prune(self, plan: PrunePlan | PreservationPolicy | int) -> list[int]:
+        """Removes what a plan says, but for what was pinned, saved anew or removed since it was made.
+
+        Args:
+            plan: A plan of this directory, or a policy to make one with.
+
+        Returns:
+            The steps that were removed.
+        """
+        if not isinstance(plan, PrunePlan):
+            plan = self.plan(plan)
+        if not plan.removed:
+            return []
+        if elsewhere := {record.directory for record in plan.removed} - {self.path}:
+            raise ValueError(f"The plan is one of {elsewhere.pop()}, not of {self.path}.")
+        planned = {(record.run_id, record.sequence, record.step) for record in plan.removed}
+        with self._change() as (folder, listing):
+            listing.refuse_newer()
+            doomed = [
+                record
+                for record in listing.records
+                if (record.run_id, record.sequence, record.step) in planned and not record.pinned
+            ]
+            remove(folder, listing, doomed)
+        return [record.step for record in doomed]
+
+    def pin(self, step: int, reason: str = "") -> None:
+        """Keeps a checkpoint whatever a policy says, until `unpin`. The same as `touch ckpt-120.keep` in a shell.
+
+        Args:
+            step: Its step.
+            reason: Why, for those who read the table later.
+        """
+        if not isinstance(reason, str) or len(reason.encode()) > PIN_LIMIT:
+            raise ValueError(f"A pin's reason is a string of at most {PIN_LIMIT} bytes. Received: {reason!r:.100}")
+        with self._change() as (folder, listing):
+            folder.replace(f"{listing.find(step).name}.keep", reason.encode())
+
+    def unpin(self, step: int) -> None:
+        """Gives a checkpoint back to the policies. One that is not pinned stays as it is."""
+        with self._change() as (folder, listing):
+            folder.remove(f"{listing.find(step).name}.keep")
+            folder.sync()
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float] = {}, /, **named: float) -> None:
+        """Adds what was measured on a checkpoint elsewhere to its sidecar; a metric of the same name is replaced.
+
+        Example:
+
+        ```python
+        loss, accuracy = model.evaluate(x_test, y_test)
+        runs.add_metrics(120, test_accuracy=accuracy)
+        ```
+
+        Args:
+            step: Its step.
+            metrics: Values by name, for names that are no Python identifiers.
+            **named: Values by name.
+        """
+        added = {name: as_metric(name, value) for name, value in {**metrics, **named}.items()}
+        with self._change() as (folder, listing):
+            record = listing.find(step)
+            amend(folder, record, metrics={**record.metrics, **added})
+
+    def clear(self) -> list[int]:
+        """Removes all checkpoints of the directory, so that another run can begin in it.
+
+        Returns:
+            The steps that were removed.
+
+        Raises:
+            PlanError: Some are pinned.
+            DirectoryInUseError: A training in another process writes here.
+            FormatVersionError: A newer version of this package wrote here.
+        """
+        if not os.path.lexists(self.path):
+            return []
+        with self._change() as (folder, listing):
+            lock = folder.lock()
+            listing.refuse_newer()
+            if pinned := [record.step for record in listing.records if record.pinned]:
+                raise PlanError(f"{self.path} has pinned checkpoints: {pinned}. Nothing was removed; unpin them first.")
+            remove(folder, listing, listing.records)
+            del lock
+        return [record.step for record in listing.records]
+
+    def __repr__(self) -> str:
+        return tables.text(self._table())
+
+    def _repr_html_(self) -> str:
+        return tables.html(self._table())
+
+    def _table(self) -> tables.Table:
+        return tables.of_directory(self.path, self.listing())
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[tuple[Folder, Listing]]:
+        """The open directory and what it holds, while nobody else changes it."""
+        with Folder(self.path) as folder, folder.mutex():
+            yield folder, scan(folder)
+
+
+def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord]) -> None:
+    """Removes checkpoints; TensorFlow's state file forgets them first. The caller holds the mutex."""
+    steps = {record.step for record in doomed}
+    commit.write_state(folder, [record for record in listing.records if record.step not in steps])
+    commit.withdraw(folder, doomed)
+
+
+def as_metric(name: str, value: object) -> float:
+    """A metric's value as a float.
+
+    Raises:
+        TypeError: It is not one number.
+    """
+    if isinstance(value, bool) or getattr(value, "shape", ()) != () or isinstance(value, str | bytes):
+        raise TypeError(f"A metric is one number. Received: {name}={value!r:.200}. Reduce it first.")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(
+            f"A metric is one number. Received: {name}={value!r:.200} ({error}). Reduce it first."
+        ) from error
+
+
+def _resolved(policy: PreservationPolicy, listing: Listing) -> PreservationPolicy:
+    """The policy with what the newest sidecar says was monitored."""
+    newest = listing.records[-1]
+    modes = {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
+
+    def mode_of(monitor: str) -> Mode:
+        if monitor in modes:
+            return modes[monitor]
+        raise ValueError(f"Nothing says whether less or more of {monitor!r} is better: give mode='min' or mode='max'.")
+
+    return policy.resolve(newest.monitor, mode_of)
+
+
+def _refuse_unknown_metrics(policy: PreservationPolicy, listing: Listing, error: type[CheckpointError]) -> None:
+    known = sorted({name for record in listing.records for name in record.metrics})
+    for monitor in sorted(policy.monitors.difference(known)):
+        if listing.records:
+            raise error(
+                f"{policy!r} ranks by {monitor!r}, which no checkpoint has. "
+                f"Recorded metrics: {', '.join(known) or 'none'}."
+            )
+
+
+def _decide(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> Iterator[Decision]:
+    selected = [(repr(part), selection(part, records)) for part in policy.parts]
+    for record in records:
+        reasons = [name for name, steps in selected if record.step in steps]
+        if record.pin is not None:
+            reasons.append(f"pinned: {record.pin}" if record.pin else "pinned")
+        yield Decision(record, bool(reasons), ", ".join(reasons) or "no policy keeps it")

@@ -1,0 +1,326 @@
+"""The file system: the only module that opens, renames, syncs or unlinks.
+
+Everything goes through the descriptor of an open directory. A name is never looked up by path twice, a
+link is never followed, and no name is ever a pattern, so a directory may be called `run[1]` or `lr*`.
+What the package keeps for itself (locks, stages, trash) lies in a sub-folder, `.keras_ckpt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import stat
+import sys
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from typing import Self
+
+import msgspec
+from blake3 import blake3
+
+from keras_ckpt.errors import DirectoryInUseError
+
+PRIVATE = ".keras_ckpt"
+_CHUNK = 1 << 20
+
+
+class Folder:
+    """An open directory; close it, or use it in a `with` statement.
+
+    Args:
+        path: The directory.
+        create: Whether to make it, and its parents, where they are missing.
+
+    Raises:
+        FileNotFoundError: There is no such directory, and `create` is `False`.
+        NotADirectoryError: The path is a file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+        self.path = os.fspath(path)
+        if create:
+            _make_directories(self.path)
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError as error:
+            raise NotADirectoryError(
+                errno.ENOTDIR, "A checkpoint directory was expected, this is a file", self.path
+            ) from error
+
+    def folder(self, name: str, *, create: bool = False) -> Folder:
+        """Opens a sub-folder, which a link may not stand for."""
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, dir_fd=self.descriptor)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        inner = Folder.__new__(Folder)
+        inner.path = os.path.join(self.path, name)
+        inner.descriptor = os.open(name, flags, dir_fd=self.descriptor)
+        return inner
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def names(self) -> list[str]:
+        """The names in the directory, in no order."""
+        return os.listdir(self.descriptor)
+
+    def exists(self, name: str) -> bool:
+        try:
+            os.lstat(name, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Reads a whole file; one of more than `limit` bytes is an error before it is read."""
+        descriptor = self._open_regular(name)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size > limit:
+                raise OSError(errno.EFBIG, f"{size} bytes, at most {limit} are read", name)
+            data = os.read(descriptor, limit + 1)
+            while more := os.read(descriptor, limit + 1):
+                data += more
+                if len(data) > limit:
+                    raise OSError(errno.EFBIG, f"it grew past {limit} bytes while it was read", name)
+            return data
+        finally:
+            os.close(descriptor)
+
+    def digest(self, name: str) -> tuple[int, str]:
+        """The size of a file in bytes, and `"blake3:"` with its digest in hexadecimal."""
+        descriptor = self._open_regular(name)
+        try:
+            hasher, size, buffer = blake3(), 0, memoryview(bytearray(_CHUNK))
+            while count := os.readv(descriptor, [buffer]):
+                hasher.update(buffer[:count])
+                size += count
+            return size, f"blake3:{hasher.hexdigest()}"
+        finally:
+            os.close(descriptor)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Writes a new file and makes its bytes durable; a file of that name is an error."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Writes a file anew by one rename: readers see the old bytes or the new, whole and durable."""
+        with self.scratch("swap") as scratch:
+            scratch.create(name, data)
+            scratch.move(name, self)
+        self.sync()
+
+    def move(self, name: str, target: Folder) -> None:
+        """Renames a file into another directory, over one of that name."""
+        os.rename(name, name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
+
+    def remove(self, name: str) -> None:
+        """Unlinks a file; one that is gone already is as good."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.descriptor)
+
+    def remove_folder(self, name: str) -> None:
+        """Removes a sub-folder of the package's own with all that is in it."""
+        shutil.rmtree(name, dir_fd=self.descriptor)
+
+    def sync_file(self, name: str) -> None:
+        """Makes the bytes of a file durable."""
+        descriptor = self._open_regular(name)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync(self) -> None:
+        """Makes the names in the directory durable."""
+        os.fsync(self.descriptor)
+
+    def tensorflow_path(self, name: str) -> str:
+        """A path for TensorFlow, valid while this folder is open.
+
+        TensorFlow takes a path that it reads from for a pattern and fails in a directory named `run[1]`; the
+        descriptor's path has no such characters.
+        """
+        if os.path.isdir("/proc/self/fd"):
+            return f"/proc/self/fd/{self.descriptor}/{name}"
+        return os.path.join(self.path, name)
+
+    @contextlib.contextmanager
+    def scratch(self, purpose: str) -> Iterator[Folder]:
+        """A new private folder, named for its purpose, that is gone with all that is left in it at the end.
+
+        An interrupt, such as Ctrl-C, is like a crash: the folder stays, for the one who recovers the directory.
+        """
+        name = f"{purpose}-{uuid.uuid4().hex}"
+        with self.folder(PRIVATE, create=True) as private:
+            with private.folder(name, create=True) as folder:
+                try:
+                    yield folder
+                except Exception:
+                    private.remove_folder(name)
+                    raise
+            private.remove_folder(name)
+
+    @contextlib.contextmanager
+    def mutex(self) -> Iterator[None]:
+        """Waits until no other process or thread changes the set of checkpoints, and keeps it so."""
+        with self.folder(PRIVATE, create=True) as private:
+            descriptor = private.open_lock("mutex")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def lock(self) -> WriterLock:
+        """Makes this process the directory's one writing process, for as long as the lock is referenced.
+
+        Within the process everyone gets the same lock, so that a notebook's cell can be run again after it was
+        interrupted.
+
+        Raises:
+            DirectoryInUseError: Another process writes here; it is named.
+        """
+        with self.folder(PRIVATE, create=True) as private:
+            descriptor = private.open_lock("lock")
+        status = os.fstat(descriptor)
+        identity = (status.st_dev, status.st_ino)
+        if (lock := _locks.get(identity)) is not None:
+            os.close(descriptor)
+            return lock
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read_holder(descriptor)
+            os.close(descriptor)
+            raise DirectoryInUseError(
+                f"{self.path} is written to by another trainer: {holder}. A directory has one writing process at "
+                "a time: wait for it to end, stop it, or train into another directory."
+            ) from None
+        _write_holder(descriptor)
+        lock = _locks[identity] = WriterLock(descriptor)
+        return lock
+
+    def open_lock(self, name: str) -> int:
+        """The descriptor of a file that is there to be locked."""
+        # Never unlinked: a lock on a file that somebody else unlinks guards nothing.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(name, flags, 0o666, dir_fd=self.descriptor)
+
+    def _open_regular(self, name: str) -> int:
+        # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(name, flags, dir_fd=self.descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        return descriptor
+
+
+class WriterLock:
+    """The mark of a directory's one writing process; it ends when the last reference to it is dropped.
+
+    Attributes:
+        session: What the process is writing for at the moment, to tell two writers of one training apart from
+            two trainings after one another.
+        recovered: Whether what an earlier process left half done has been seen to.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.session: object = None
+        self.recovered = False
+        self._close = weakref.finalize(self, os.close, descriptor)
+
+    def drop_after_fork(self) -> None:
+        """A forked child must not keep its parent's lock alive."""
+        self._close()
+
+
+_locks: weakref.WeakValueDictionary[tuple[int, int], WriterLock] = weakref.WeakValueDictionary()
+
+
+def _drop_locks() -> None:
+    for lock in list(_locks.values()):
+        lock.drop_after_fork()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_drop_locks)
+
+
+def _write_holder(descriptor: int) -> None:
+    holder = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "command": " ".join(sys.argv)[:500],
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, msgspec.json.encode(holder) + b"\n", 0)
+
+
+def _read_holder(descriptor: int) -> str:
+    try:
+        holder = msgspec.json.decode(os.pread(descriptor, 4096, 0), type=dict[str, str | int])
+        return "process {pid} on {host} since {since} ({command})".format_map(holder)
+    except (msgspec.MsgspecError, KeyError, OSError, RecursionError, ValueError):
+        return "a process that left no name"
+
+
+def _make_directories(path: str) -> None:
+    """Makes a directory and its missing parents, each durably named in the one above it."""
+    if not path or os.path.lexists(path):
+        return
+    parent = os.path.dirname(os.path.abspath(path))
+    _make_directories(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    with Folder(parent) as folder:
+        folder.sync()
+
+
+def lasting_tensorflow_path(directory: str, name: str) -> str:
+    """A path for TensorFlow's `restore`, which reads variables that are made later when they are made.
+
+    It is the plain path, unless TensorFlow would take it for a pattern.
+    """
+    plain = os.path.join(directory, name)
+    if not set(plain) & set("*?[\\"):
+        return plain
+    if directory not in _lasting:
+        _lasting[directory] = Folder(directory)
+    return _lasting[directory].tensorflow_path(name)
+
+
+_lasting: dict[str, Folder] = {}
+
+
+def remove_unused(path: str) -> None:
+    """Removes a directory that holds nothing but the package's private folder, and that with it."""
+    with contextlib.suppress(FileNotFoundError):
+        with Folder(path) as folder:
+            if folder.names() != [PRIVATE]:
+                return
+            folder.remove_folder(PRIVATE)
+        os.rmdir(path)

@@ -1,0 +1,165 @@
+"""What a directory holds: sidecars, pins and the checkpoints of others, read and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from keras_ckpt import record as sidecars
+from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
+from keras_ckpt.files import Folder
+from keras_ckpt.record import CheckpointRecord
+
+PIN_LIMIT = 4096
+"""The greatest size of a pin's reason in bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What a directory held when it was read.
+
+    Attributes:
+        path: The directory.
+        records: The checkpoints, oldest first in the order of saving.
+        damaged: By name, the error of each checkpoint that cannot be trusted. Nothing of it is ever removed.
+        unmanaged: Names of TensorFlow checkpoints without a sidecar, which others wrote.
+    """
+
+    path: str
+    records: tuple[CheckpointRecord, ...] = ()
+    damaged: Mapping[str, CheckpointError] = dataclasses.field(default_factory=dict)
+    unmanaged: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.records or self.damaged or self.unmanaged)
+
+    def find(self, step: int) -> CheckpointRecord:
+        """The checkpoint of a step.
+
+        Raises:
+            DamagedCheckpointError, FormatVersionError: It cannot be trusted.
+            CheckpointNotFoundError: There is none; those there are, are named.
+        """
+        for record in self.records:
+            if record.step == step:
+                return record
+        for name, error in self.damaged.items():
+            if sidecars.step_in(name) == step:
+                raise type(error)(f"{name} in {self.path} cannot be used: {error}")
+        steps = sorted(record.step for record in self.records)
+        there = f"There are the steps {', '.join(map(str, steps[-20:]))}" if steps else "There are none"
+        more = " and smaller ones" if len(steps) > 20 else ""
+        raise CheckpointNotFoundError(f"No checkpoint of step {step!r} in {self.path}. {there}{more}.")
+
+    @property
+    def newer(self) -> bool:
+        """Whether a newer version of this package wrote here: what it meant to keep is not known."""
+        return any(isinstance(error, FormatVersionError) for error in self.damaged.values())
+
+    def refuse_newer(self) -> None:
+        """Raises where a newer version of this package wrote here."""
+        for name, error in self.damaged.items():
+            if isinstance(error, FormatVersionError):
+                raise FormatVersionError(f"{self.path} is left as it is, because of {name}.json: {error}")
+
+    def joined_by(self, record: CheckpointRecord) -> Listing:
+        """The listing with a record that was saved, or changed, since."""
+        others = [other for other in self.records if other.step != record.step]
+        return dataclasses.replace(self, records=_oldest_first([*others, record]))
+
+
+def scan(folder: Folder) -> Listing:
+    """Reads all sidecars of a directory."""
+    names = folder.names()
+    present = set(names)
+    records: dict[int, CheckpointRecord] = {}
+    damaged: dict[str, CheckpointError] = {}
+    for file in names:
+        name = file.removesuffix(".json")
+        if name == file or sidecars.step_in(name) is None:
+            continue
+        try:
+            record = _read(folder, name, present)
+        except FileNotFoundError:
+            continue  # pruned between two looks
+        except (CheckpointError, OSError) as error:
+            damaged[name] = error if isinstance(error, CheckpointError) else _unreadable(error)
+            continue
+        other = records.setdefault(record.step, record)
+        if other is not record:
+            older, newer = _oldest_first([record, other])
+            records[record.step] = newer
+            damaged[older.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
+    managed = {record.name for record in records.values()} | damaged.keys()
+    indexed = {name.removesuffix(".index") for name in names if name.endswith(".index")}
+    return Listing(
+        folder.path,
+        _oldest_first(records.values()),
+        {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(name, present, damaged[name])},
+        _by_step(name for name in indexed - managed if sidecars.step_in(name) is not None),
+    )
+
+
+def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> CheckpointRecord:
+    """Replaces facts in a checkpoint's sidecar by one rename. The caller holds the mutex."""
+    file = f"{record.name}.json"
+    changed = msgspec.structs.replace(record, **changes)
+    folder.replace(file, sidecars.update(folder.read(file, sidecars.SIZE_LIMIT), changed))
+    return changed
+
+
+def check_files(folder: Folder, record: CheckpointRecord) -> None:
+    """Compares the files of a checkpoint with what its sidecar says of them; reads every byte.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, or not what was written.
+    """
+    for file in record.files:
+        try:
+            size, digest = folder.digest(file.name)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{file.name} cannot be read: {error}") from error
+        if size != file.size:
+            raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
+        if digest != file.digest.lower():
+            raise DamagedCheckpointError(f"{file.name} was changed after it was written: its digest does not match")
+
+
+def _read(folder: Folder, name: str, present: set[str]) -> CheckpointRecord:
+    data = folder.read(f"{name}.json", sidecars.SIZE_LIMIT)
+    record = sidecars.decode(data, name, folder.path, _read_pin(folder, name, present))
+    for file in record.files:
+        if file.name not in present and not folder.exists(file.name):
+            if not folder.exists(f"{name}.json"):
+                raise FileNotFoundError(name)
+            raise DamagedCheckpointError(f"{file.name} is missing")
+    return record
+
+
+def _read_pin(folder: Folder, name: str, present: set[str]) -> str | None:
+    if f"{name}.keep" not in present:
+        return None
+    try:
+        return folder.read(f"{name}.keep", PIN_LIMIT).decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _unreadable(error: OSError) -> CheckpointError:
+    return DamagedCheckpointError(f"it cannot be read: {error}")
+
+
+def _is_checkpoint(name: str, present: set[str], error: CheckpointError) -> bool:
+    """Whether a JSON file that is no sidecar was meant as one; anybody may have a history-2.json."""
+    return name.startswith("ckpt-") or f"{name}.index" in present or isinstance(error, FormatVersionError)
+
+
+def _oldest_first(records: Iterable[CheckpointRecord]) -> tuple[CheckpointRecord, ...]:
+    return tuple(sorted(records, key=lambda record: record.sequence))
+
+
+def _by_step(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names, key=lambda name: (sidecars.step_in(name), name)))

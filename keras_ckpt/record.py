@@ -1,0 +1,295 @@
+"""The record of one checkpoint, and the sidecar file that it is read from.
+
+A sidecar is JSON, strict and bounded. Its last member is a digest of all bytes before it, so a cut or an
+altered sidecar is found; the README's section "Sidecar format" is the norm.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time as clock
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from blake3 import blake3
+
+from keras_ckpt.errors import DamagedCheckpointError, FormatVersionError
+
+FORMAT_VERSION = 1
+SIZE_LIMIT = 1 << 20
+"""The greatest size of a sidecar in bytes; a larger file is not read."""
+
+if TYPE_CHECKING:
+    Metric = float
+else:
+    # How a sidecar spells one; a record holds floats.
+    Metric = float | Literal["NaN", "Infinity", "-Infinity"]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Digest = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-fA-F]{64}$")]
+Mode = Literal["min", "max"]
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_LAST_MEMBER = re.compile(rb',\s*"digest":\s*"(blake3:[0-9a-fA-F]{64})"\s*\}\s*\Z')
+_NAME = re.compile(r"(?P<base>.+)-(?P<step>0|[1-9][0-9]{0,18})", re.ASCII | re.DOTALL)
+
+
+class CheckpointFile(msgspec.Struct, frozen=True):
+    """A file of a checkpoint: its name in the directory, its size in bytes, and `"blake3:"` with its digest."""
+
+    name: str
+    size: Count
+    digest: Digest
+
+
+class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known about one checkpoint: a frozen value, read from its sidecar file.
+
+    Example:
+
+    ```python
+    best = keras_ckpt.CheckpointDirectory("runs/digits").best("val_accuracy", mode="max")
+    best.step, best.epoch, best.metrics, best.metadata
+    tf.train.load_checkpoint(best.prefix)
+    ```
+
+    Attributes:
+        step: Training batches completed since the run began; the number in the checkpoint's name.
+        sequence: Place in the order of saving, from 1; newest means greatest.
+        epoch: Epochs completed since the run began; `None` if the training loop did not say.
+        batch: Batches completed in the epoch under way, 0 at an epoch's end; `None` if nobody said.
+        metrics: The metrics of these very weights, by name.
+        monitor: The metric that the training watched, if there was one.
+        mode: Whether less (`"min"`) or more (`"max"`) of it is better.
+        time: When the save began, in seconds since 1970.
+        reason: What made the save due, such as `"epoch"`.
+        metadata: What the user wanted to be kept with it.
+        versions: Versions of Python and the packages that wrote it.
+        timings: `write_ms`, from the first byte of data until data was durable, and `blocked_ms`, how long training
+            stood still for it; both in milliseconds, taken when the sidecar was sealed.
+        run_id: Which run it belongs to.
+        files: The checkpoint's files.
+        format: Always `"keras_ckpt"`.
+        format_version: The version of the sidecar's format.
+        directory: Where it lies. Not in the sidecar: a directory may be moved.
+        name: Its name in the directory, such as `"ckpt-120"`. Not in the sidecar.
+        pin: Why it is pinned, `""` if nobody said, `None` if it is not. Not in the sidecar.
+    """
+
+    format: Literal["keras_ckpt"] = "keras_ckpt"
+    format_version: Annotated[int, msgspec.Meta(ge=1)] = FORMAT_VERSION
+    run_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    sequence: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    step: Count
+    epoch: Count | None = None
+    batch: Count | None = None
+    metrics: dict[str, Metric] = {}
+    monitor: str | None = None
+    mode: Mode | None = None
+    time: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    reason: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    metadata: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    timings: dict[str, Annotated[float, msgspec.Meta(ge=0)]] = {}
+    files: tuple[CheckpointFile, ...] = ()
+    directory: str = ""
+    name: str = ""
+    pin: str | None = None
+
+    def __post_init__(self) -> None:
+        if any(isinstance(value, str) for value in self.metrics.values()):
+            metrics = {name: _NON_FINITE.get(str(value), value) for name, value in self.metrics.items()}
+            msgspec.structs.force_setattr(self, "metrics", metrics)
+
+    def __hash__(self) -> int:
+        return hash((self.run_id, self.sequence, self.step))
+
+    def __repr__(self) -> str:
+        metrics = "".join(f", {name}={value:.6g}" for name, value in self.metrics.items())
+        return f"CheckpointRecord(step={self.step}, epoch={self.epoch}{metrics}, prefix={self.prefix!r})"
+
+    @property
+    def prefix(self) -> str:
+        """The path that TensorFlow's functions take, without the suffixes of its files."""
+        return os.path.join(self.directory, self.name)
+
+    @property
+    def size(self) -> int:
+        """Bytes of data, not counting the sidecar."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def pinned(self) -> bool:
+        return self.pin is not None
+
+    def finite(self, metric: str) -> float | None:
+        """The value of a metric, or `None` where it is missing, NaN or infinite and so can never be best."""
+        value = self.metrics.get(metric)
+        return value if value is not None and math.isfinite(value) else None
+
+    def date(self) -> str:
+        """When the save began, in local time."""
+        try:
+            return clock.strftime("%Y-%m-%d %H:%M:%S", clock.localtime(self.time))
+        except (OverflowError, ValueError, OSError):
+            return f"{self.time:.0f} s"
+
+
+# Text that is not UTF-8 is a ValueError.
+_UNREADABLE = (msgspec.MsgspecError, RecursionError, ValueError)
+_CONTEXT = ("directory", "name", "pin")
+_decode = msgspec.json.Decoder(CheckpointRecord).decode
+
+
+def step_in(name: str) -> int | None:
+    """The number that a checkpoint's name ends in, or `None` if it does not end in one."""
+    match = _NAME.fullmatch(name)
+    return int(match["step"]) if match else None
+
+
+def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) -> CheckpointRecord:
+    """Reads a sidecar.
+
+    Args:
+        data: The bytes of the file.
+        name: The checkpoint's name: the file's without `.json`.
+        directory: Where it lies.
+        pin: Why it is pinned, `None` if it is not.
+
+    Raises:
+        DamagedCheckpointError: The bytes are not a sidecar of that name, whole and unaltered.
+        FormatVersionError: They are one of a newer format.
+    """
+    try:
+        record = _decode(data)
+    except _UNREADABLE as error:
+        _refuse_newer(data)
+        raise DamagedCheckpointError(f"{_line(error)}; received {len(data)} bytes") from None
+    _refuse_newer_version(record.format_version)
+    last = _LAST_MEMBER.search(data, max(0, len(data) - 200))
+    if last is None:
+        raise DamagedCheckpointError("its last member is not a digest of itself")
+    if last[1].decode().lower() != _seal(data[: last.start()]):
+        raise DamagedCheckpointError("its digest does not match: it was changed after it was written")
+    if record.step != step_in(name):
+        raise DamagedCheckpointError(f"it says step {record.step}, and its name says {name}")
+    listed = [file.name for file in record.files]
+    for file in listed:
+        if not file.startswith(f"{name}.") or "/" in file or file in (f"{name}.json", f"{name}.keep"):
+            raise DamagedCheckpointError(f"it lists a file that is not the checkpoint's own: {file[:100]!r}")
+    if len(set(listed)) < len(listed) or not listed:
+        raise DamagedCheckpointError("it lists no files" if not listed else "it lists a file twice")
+    for field, value in zip(_CONTEXT, (directory, name, pin), strict=True):
+        msgspec.structs.force_setattr(record, field, value)
+    return record
+
+
+def encode(record: CheckpointRecord) -> bytes:
+    """Writes a sidecar.
+
+    Raises:
+        TypeError: The metadata is not what JSON can hold.
+        ValueError: The sidecar would be too large to be read.
+    """
+    return _sealed(members(record))
+
+
+def update(data: bytes, record: CheckpointRecord) -> bytes:
+    """Writes a sidecar anew for changed facts of the same files, keeping members that this version does not know."""
+    known = members(record)
+    # The files do not change, and what others wrote into their entries stays.
+    del known["files"]
+    return _sealed(msgspec.json.decode(data, type=dict[str, Any]) | known)
+
+
+def members(record: CheckpointRecord) -> dict[str, Any]:
+    """The members of a record's sidecar, but for the digest, as JSON has them."""
+    found = msgspec.structs.asdict(record)
+    found["metrics"] = _encodable(record.metrics, "metrics")
+    found["metadata"] = encodable_metadata(record.metadata)
+    for field in _CONTEXT:
+        del found[field]
+    return found
+
+
+def _sealed(facts: dict[str, Any]) -> bytes:
+    facts.pop("digest", None)
+    text = msgspec.json.format(msgspec.json.encode(facts), indent=2).removesuffix(b"\n}")
+    data = text + b',\n  "digest": "%s"\n}\n' % _seal(text).encode()
+    if len(data) > SIZE_LIMIT:
+        raise ValueError(
+            f"The sidecar of step {facts['step']} would have {len(data)} bytes, at most {SIZE_LIMIT} are allowed. "
+            "Give less metadata; large things belong in a file of their own."
+        )
+    return data
+
+
+def encodable_metadata(metadata: object) -> dict[str, Any]:
+    """A copy of metadata in plain JSON types; NaN and infinities become strings, array scalars numbers.
+
+    Raises:
+        TypeError: It is no dict, or holds something that JSON has no form for; the place is named.
+    """
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a dict, or a function of logs that returns one. Received: {metadata!r}")
+    return {_key(name, "metadata"): _encodable(value, f"metadata[{name!r}]") for name, value in metadata.items()}
+
+
+def _encodable(value: object, where: str) -> Any:
+    match value:
+        case None | bool() | str():
+            return value
+        case int():
+            if not -(2**63) <= value < 2**64:
+                raise TypeError(f"{where} is an integer that JSON readers cannot hold: {value}. Write it as a string.")
+            return int(value)
+        case float():
+            if math.isfinite(value):
+                return float(value)
+            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        case Mapping():
+            return {_key(key, where): _encodable(item, f"{where}[{key!r}]") for key, item in value.items()}
+        case list() | tuple():
+            return [_encodable(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return _encodable(value.item(), where)
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which JSON cannot hold. Expected numbers, strings, booleans, None, "
+        "lists, and dicts with string keys."
+    )
+
+
+def _key(key: object, where: str) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"{where} has the key {key!r}, JSON has only strings for keys")
+    return key
+
+
+def _seal(data: bytes) -> str:
+    return f"blake3:{blake3(data).hexdigest()}"
+
+
+class _Head(msgspec.Struct):
+    format: Literal["keras_ckpt"]
+    format_version: int
+
+
+def _refuse_newer(data: bytes) -> None:
+    try:
+        version = msgspec.json.decode(data, type=_Head).format_version
+    except _UNREADABLE:
+        return
+    _refuse_newer_version(version)
+
+
+def _refuse_newer_version(version: int) -> None:
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"its format is version {version}, this package reads up to {FORMAT_VERSION}: upgrade keras_ckpt"
+        )
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]

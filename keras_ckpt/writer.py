@@ -1,0 +1,235 @@
+"""Saving one run's checkpoints into a directory: what is wanted, staged, committed and pruned.
+
+The payload is somebody else's: a function that writes files with a given prefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from keras_ckpt import commit
+from keras_ckpt import record as sidecars
+from keras_ckpt.directory import CheckpointDirectory, remove
+from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, SaveError
+from keras_ckpt.files import Folder, WriterLock
+from keras_ckpt.listing import Listing, amend, scan
+from keras_ckpt.policies import PreservationPolicy, kept_in_training
+from keras_ckpt.record import CheckpointFile, CheckpointRecord
+
+_MENDS = {
+    errno.ENOSPC: "Free some space, or keep fewer checkpoints.",
+    errno.EDQUOT: "Free some of the quota, or keep fewer checkpoints.",
+    errno.EACCES: "Make the directory writable for this user, or choose another.",
+    errno.EROFS: "The file system is mounted read-only: choose another directory.",
+}
+
+
+class Writer:
+    """The writing side of a directory.
+
+    Args:
+        target: The directory.
+        keep: What stays, asked before each save and after it; `None` keeps all.
+        only: What a new checkpoint must satisfy besides to be written at all.
+        base: What the names of the checkpoints begin with.
+    """
+
+    def __init__(
+        self,
+        target: CheckpointDirectory,
+        keep: PreservationPolicy | None = None,
+        only: PreservationPolicy | None = None,
+        base: str = "ckpt",
+    ) -> None:
+        self.directory = target
+        self.keep = keep
+        self.only = only
+        self.base = base
+        self._lock: WriterLock | None = None
+
+    def open(self, session: object = None) -> None:
+        """Becomes the one that writes here, and finishes what a process that died had begun.
+
+        Args:
+            session: What the writing is for, such as one `fit`; it may have one writer a directory.
+
+        Raises:
+            DirectoryInUseError: Another process writes here.
+            DirectoryNotEmptyError: Another writer of the same session does.
+            SaveError: The directory cannot be written.
+        """
+        lock = self._claim()
+        if session is not None and lock.session is session:
+            self._lock = None
+            raise DirectoryNotEmptyError(
+                f"Two callbacks of this training save into {self.directory.path}. Give each its own directory, or "
+                "use one callback with both policies: keep=first | second."
+            )
+        lock.session = session
+
+    def close(self) -> None:
+        """Lets another process write here."""
+        if self._lock is not None:
+            self._lock.session = None
+        self._lock = None
+
+    def save(
+        self, write: Callable[[str], object], *, step: int, began: float | None = None, **facts: Any
+    ) -> CheckpointRecord | None:
+        """Saves a checkpoint, unless it would be pruned at once, and prunes.
+
+        After a crash there is the directory as it was or as it is afterwards, never anything between.
+
+        Args:
+            write: Writes the checkpoint's files, whose names all begin with the prefix that it is given.
+            step: Its step; a checkpoint of that step which is there already is superseded.
+            began: When training began to wait for it, by `time.perf_counter`; defaults to now.
+            **facts: More fields of its record; without a `run_id`, it belongs to the run of the newest.
+
+        Returns:
+            Its record; `None` if it was not wanted.
+
+        Raises:
+            SaveError: It could not be saved. The others are untouched.
+        """
+        began = time.perf_counter() if began is None else began
+        lock = self._claim()
+        with Folder(self.directory.path, create=True) as folder:
+            listing = scan(folder)
+            candidate = self._candidate(listing, step, facts)
+            # Refuses what no sidecar can hold before anything is written.
+            sidecars.encode(candidate)
+            if not self._wanted(candidate, listing.records) or _pinned(listing, step):
+                return None
+            try:
+                with self._explaining(f"Could not save step {step} into"), folder.scratch("stage") as stage:
+                    record = _stage(stage, candidate, write, began)
+                    with folder.mutex():
+                        listing = scan(folder)
+                        if _pinned(listing, step):
+                            return None
+                        commit.publish(folder, stage, record)
+                        commit.withdraw(folder, [each for each in _of(listing, step) if each.name != record.name])
+                        self.retain(folder, listing.joined_by(record))
+            except (KeyboardInterrupt, SystemExit):
+                # A stage that was complete goes forward at the next save or the next start.
+                lock.recovered = False
+                raise
+        return record
+
+    def amend(self, record: CheckpointRecord, **facts: Any) -> CheckpointRecord | None:
+        """Replaces facts of a saved checkpoint, and prunes by them.
+
+        Returns:
+            Its record, `None` if it was pruned meanwhile.
+        """
+        what = f"Could not add to step {record.step} in"
+        with self._explaining(what), Folder(self.directory.path) as folder, folder.mutex():
+            listing = scan(folder)
+            current = [each for each in _of(listing, record.step) if each.sequence == record.sequence]
+            if not current:
+                return None
+            changed = amend(folder, current[0], **facts)
+            self.retain(folder, listing.joined_by(changed))
+            return changed
+
+    def retain(self, folder: Folder, listing: Listing) -> None:
+        """Removes what the policy does not keep. The caller holds the mutex, and listed the directory under it."""
+        doomed = [] if listing.newer else self.unkept(listing.records)
+        with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
+            remove(folder, listing, doomed)
+
+    def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
+        """Those that the policy does not keep and nobody pinned, oldest first."""
+        if self.keep is None:
+            return []
+        kept = kept_in_training(self.keep, records)
+        return [record for record in records if record.step not in kept and not record.pinned]
+
+    def _claim(self) -> WriterLock:
+        if self._lock is None or not self._lock.recovered:
+            with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
+                self._lock = folder.lock()
+                if not self._lock.recovered:
+                    with folder.mutex():
+                        commit.recover(folder)
+                    self._lock.recovered = True
+        return self._lock
+
+    @contextlib.contextmanager
+    def _explaining(self, what: str) -> Iterator[None]:
+        """Says of any error what could not be done, and how to mend it."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # the payload is written by somebody else
+            mend = _MENDS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SaveError(
+                f"{what} {self.directory.path}: {text}. {mend} What was there before is untouched."
+            ) from error
+
+    def _candidate(self, listing: Listing, step: int, facts: dict[str, Any]) -> CheckpointRecord:
+        newest = listing.records[-1] if listing.records else None
+        facts = {"run_id": newest.run_id if newest else uuid.uuid4().hex, **facts}
+        return CheckpointRecord(
+            step=step,
+            sequence=newest.sequence + 1 if newest else 1,
+            name=f"{self.base}-{step}",
+            directory=self.directory.path,
+            **facts,
+        )
+
+    def _wanted(self, candidate: CheckpointRecord, records: Sequence[CheckpointRecord]) -> bool:
+        """Whether the policies would keep it; "save" and "prune" are one question."""
+        others = [record for record in records if record.step != candidate.step]
+        policies = (policy for policy in (self.keep, self.only) if policy is not None)
+        return all(candidate.step in kept_in_training(policy, [*others, candidate]) for policy in policies)
+
+
+def _stage(
+    stage: Folder, candidate: CheckpointRecord, write: Callable[[str], object], began: float
+) -> CheckpointRecord:
+    """Writes everything into the stage, durably, the sidecar last."""
+    started = time.perf_counter()
+    write(stage.tensorflow_path(candidate.name))
+    names = sorted(stage.names())
+    if not names:
+        raise OSError(f"no files were written with the prefix {candidate.name}")
+    files = tuple(CheckpointFile(name, *stage.digest(name)) for name in names)
+    for name in names:
+        stage.sync_file(name)
+    sealed = time.perf_counter()
+    timings = {"write_ms": _milliseconds(started, sealed), "blocked_ms": _milliseconds(began, sealed)}
+    record = msgspec.structs.replace(candidate, files=files, timings=timings)
+    stage.create(f"{record.name}.json", sidecars.encode(record))
+    stage.sync()
+    return record
+
+
+def _of(listing: Listing, step: int) -> list[CheckpointRecord]:
+    return [record for record in listing.records if record.step == step]
+
+
+def _pinned(listing: Listing, step: int) -> bool:
+    pinned = [record for record in _of(listing, step) if record.pinned]
+    for record in pinned:
+        warnings.warn(
+            f"Step {step} is pinned in {record.directory}, so it is not saved again over the one that is there. "
+            "Unpin it, or go on in another directory.",
+            stacklevel=2,
+        )
+    return bool(pinned)
+
+
+def _milliseconds(start: float, end: float) -> float:
+    return round((end - start) * 1000, 3)

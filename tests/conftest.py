@@ -1,0 +1,103 @@
+"""What tests share: histories written as lines, directories filled without TensorFlow, and small real models."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.policies import PreservationPolicy
+from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.writer import Writer
+
+
+def history(text: str) -> list[CheckpointRecord]:
+    """Records in the order of saving, from words like `10:0.5`, `10:nan` or `10`: a step, and a loss or none."""
+    records = []
+    for sequence, word in enumerate(text.split(), 1):
+        step, _, loss = word.partition(":")
+        metrics = {"loss": float(loss)} if loss else {}
+        records.append(
+            CheckpointRecord(sequence=sequence, step=int(step), metrics=metrics, time=3600.0 * sequence, batch=0)
+        )
+    return records
+
+
+def steps(text: str) -> set[int]:
+    """A set of steps, from a line of them."""
+    return {int(word) for word in text.split()}
+
+
+def payload(content: bytes = b"weights") -> Callable[[str], None]:
+    """Writes the files of a checkpoint, as TensorFlow would."""
+
+    def write(prefix: str) -> None:
+        pathlib.Path(f"{prefix}.data-00000-of-00001").write_bytes(content)
+        pathlib.Path(f"{prefix}.index").write_bytes(b"index of " + content)
+
+    return write
+
+
+class Filler:
+    """Saves checkpoints into a directory without TensorFlow."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.runs = CheckpointDirectory(path)
+
+    def save(
+        self, text: str, keep: PreservationPolicy | None = None, run_id: str = "run", **facts: object
+    ) -> CheckpointDirectory:
+        writer = Writer(self.runs, keep)
+        for record in history(text):
+            named = {"metrics": record.metrics, "time": record.time, "batch": 0, "run_id": run_id, **facts}
+            writer.save(payload(str(record.step).encode()), step=record.step, **named)
+        writer.close()
+        return self.runs
+
+
+@pytest.fixture
+def filler(tmp_path: pathlib.Path) -> Filler:
+    return Filler(tmp_path / "run")
+
+
+HOLD = """
+import sys
+from keras_ckpt.files import Folder
+lock = Folder(sys.argv[1], create=True).lock()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the writer's lock of a directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@contextlib.contextmanager
+def somebody_else() -> Iterator[None]:
+    """Runs as a user who may write only where everybody may; the superuser may everywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(user)

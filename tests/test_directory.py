@@ -1,0 +1,457 @@
+"""The directory: read anew each time, planned before anything is removed, and never robbed of what it cannot trust."""
+
+import json
+import os
+import pathlib
+
+import pytest
+from conftest import history
+
+import keras_ckpt
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.errors import (
+    CheckpointNotFoundError,
+    DamagedCheckpointError,
+    DirectoryInUseError,
+    FormatVersionError,
+    PlanError,
+)
+from keras_ckpt.policies import BestN, EveryNSteps, LatestN
+
+
+def names(runs: CheckpointDirectory) -> list[str]:
+    """All that lies in the directory, the package's own folder aside."""
+    return sorted(name for name in os.listdir(runs.path) if name != ".keras_ckpt")
+
+
+def files_of(step: int) -> list[str]:
+    return [f"ckpt-{step}.data-00000-of-00001", f"ckpt-{step}.index", f"ckpt-{step}.json"]
+
+
+def test_a_directory_is_a_collection_of_records(filler) -> None:
+    """It has a length, is iterated in the order of saving, and is indexed by step."""
+    runs = filler.save("30:1 10:2 20:3")
+
+    assert len(runs) == 3
+    assert [record.step for record in runs] == [30, 10, 20]
+    assert runs[10].metrics == {"loss": 2.0}
+    assert runs.latest().step == 20
+
+
+def test_a_directory_that_is_not_there_yet_is_empty() -> None:
+    """Before the first training there is nothing, which is no error."""
+    runs = CheckpointDirectory("never there")
+
+    assert len(runs) == 0
+    assert list(runs) == []
+    assert runs.latest() is None
+    assert runs.clear() == []
+    assert "no checkpoints" in str(runs)
+
+
+def test_nothing_is_remembered(filler) -> None:
+    """What another process did in the meantime is seen."""
+    runs = filler.save("10:1 20:2")
+    assert len(runs) == 2
+
+    (pathlib.Path(runs.path) / "ckpt-10.json").unlink()
+
+    assert [record.step for record in runs] == [20]
+
+
+def test_a_directory_can_be_moved(filler, tmp_path) -> None:
+    """Nothing in it says where it lies."""
+    filler.save("10:1 20:2")
+    os.rename(tmp_path / "run", tmp_path / "moved")
+
+    moved = CheckpointDirectory(tmp_path / "moved")
+
+    assert moved.best("loss", "min").prefix == str(tmp_path / "moved" / "ckpt-10")
+
+
+def test_a_relative_path_survives_a_change_of_the_working_directory(filler, tmp_path, monkeypatch) -> None:
+    """The path is taken when the directory is named."""
+    filler.save("10:1")
+    monkeypatch.chdir(tmp_path)
+    runs = CheckpointDirectory("run")
+    monkeypatch.chdir("/")
+
+    assert len(runs) == 1
+
+
+def test_an_unknown_step_is_named_with_those_there_are(filler) -> None:
+    """The error is a KeyError, reads as a sentence, and lists the steps."""
+    runs = filler.save("10:1 20:2")
+
+    with pytest.raises(KeyError) as caught:
+        runs[15]
+
+    assert isinstance(caught.value, CheckpointNotFoundError)
+    assert str(caught.value) == f"No checkpoint of step 15 in {runs.path}. There are the steps 10, 20."
+
+
+def test_the_best_goes_by_what_training_watched(filler) -> None:
+    """Without arguments it is the best by the monitor and the mode of the sidecars."""
+    runs = filler.save("10:0.5 20:0.4 30:0.4 40:nan", monitor="loss", mode="min")
+
+    assert runs.best().step == 20
+    assert runs.best(mode="max").step == 10
+    assert runs.best("loss", "max").step == 10
+
+
+@pytest.mark.parametrize(
+    ("saved", "facts", "arguments", "error", "text"),
+    [
+        ("10:1", {}, ("lost", "min"), CheckpointNotFoundError, "Recorded metrics: loss"),
+        ("10:nan", {}, ("loss", "min"), CheckpointNotFoundError, "no finite value"),
+        ("", {}, ("loss", "min"), CheckpointNotFoundError, "There is no checkpoint"),
+        ("10:1", {}, ("loss",), ValueError, "give mode='min' or mode='max'"),
+        ("10:1", {}, (), ValueError, "what to rank by"),
+        ("10:1", {}, ("loss", "best"), ValueError, "'min' or 'max'"),
+    ],
+)
+def test_a_best_that_cannot_be_found_says_why(filler, saved, facts, arguments, error, text) -> None:
+    """No metric of that name, no finite value, no direction: each has its sentence."""
+    runs = filler.save(saved, **facts)
+
+    with pytest.raises(error, match=text):
+        runs.best(*arguments)
+
+
+def test_a_plan_says_for_each_checkpoint_whether_it_stays_and_why(filler) -> None:
+    """Each decision has its record, and the policies that keep it."""
+    runs = filler.save("10:0.1 20:0.5 30:0.4")
+
+    plan = runs.plan(LatestN(1) | BestN(1, "loss", "min") | EveryNSteps(1000))
+
+    assert [(each.record.step, each.kept, each.reason) for each in plan.decisions] == [
+        (10, True, "BestN(1, 'loss', 'min'), EveryNSteps(1000)"),
+        (20, False, "no policy keeps it"),
+        (30, True, "LatestN(1)"),
+    ]
+    assert [record.step for record in plan.kept] == [10, 30]
+    assert [record.step for record in plan.removed] == [20]
+    assert len(runs) == 3
+
+
+def test_pruning_removes_the_files_of_a_plan_and_nothing_else(filler) -> None:
+    """Data, index and sidecar go; what others put there stays."""
+    runs = filler.save("10:0.1 20:0.5 30:0.4")
+    for name in ("notes.txt", "ckpt-20.png", "history-20.json", "ckpt-2.index"):
+        (pathlib.Path(runs.path) / name).write_text("mine")
+
+    assert runs.prune(runs.plan(LatestN(1))) == [10, 20]
+
+    assert names(runs) == sorted(
+        ["checkpoint", *files_of(30), "ckpt-2.index", "ckpt-20.png", "history-20.json", "notes.txt"]
+    )
+
+
+def test_pruning_updates_the_state_file_of_tensorflow(filler) -> None:
+    """The newest and the others are named in it, as long as they are there."""
+    runs = filler.save("10:0.1 20:0.5 30:0.4")
+    runs.prune(BestN(2, "loss", "min"))
+
+    state = (pathlib.Path(runs.path) / "checkpoint").read_text()
+
+    assert 'model_checkpoint_path: "ckpt-30"' in state
+    assert [line.split('"')[1] for line in state.splitlines() if line.startswith("all_model_checkpoint_paths")] == [
+        "ckpt-10",
+        "ckpt-30",
+    ]
+
+
+def test_what_was_pinned_or_saved_again_since_the_plan_is_not_removed(filler) -> None:
+    """A plan is about the checkpoints that it was made for."""
+    runs = filler.save("10 20 30 40")
+    plan = runs.plan(LatestN(1))
+    runs.pin(10, "since")
+    filler.save("20")
+
+    assert runs.prune(plan) == [30]
+    assert [record.step for record in runs] == [10, 40, 20]
+
+
+def test_a_plan_of_another_directory_is_refused(filler, tmp_path) -> None:
+    """Steps of one run mean nothing in another."""
+    runs = filler.save("10 20")
+    plan = runs.plan(LatestN(1))
+
+    with pytest.raises(ValueError, match="not of"):
+        CheckpointDirectory(tmp_path / "other").prune(plan)
+
+
+def test_a_plan_that_would_keep_nothing_is_an_error(filler) -> None:
+    """A policy that selects none of them was not meant."""
+    runs = filler.save("10:nan 20:nan")
+
+    with pytest.raises(PlanError, match=r"would keep none of the 2 checkpoints.* use clear\(\)"):
+        runs.plan(BestN(1, "loss", "min"))
+
+
+def test_a_plan_by_a_metric_that_no_checkpoint_has_is_an_error(filler) -> None:
+    """A slip of the finger does not delete a run."""
+    runs = filler.save("10:1 20:2")
+
+    with pytest.raises(PlanError, match=r"ranks by 'val_los', which no checkpoint has\. Recorded metrics: loss"):
+        runs.plan(BestN(1, "val_los", "min") | LatestN(1))
+
+
+def test_a_pin_keeps_whatever_the_policy_says(filler) -> None:
+    """It is a file, holds after a restart, says why, and goes with unpin."""
+    runs = filler.save("10 20 30")
+    runs.pin(10, "paper figure 3")
+
+    assert runs[10].pin == "paper figure 3"
+    assert runs.plan(LatestN(1)).decisions[0].reason == "pinned: paper figure 3"
+    assert runs.prune(LatestN(1)) == [20]
+
+    runs.unpin(10)
+    runs.unpin(10)
+    assert runs.prune(LatestN(1)) == [10]
+
+
+def test_a_touch_in_a_shell_is_a_pin(filler) -> None:
+    """`touch ckpt-10.keep` is enough."""
+    runs = filler.save("10 20")
+    (pathlib.Path(runs.path) / "ckpt-10.keep").touch()
+
+    assert runs[10].pinned
+    assert runs.prune(LatestN(1)) == []
+
+
+@pytest.mark.parametrize("method", ["pin", "unpin", "add_metrics"])
+def test_an_unknown_step_cannot_be_changed(filler, method) -> None:
+    """And leaves nothing behind."""
+    runs = filler.save("10")
+    before = names(runs)
+
+    with pytest.raises(CheckpointNotFoundError):
+        getattr(runs, method)(11)
+
+    assert names(runs) == before
+
+
+def test_a_pins_reason_is_bounded(filler) -> None:
+    """A reason is a sentence."""
+    with pytest.raises(ValueError, match="at most 4096 bytes"):
+        filler.save("10").pin(10, "x" * 5000)
+
+
+def test_metrics_are_added_to_the_sidecar(filler) -> None:
+    """What was there stays, and a name that is no identifier can be given in a dict."""
+    runs = filler.save("10:0.5 20:0.4")
+    data = (pathlib.Path(runs.path) / "ckpt-10.index").read_bytes()
+
+    runs.add_metrics(10, {"top-5 accuracy": 0.99}, test_accuracy=0.97)
+    runs.add_metrics(10, test_accuracy=0.98)
+
+    assert runs[10].metrics == {"loss": 0.5, "top-5 accuracy": 0.99, "test_accuracy": 0.98}
+    assert runs.best("test_accuracy", "max").step == 10
+    assert (pathlib.Path(runs.path) / "ckpt-10.index").read_bytes() == data
+
+
+@pytest.mark.parametrize("value", [[0.5], "0.5", None, True, {}, 1j])
+def test_a_metric_that_is_not_one_number_is_refused(filler, value) -> None:
+    """The error shows what was received."""
+    with pytest.raises(TypeError, match=r"A metric is one number\. Received: accuracy="):
+        filler.save("10").add_metrics(10, accuracy=value)
+
+
+def test_clearing_removes_the_run_and_nothing_else(filler) -> None:
+    """Afterwards the directory is ready for another run."""
+    runs = filler.save("10 20")
+    (pathlib.Path(runs.path) / "notes.txt").write_text("mine")
+
+    assert runs.clear() == [10, 20]
+    assert names(runs) == ["notes.txt"]
+
+
+def test_clearing_stops_at_a_pin(filler) -> None:
+    """What is pinned is not removed by mistake."""
+    runs = filler.save("10 20")
+    runs.pin(10)
+
+    with pytest.raises(PlanError, match=r"pinned checkpoints: \[10\]"):
+        runs.clear()
+
+    assert len(runs) == 2
+
+
+def test_clearing_stops_at_a_training_in_another_process(tmp_path, holder) -> None:
+    """A run that is under way is not cleared away."""
+    with pytest.raises(DirectoryInUseError, match=f"process {holder.pid} "):
+        CheckpointDirectory(tmp_path).clear()
+
+
+def damage(runs: CheckpointDirectory, name: str, data: bytes | None) -> None:
+    path = pathlib.Path(runs.path) / name
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+
+HOSTILE = {
+    "empty": ("ckpt-20.json", b""),
+    "cut": ("ckpt-20.json", b'{"format": "keras_ckpt", "format_v'),
+    "no JSON": ("ckpt-20.json", b"weights"),
+    "of wrong types": ("ckpt-20.json", b'{"format": "keras_ckpt", "format_version": 1, "step": "20"}'),
+    "deeply nested": ("ckpt-20.json", b"[" * 100_000),
+    "huge": ("ckpt-20.json", b" " * (2 << 20)),
+    "without data": ("ckpt-20.data-00000-of-00001", None),
+    "without index": ("ckpt-20.index", None),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_damaged_checkpoint_is_listed_as_such_and_left_alone(filler, kind) -> None:
+    """The others are listed and pruned as ever; what is damaged is not counted, not found and not touched."""
+    runs = filler.save("10 20 30 40")
+    damage(runs, *HOSTILE[kind])
+    before = {name for name in names(runs) if name.startswith("ckpt-20")}
+
+    assert [record.step for record in runs] == [10, 30, 40]
+    assert "damaged, left alone: ckpt-20:" in str(runs)
+    with pytest.raises(DamagedCheckpointError, match=r"ckpt-20 in .* cannot be used"):
+        runs[20]
+    assert runs.prune(LatestN(1)) == [10, 30]
+    assert before <= set(names(runs))
+
+
+def test_a_sidecar_that_names_other_files_removes_none_of_them(filler, tmp_path) -> None:
+    """A path in a file list is refused, so pruning never follows it."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    runs = filler.save("10 20")
+    path = pathlib.Path(runs.path) / "ckpt-10.json"
+    path.write_text(path.read_text().replace("ckpt-10.index", "../victim"))
+
+    runs.prune(LatestN(1))
+
+    assert victim.read_text() == "precious"
+    assert "ckpt-10" in runs.listing().damaged
+
+
+def test_data_without_a_sidecar_is_listed_and_left_alone(filler) -> None:
+    """It may be TensorFlow's own."""
+    runs = filler.save("10 20")
+    damage(runs, "ckpt-10.json", None)
+
+    assert runs.listing().unmanaged == ("ckpt-10",)
+    assert "without a sidecar, left alone: ckpt-10" in str(runs)
+    runs.prune(LatestN(1))
+    assert "ckpt-10.index" in names(runs)
+
+
+def test_a_json_file_of_somebody_elses_is_no_damaged_checkpoint(filler) -> None:
+    """Whatever its name looks like."""
+    runs = filler.save("10")
+    damage(runs, "history-2.json", b'{"loss": [1, 2]}')
+
+    assert not runs.listing().damaged
+
+
+def test_nothing_is_removed_where_a_newer_version_wrote(filler) -> None:
+    """Its rules are not known here; what is of this version is still listed and restored."""
+    runs = filler.save("10 20")
+    damage(runs, "ckpt-30.json", json.dumps({"format": "keras_ckpt", "format_version": 2}).encode())
+    before = names(runs)
+
+    with pytest.raises(FormatVersionError, match="upgrade keras_ckpt"):
+        runs.plan(LatestN(1))
+    with pytest.raises(FormatVersionError):
+        runs.clear()
+    filler.save("40", keep=LatestN(1))
+
+    assert [record.step for record in runs] == [10, 20, 40]
+    assert set(before) <= set(names(runs))
+
+
+def test_two_names_of_one_step_are_one_checkpoint(filler) -> None:
+    """The newer one counts, the other is damaged goods."""
+    runs = filler.save("10 20")
+    for name in files_of(10):
+        path = pathlib.Path(runs.path) / name
+        text = path.read_bytes().replace(b"ckpt-10", b"copy-10")
+        (path.parent / name.replace("ckpt", "copy")).write_bytes(text)
+
+    assert len(runs) == 2
+    assert "copy-10" in runs.listing().damaged
+
+
+@pytest.mark.parametrize("path", ["", b"bytes", "gs://bucket/run", "s3://bucket"])
+def test_what_is_no_local_path_is_refused(path) -> None:
+    """Remote directories are mounted or copied."""
+    with pytest.raises(ValueError, match="Received"):
+        CheckpointDirectory(path)
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path) -> None:
+    """When it is read."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(NotADirectoryError, match="A checkpoint directory was expected"):
+        list(CheckpointDirectory(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("keep", [None, "3", 0, -1, True])
+def test_a_plan_needs_a_policy(filler, keep) -> None:
+    """And says what it received."""
+    with pytest.raises((TypeError, ValueError), match="Received"):
+        filler.save("10").plan(keep)
+
+
+def test_the_table_is_the_same_in_a_terminal_and_a_notebook(filler) -> None:
+    """The same cells, as text and as HTML."""
+    runs = filler.save("10:0.5 20:0.25", monitor="loss", mode="min", reason="epoch")
+    runs.pin(20, "<b>best</b>")
+    text, markup = str(runs), runs._repr_html_()
+
+    for cell in ("step", "loss", "0.25", "epoch", "2 checkpoints"):
+        assert cell in text
+        assert cell in markup
+    assert repr(runs) == text
+    assert "&lt;b&gt;best&lt;/b&gt;" in markup
+    assert "<b>best</b>" in text
+
+
+def test_a_plan_is_shown_the_same_in_a_terminal_and_a_notebook(filler) -> None:
+    """Kept or removed, why, and the size; and what it frees."""
+    plan = filler.save("10:0.5 20:0.25").plan(LatestN(1))
+    text, markup = str(plan), plan._repr_html_()
+
+    for cell in (
+        "keep",
+        "remove",
+        "LatestN(1)",
+        "no policy keeps it",
+        "13 bytes",
+        "1 kept, 1 removed, which frees 13 bytes",
+    ):
+        assert cell in text
+        assert cell in markup
+
+
+def test_a_long_table_is_shortened_for_the_eye(filler) -> None:
+    """Of thousands the first, the newest and the pinned are shown, and how many are not."""
+    runs = filler.save("10")
+    listing = runs.listing()
+    many = history(" ".join(f"{step}:{step}" for step in range(5000)))
+    many[700] = keras_ckpt.record.msgspec.structs.replace(many[700], pin="milestone")
+    table = keras_ckpt.tables.of_directory("run", keras_ckpt.listing.Listing(listing.path, tuple(many)))
+
+    text = keras_ckpt.tables.text(table)
+
+    assert len(text.splitlines()) < 50
+    assert "milestone" in text
+    assert "... 698 more" in text
+    assert "5000 checkpoints" in text
+
+
+def test_what_a_terminal_would_act_on_is_escaped(filler) -> None:
+    """Names and reasons come from disk."""
+    runs = filler.save("10", reason="\x1b[31mred\nline")
+
+    assert "\x1b" not in str(runs)
+    assert "\\x1b[31mred\\nline" in str(runs)

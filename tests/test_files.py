@@ -1,0 +1,147 @@
+"""The file system beneath: locks, replacing, and names of any kind. What needs a second process uses one."""
+
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from conftest import HOLD
+
+from keras_ckpt.errors import DirectoryInUseError
+from keras_ckpt.files import PRIVATE, Folder, lasting_tensorflow_path, remove_unused
+
+
+def test_a_second_process_is_refused_with_the_holders_name(tmp_path, holder) -> None:
+    """The one that holds the lock is named by its process, host and command."""
+    with pytest.raises(DirectoryInUseError, match=f"process {holder.pid} on .* since"), Folder(tmp_path) as folder:
+        folder.lock()
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path, holder) -> None:
+    """Nothing has to be cleaned up after a kill."""
+    holder.kill()
+    holder.wait()
+
+    with Folder(tmp_path) as folder:
+        assert folder.lock()
+
+
+def test_within_a_process_the_lock_is_shared_until_nobody_refers_to_it(tmp_path) -> None:
+    """A cell that is run again gets what the interrupted one still has."""
+    with Folder(tmp_path) as folder:
+        lock = folder.lock()
+        assert folder.lock() is lock
+        del lock
+
+        result = subprocess.run(
+            [sys.executable, "-c", HOLD, str(tmp_path)], input="", capture_output=True, text=True, check=True
+        )
+
+    assert result.stdout == "held\n"
+
+
+def _idle(ready, done) -> None:
+    ready.set()
+    done.wait()
+
+
+def test_a_forked_child_does_not_keep_the_lock_alive(tmp_path) -> None:
+    """A data worker that outlives its trainer does not stand in the way of the next one."""
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    with Folder(tmp_path) as folder:
+        lock = folder.lock()
+        child = context.Process(target=_idle, args=(ready, done))
+        child.start()
+        ready.wait()
+        del lock
+
+        result = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], input="", capture_output=True, check=False)
+        done.set()
+        child.join()
+
+    assert result.returncode == 0
+
+
+def test_a_lock_file_of_garbage_names_nobody_and_stops_nobody(tmp_path) -> None:
+    """What lies in the lock file is only a name."""
+    private = tmp_path / PRIVATE
+    private.mkdir()
+    (private / "lock").write_bytes(b"\0garbage{" * 1000)
+
+    with Folder(tmp_path) as folder:
+        assert folder.lock()
+
+
+def test_replacing_leaves_the_old_bytes_or_the_new(tmp_path) -> None:
+    """The file is replaced by one rename, and nothing else is left behind."""
+    with Folder(tmp_path) as folder:
+        folder.replace("name", b"old")
+        folder.replace("name", b"new")
+
+        assert folder.read("name", 10) == b"new"
+        assert sorted(folder.names()) == [PRIVATE, "name"]
+        assert os.listdir(tmp_path / PRIVATE) == []
+
+
+def test_reading_is_bounded(tmp_path) -> None:
+    """A huge file is refused before it is read."""
+    path = tmp_path / "huge"
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+    with Folder(tmp_path) as folder, pytest.raises(OSError, match="at most 100 are read"):
+        folder.read("huge", 100)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
+def test_what_is_no_regular_file_is_not_read(tmp_path, kind) -> None:
+    """A FIFO would hang, a link would lead away."""
+    (tmp_path / "file").write_bytes(b"data")
+    make = {"fifo": os.mkfifo, "folder": os.mkdir, "link": lambda path: path.symlink_to(tmp_path / "file")}[kind]
+    make(tmp_path / "name")
+
+    with Folder(tmp_path) as folder, pytest.raises(OSError):  # noqa: PT011 - the number depends on the kind
+        folder.read("name", 100)
+
+
+def test_a_directory_that_is_a_file_is_refused(tmp_path) -> None:
+    """The error names the file."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(NotADirectoryError, match=r"this is a file: .*file"):
+        Folder(tmp_path / "file")
+
+
+def test_missing_parents_are_made(tmp_path) -> None:
+    """A run may be named a/b/c at once."""
+    with Folder(tmp_path / "a" / "b" / "c", create=True):
+        assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_an_unused_directory_is_removed_and_a_used_one_is_not(tmp_path) -> None:
+    """Only what holds nothing but the package's own folder goes."""
+    for name in ("used", "unused"):
+        with Folder(tmp_path / name, create=True) as folder, folder.mutex():
+            pass
+    (tmp_path / "used" / "mine").touch()
+
+    remove_unused(tmp_path / "used")
+    remove_unused(tmp_path / "unused")
+    remove_unused(tmp_path / "never there")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "ü", "run[1]", "lr*", "what?", "back\\slash"])
+def test_a_path_for_tensorflow_leads_to_the_directory(tmp_path, name) -> None:
+    """Plain where that is safe, through the descriptor where TensorFlow would see a pattern."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").write_text("here")
+
+    path = lasting_tensorflow_path(str(tmp_path / name), "file")
+
+    assert pathlib.Path(path).read_text() == "here"
+    assert not set(path) & set("*?[\\")

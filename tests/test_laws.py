@@ -1,0 +1,186 @@
+"""The laws of the policies, for every policy and for unions of them, over histories of all kinds.
+
+1. A policy selects only records that it was given. 2. Pruning twice equals pruning once. 3. `a | b` is commutative and
+keeps at least what `a` keeps. 4. Over records appended in order of saving, pruning after every save ends where pruning
+once at the end ends. 5. Kept and removed are all; what is once not selected is never selected again when newer come.
+"""
+
+import math
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_ckpt.policies import (
+    BestN,
+    EveryNEpochs,
+    EveryNHours,
+    EveryNSteps,
+    LatestN,
+    PreservationPolicy,
+    kept_in_training,
+    selection,
+)
+from keras_ckpt.record import CheckpointRecord
+
+
+class EverySecondOfAKind(PreservationPolicy):
+    """A policy of somebody's own that obeys the law: it looks at each record alone."""
+
+    def select(self, records):
+        return {record.step for record in records if record.step % 2 == 0}
+
+
+values = st.one_of(
+    st.sampled_from([0.0, -0.0, 0.5, 1.0, math.nan, math.inf, -math.inf]), st.floats(allow_nan=True), st.none()
+)
+counts = st.integers(1, 4)
+simple = st.one_of(
+    counts.map(LatestN),
+    st.builds(BestN, counts, st.sampled_from(["loss", "accuracy"]), st.sampled_from(["min", "max"])),
+    st.integers(1, 12).map(EveryNSteps),
+    counts.map(EveryNEpochs),
+    st.sampled_from([0.25, 1, 2.5, 24]).map(EveryNHours),
+    st.builds(EverySecondOfAKind),
+)
+policies = st.one_of(
+    simple, st.builds(lambda a, b: a | b, simple, simple), st.builds(lambda a, b, c: a | b | c, *[simple] * 3)
+)
+
+
+@st.composite
+def records(draw, steps):
+    """Records of these steps in this order of saving: any metrics, any times, some pinned."""
+    drawn = []
+    for sequence, step in enumerate(steps, 1):
+        metrics = {name: draw(values) for name in ("loss", "accuracy")}
+        drawn.append(
+            CheckpointRecord(
+                sequence=sequence,
+                step=step,
+                epoch=draw(st.none() | st.just(step // 5)),
+                batch=draw(st.sampled_from([0, 0, 3])),
+                metrics={name: value for name, value in metrics.items() if value is not None},
+                # Hours that stand still, jump, and go back.
+                time=3600.0 * max(0.0, sequence + draw(st.sampled_from([0, 0, 0, -0.5, -3, 5, -1000, 1000]))),
+                pin=draw(st.sampled_from([None, None, None, "", "a reason"])),
+            )
+        )
+    return drawn
+
+
+histories = st.lists(st.integers(0, 60), unique=True, max_size=14).flatmap(records)
+histories_with_repeats = st.lists(st.integers(0, 12), max_size=14).flatmap(records)
+
+
+def prune(policy, present):
+    """What is left after pruning: what the policy selects, and the pinned."""
+    selected = selection(policy, present)
+    return [record for record in present if record.step in selected or record.pinned]
+
+
+def append(present, record):
+    """A save: a record of a step that is there already supersedes it."""
+    return [other for other in present if other.step != record.step] + [record]
+
+
+def prune_after_each(policy, saved):
+    present = []
+    for record in saved:
+        present = prune(policy, append(present, record))
+    return present
+
+
+def saved_last(saved):
+    """The history as it would be on disk without pruning."""
+    present = []
+    for record in saved:
+        present = append(present, record)
+    return present
+
+
+@given(policies, histories_with_repeats)
+def test_selects_only_what_it_was_given(policy, saved):
+    """Law 1."""
+    present = saved_last(saved)
+
+    assert policy.select(present) <= {record.step for record in present}
+
+
+@given(policies, histories_with_repeats)
+def test_pruning_twice_equals_pruning_once(policy, saved):
+    """Law 2, for what is there after steps were saved again too."""
+    once = prune(policy, saved_last(saved))
+
+    assert prune(policy, once) == once
+
+
+@given(policies, policies, histories_with_repeats)
+def test_a_union_is_commutative_and_keeps_at_least_what_each_keeps(first, second, saved):
+    """Law 3, and a union keeps nothing else."""
+    present = saved_last(saved)
+
+    both = (first | second).select(present)
+
+    assert both == (second | first).select(present)
+    assert both == first.select(present) | second.select(present)
+
+
+@settings(max_examples=300)
+@given(policies, histories)
+def test_pruning_after_every_save_ends_where_pruning_once_ends(policy, saved):
+    """Law 4."""
+    assert prune_after_each(policy, saved) == prune(policy, saved)
+
+
+@given(st.one_of(counts.map(LatestN), st.integers(1, 12).map(EveryNSteps)), histories_with_repeats)
+def test_law_4_holds_for_steps_saved_again_where_nothing_but_the_order_counts(policy, saved):
+    """A step that is saved again may bring another metric or time; LatestN and EveryNSteps do not look at these."""
+    assert prune_after_each(policy, saved) == prune(policy, saved_last(saved))
+
+
+@given(policies, histories)
+def test_what_was_not_selected_is_never_selected_again(policy, saved):
+    """Law 5: newer records bring nothing back."""
+    rejected: set[int] = set()
+    for count in range(1, len(saved) + 1):
+        selected = policy.select(saved[:count])
+        assert not rejected & selected
+        rejected |= {record.step for record in saved[:count]} - selected
+
+
+@given(policies, histories_with_repeats, st.randoms())
+def test_a_policy_is_a_pure_function_of_records(policy, saved, random):
+    """Asked again, in another order, with equal copies: the same answer, and the records are as they were."""
+    present = saved_last(saved)
+    copies = [msgspec.structs.replace(record) for record in present]
+    shuffled = random.sample(present, len(present))
+
+    answer = policy.select(present)
+
+    assert policy.select(present) == policy.select(copies) == policy.select(shuffled) == answer
+    assert repr(present) == repr(copies)
+
+
+@given(policies, histories_with_repeats)
+def test_training_keeps_at_least_what_the_policy_keeps(policy, saved):
+    """While a metric is not there yet training keeps more, never less."""
+    present = saved_last(saved)
+
+    assert policy.select(present) <= kept_in_training(policy, present)
+
+
+@given(policies, histories)
+def test_in_training_too_pruning_after_every_save_ends_where_pruning_once_ends(policy, saved):
+    """Law 4 for what a callback does, if the metrics that it ranks by are there from the beginning."""
+    first = CheckpointRecord(sequence=1, step=1000, metrics={"loss": 1.0, "accuracy": 1.0}, epoch=0, batch=0)
+    later = [msgspec.structs.replace(record, sequence=record.sequence + 1) for record in saved]
+
+    present = []
+    for record in [first, *later]:
+        present = append(present, record)
+        kept = kept_in_training(policy, present)
+        present = [each for each in present if each.step in kept or each.pinned or each is first]
+
+    kept = kept_in_training(policy, [first, *later])
+    assert present == [each for each in [first, *later] if each.step in kept or each.pinned or each is first]

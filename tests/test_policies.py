@@ -1,0 +1,205 @@
+"""What each policy keeps, written as histories: steps in the order of saving, each with its loss."""
+
+import datetime
+import math
+
+import pytest
+from conftest import history, steps
+
+from keras_ckpt.policies import (
+    BestN,
+    EveryNEpochs,
+    EveryNHours,
+    EveryNSteps,
+    LatestN,
+    PreservationPolicy,
+    as_policy,
+    kept_in_training,
+    missing,
+    selection,
+)
+from keras_ckpt.record import CheckpointRecord
+
+
+@pytest.mark.parametrize(
+    ("policy", "saved", "kept"),
+    [
+        (LatestN(2), "10 20 30", "20 30"),
+        (LatestN(2), "10", "10"),
+        (LatestN(2), "30 10 20", "10 20"),
+        (BestN(1, "loss", "min"), "10:0.5 20:0.4 30:0.6", "20"),
+        (BestN(1, "loss", "max"), "10:0.5 20:0.4 30:0.6", "30"),
+        (BestN(2, "loss", "min"), "10:0.5 20:0.4 30:0.6", "10 20"),
+        (BestN(1, "loss", "min"), "10:0.4 20:0.4", "10"),
+        (BestN(1, "loss", "min"), "20:0.4 10:0.4", "20"),
+        (BestN(1, "loss", "max"), "10:0.4 20:0.4", "10"),
+        (BestN(3, "loss", "min"), "10:nan 20:inf 30:-inf 40:0.5 50", "40"),
+        (BestN(1, "loss", "min"), "10:nan 20:nan", ""),
+        (BestN(1, "other", "min"), "10:0.1 20:0.2", ""),
+        (EveryNSteps(100), "40 90 100 130 250 300 310", "40 100 250 300"),
+        (EveryNSteps(100), "130 100", "100"),
+        (EveryNSteps(100), "0 50 100", "0 100"),
+        (EveryNHours(2), "10 20 30 40 50", "10 30 50"),
+        (EveryNHours(0.5), "10 20 30", "10 20 30"),
+        (LatestN(1) | BestN(1, "loss", "min"), "10:0.4 20:0.5 30:0.6", "10 30"),
+    ],
+)
+def test_keeps(policy: PreservationPolicy, saved: str, kept: str) -> None:
+    """The policy keeps just these steps of the history."""
+    assert policy.select(history(saved)) == steps(kept)
+
+
+def test_every_n_epochs_keeps_the_first_at_or_after_each_multiple() -> None:
+    """Of epochs 1 to 7 by twos: the first of the run, and the first at or after 2, 4 and 6; unknown epochs are not."""
+    epochs = {10: 1, 20: 2, 25: 2, 30: 3, 50: 5, 60: 6, 70: 7, 80: None}
+    records = [CheckpointRecord(sequence=step, step=step, epoch=epoch) for step, epoch in epochs.items()]
+
+    assert EveryNEpochs(2).select(records) == {10, 20, 50, 60}
+
+
+def test_every_n_hours_counts_a_clock_that_was_set_back() -> None:
+    """A clock that jumps ten years back does not end keeping."""
+    decade = datetime.timedelta(days=3652).total_seconds()
+    times = [decade, decade + 7200, 0.0, 3600.0, 7200.0]
+    records = [CheckpointRecord(sequence=n, step=n, time=time) for n, time in enumerate(times, 1)]
+
+    assert EveryNHours(2).select(records) == {1, 2, 3, 5}
+
+
+def test_the_order_of_the_list_does_not_matter() -> None:
+    """The order of saving is in the records; that of the list means nothing."""
+    records = history("30:1 10:2 20:3")
+
+    for policy in (LatestN(1), BestN(1, "loss", "min"), EveryNSteps(20), EveryNHours(2)):
+        assert selection(policy, records) == selection(policy, records[::-1])
+
+
+@pytest.mark.parametrize("policy", [LatestN, BestN, EveryNSteps, EveryNEpochs])
+@pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), ("3", TypeError)])
+def test_a_wrong_count_is_refused_at_construction(policy: type, n: object, error: type[Exception]) -> None:
+    """n=0, n=-1, n=True and n="3" are errors that show what was received."""
+    with pytest.raises(error, match=repr(n)):
+        policy(n)
+
+
+@pytest.mark.parametrize("hours", [0, -1.0, math.nan, math.inf, True, "6", None])
+def test_a_wrong_number_of_hours_is_refused_at_construction(hours: object) -> None:
+    """Only a finite number greater than 0 is a distance in hours."""
+    with pytest.raises((ValueError, TypeError), match="EveryNHours expected"):
+        EveryNHours(hours)
+
+
+def test_an_unknown_mode_is_refused_at_construction() -> None:
+    """The mode of BestN is min or max."""
+    with pytest.raises(ValueError, match=r"'min' or 'max'\. Received: mode='up'"):
+        BestN(1, "loss", "up")
+
+
+def test_a_policy_is_a_frozen_value() -> None:
+    """Equal arguments make equal policies, which cannot be changed."""
+    assert BestN(3, "loss", "min") == BestN(3, "loss", "min")
+    assert len({LatestN(2), LatestN(2), LatestN(3)}) == 2
+    with pytest.raises(AttributeError):
+        LatestN(2).n = 3
+
+
+def test_a_policy_reads_as_it_was_written() -> None:
+    """The repr is the expression, without what was left open."""
+    policy = BestN(3) | LatestN(2) | EveryNHours(6) | BestN(1, "loss", "min")
+
+    assert repr(policy) == "BestN(3) | LatestN(2) | EveryNHours(6) | BestN(1, 'loss', 'min')"
+
+
+def test_joining_with_what_is_no_policy_is_an_error() -> None:
+    """`BestN(3) | 2` says what can be joined."""
+    with pytest.raises(TypeError, match="Received: 2"):
+        BestN(3) | 2
+
+
+def test_a_best_without_a_metric_says_so() -> None:
+    """BestN that names no metric, and was given none, cannot rank."""
+    with pytest.raises(ValueError, match=r"BestN\(3, 'val_loss', 'min'\)"):
+        BestN(3).select(history("10:1"))
+
+
+def test_what_is_left_open_is_filled_in_once() -> None:
+    """A policy that names no metric takes the given one, and one that names its own keeps it."""
+    policy = (BestN(3) | BestN(1, "accuracy") | LatestN(2)).resolve(
+        "loss", lambda name: {"loss": "min"}.get(name, "max")
+    )
+
+    assert repr(policy) == "BestN(3, 'loss', 'min') | BestN(1, 'accuracy', 'max') | LatestN(2)"
+
+
+class KeepRound(PreservationPolicy):
+    """A policy of a user's own."""
+
+    def select(self, records: object) -> set[int]:
+        return {record.step for record in records if record.step % 20 == 0}
+
+
+def test_a_policy_of_ones_own_joins_with_the_others() -> None:
+    """A subclass with select() is a policy like any other."""
+    assert (KeepRound() | LatestN(1)).select(history("10 20 30")) == {20, 30}
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "text"),
+    [
+        ({99}, ValueError, "what it was not given"),
+        (None, TypeError, "set of steps"),
+        ([[1]], TypeError, "set of steps"),
+    ],
+)
+def test_a_policy_of_ones_own_that_answers_nonsense_is_named(answer: object, error: type, text: str) -> None:
+    """What is not a set of given steps is an error, never a deletion."""
+
+    class Nonsense(PreservationPolicy):
+        def select(self, records: object) -> set[int]:
+            return answer
+
+    with pytest.raises(error, match=text):
+        selection(Nonsense() | LatestN(1), history("10 20"))
+
+
+def test_a_policy_of_ones_own_without_select_is_named() -> None:
+    """The error says which class lacks the method."""
+
+    class Unfinished(PreservationPolicy):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Unfinished must define select"):
+        Unfinished().select([])
+
+
+@pytest.mark.parametrize(("keep", "policy"), [(None, None), (3, LatestN(3)), (BestN(2), BestN(2))])
+def test_keep_takes_a_policy_or_a_number_or_none(keep: object, policy: object) -> None:
+    """An int means the newest so many, None means all."""
+    assert as_policy(keep) == policy
+
+
+@pytest.mark.parametrize("keep", [True, "3", 2.0, LatestN])
+def test_keep_refuses_what_is_no_policy(keep: object) -> None:
+    """The error shows what was received."""
+    with pytest.raises(TypeError, match="Received"):
+        as_policy(keep)
+
+
+def test_nothing_ranked_yet_keeps_the_ends_of_epochs() -> None:
+    """While no record has the metric, the ends of epochs stay, and the rest is as the policy says."""
+    records = [CheckpointRecord(sequence=n, step=n, batch=batch) for n, batch in enumerate([5, 0, 5, 5, 0, 5], 1)]
+
+    assert kept_in_training(BestN(1, "val_loss", "min") | LatestN(1), records) == {2, 5, 6}
+
+
+def test_a_metric_that_is_missing_keeps_everything() -> None:
+    """Once an epoch ended with metrics of the kind, and the one that is ranked by was not among them, all stays."""
+    records = history("10:0.5 20:0.4 30:0.3")
+
+    assert missing("lost", records)
+    assert kept_in_training(BestN(1, "lost", "min") | LatestN(1), records) == {10, 20, 30}
+
+
+def test_a_validation_metric_is_not_missing_before_validation_ran() -> None:
+    """Records with training metrics only say nothing about one whose name begins with val_."""
+    assert not missing("val_loss", history("10:0.5 20:0.4"))

@@ -1,0 +1,421 @@
+"""Saving: staged, committed, pruned; and what an error, an interrupt or a crash in the middle leaves behind."""
+
+import errno
+import os
+import pathlib
+import warnings
+
+import msgspec
+import pytest
+from conftest import Filler, history, payload, somebody_else
+
+from keras_ckpt import commit, files
+from keras_ckpt import record as sidecars
+from keras_ckpt.errors import DirectoryNotEmptyError, SaveError
+from keras_ckpt.files import PRIVATE, Folder
+from keras_ckpt.listing import check_files
+from keras_ckpt.policies import BestN, EveryNSteps, LatestN
+from keras_ckpt.writer import Writer
+
+
+def leftovers(runs) -> list[str]:
+    """What lies in the private folder beside the locks."""
+    private = pathlib.Path(runs.path) / PRIVATE
+    found = {str(path.relative_to(private)) for path in private.rglob("*")}
+    return sorted(found - {"lock", "mutex", "trash"})
+
+
+def verify(runs) -> list[int]:
+    """The steps of the directory, each checked to the byte."""
+    with Folder(runs.path) as folder:
+        for record in runs:
+            check_files(folder, record)
+    return [record.step for record in runs]
+
+
+def test_a_save_has_its_facts_and_leaves_nothing_in_the_stage(filler) -> None:
+    """The record that save returns is the one on disk."""
+    writer = Writer(filler.runs)
+
+    record = writer.save(payload(), step=120, epoch=3, batch=0, metrics={"loss": 0.5}, metadata={"a": 1}, time=5.0)
+
+    assert record == filler.runs[120]
+    assert record.sequence == 1
+    assert [file.name for file in record.files] == ["ckpt-120.data-00000-of-00001", "ckpt-120.index"]
+    assert 0 < record.timings["write_ms"] <= record.timings["blocked_ms"]
+    assert leftovers(filler.runs) == []
+
+
+def test_one_run_has_one_run_id(filler) -> None:
+    """Without a run id, a save belongs to the run of the newest."""
+    for step in (1, 2):
+        Writer(filler.runs).save(payload(), step=step)
+
+    assert len({record.run_id for record in filler.runs}) == 1
+    assert filler.runs[1].run_id
+
+
+def test_what_would_be_pruned_at_once_is_not_written(filler) -> None:
+    """Not even staged: the payload is not asked for."""
+    filler.save("10:0.5")
+    writer = Writer(filler.runs, BestN(1, "loss", "min"))
+
+    def unwanted(prefix: str) -> None:
+        raise AssertionError(prefix)
+
+    assert writer.save(unwanted, step=20, metrics={"loss": 0.6}, batch=0) is None
+    assert verify(filler.runs) == [10]
+
+
+def test_saving_prunes(filler) -> None:
+    """After each save just what the policy keeps is there."""
+    runs = filler.save("10:0.1 20:0.2 30:0.3 40:0.4", keep=LatestN(2) | BestN(1, "loss", "min"))
+
+    assert verify(runs) == [10, 30, 40]
+
+
+def test_a_step_that_is_saved_again_supersedes(filler) -> None:
+    """It is the newest then, and its files are the new ones."""
+    filler.save("10 20 30")
+    Writer(filler.runs).save(payload(b"anew"), step=20)
+
+    assert verify(filler.runs) == [10, 30, 20]
+    assert pathlib.Path(f"{filler.runs[20].prefix}.data-00000-of-00001").read_bytes() == b"anew"
+    assert filler.runs[20].sequence == 4
+
+
+def test_a_step_that_is_saved_again_under_another_name_supersedes(filler) -> None:
+    """The step counts, not what the names begin with."""
+    filler.save("10 20")
+    Writer(filler.runs, base="model").save(payload(), step=10)
+
+    assert verify(filler.runs) == [20, 10]
+    assert not (pathlib.Path(filler.runs.path) / "ckpt-10.index").exists()
+
+
+def test_a_pinned_step_is_not_superseded(filler) -> None:
+    """What is pinned stays as it was, and a warning says so."""
+    filler.save("10 20")
+    filler.runs.pin(10)
+
+    with pytest.warns(UserWarning, match="Step 10 is pinned"):
+        assert Writer(filler.runs).save(payload(b"anew"), step=10) is None
+
+    assert pathlib.Path(f"{filler.runs[10].prefix}.data-00000-of-00001").read_bytes() == b"10"
+
+
+def test_a_pin_that_was_left_behind_pins_nothing(filler) -> None:
+    """A .keep file without a checkpoint is not the pin of a later one."""
+    filler.save("10")
+    (pathlib.Path(filler.runs.path) / "ckpt-20.keep").touch()
+    filler.save("20")
+
+    assert not filler.runs[20].pinned
+
+
+def test_a_file_of_somebody_elses_is_not_overwritten(filler) -> None:
+    """The save is refused, and the file is as it was."""
+    filler.save("10")
+    other = pathlib.Path(filler.runs.path) / "ckpt-20.index"
+    other.write_text("mine")
+
+    with pytest.raises(DirectoryNotEmptyError, match=r"ckpt-20\.index .* is left alone"):
+        filler.save("20")
+
+    assert other.read_text() == "mine"
+    assert verify(filler.runs) == [10]
+    assert leftovers(filler.runs) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [(errno.ENOSPC, "Free some space"), (errno.EACCES, "Make the directory writable"), (errno.EIO, "")],
+)
+def test_a_save_that_fails_changes_nothing(filler, number, mend) -> None:
+    """The error names the directory and the reason, the others are whole, and the next save works."""
+    filler.save("10 20")
+
+    def failing(prefix: str) -> None:
+        payload()(prefix)
+        raise OSError(number, os.strerror(number), prefix)
+
+    with pytest.raises(SaveError, match=f"Could not save step 30 into .*{os.strerror(number)}.*{mend}"):
+        Writer(filler.runs, LatestN(1)).save(failing, step=30)
+
+    assert verify(filler.runs) == [10, 20]
+    assert leftovers(filler.runs) == []
+    assert verify(filler.save("30")) == [10, 20, 30]
+
+
+def test_a_payload_that_writes_nothing_is_an_error(filler) -> None:
+    """A checkpoint without files is none."""
+    with pytest.raises(SaveError, match="no files"):
+        Writer(filler.runs).save(lambda prefix: None, step=1)
+
+    assert len(filler.runs) == 0
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_before_training(tmp_path) -> None:
+    """It says what to do."""
+    (tmp_path / "run").mkdir(mode=0o755)
+    for path in (tmp_path, *tmp_path.parents):
+        path.chmod(path.stat().st_mode | 0o055) if path.owner() == tmp_path.owner() else None
+
+    with somebody_else(), pytest.raises(SaveError, match=r"Cannot write into .*Permission denied.*writable"):
+        Writer(Filler(tmp_path / "run").runs).open()
+
+
+def test_a_path_below_a_file_is_an_error_before_training(tmp_path) -> None:
+    """As is a path that is a file."""
+    (tmp_path / "file").touch()
+
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SaveError, match="Cannot write into"):
+            Writer(Filler(path).runs).open()
+
+
+def test_two_writers_of_one_session_are_refused(filler) -> None:
+    """Two callbacks of a fit would prune each other's checkpoints."""
+    session = {"epochs": 3}
+    first = Writer(filler.runs)
+    first.open(session)
+
+    with pytest.raises(DirectoryNotEmptyError, match="Two callbacks"):
+        Writer(filler.runs).open(session)
+
+    first.save(payload(), step=1)
+    assert verify(filler.runs) == [1]
+
+
+def test_a_new_session_takes_over(filler) -> None:
+    """However the one before ended: within a process the lock is passed on."""
+    interrupted = Writer(filler.runs)
+    interrupted.open({"epochs": 3})
+
+    Writer(filler.runs).open({"epochs": 3})
+
+
+def test_facts_are_amended_and_pruned_by(filler) -> None:
+    """A record that gets its metric may turn out to be the best."""
+    filler.save("10:0.5 20", monitor="loss", mode="min")
+    writer = Writer(filler.runs, BestN(1, "loss", "min"))
+
+    changed = writer.amend(filler.runs[20], metrics={"loss": 0.1})
+
+    assert changed.metrics == {"loss": 0.1}
+    assert verify(filler.runs) == [20]
+    assert writer.amend(history("10")[0], metrics={}) is None
+
+
+class Crash(BaseException):
+    """The process is gone: nothing of it runs any more."""
+
+
+class Dying:
+    """`os` for the file module, in which the process dies at the n-th call that changes anything."""
+
+    CHANGES = frozenset(("open", "mkdir", "write", "rename", "unlink", "fsync", "rmdir"))
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def __getattr__(self, name: str):
+        function = getattr(os, name)
+        if name not in self.CHANGES:
+            return function
+
+        def call(*arguments, **named):
+            if name != "open" or arguments[1] & os.O_CREAT:
+                self.calls -= 1
+            if self.calls < 0:
+                raise Crash
+            return function(*arguments, **named)
+
+        return call
+
+
+def crash_in(monkeypatch, calls: int, action) -> bool:
+    """Runs an action that dies at the n-th change; says whether it came so far."""
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "os", Dying(calls))
+        try:
+            action()
+        except Crash:
+            return True
+    return False
+
+
+WORKLOADS = {
+    "a first save": ("", "10", None),
+    "a save": ("10 20", "30", None),
+    "a save that prunes": ("10 20 30", "40", LatestN(1)),
+    "a step saved again": ("10 20 30", "20", None),
+    "a step saved again that prunes": ("10 20 30", "20", LatestN(2)),
+}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_crash_at_any_change_leaves_the_old_or_the_new(tmp_path, monkeypatch, workload) -> None:
+    """And the next start cleans up. Nothing that was there before is lost unless its successor is there."""
+    before, saved, keep = WORKLOADS[workload]
+    ends = set()
+    for calls in range(200):
+        filler = Filler(tmp_path / str(calls))
+        filler.save(before)
+        there = verify(filler.runs) if before else []
+        done = not crash_in(
+            monkeypatch, calls, lambda filler=filler: Writer(filler.runs, keep).save(payload(), step=int(saved))
+        )
+        visible = [record.step for record in filler.runs]
+        Writer(filler.runs).open()
+
+        after = verify(filler.runs)
+        ends.add(tuple(after))
+        assert set(visible) <= set(after) | (set(there) - {int(saved)})
+        assert leftovers(filler.runs) == []
+        assert filler.runs.listing().unmanaged == ()
+        assert not filler.runs.listing().damaged
+        if int(saved) not in after or int(saved) in there:
+            assert set(there) <= set(after) or after[-1] == int(saved)
+        if done:
+            break
+        Writer(filler.runs).save(payload(), step=99)
+        assert 99 in verify(filler.runs)
+    assert calls > 10
+    assert len(ends) > 1 or workload == "a step saved again"
+
+
+def test_a_crash_at_any_change_of_a_prune_removes_whole_checkpoints(tmp_path, monkeypatch) -> None:
+    """What is still there afterwards is whole, and what the plan keeps is there."""
+    for calls in range(100):
+        filler = Filler(tmp_path / str(calls))
+        plan = filler.save("10 20 30").plan(LatestN(1))
+        done = not crash_in(monkeypatch, calls, lambda filler=filler, plan=plan: filler.runs.prune(plan))
+        Writer(filler.runs).open()
+
+        assert verify(filler.runs)[-1] == 30
+        assert filler.runs.listing().unmanaged == ()
+        assert leftovers(filler.runs) == []
+        if done:
+            break
+    assert calls > 5
+    assert verify(filler.runs) == [30]
+
+
+def test_an_interrupt_is_recovered_by_the_next_save_of_the_process(filler, monkeypatch) -> None:
+    """Ctrl-C between two renames leaves a stage; the cell that is run again finishes it."""
+    filler.save("10")
+    moves = []
+
+    def interrupted(self, name, target):
+        moves.append(name)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        os.rename(name, name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
+
+    monkeypatch.setattr(Folder, "move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Writer(filler.runs).save(payload(b"20"), step=20)
+    monkeypatch.undo()
+
+    assert verify(filler.runs) == [10]
+    assert verify(filler.save("30")) == [10, 20, 30]
+    assert leftovers(filler.runs) == []
+
+
+def staged(runs, step: int, content: bytes = b"staged") -> pathlib.Path:
+    """What a process that died had staged."""
+    filler = Filler(pathlib.Path(runs.path).parent / "source")
+    record = Writer(filler.runs).save(payload(content), step=step, run_id="run", batch=0)
+    stage = pathlib.Path(runs.path) / PRIVATE / "stage-0"
+    stage.mkdir(parents=True)
+    record = msgspec.structs.replace(record, sequence=100)
+    for file in record.files:
+        (stage / file.name).write_bytes(pathlib.Path(filler.runs.path, file.name).read_bytes())
+    (stage / f"ckpt-{step}.json").write_bytes(sidecars.encode(record))
+    return stage
+
+
+def test_a_complete_stage_goes_forward(filler) -> None:
+    """What a dead process had staged whole is published at the next start."""
+    filler.save("10")
+    staged(filler.runs, 20)
+
+    Writer(filler.runs).open()
+
+    assert verify(filler.runs) == [10, 20]
+
+
+@pytest.mark.parametrize("harm", ["no sidecar", "cut sidecar", "other bytes", "missing file"])
+def test_a_stage_that_is_not_what_it_says_is_thrown_away(filler, harm) -> None:
+    """Only if each file has its size and digest, it goes forward."""
+    filler.save("10")
+    stage = staged(filler.runs, 20)
+    sidecar, index = stage / "ckpt-20.json", stage / "ckpt-20.index"
+    match harm:
+        case "no sidecar":
+            sidecar.unlink()
+        case "cut sidecar":
+            sidecar.write_bytes(sidecar.read_bytes()[:-50])
+        case "other bytes":
+            index.write_bytes(index.read_bytes()[::-1])
+        case "missing file":
+            index.unlink()
+
+    Writer(filler.runs).open()
+
+    assert verify(filler.runs) == [10]
+    assert leftovers(filler.runs) == []
+
+
+def test_a_stage_does_not_go_forward_over_a_pin(filler) -> None:
+    """A checkpoint that was pinned in the meantime stays."""
+    filler.save("20")
+    filler.runs.pin(20)
+    staged(filler.runs, 20)
+
+    Writer(filler.runs).open()
+
+    assert pathlib.Path(f"{filler.runs[20].prefix}.data-00000-of-00001").read_bytes() == b"20"
+
+
+def test_leftovers_of_somebody_elses_in_the_private_folder_stay(filler) -> None:
+    """Only names of the package's own are swept."""
+    filler.save("10")
+    other = pathlib.Path(filler.runs.path) / PRIVATE / "notes.txt"
+    other.write_text("mine")
+    (other.parent / "swap-dead").mkdir()
+
+    Writer(filler.runs).open()
+
+    assert leftovers(filler.runs) == ["notes.txt"]
+
+
+def test_the_state_file_carries_the_time_of_the_last_preserved(filler) -> None:
+    """TensorFlow's manager goes on from it."""
+    runs = filler.save("10 20")
+    with Folder(runs.path) as folder:
+        commit.write_state(folder, runs, last_preserved=1234.5)
+    filler.save("30")
+
+    with Folder(runs.path) as folder:
+        assert commit.read_state(folder) == ("ckpt-30", 1234.5)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "garbage", 'model_checkpoint_path: "../outside/victim"', 'model_checkpoint_path: "/abs"', "\0" * 50]
+)
+def test_a_state_file_of_garbage_says_nothing(filler, text) -> None:
+    """It is a hint, and names nothing outside the directory."""
+    runs = filler.save("10")
+    (pathlib.Path(runs.path) / "checkpoint").write_text(text)
+
+    with Folder(runs.path) as folder:
+        assert commit.read_state(folder) == (None, None)
+
+
+def test_writing_raises_no_warning_by_itself(filler) -> None:
+    """A quiet save is quiet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        filler.save("10 20 30", keep=EveryNSteps(20) | LatestN(1))
