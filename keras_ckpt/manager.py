@@ -1,0 +1,279 @@
+"""`CheckpointManager`: TensorFlow's, with retention by policy and sidecars, for training loops of one's own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import tensorflow as tf
+
+from keras_ckpt import state
+from keras_ckpt.commit import read_state, write_state
+from keras_ckpt.directory import CheckpointDirectory, as_metric
+from keras_ckpt.files import Folder, lasting_tensorflow_path
+from keras_ckpt.listing import Listing
+from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
+from keras_ckpt.record import Mode, encodable_metadata
+from keras_ckpt.writer import Writer
+
+PRESERVED = "keep_checkpoint_every_n_hours"
+"""The reason of a pin that the manager made."""
+
+
+class CheckpointManager(tf.train.CheckpointManager):
+    """A `tf.train.CheckpointManager` that keeps by policy, writes sidecars, and survives a crash.
+
+    All arguments and methods of TensorFlow's have their meaning; eager code written for it runs unchanged. It shares
+    no state with its parent: what there is, is read from the directory.
+
+    Example:
+
+    ```python
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer)
+    manager = keras_ckpt.CheckpointManager(checkpoint, "runs/digits", keep=keras_ckpt.BestN(3, "loss", "min"))
+    manager.restore_or_initialize()
+    for epoch in range(10):
+        loss = train_one_epoch()
+        manager.save(metrics={"loss": loss}, epoch=epoch + 1)
+    ```
+
+    Args:
+        checkpoint: The `tf.train.Checkpoint` to save.
+        directory: The directory to save into.
+        max_to_keep: How many checkpoints to keep; `None` keeps all.
+        keep_checkpoint_every_n_hours: A checkpoint that would be removed is kept for good, and pinned, if it is at
+            least so many hours younger than the last one so kept.
+        checkpoint_name: What the names of the checkpoints begin with.
+        step_counter: An integer `tf.Variable`, needed for `checkpoint_interval`.
+        checkpoint_interval: The least number of steps between two checkpoints.
+        init_fn: Called by `restore_or_initialize` if there is no checkpoint.
+        last_checkpoint_step: The step of the last checkpoint, from which the interval counts.
+        keep: A policy, or an int `n` for the newest `n`, instead of `max_to_keep`.
+        metadata: A dict to put into each sidecar.
+        monitor: The metric by which `keep` ranks where it names none.
+        mode: Whether less (`"min"`) or more (`"max"`) of it is better.
+
+    Raises:
+        ValueError, TypeError: A wrong argument.
+    """
+
+    def __init__(
+        self,
+        checkpoint: tf.train.Checkpoint,
+        directory: str | os.PathLike[str],
+        max_to_keep: int | None = None,
+        keep_checkpoint_every_n_hours: float | None = None,
+        checkpoint_name: str = "ckpt",
+        step_counter: tf.Variable | None = None,
+        checkpoint_interval: int | None = None,
+        init_fn: Callable[[], object] | None = None,
+        last_checkpoint_step: int | None = None,
+        *,
+        keep: PreservationPolicy | int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+        mode: Mode | None = None,
+    ) -> None:
+        if keep is not None and max_to_keep is not None:
+            raise ValueError(
+                f"keep and max_to_keep say the same thing. Received: keep={keep!r}, max_to_keep={max_to_keep!r}. "
+                f"Give keep alone, for example keep=keras_ckpt.BestN(3) | keras_ckpt.LatestN({max_to_keep})."
+            )
+        if checkpoint_interval is not None and step_counter is None:
+            raise ValueError("checkpoint_interval counts in steps: give the step_counter, an integer tf.Variable, too.")
+        if not checkpoint_name or "/" in checkpoint_name:
+            raise ValueError(f"checkpoint_name is a name in the directory. Received: {checkpoint_name!r}")
+        self._checkpoint = checkpoint
+        self._directory = os.fspath(directory)
+        self._step_counter = step_counter
+        self._interval = checkpoint_interval
+        self._init_fn = init_fn
+        self._last_step = last_checkpoint_step
+        self._metadata = encodable_metadata(metadata or {})
+        self._monitor = monitor
+        self._mode = mode
+        policy = as_policy(keep if max_to_keep is None else LatestN(max_to_keep))
+        policy = policy and policy.resolve(monitor, self._mode_of)
+        target = CheckpointDirectory(self._directory)
+        if keep_checkpoint_every_n_hours:
+            self._writer: Writer = _HourlyWriter(keep_checkpoint_every_n_hours, target, policy, base=checkpoint_name)
+        else:
+            self._writer = Writer(target, policy, base=checkpoint_name)
+
+    @property
+    def directory(self) -> str:
+        """The directory, as it was given."""
+        return self._directory
+
+    @property
+    def checkpoint(self) -> tf.train.Checkpoint:
+        """The `tf.train.Checkpoint`."""
+        return self._checkpoint
+
+    @property
+    def checkpoint_interval(self) -> int | None:
+        """The least number of steps between two checkpoints."""
+        return self._interval
+
+    @property
+    def latest_checkpoint(self) -> str | None:
+        """The prefix of the newest checkpoint, `None` if there is none. One without a sidecar counts too."""
+        name = self._latest()
+        return None if name is None else os.path.join(self._directory, name)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The prefixes of the checkpoints that a policy may remove, oldest first; so not the pinned ones."""
+        listing = self._writer.directory.listing()
+        if not listing.records:
+            return [os.path.join(self._directory, name) for name in listing.unmanaged]
+        return [os.path.join(self._directory, record.name) for record in listing.records if not record.pinned]
+
+    def save(
+        self,
+        checkpoint_number: Any = None,
+        check_interval: bool = True,
+        options: tf.train.CheckpointOptions | None = None,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        epoch: int | None = None,
+    ) -> str | None:
+        """Saves a checkpoint, and removes what is not to be kept.
+
+        Args:
+            checkpoint_number: Its number, an int or an integer variable or tensor; the default is the checkpoint's
+                `save_counter`, which is incremented in any case.
+            check_interval: Whether `checkpoint_interval` counts. If not, it is saved unless it was at this step.
+            options: A `tf.train.CheckpointOptions`.
+            metrics: What was measured on the state as it is now, by name.
+            metadata: A dict for the sidecar, beside the manager's.
+            epoch: Epochs completed, for `EveryNEpochs`.
+
+        Returns:
+            The prefix of the checkpoint; `None` if the interval is not over or the policy would not keep it.
+
+        Raises:
+            SaveError: It could not be saved. The others are untouched.
+            DirectoryInUseError: Another process writes into the directory.
+        """
+        began = time.perf_counter()
+        if not self._interval_is_over(check_interval):
+            return None
+        counter = self._checkpoint.save_counter
+        counter.assign_add(1)
+        number = _integer(counter if checkpoint_number is None else checkpoint_number)
+        if number < 0:
+            raise ValueError(f"A checkpoint's number is 0 or more. Received: checkpoint_number={number}")
+        measured = {name: as_metric(name, value) for name, value in (metrics or {}).items()}
+        options, callbacks = _without_callbacks(options)
+        record = self._writer.save(
+            lambda prefix: self._checkpoint.write(prefix, options),
+            step=number,
+            began=began,
+            epoch=epoch,
+            metrics=measured,
+            monitor=self._monitor,
+            mode=self._mode,
+            metadata={**self._metadata, **encodable_metadata(metadata or {})},
+            reason="save",
+            time=time.time(),
+            versions=state.versions(),
+        )
+        if record is None:
+            return None
+        path = os.path.join(self._directory, record.name)
+        for callback in callbacks:
+            callback(path)
+        return path
+
+    def restore_or_initialize(self) -> str | None:
+        """Restores the newest checkpoint, or calls `init_fn` if there is none.
+
+        Returns:
+            The prefix of the checkpoint that was restored, `None` if there is none.
+        """
+        name = self._latest()
+        if name is None:
+            if self._init_fn is not None:
+                self._init_fn()
+            return None
+        self._checkpoint.restore(lasting_tensorflow_path(self._directory, name))
+        if self._interval is not None:
+            self._last_step = _integer(self._step_counter)
+        return os.path.join(self._directory, name)
+
+    def sync(self) -> None:
+        """Waits for saves that are under way."""
+        self._checkpoint.sync()
+
+    def _latest(self) -> str | None:
+        listing = self._writer.directory.listing()
+        if listing.unmanaged:
+            with Folder(self._directory) as folder:
+                hinted = read_state(folder)[0]
+            # This package names its own newest there, so whoever named another saved after it.
+            if hinted in listing.unmanaged:
+                return hinted
+        return listing.records[-1].name if listing.records else next(reversed(listing.unmanaged), None)
+
+    def _interval_is_over(self, check_interval: bool) -> bool:
+        if self._interval is None:
+            return True
+        step = _integer(self._step_counter)
+        if self._last_step is not None:
+            least = self._last_step + (self._interval if check_interval else 1)
+            if step == self._last_step or (check_interval and step < least):
+                return False
+        self._last_step = step
+        return True
+
+    def _mode_of(self, monitor: str) -> Mode:
+        if monitor == self._monitor and self._mode is not None:
+            return self._mode
+        raise ValueError(f"Nothing says whether less or more of {monitor!r} is better: give mode='min' or mode='max'.")
+
+
+class _HourlyWriter(Writer):
+    """A writer that pins, of what it would remove, one checkpoint every so many hours."""
+
+    def __init__(self, hours: float, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._hours = hours
+        # Set back a little, as TensorFlow does, for a manager that is made anew at once.
+        self._opened = time.time() - 1.0
+
+    def retain(self, folder: Folder, listing: Listing) -> None:
+        preserved = read_state(folder)[1]
+        last = min(time.time(), self._opened if preserved is None else preserved)
+        for record in self.unkept(listing.records):
+            if record.time - self._hours * 3600 >= last:
+                last = record.time
+                folder.replace(f"{record.name}.keep", PRESERVED.encode())
+                listing = listing.joined_by(msgspec.structs.replace(record, pin=PRESERVED))
+        write_state(folder, listing.records, last)
+        super().retain(folder, listing)
+
+
+def _without_callbacks(
+    options: tf.train.CheckpointOptions | None,
+) -> tuple[tf.train.CheckpointOptions, list[Callable[..., object]]]:
+    """The options for writing into a stage, and the callbacks that wait until the checkpoint is in its place."""
+    options = copy.copy(options) if options is not None else tf.train.CheckpointOptions()
+    callbacks = [
+        callback if inspect.signature(callback).parameters else (lambda _, callback=callback: callback())
+        for callback in options.experimental_write_callbacks or []
+    ]
+    options.experimental_write_callbacks = None
+    # The checkpoint is committed when save() returns, so its files must be there.
+    options.enable_async = options.experimental_enable_async_checkpoint = False
+    return options, callbacks
+
+
+def _integer(number: Any) -> int:
+    return int(number.numpy() if hasattr(number, "numpy") else number)

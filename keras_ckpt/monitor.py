@@ -1,0 +1,81 @@
+"""What a training reports about itself: which of it are metrics, and whether less or more of one is better."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import keras
+
+from keras_ckpt.directory import as_metric
+from keras_ckpt.record import Mode
+
+
+def metrics_in(logs: Mapping[str, Any] | None, monitors: Collection[str]) -> dict[str, float]:
+    """The logs of `fit` as metrics. What is not one number is left out.
+
+    Raises:
+        TypeError: It is left out, and is one of `monitors`.
+    """
+    metrics = {}
+    for name, value in (logs or {}).items():
+        try:
+            if value is not None:
+                metrics[name] = as_metric(name, value)
+        except TypeError as error:
+            if name in monitors:
+                raise TypeError(f"The monitored metric cannot be ranked by. {error}") from error
+    return metrics
+
+
+def mode_of(model: keras.Model, monitor: str) -> Mode:
+    """Whether less or more of a metric is better, found as Keras does for `mode="auto"`, but before training.
+
+    Raises:
+        ValueError: Keras does not know it either.
+    """
+    name = monitor.removeprefix("val_")
+    if name == "loss":
+        return "min"
+    directions = {each: direction for each, direction in _directions(model) if direction is not None}
+    if name in directions:
+        return "max" if directions[name] == "up" else "min"
+    raise ValueError(
+        f"Nothing says whether less or more of monitor={monitor!r} is better. Pass mode='max' if more is, mode='min' "
+        f"if less is. Keras knows it of: {', '.join(sorted({'loss', *directions}))}."
+    )
+
+
+def no_such_metric(monitor: str, logs: Collection[str]) -> str:
+    """What to tell somebody who monitors a metric that is not there."""
+    close = difflib.get_close_matches(monitor, logs, n=1, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"The monitored metric {monitor!r} is not there, so nothing can be ranked by it: every checkpoint is saved and "
+        f"none is removed. The metrics are: {', '.join(sorted(logs)) or 'none'}.{hint}"
+    )
+
+
+def _directions(model: keras.Model) -> Iterable[tuple[str, str | None]]:
+    """The names of the compiled metrics with their direction, `"up"`, `"down"` or unknown."""
+    # Keras has no public names for a metric's direction and for the metrics that compile() was given, which it builds
+    # with the first batch. Its own callbacks read the direction, once they are built.
+    for metric in model.metrics:
+        for built in getattr(metric, "metrics", ()):
+            yield built.name, getattr(built, "_direction", None)
+        for given in (getattr(metric, "_user_metrics", None), getattr(metric, "_user_weighted_metrics", None)):
+            for identifier in keras.tree.flatten(given):
+                yield _name_and_direction(identifier)
+
+
+def _name_and_direction(identifier: Any) -> tuple[str, str | None]:
+    """Those of a metric that is not built yet, as Keras will find them."""
+    if isinstance(identifier, str) and identifier.lower() in ("accuracy", "acc"):
+        return identifier, "up"  # whichever of the accuracies it will be
+    metric = identifier if isinstance(identifier, keras.metrics.Metric) else keras.metrics.get(identifier)
+    if not isinstance(metric, keras.metrics.Metric):
+        name = identifier if isinstance(identifier, str) else getattr(metric, "__name__", "")
+        metric = keras.metrics.MeanMetricWrapper(metric, name=name or None)
+    name = identifier if isinstance(identifier, str) else metric.name
+    return name, getattr(metric, "_direction", None)

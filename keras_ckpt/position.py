@@ -1,0 +1,108 @@
+"""Where in its run a model is: the position rides with the model and is counted by `fit`."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+import weakref
+from typing import Any
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """A place in a run.
+
+    Attributes:
+        run_id: The run.
+        step: Training batches completed since the run began.
+        epoch: Epochs completed since the run began.
+        batch: Batches completed in the epoch under way, 0 at an epoch's end.
+    """
+
+    run_id: str
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+_positions: weakref.WeakKeyDictionary[keras.Model, Position] = weakref.WeakKeyDictionary()
+
+
+def position_of(model: keras.Model) -> Position | None:
+    """Where in its run a model is, `None` if it belongs to none."""
+    return _positions.get(model)
+
+
+def set_position(model: keras.Model, position: Position | None) -> None:
+    """Says where in its run a model is; `None` takes it out of its run."""
+    _positions.pop(model, None)
+    if position is not None:
+        _positions[model] = position
+
+
+class Progress:
+    """Counts the steps and epochs of one `fit`; a model that belongs to no run begins one.
+
+    Several callbacks of a fit each count, and come to the same numbers.
+
+    Args:
+        model: The model that is trained.
+        steps: How many batches an epoch has, `None` if it is not known.
+    """
+
+    def __init__(self, model: keras.Model, steps: int | None) -> None:
+        self.model = model
+        self.steps = steps
+        self.position = position_of(model) or Position(uuid.uuid4().hex)
+        if self.position.batch:
+            # fit begins an epoch anew, so what was done of it does not count as a part of it.
+            self.position = dataclasses.replace(self.position, batch=0)
+        self._last_batch = -1
+        self._iterations = _iterations(model)
+        set_position(model, self.position)
+
+    def batch_end(self, batch: int) -> Position:
+        """Counts what ran since the last call.
+
+        Args:
+            batch: The index that `on_train_batch_end` was given.
+        """
+        ran = self._ran(batch)
+        self._last_batch = batch
+        position = self.position
+        return self._move(step=position.step + ran, batch=position.batch + ran)
+
+    def epoch_end(self) -> Position:
+        """Counts an epoch, unless training was stopped in its middle."""
+        done, self._last_batch = self._last_batch + 1, -1
+        if self.model.stop_training and self.steps is not None and done < self.steps:
+            return self.position
+        return self._move(epoch=self.position.epoch + 1, batch=0)
+
+    def _move(self, **changes: Any) -> Position:
+        self.position = dataclasses.replace(self.position, **changes)
+        set_position(self.model, self.position)
+        return self.position
+
+    def _ran(self, batch: int) -> int:
+        """How many batches the execution ran that ended with this index.
+
+        Keras names the index at which a whole execution of `steps_per_execution` batches would have ended. Where the
+        data may have ended earlier or, with `steps_per_epoch`, later, the optimizer knows how many it was.
+        """
+        ran = batch - self._last_batch
+        if self.model.steps_per_execution == 1:
+            return ran
+        before, self._iterations = self._iterations, _iterations(self.model)
+        if self.steps is not None and batch + 1 < self.steps:
+            return ran
+        counted = self._iterations - before
+        return counted if 1 <= counted <= ran else ran
+
+
+def _iterations(model: keras.Model) -> int:
+    """How often the optimizer was applied. Its `iterations` is divided by gradient accumulation, its variable not."""
+    variables: list[Any] = model.optimizer.variables if getattr(model, "optimizer", None) else []
+    return max((int(variable.numpy()) for variable in variables if variable.name == "iteration"), default=0)

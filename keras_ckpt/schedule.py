@@ -1,0 +1,80 @@
+"""When a save is due: what the `save_freq` arguments mean."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from typing import Literal
+
+SaveFreq = Literal["epoch"] | int | datetime.timedelta
+
+
+class SaveSchedule:
+    """Says after which batches and epochs a save is due.
+
+    A number of batches counts from the beginning of the run, not of the process: a run that was restarted saves
+    at the same steps. Where several batches run in one execution, the save comes after the execution in which the
+    multiple fell.
+
+    Args:
+        save_freq: `"epoch"`, a number of batches, a `datetime.timedelta`, or a list of these.
+        clock: Gives the time in seconds.
+
+    Raises:
+        TypeError, ValueError: `save_freq` is none of these.
+    """
+
+    def __init__(
+        self, save_freq: SaveFreq | list[SaveFreq] | tuple[SaveFreq, ...], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        triggers = save_freq if isinstance(save_freq, list | tuple) else [save_freq]
+        if not triggers:
+            raise ValueError(f"save_freq expected at least one trigger. Received: {save_freq!r}")
+        for trigger in triggers:
+            _check(trigger)
+        self.every_epoch = "epoch" in triggers
+        self.batches = [trigger for trigger in triggers if isinstance(trigger, int)]
+        self.intervals = [trigger for trigger in triggers if isinstance(trigger, datetime.timedelta)]
+        self._clock = clock
+        self._last: list[float] = []
+        self.start()
+
+    def start(self) -> None:
+        """Begins to measure time."""
+        self._last = [self._clock()] * len(self.intervals)
+
+    def after_batches(self, before: int, after: int) -> str | None:
+        """Whether a save is due after training went from step `before` to step `after`.
+
+        Returns:
+            What made it due, in words; `None` if it is not.
+        """
+        reasons = [f"every {n} batches" for n in self.batches if after // n > before // n]
+        now = self._clock() if self.intervals else 0.0
+        for index, interval in enumerate(self.intervals):
+            if now - self._last[index] >= interval.total_seconds():
+                self._last[index] = now
+                reasons.append(f"every {interval}")
+        return ", ".join(reasons) or None
+
+    def after_epoch(self) -> str | None:
+        """Whether a save is due at an epoch's end, as `after_batches`."""
+        return "epoch" if self.every_epoch else None
+
+
+def _check(trigger: object) -> None:
+    match trigger:
+        case "epoch":
+            return
+        case bool():
+            pass
+        case int() if trigger >= 1:
+            return
+        case datetime.timedelta() if trigger.total_seconds() > 0:
+            return
+    wrong = ValueError if isinstance(trigger, str | int | datetime.timedelta) else TypeError
+    raise wrong(
+        "save_freq expected 'epoch', a number of batches of at least 1, a positive datetime.timedelta, or a list of "
+        f"these. Received: {trigger!r}"
+    )

@@ -1,0 +1,263 @@
+"""The training state of a model: all of its variables, under names that do not depend on the process.
+
+A name is the variable's path: `model/conv/kernel`, `optimizer/conv/kernel/momentum`, `metrics/loss/total`.
+Keras numbers its automatic names per process, so `dense_7`, in a notebook's third try, is counted anew among the
+layers beside it, in the model's order; the top model's and the optimizer's own names are left out; a slot carries
+its variable's name; a path that is there already gets `~2`.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# The one module of TensorFlow outside its public names that is needed: the format of the object graph, which is
+# as stable as the checkpoints on everybody's disk.
+from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+from keras_ckpt import __version__
+
+SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
+"""What TensorFlow appends to a variable's name in a checkpoint."""
+GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
+NAMES_KEY = "_KERAS_CKPT_NAMES"
+"""The key of a string that marks a checkpoint whose names are those of this module."""
+
+
+class ModelState(tf.train.Checkpoint):
+    """A model's training state as a `tf.train.Checkpoint` whose files read like the model.
+
+    What it writes is a plain TensorFlow checkpoint: `tf.train.Checkpoint(model=model).restore(prefix)` restores every
+    weight and slot from it.
+
+    Example:
+
+    ```python
+    prefix = ModelState(model).write("runs/state")
+    tf.train.list_variables(prefix)
+    ```
+
+    Args:
+        model: A built model.
+        weights_only: Whether to leave out the optimizer and the metrics.
+    """
+
+    def __init__(self, model: keras.Model, weights_only: bool = False) -> None:
+        super().__init__(model=model)
+        self._weights_only = weights_only
+
+    def names(self) -> dict[str, Any]:
+        """The variables that it writes, by name."""
+        return names(self.model, self._weights_only)
+
+    def write(self, file_prefix: str | os.PathLike[str], options: Any = None) -> str:
+        """Writes the files of a checkpoint; see `tf.train.Checkpoint.write`."""
+        prefix = os.fspath(file_prefix)
+        variables = {f"{name}{SUFFIX}": variable for name, variable in self.names().items()}
+        variables[f"save_counter{SUFFIX}"] = self.save_counter
+        keys = {id(variable): key for key, variable in variables.items()}
+        texts = {GRAPH_KEY: _object_graph(self, keys).SerializeToString(), NAMES_KEY: b"1"}
+        tf.raw_ops.SaveV2(
+            prefix=prefix,
+            tensor_names=[*variables, *texts],
+            shape_and_slices=[""] * (len(variables) + len(texts)),
+            tensors=[*map(value_of, variables.values()), *map(tf.constant, texts.values())],
+        )
+        return prefix
+
+
+def names(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
+    """The variables of a model's training state by name, in the model's order.
+
+    Args:
+        model: A built model.
+        weights_only: Whether to leave out the optimizer and the metrics.
+
+    Returns:
+        `keras.Variable`s, and `tf.Variable`s that a layer holds beside them.
+    """
+    weights = model.variables
+    paths = _numbered([_path_in(model, variable) for variable in weights], _automatic_names(_layers(model)))
+    found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
+    found += [(f"model/{path}", variable) for path, variable in _tensorflow_variables(model)]
+    if not weights_only:
+        found += _optimizer_variables(model, dict(zip(map(id, weights), paths, strict=True)))
+        measured = model.metrics_variables
+        paths = _numbered([_segments(variable) for variable in measured], _automatic_names(_metrics(model)))
+        found += [(f"metrics/{path}", variable) for path, variable in zip(paths, measured, strict=True)]
+    unique = _unique([name for name, _ in found])
+    return dict(zip(unique, (variable for _, variable in found), strict=True))
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a checkpoint is written with."""
+    return {
+        "keras_ckpt": __version__,
+        "keras": keras.__version__,
+        "tensorflow": tf.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def value_of(variable: Any) -> Any:
+    """A variable's value as TensorFlow's functions take it."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def automatic_stems(model: keras.Model) -> frozenset[str]:
+    """The names, without their numbers, that Keras gave to layers of the model by itself."""
+    return frozenset(_automatic_names(_layers(model)).values())
+
+
+def object_graph(reader: Any) -> trackable_object_graph_pb2.TrackableObjectGraph:
+    """The object graph of a TensorFlow checkpoint."""
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+    graph.ParseFromString(reader.get_tensor(GRAPH_KEY))
+    return graph
+
+
+def _path_in(model: keras.Model, variable: keras.Variable) -> tuple[str, ...]:
+    segments = _segments(variable)
+    own = len(segments) > 1 and segments[0] == model.name
+    if own and all(layer.name != model.name for layer in _layers(model)[1:]):
+        return segments[1:]
+    return segments
+
+
+def _tensorflow_variables(model: keras.Model) -> Iterable[tuple[str, tf.Variable]]:
+    """Variables of TensorFlow's own kind, which a layer may hold and Keras does not list, with the shortest path."""
+    queue: collections.deque[tuple[str, Any]] = collections.deque([("", model)])
+    seen = {id(model), id(getattr(model, "optimizer", None))}
+    while queue:
+        path, parent = queue.popleft()
+        for name, child in tf.train.TrackableView.children(parent).items():
+            if id(child) not in seen:
+                seen.add(id(child))
+                queue.append((f"{path}{name}/", child))
+                if isinstance(child, tf.Variable):
+                    yield f"{path}{name}", child
+
+
+def _optimizer_variables(model: keras.Model, weights: dict[int, str]) -> Iterable[tuple[str, keras.Variable]]:
+    """The optimizer's variables; `weights` has the names of the model's by their ids."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        return
+    references: dict[str, list[str]] = collections.defaultdict(list)
+    for variable in model.variables:
+        references[variable.path.replace("/", "_")].append(weights[id(variable)])
+    # The path has all the scopes that the optimizer happened to be built in; the last is that of the one it belongs to.
+    owned = [["", *_segments(variable)][-2:] for variable in optimizer.variables]
+    inner = list(dict.fromkeys(owner for owner, _ in owned if owner not in ("", optimizer.name)))
+    automatic = _automatic_names(_optimizers(optimizer))
+    owners = dict(zip(inner, _numbered([(each,) for each in inner], automatic), strict=True))
+    used: collections.Counter[tuple[str, str]] = collections.Counter()
+    for (owner, name), variable in zip(owned, optimizer.variables, strict=True):
+        prefix = f"optimizer/{owners[owner]}" if owner in owners else "optimizer"
+        reference = _reference(name, references)
+        if reference is None:
+            yield f"{prefix}/{name}", variable
+            continue
+        # Variables that share a path have their slots in the same order.
+        sharing = references[reference]
+        place = min(used[owner, name], len(sharing) - 1)
+        used[owner, name] += 1
+        yield f"{prefix}/{sharing[place]}/{name[len(reference) + 1 :]}", variable
+
+
+def _reference(slot: str, references: Iterable[str]) -> str | None:
+    """The longest of the references that the name of a slot begins with."""
+    reference = slot
+    while "_" in reference:
+        reference = reference.rpartition("_")[0]
+        if reference in references:
+            return reference
+    return None
+
+
+def _segments(variable: keras.Variable) -> tuple[str, ...]:
+    return tuple(variable.path.split("/"))
+
+
+def _layers(model: keras.Model) -> list[Any]:
+    # No public name gives the layers inside of layers that are not models.
+    return list(model._flatten_layers(include_self=True, recursive=True))  # noqa: SLF001
+
+
+def _optimizers(optimizer: Any) -> list[Any]:
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return [*([] if inner is None else [inner]), *getattr(optimizer, "optimizers", ())]
+
+
+def _metrics(model: keras.Model) -> list[Any]:
+    return [each for metric in model.metrics for each in (metric, *getattr(metric, "metrics", ()))]
+
+
+def _automatic_names(named: Iterable[Any]) -> dict[str, str]:
+    """The names that Keras made up, each without its number."""
+    stems = {each.name: _stem(each.name, type(each).__name__) for each in named}
+    return {name: stem for name, stem in stems.items() if stem is not None}
+
+
+def _stem(name: str, kind: str) -> str | None:
+    """The name without its number if Keras would give such a one to an object of that class, else `None`."""
+    # Bidirectional puts a word before the automatic name of the layer that it runs.
+    word = next((word for word in ("forward_", "backward_") if name.startswith(word)), "")
+    rest = name.removeprefix(word)
+    for stem in (re.sub(r"_\d+\Z", "", rest), rest):
+        if stem.replace("_", "") == re.sub(r"\W|_", "", kind).lower():
+            return word + stem
+    return None
+
+
+def _numbered(paths: Sequence[tuple[str, ...]], automatic: dict[str, str]) -> list[str]:
+    """Joins paths to names, with automatic numbers counted among siblings in the order of the paths."""
+    siblings: dict[tuple[tuple[str, ...], str], dict[str, str]] = collections.defaultdict(dict)
+    names = []
+    for path in paths:
+        canonical: tuple[str, ...] = ()
+        for segment in path:
+            stem = automatic.get(segment) or _anonymous(segment)
+            known = siblings[canonical, stem or segment]
+            number = f"_{len(known)}" if known else ""
+            canonical = (*canonical, known.setdefault(segment, f"{stem}{number}") if stem else segment)
+        names.append("/".join(canonical))
+    return _unique(names)
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    """The names, those that were there already with `~2`, `~3` and so on."""
+    counts: collections.Counter[str] = collections.Counter()
+    unique = []
+    for name in names:
+        counts[name] += 1
+        unique.append(name if counts[name] == 1 else f"{name}~{counts[name]}")
+    return unique
+
+
+def _anonymous(segment: str) -> str | None:
+    """The stem of a variable or a seed generator that was given no name."""
+    match = re.fullmatch(r"(variable|seed_generator)(_\d+)?", segment)
+    return match[1] if match else None
+
+
+def _object_graph(root: tf.train.Checkpoint, keys: dict[int, str]) -> trackable_object_graph_pb2.TrackableObjectGraph:
+    """TensorFlow's object graph of a checkpoint, with the given key for each variable."""
+    view = tf.train.TrackableView(root)
+    objects = view.descendants()
+    numbers = {id(each): number for number, each in enumerate(objects)}
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+    for each in objects:
+        node = graph.nodes.add()
+        for name, child in view.children(each).items():
+            node.children.add(node_id=numbers[id(child)], local_name=name)
+        if id(each) in keys:
+            node.attributes.add(name="VARIABLE_VALUE", checkpoint_key=keys[id(each)], full_name=each.name)
+    return graph

@@ -1,0 +1,68 @@
+"""Small real models and data, and callbacks that script what a training reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(40, 4)).astype("float32")
+Y = rng.normal(size=(40, 1)).astype("float32")
+
+
+def dense_model(name: str | None = None, *, compiled: bool = True, **options) -> keras.Model:
+    """Two dense layers with dropout between them, trained by Adam; eager, so that a fit begins at once."""
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)], name=name
+    )
+    if compiled:
+        model.compile(**{"optimizer": "adam", "loss": "mse", "run_eagerly": True, **options})
+    return model
+
+
+def fit(model: keras.Model, *callbacks: keras.callbacks.Callback, epochs: int = 1, batches: int = 5, **options):
+    """Trains on batches of one sample."""
+    return model.fit(
+        X[:batches],
+        Y[:batches],
+        **{"batch_size": 1, "epochs": epochs, "shuffle": False, "verbose": 0, "callbacks": list(callbacks), **options},
+    )
+
+
+def values(model: keras.Model) -> list[np.ndarray]:
+    """All that is to be restored: weights, seeds, optimizer."""
+    optimizer = model.optimizer.variables if model.compiled else []
+    return [variable.numpy() for variable in (*model.variables, *optimizer)]
+
+
+def same(model: keras.Model, other: keras.Model) -> bool:
+    """Whether two models hold the same to the bit."""
+    pairs = zip(values(model), values(other), strict=True)
+    return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
+
+
+class Reports(keras.callbacks.Callback):
+    """Puts scripted metrics into the logs of each epoch, before the callbacks that come after it."""
+
+    def __init__(self, **metrics: Sequence[object]) -> None:
+        super().__init__()
+        self.metrics = metrics
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        logs |= {name: values[epoch] for name, values in self.metrics.items() if values[epoch] is not None}
+
+
+class Interrupts(keras.callbacks.Callback):
+    """Raises after so many batches, as Ctrl-C or an error would."""
+
+    def __init__(self, batches: int, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.batches = batches
+        self.error = error or KeyboardInterrupt()
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self.batches -= 1
+        if self.batches == 0:
+            raise self.error

@@ -1,0 +1,695 @@
+"""`ModelCheckpoint` in real fits: what it saves, ranks, keeps and refuses."""
+
+import datetime
+import math
+import pathlib
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from models import Interrupts, Reports, X, Y, dense_model, fit, same
+
+import keras_ckpt as kc
+
+
+@pytest.fixture
+def runs(tmp_path) -> kc.CheckpointDirectory:
+    return kc.CheckpointDirectory(tmp_path / "run")
+
+
+def steps(runs: kc.CheckpointDirectory) -> list[int]:
+    return [record.step for record in runs]
+
+
+def trained(runs, losses, **options) -> kc.CheckpointDirectory:
+    """A training whose epochs of one batch report these validation losses."""
+    checkpoint = kc.ModelCheckpoint(runs.path, **options)
+    fit(dense_model(), Reports(val_loss=losses), checkpoint, epochs=len(losses), batches=1)
+    return runs
+
+
+class OwnAUC(keras.metrics.AUC):
+    """A metric of a user's own, which Keras could not build from its config."""
+
+
+class TestWhatIsSaved:
+    def test_each_epoch_by_default(self, runs) -> None:
+        """A record has where training was, what was measured, and what made it due."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=2, validation_data=(X, Y))
+
+        assert [(r.step, r.epoch, r.batch, r.reason) for r in runs] == [(5, 1, 0, "epoch"), (10, 2, 0, "epoch")]
+        assert set(runs[5].metrics) == {"loss", "val_loss"}
+        assert (runs[5].monitor, runs[5].mode) == ("val_loss", "min")
+        assert set(runs[5].versions) == {"keras_ckpt", "keras", "tensorflow", "python"}
+        assert set(runs[5].timings) == {"write_ms", "blocked_ms"}
+        assert len({record.run_id for record in runs}) == 1
+
+    def test_is_a_callback_of_keras(self, runs) -> None:
+        """Where Keras's own is expected, this one does."""
+        assert isinstance(kc.ModelCheckpoint(runs.path), keras.callbacks.ModelCheckpoint)
+
+    def test_arguments_are_those_of_keras_in_their_order(self) -> None:
+        """Changing the import is enough."""
+        import inspect
+
+        ours = list(inspect.signature(kc.ModelCheckpoint).parameters)
+        theirs = list(inspect.signature(keras.callbacks.ModelCheckpoint).parameters)
+
+        assert ours[: len(theirs)] == theirs
+
+    def test_metadata_of_a_dict_and_of_a_function(self, tmp_path) -> None:
+        """A function gets the logs."""
+        for name, metadata in (("a", {"dataset": "digits"}), ("b", lambda logs: {"rounded": round(logs["loss"], 1)})):
+            fit(dense_model(), kc.ModelCheckpoint(tmp_path / name, metadata=metadata))
+
+        assert kc.CheckpointDirectory(tmp_path / "a").latest().metadata == {"dataset": "digits"}
+        assert set(kc.CheckpointDirectory(tmp_path / "b").latest().metadata) == {"rounded"}
+
+    def test_weights_only_leaves_the_optimizer_out(self, runs) -> None:
+        """The files have weights and seeds, and can be restored into a compiled model."""
+        model = dense_model()
+        fit(model, kc.ModelCheckpoint(runs.path, save_weights_only=True))
+
+        names = [name for name, _ in tf.train.list_variables(runs.latest().prefix)]
+        assert not [name for name in names if name.startswith(("optimizer/", "metrics/"))]
+        other = dense_model()
+        kc.restore(other, runs)
+        assert np.array_equal(other.get_weights()[0], model.get_weights()[0])
+        fit(other, kc.ModelCheckpoint(runs.path, save_weights_only=True))
+        assert steps(runs) == [5, 10]
+
+    def test_what_a_plain_tensorflow_program_reads(self, runs) -> None:
+        """`tf.train.latest_checkpoint` finds it and `tf.train.Checkpoint` restores it whole."""
+        model = dense_model()
+        fit(model, kc.ModelCheckpoint(runs.path, keep=2), epochs=3)
+        prefix = tf.train.latest_checkpoint(runs.path)
+        other = dense_model()
+        other.optimizer.build(other.trainable_variables)
+
+        tf.train.Checkpoint(model=other).read(prefix).assert_existing_objects_matched()
+
+        assert prefix == runs.latest().prefix
+        for mine, theirs in zip(
+            model.weights + model.optimizer.variables, other.weights + other.optimizer.variables, strict=True
+        ):
+            assert np.array_equal(mine.numpy(), theirs.numpy())
+
+    def test_verbose_says_what_was_saved_and_what_was_not(self, runs, capsys) -> None:
+        """A line for each save that is due."""
+        trained(runs, [0.5, 0.6], verbose=1, save_best_only=True)
+
+        out = capsys.readouterr().out
+        assert f"Step 1, epoch 1: val_loss 0.5, saved {runs.path}/ckpt-1" in out
+        assert "Step 2, epoch 2: val_loss 0.6, not saved, it would not be kept" in out
+
+
+class TestWhatIsKept:
+    def test_the_best_and_the_newest(self, runs) -> None:
+        """The policy takes the callback's monitor and mode."""
+        trained(runs, [0.5, 0.2, 0.4, 0.3, 0.6], keep=kc.BestN(2) | kc.LatestN(1))
+
+        assert steps(runs) == [2, 4, 5]
+
+    def test_an_int_keeps_the_newest(self, runs) -> None:
+        """keep=2 means LatestN(2)."""
+        assert steps(trained(runs, [1, 2, 3], keep=2)) == [2, 3]
+
+    def test_a_first_nan_does_not_end_the_tracking_of_the_best(self, runs) -> None:
+        """In Keras it does."""
+        trained(runs, [math.nan, 0.5, math.inf, 0.4, math.nan], save_best_only=True)
+
+        assert steps(runs) == [2, 4]
+
+    def test_save_best_only_saves_improvements_and_keeps_them(self, runs) -> None:
+        """An equal value is no improvement."""
+        trained(runs, [0.5, 0.5, 0.6, 0.4], save_best_only=True)
+
+        assert steps(runs) == [1, 4]
+        assert runs.best().step == 4
+
+    def test_save_best_only_with_a_policy(self, runs) -> None:
+        """Only improvements are written, and of these the policy keeps its own."""
+        assert steps(trained(runs, [0.5, 0.6, 0.4, 0.3], save_best_only=True, keep=2)) == [3, 4]
+
+    @pytest.mark.parametrize(("mode", "kept"), [("min", [3]), ("max", [1, 4])])
+    def test_save_best_only_has_a_threshold(self, runs, mode, kept) -> None:
+        """The first that is saved must beat it."""
+        trained(runs, [0.5, 0.45, 0.3, 0.6], save_best_only=True, mode=mode, initial_value_threshold=0.4)
+
+        assert steps(runs) == kept
+
+    def test_best_is_what_is_best_on_disk(self, runs) -> None:
+        """The attribute that Keras's callback has, read from the directory."""
+        checkpoint = kc.ModelCheckpoint(runs.path, mode="min", initial_value_threshold=0.45)
+        assert checkpoint.best == 0.45
+
+        trained(runs, [0.5, 0.2, 0.4])
+
+        assert checkpoint.best == 0.2
+
+    def test_a_run_that_wrote_nothing_says_why(self, runs) -> None:
+        """At the end of the training."""
+        with pytest.warns(
+            UserWarning, match=r"Nothing was saved into .*: 2 saves were due.*BestN\(1, 'val_loss', 'min'\)"
+        ):
+            trained(runs, [math.nan, math.nan], keep=kc.BestN(1))
+
+    def test_a_pinned_checkpoint_stays(self, runs) -> None:
+        """Whatever the policy says."""
+
+        class Pins(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None) -> None:
+                if epoch == 0:
+                    runs.pin(1, "by hand")
+
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, keep=1), Pins(), epochs=3, batches=1)
+
+        assert steps(runs) == [1, 3]
+
+
+class TestTheMonitor:
+    def test_one_that_never_appears_is_warned_of_and_everything_stays(self, runs) -> None:
+        """Once, after the first epoch with validation, with the names there are and the closest one."""
+        model = dense_model(metrics=["mae"])
+
+        with pytest.warns(UserWarning, match="nothing can be ranked by it") as caught:
+            fit(
+                model,
+                kc.ModelCheckpoint(runs.path, monitor="val_ma", mode="min", keep=kc.BestN(1) | kc.LatestN(1)),
+                epochs=4,
+                validation_data=(X, Y),
+                validation_freq=2,
+            )
+
+        assert len(caught) == 1
+        assert "The metrics are: loss, mae, val_loss, val_mae. Did you mean 'val_mae'?" in str(caught[0].message)
+        assert steps(runs) == [5, 10, 15, 20]
+
+    def test_nothing_is_said_of_one_that_nothing_uses(self, runs) -> None:
+        """The default monitor is val_loss, and many trainings have no validation."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, keep=1), epochs=2)
+
+        assert steps(runs) == [10]
+
+    def test_without_validation_the_ends_of_epochs_stay(self, runs) -> None:
+        """A run that asks for the best by a metric that never comes is not lost."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, keep=kc.BestN(1)), epochs=3)
+
+        assert steps(runs) == [5, 10, 15]
+
+    def test_one_that_comes_now_and_then_ranks_when_it_comes(self, runs) -> None:
+        """Validation every second epoch: the others are saved until the first ranking, and pruned by it."""
+        trained(runs, [None, 0.5, None, 0.4, None], keep=kc.BestN(1))
+
+        assert steps(runs) == [4]
+
+    @pytest.mark.parametrize("value", [[1.0, 2.0], np.ones(3), "0.5"])
+    def test_one_that_is_no_number_is_an_error(self, runs, value) -> None:
+        """It says what was received and what to do; what was saved before is there."""
+        with pytest.raises(TypeError, match=r"The monitored metric cannot be ranked by.*Reduce it"):
+            trained(runs, [0.5, value], keep=kc.BestN(1))
+
+        assert steps(runs) == [1]
+
+    def test_other_logs_that_are_no_numbers_are_left_out(self, runs) -> None:
+        """Only metrics go into the sidecar."""
+        fit(dense_model(), Reports(matrix=[np.ones((2, 2))], none=[None], text=["x"]), kc.ModelCheckpoint(runs.path))
+
+        assert set(runs.latest().metrics) == {"loss"}
+
+    @pytest.mark.parametrize(
+        ("metric", "monitor", "mode"),
+        [
+            ("accuracy", "val_accuracy", "max"),
+            ("acc", "acc", "max"),
+            ("mae", "val_mae", "min"),
+            ("mean_absolute_error", "mean_absolute_error", "min"),
+            (keras.metrics.AUC, "val_auc", "max"),
+            (keras.metrics.CosineSimilarity, "val_cosine_similarity", "max"),
+            (keras.losses.hinge, "val_hinge", "min"),
+            (OwnAUC, "val_own_auc", "max"),
+            (None, "val_loss", "min"),
+        ],
+    )
+    def test_auto_mode_is_what_keras_finds_but_before_training(self, runs, metric, monitor, mode) -> None:
+        """The same direction that Keras's callback comes to at the end of the first epoch."""
+        metric = metric(name=monitor.removeprefix("val_")) if isinstance(metric, type) else metric
+        model = dense_model(metrics=[metric] if metric else None)
+        theirs = keras.callbacks.EarlyStopping(monitor=monitor)
+        data = (X, (Y > 0).astype("float32"))
+
+        class Looks(keras.callbacks.Callback):
+            found = None
+
+            def on_train_batch_begin(self, batch, logs=None) -> None:
+                self.found = self.found or checkpoint._ranking.mode
+
+        looks, checkpoint = Looks(), kc.ModelCheckpoint(runs.path, monitor=monitor, keep=kc.BestN(1))
+        fit(model, checkpoint, looks, theirs, validation_data=data)
+
+        assert looks.found == mode
+        assert (theirs.monitor_op is keras.ops.less) == (mode == "min")
+
+    @pytest.mark.parametrize(
+        "options", [{"save_best_only": True}, {"keep": kc.BestN(1)}, {"keep": kc.BestN(1, "other") | kc.LatestN(1)}]
+    )
+    def test_a_direction_that_keras_cannot_find_is_an_error_before_the_first_batch(self, runs, options) -> None:
+        """Which is when a user can still mend it."""
+        model = dense_model()
+        before = model.get_weights()
+
+        with pytest.raises(ValueError, match=r"Pass mode='max' if more is, mode='min' if less is"):
+            fit(model, kc.ModelCheckpoint(runs.path, monitor="val_f1", **options))
+
+        assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+    def test_a_direction_that_nothing_needs_is_no_error(self, runs) -> None:
+        """The record then says the metric without the direction."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="val_f1"))
+
+        assert (runs.latest().monitor, runs.latest().mode) == ("val_f1", None)
+
+    def test_an_unknown_mode_is_refused(self, runs) -> None:
+        """Keras warns, and goes on with auto."""
+        with pytest.raises(ValueError, match=r"Received: mode='lowest'"):
+            kc.ModelCheckpoint(runs.path, mode="lowest")
+
+
+class TestWhenItSaves:
+    @pytest.mark.parametrize(
+        ("save_freq", "saved"),
+        [
+            ("epoch", [5, 10, 15]),
+            (4, [4, 8, 12]),
+            (5, [5, 10, 15]),
+            (7, [7, 14]),
+            (["epoch", 4], [4, 5, 8, 10, 12, 15]),
+            ([6, 4], [4, 6, 8, 12]),
+            (datetime.timedelta(hours=1), []),
+            (datetime.timedelta(microseconds=1), list(range(1, 16))),
+            (["epoch", datetime.timedelta(hours=1)], [5, 10, 15]),
+        ],
+    )
+    def test_by_epochs_batches_and_time(self, runs, save_freq, saved) -> None:
+        """Three epochs of five batches."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, save_freq=save_freq), epochs=3)
+
+        assert steps(runs) == saved
+
+    @pytest.mark.parametrize(
+        "save_freq", [0, -3, True, False, "batch", 2.5, None, [], ["epoch", 0], datetime.timedelta(0)]
+    )
+    def test_a_wrong_save_freq_is_refused(self, runs, save_freq) -> None:
+        """With what was received."""
+        with pytest.raises((ValueError, TypeError), match="Received"):
+            kc.ModelCheckpoint(runs.path, save_freq=save_freq)
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"epochs": 2}, [3, 6, 9, 10, 13, 16, 19, 20]),
+            ({"epochs": 2, "steps_per_epoch": 4}, [3, 6, 9, 10]),
+        ],
+    )
+    def test_several_batches_in_one_execution(self, runs, options, expected) -> None:
+        """With three batches an execution, of ten in the data, the last one of an epoch runs what is left."""
+        model = dense_model(steps_per_execution=3, run_eagerly=False)
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Your input ran out of data")
+            fit(model, kc.ModelCheckpoint(runs.path, save_freq=1), batches=10, **options)
+
+        assert steps(runs) == expected
+        assert steps(runs)[-1] == int(model.optimizer.iterations.numpy())
+
+    def test_steps_per_epoch_over_endless_data(self, runs) -> None:
+        """Five executions of three batches where fourteen were asked for: what ran is what counts."""
+        data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(1).repeat()
+        model = dense_model(steps_per_execution=3, run_eagerly=False)
+
+        model.fit(
+            data, epochs=2, steps_per_epoch=14, verbose=0, shuffle=False, callbacks=[kc.ModelCheckpoint(runs.path)]
+        )
+
+        assert steps(runs) == [15, 30]
+        assert int(model.optimizer.iterations.numpy()) == 30
+
+    @pytest.mark.parametrize("execution", [1, 4])
+    @pytest.mark.parametrize("accumulation", [None, 2])
+    def test_data_of_unknown_length(self, runs, execution, accumulation) -> None:
+        """Ten batches that nobody counted before, with gradients accumulated or not."""
+        data = tf.data.Dataset.from_tensor_slices((X[:10], Y[:10])).filter(lambda x, y: True).batch(1)
+        optimizer = keras.optimizers.Adam(gradient_accumulation_steps=accumulation)
+        model = dense_model(optimizer=optimizer, steps_per_execution=execution, run_eagerly=False)
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Your input ran out of data")
+            model.fit(
+                data,
+                epochs=2,
+                verbose=0,
+                shuffle=False,
+                callbacks=[kc.ModelCheckpoint(runs.path, save_freq=["epoch", 4])],
+            )
+
+        assert [(record.step, record.epoch) for record in runs] == [
+            (4, 0),
+            (8, 0),
+            (10, 1),
+            *([(12, 1), (16, 1), (20, 2)] if execution == 1 else [(14, 1), (18, 1), (20, 2)]),
+        ]
+
+    def test_a_training_that_is_stopped_in_an_epoch_has_not_completed_it(self, runs) -> None:
+        """TerminateOnNaN and its like."""
+
+        class Stops(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None) -> None:
+                self.model.stop_training = batch == 2
+
+        fit(dense_model(), Stops(), kc.ModelCheckpoint(runs.path), epochs=3)
+
+        assert [(r.step, r.epoch, r.batch) for r in runs] == [(3, 0, 3)]
+
+
+class TestSavesWithinAnEpoch:
+    def test_one_that_a_policy_keeps_unranked_is_written_at_once(self, runs) -> None:
+        """It has the training metrics so far, and no validation metric; the epoch's end is ranked besides."""
+        fit(
+            dense_model(),
+            kc.ModelCheckpoint(runs.path, save_freq=2, keep=kc.BestN(1) | kc.LatestN(2)),
+            validation_data=(X, Y),
+        )
+
+        assert [(r.step, r.epoch, r.batch, "val_loss" in r.metrics) for r in runs] == [
+            (4, 0, 4, False),
+            (5, 1, 0, True),
+        ]
+        assert runs[5].reason == "every 2 batches"
+
+    def test_one_that_only_ranking_could_keep_waits_for_the_epochs_end(self, runs) -> None:
+        """It is ranked on the weights that were validated. (In Keras this is a TypeError.)"""
+        fit(
+            dense_model(),
+            Reports(val_loss=[0.5, 0.6, 0.4]),
+            kc.ModelCheckpoint(runs.path, save_freq=3, save_best_only=True),
+            epochs=3,
+        )
+
+        assert steps(runs) == [5, 15]
+
+    def test_what_is_not_due_is_not_saved_at_the_epochs_end(self, runs) -> None:
+        """Seven batches are due in the second and the third epoch only."""
+        fit(
+            dense_model(),
+            Reports(val_loss=[0.5, 0.4, 0.3, 0.2]),
+            kc.ModelCheckpoint(runs.path, save_freq=9, save_best_only=True),
+            epochs=4,
+        )
+
+        assert steps(runs) == [10, 20]
+
+    def test_a_training_metric_is_ranked_at_once(self, runs) -> None:
+        """The running mean of the epoch so far is what Keras gives, and all there is."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="loss", save_freq=2, save_best_only=True))
+
+        best = runs.best("loss", "min")
+        assert best.step in (2, 4)
+        assert steps(runs)[0] == 2
+
+    def test_the_record_of_the_very_step_gets_the_metrics(self, runs) -> None:
+        """The epoch's last batch was saved already: its sidecar is completed, its files are as they were."""
+        seen = {}
+
+        class Looks(keras.callbacks.Callback):
+            def on_test_begin(self, logs=None) -> None:
+                seen["before"] = runs.latest()
+
+        fit(
+            dense_model(),
+            kc.ModelCheckpoint(runs.path, save_freq=5, keep=kc.LatestN(2)),
+            Looks(),
+            validation_data=(X, Y),
+        )
+        # Nothing ranks here, so nothing waits for the epoch's end.
+        assert "val_loss" not in runs.latest().metrics
+
+        runs.clear()
+        keep = kc.LatestN(2) | kc.BestN(1)
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, save_freq=5, keep=keep), Looks(), validation_data=(X, Y))
+
+        record, before = runs.latest(), seen["before"]
+        assert before.step == record.step == 5
+        assert before.files == record.files
+        assert before.sequence == record.sequence
+        assert (before.epoch, before.batch, record.epoch, record.batch) == (0, 5, 1, 0)
+        assert "val_loss" not in before.metrics
+        assert "val_loss" in record.metrics
+
+    def test_weights_that_changed_since_are_saved_anew(self, runs) -> None:
+        """SwapEMAWeights puts the averages into the model for validation: these are the weights that were measured."""
+        optimizer = keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5)
+        model = dense_model(optimizer=optimizer)
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        seen = {}
+
+        class Looks(keras.callbacks.Callback):
+            def on_test_begin(self, logs=None) -> None:
+                seen["before"] = runs.latest()
+
+            def on_epoch_end(self, epoch, logs=None) -> None:
+                seen["measured"] = self.model.get_weights()
+
+        checkpoint = kc.ModelCheckpoint(runs.path, save_freq=5, keep=kc.LatestN(1) | kc.BestN(1))
+        fit(model, swap, Looks(), checkpoint, validation_data=(X, Y))
+
+        record = runs.latest()
+        assert record.step == seen["before"].step == 5
+        assert record.sequence == seen["before"].sequence + 1
+        assert record.files != seen["before"].files
+        other = dense_model(optimizer=keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5))
+        kc.restore(other, record)
+        assert all(np.array_equal(a, b) for a, b in zip(other.get_weights(), seen["measured"], strict=True))
+
+
+class TestOneRunADirectory:
+    def test_a_second_fit_goes_on(self, runs) -> None:
+        """Steps and epochs count from the beginning of the run."""
+        model = dense_model()
+        checkpoint = kc.ModelCheckpoint(runs.path)
+        fit(model, checkpoint, epochs=2)
+        fit(model, checkpoint, epochs=1)
+        fit(model, kc.ModelCheckpoint(runs.path), epochs=1)
+
+        assert [(record.step, record.epoch) for record in runs] == [(5, 1), (10, 2), (15, 3), (20, 4)]
+        assert len({record.run_id for record in runs}) == 1
+
+    def test_a_restored_model_goes_on(self, runs) -> None:
+        """Built anew, in another kernel or the same."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=2)
+        model = dense_model()
+        kc.restore(model, runs)
+
+        fit(model, kc.ModelCheckpoint(runs.path), initial_epoch=2, epochs=3)
+
+        assert [(record.step, record.epoch) for record in runs] == [(5, 1), (10, 2), (15, 3)]
+
+    @pytest.mark.parametrize(
+        "case", ["a fresh model", "weights loaded otherwise", "restored from elsewhere", "in part", "uncompiled"]
+    )
+    def test_any_other_fit_is_refused_before_its_first_batch(self, runs, tmp_path, case) -> None:
+        """The error names the ways out, and neither the directory nor the model changes."""
+        first = dense_model()
+        fit(first, kc.ModelCheckpoint(runs.path))
+        model = dense_model()
+        match case:
+            case "weights loaded otherwise":
+                model.set_weights(first.get_weights())
+            case "restored from elsewhere":
+                fit(dense_model(), kc.ModelCheckpoint(tmp_path / "other"))
+                kc.restore(model, tmp_path / "other")
+            case "in part":
+                model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)])
+                model.compile("adam", "mse", run_eagerly=True)
+                kc.restore(model, runs, strict=False)
+            case "uncompiled":
+                model = dense_model(compiled=False)
+                kc.restore(model, runs)
+                model.compile("adam", "mse", run_eagerly=True)
+        before = model.get_weights()
+
+        with pytest.raises(kc.DirectoryNotEmptyError) as caught:
+            fit(model, kc.ModelCheckpoint(runs.path))
+
+        assert isinstance(caught.value, FileExistsError)
+        for way_out in ("keras_ckpt.restore(model, ", "another directory", ".clear()"):
+            assert way_out in str(caught.value)
+        assert steps(runs) == [5]
+        assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+    def test_a_directory_of_tensorflows_own_checkpoints_is_refused(self, runs) -> None:
+        """They are somebody's run too."""
+        pathlib.Path(runs.path).mkdir()
+        tf.train.CheckpointManager(tf.train.Checkpoint(step=tf.Variable(1)), runs.path, 3).save()
+
+        with pytest.raises(kc.DirectoryNotEmptyError, match="holds 1 checkpoints of another run"):
+            fit(dense_model(), kc.ModelCheckpoint(runs.path))
+
+    def test_after_clear_another_run_begins(self, runs) -> None:
+        """From step 0, with its own id."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=2)
+        first = runs.latest().run_id
+        runs.clear()
+
+        fit(dense_model(), kc.ModelCheckpoint(runs.path))
+
+        assert steps(runs) == [5]
+        assert runs.latest().run_id != first
+
+    def test_after_going_back_the_new_branch_is_the_newest(self, runs) -> None:
+        """Steps that are saved again supersede, those of the old branch are older than any of the new one."""
+        fit(dense_model(), Reports(val_loss=[0.5, 0.4, 0.3, 0.2]), kc.ModelCheckpoint(runs.path), epochs=4)
+        model = dense_model()
+        kc.restore(model, runs[5])
+
+        fit(model, Reports(val_loss=[0.9, 0.8]), kc.ModelCheckpoint(runs.path), epochs=2)
+
+        assert steps(runs) == [5, 20, 10, 15]
+        assert [record.metrics["val_loss"] for record in runs] == [0.5, 0.2, 0.9, 0.8]
+        assert tf.train.latest_checkpoint(runs.path) == runs[15].prefix
+        assert runs.plan(kc.LatestN(2)).kept == (runs[10], runs[15])
+
+    def test_after_going_back_equal_weights_are_the_new_branch_too(self, runs) -> None:
+        """A replay that comes to the same bits is newer than the old branch all the same."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, save_freq=["epoch", 5], keep=4), epochs=3, batches=5)
+        model = dense_model()
+        kc.restore(model, runs[5])
+        fit(model, kc.ModelCheckpoint(runs.path, save_freq=["epoch", 5], keep=4), epochs=1)
+
+        assert steps(runs) == [5, 15, 10]
+
+    def test_two_callbacks_of_one_fit_cannot_share_a_directory(self, runs) -> None:
+        """Each would remove what the other keeps."""
+        with pytest.raises(kc.DirectoryNotEmptyError, match=r"keep=first \| second"):
+            fit(dense_model(), kc.ModelCheckpoint(runs.path), kc.ModelCheckpoint(runs.path, keep=1))
+
+    def test_two_callbacks_of_one_fit_with_a_directory_each(self, tmp_path) -> None:
+        """They belong to one run, and count the same steps."""
+        first, second = (kc.CheckpointDirectory(tmp_path / name) for name in ("a", "b"))
+        fit(dense_model(), kc.ModelCheckpoint(first.path), kc.ModelCheckpoint(second.path, save_freq=5), epochs=2)
+
+        assert steps(first) == steps(second) == [5, 10]
+        assert first.latest().run_id == second.latest().run_id
+
+    def test_a_cell_that_was_interrupted_can_be_run_again(self, runs) -> None:
+        """Ctrl-C runs no hook of Keras; the same model goes on with a new callback all the same."""
+        model = dense_model()
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, kc.ModelCheckpoint(runs.path, save_freq=2), Interrupts(7), epochs=3)
+        assert steps(runs) == [2, 4, 6]
+
+        fit(model, kc.ModelCheckpoint(runs.path, save_freq=2))
+
+        assert steps(runs) == [2, 4, 6, 8, 10, 12]
+
+    def test_the_lock_is_free_after_the_fit(self, runs) -> None:
+        """So that another process may go on."""
+        import subprocess
+        import sys
+
+        from conftest import HOLD
+
+        fit(dense_model(), kc.ModelCheckpoint(runs.path))
+
+        subprocess.run([sys.executable, "-c", HOLD, runs.path], input="", text=True, check=True, capture_output=True)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("path", ["best.keras", "best.h5", "best.weights.h5", "{epoch}.keras"])
+    def test_files_of_keras_are_refused_in_plain_words(self, path) -> None:
+        """Until they are supported."""
+        with pytest.raises(ValueError, match=r"not supported yet.*Give a directory"):
+            kc.ModelCheckpoint(path)
+
+    def test_a_template_is_refused(self) -> None:
+        """Directories are named, checkpoints are numbered."""
+        with pytest.raises(ValueError, match="without braces"):
+            kc.ModelCheckpoint("runs/{epoch:02d}-{val_loss:.2f}")
+
+    @pytest.mark.parametrize("monitor", [None, 3, "", ["loss"]])
+    def test_a_monitor_is_a_name(self, runs, monitor) -> None:
+        """With what was received."""
+        with pytest.raises(TypeError, match="Received: monitor="):
+            kc.ModelCheckpoint(runs.path, monitor=monitor)
+
+    @pytest.mark.parametrize("metadata", [{"model": object()}, "text", {1: 2}])
+    def test_metadata_that_json_cannot_hold_is_refused_at_once(self, runs, metadata) -> None:
+        """Before training."""
+        with pytest.raises(TypeError, match="metadata"):
+            kc.ModelCheckpoint(runs.path, metadata=metadata)
+
+    def test_a_metadata_function_that_returns_nonsense_loses_nothing(self, runs) -> None:
+        """What was saved before is there."""
+        results = iter([{"a": 1}, {"b": object()}])
+
+        with pytest.raises(TypeError, match=r"metadata\['b'\]"):
+            fit(dense_model(), kc.ModelCheckpoint(runs.path, metadata=lambda logs: next(results)), epochs=2)
+
+        assert steps(runs) == [5]
+
+    def test_a_path_that_is_a_file(self, tmp_path) -> None:
+        """Is an error before the first batch."""
+        (tmp_path / "file").write_text("mine")
+        model = dense_model()
+
+        with pytest.raises(NotADirectoryError, match="this is a file"):
+            fit(model, kc.ModelCheckpoint(tmp_path / "file"))
+
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_a_full_disk_reaches_the_user_and_harms_nothing(self, runs, monkeypatch) -> None:
+        """The save of a real model fails in TensorFlow; the checkpoints before are whole, the fit can be repeated."""
+        import errno
+
+        from keras_ckpt import files
+
+        model = dense_model()
+        fit(model, kc.ModelCheckpoint(runs.path, keep=1))
+        before = values_on_disk(runs)
+
+        def full(*arguments) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", full)
+            with pytest.raises(
+                kc.SaveError, match=r"Could not save step 10 .*No space left.*Free some space"
+            ) as caught:
+                fit(model, kc.ModelCheckpoint(runs.path, keep=1))
+
+        assert isinstance(caught.value, OSError)
+        assert values_on_disk(runs) == before
+        fit(model, kc.ModelCheckpoint(runs.path, keep=1))
+        assert steps(runs) == [15]
+
+
+def values_on_disk(runs) -> list[tuple[str, bytes]]:
+    return [(path.name, path.read_bytes()) for path in sorted(pathlib.Path(runs.path).glob("ckpt-*"))]
+
+
+def test_the_position_is_the_same_whoever_counts(tmp_path) -> None:
+    """A restored model, trained by one callback and by two, is at the same place."""
+    for callbacks in (1, 2):
+        model = dense_model()
+        runs = [kc.CheckpointDirectory(tmp_path / f"{callbacks}-{number}") for number in range(callbacks)]
+        fit(model, *(kc.ModelCheckpoint(each.path, save_freq=3) for each in runs), epochs=2)
+        other = dense_model()
+        kc.restore(other, runs[0])
+        assert not same(model, other)  # step 9 is not the end
+
+        fit(other, *(kc.ModelCheckpoint(each.path, save_freq=3) for each in runs))
+
+        assert [[(r.step, r.epoch, r.batch) for r in each][-2:] for each in runs] == [
+            [(9, 1, 4), (12, 1, 3)]
+        ] * callbacks

@@ -1,0 +1,457 @@
+"""Restoring: everything or nothing, into the right layer, with a report that fits on a screen."""
+
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from models import X, Y, dense_model, fit, same, values
+from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
+
+import keras_ckpt as kc
+from keras_ckpt.position import position_of
+from keras_ckpt.state import names
+
+
+@pytest.fixture
+def runs(tmp_path) -> kc.CheckpointDirectory:
+    return kc.CheckpointDirectory(tmp_path / "run")
+
+
+@pytest.fixture
+def model(runs) -> keras.Model:
+    """A model whose state is on disk, as its only checkpoint."""
+    model = dense_model()
+    fit(model, kc.ModelCheckpoint(runs.path), epochs=2, validation_data=(X, Y))
+    runs.prune(1)
+    return model
+
+
+@pytest.mark.parametrize(
+    "form", ["record", "directory", "path of the directory", "prefix", "index", "sidecar", "relative"]
+)
+def test_takes_a_record_a_directory_or_a_path(runs, model, monkeypatch, form) -> None:
+    """Whichever a user has at hand."""
+    record = runs.latest()
+    monkeypatch.chdir(pathlib.Path(runs.path).parent)
+    checkpoint = {
+        "record": record,
+        "directory": runs,
+        "path of the directory": pathlib.Path(runs.path),
+        "prefix": record.prefix,
+        "index": record.prefix + ".index",
+        "sidecar": record.prefix + ".json",
+        "relative": "run/ckpt-10",
+    }[form]
+    other = dense_model()
+
+    kc.restore(other, checkpoint)
+
+    assert same(model, other)
+
+
+def test_an_optimizer_that_is_not_built_is_built(runs, model) -> None:
+    """A compiled model gets its slots back before its first batch."""
+    other = dense_model()
+    assert not other.optimizer.built
+
+    report = kc.restore(other, runs)
+
+    assert same(model, other)
+    assert not report.missing
+
+
+def test_a_model_that_is_not_compiled_gets_weights_and_seeds(runs, model) -> None:
+    """It has no optimizer to restore, which is no difference."""
+    other = dense_model(compiled=False)
+
+    report = kc.restore(other, runs)
+
+    assert all(np.array_equal(a.numpy(), b.numpy()) for a, b in zip(model.variables, other.variables, strict=True))
+    assert {name.split("/")[0] for name in report.unexpected} == {"optimizer", "metrics"}
+    assert "model 5 of 5" in str(report)
+
+
+@pytest.mark.parametrize("build", [convolutional, functional, subclassed, named, two_of_one_path, mixed])
+def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
+    """Functional, sequential, subclassed, nested, sharing a path, frozen, mixed precision, averaged, accumulated."""
+    model, other = build(), build()
+    if not model.compiled:
+        for each in (model, other):
+            each.compile("adam", "mse")
+            each.optimizer.build(each.trainable_variables)
+    random = np.random.default_rng(1)
+    for variable in names(model).values():
+        variable.assign(
+            random.integers(0, 100, variable.shape).astype(
+                variable.dtype if isinstance(variable.dtype, str) else "float32"
+            )
+        )
+    writer = kc.CheckpointManager(kc.state.ModelState(model), tmp_path)
+    writer.save()
+
+    kc.restore(other, tmp_path)
+
+    for name, variable in names(other).items():
+        assert np.array_equal(variable.numpy(), names(model)[name].numpy()), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd"},
+        {"optimizer": lambda: keras.optimizers.AdamW(use_ema=True, ema_overwrite_frequency=2)},
+        {"optimizer": lambda: keras.optimizers.Adam(gradient_accumulation_steps=2)},
+        {"optimizer": lambda: keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))},
+        {"optimizer": "adafactor"},
+        {"optimizer": "muon"},
+    ],
+)
+def test_training_goes_on_from_a_restored_model_to_the_same_bits(runs, options) -> None:
+    """Two more epochs after a restore end where four epochs end."""
+    make = options["optimizer"]
+    options = lambda: {"optimizer": make() if callable(make) else make}  # noqa: E731
+    whole = dense_model(**options())
+    start = whole.get_weights()
+    seeds = [variable.numpy() for variable in whole.variables]
+    fit(whole, epochs=4)
+    first = dense_model(**options())
+    first.set_weights(start)
+    for variable, value in zip(first.variables, seeds, strict=True):
+        variable.assign(value)
+    fit(first, kc.ModelCheckpoint(runs.path), epochs=2)
+
+    second = dense_model(**options())
+    kc.restore(second, runs)
+    fit(second, initial_epoch=2, epochs=4)
+
+    assert same(whole, second)
+
+
+def test_mixed_precision_goes_on_to_the_same_bits(runs) -> None:
+    """The loss scale and its counter are state too."""
+    keras.mixed_precision.set_dtype_policy("mixed_float16")
+    try:
+        model, other = dense_model(), dense_model()
+        fit(model, kc.ModelCheckpoint(runs.path))
+        kc.restore(other, runs)
+        fit(model), fit(other)
+    finally:
+        keras.mixed_precision.set_dtype_policy("float32")
+
+    assert same(model, other)
+
+
+def test_the_position_is_the_checkpoints(runs, model) -> None:
+    """Restoring says where in its run a model is."""
+    other = dense_model()
+    kc.restore(other, runs)
+
+    position = position_of(other)
+    assert (position.run_id, position.step, position.epoch, position.batch) == (runs.latest().run_id, 10, 2, 0)
+
+
+def wider(name: str) -> keras.Model:
+    """Models that the checkpoint does not fit."""
+    layers = {
+        "another shape": [keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(2)],
+        "a layer more": [
+            keras.layers.Dense(3),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(1),
+            keras.layers.Dense(1),
+        ],
+        "a layer less": [keras.layers.Dense(1), keras.layers.Dropout(0.5)],
+        "no dropout": [keras.layers.Dense(3), keras.layers.Dense(1)],
+        "another name": [keras.layers.Dense(3, name="head"), keras.layers.Dropout(0.5), keras.layers.Dense(1)],
+        "another dtype": [keras.layers.Dense(3, dtype="float64"), keras.layers.Dropout(0.5), keras.layers.Dense(1)],
+        "another optimizer": [keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)],
+    }[name]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile("sgd" if name == "another optimizer" else "adam", "mse", run_eagerly=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("case", "line"),
+    [
+        (
+            "another shape",
+            r"model/dense_1/kernel: shape \(3, 2\) float32 in the model, shape \(3, 1\) float32 in the checkpoint",
+        ),
+        ("a layer more", "model/dense_2/kernel: not in the checkpoint"),
+        ("a layer less", "model/dense_1/kernel: in the checkpoint, not in the model"),
+        ("no dropout", "model/seed_generator/seed_generator_state: in the checkpoint, not in the model"),
+        ("another name", "model/head/kernel: not in the checkpoint"),
+        ("another dtype", r"model/dense/kernel: shape \(4, 3\) float64 in the model, shape \(4, 3\) float32"),
+        ("another optimizer", "optimizer/dense/kernel/velocity: in the checkpoint, not in the model"),
+    ],
+)
+def test_a_difference_is_an_error_before_anything_changes(runs, model, case, line) -> None:
+    """It names the variables with their shapes, and how to mend it."""
+    other = wider(case)
+    other.optimizer.build(other.trainable_variables)
+    before = values(other)
+
+    with pytest.raises(kc.MismatchError, match=line) as caught:
+        kc.restore(other, runs)
+
+    assert isinstance(caught.value, ValueError)
+    assert "strict=False" in str(caught.value)
+    assert all(np.array_equal(a, b) for a, b in zip(before, values(other), strict=True))
+
+
+def test_metrics_are_only_reported(runs) -> None:
+    """Another metric is no reason not to restore a model."""
+    fit(dense_model(metrics=["mae"]), kc.ModelCheckpoint(runs.path))
+    other = dense_model(metrics=["mse"])
+    fit(other)
+
+    report = kc.restore(other, runs)
+
+    assert set(report.unexpected) == {f"metrics/mean_absolute_error/{part}" for part in ("total", "count")}
+    assert set(report.missing) == {f"metrics/mean_squared_error/{part}" for part in ("total", "count")}
+
+
+def test_what_matches_is_restored_if_asked_for(runs, model) -> None:
+    """A head of another size keeps its weights, the rest is restored, and the model belongs to no run."""
+    other = wider("another shape")
+    head = other.layers[-1].get_weights()
+
+    report = kc.restore(other, runs, strict=False)
+
+    assert np.array_equal(other.layers[0].get_weights()[0], model.layers[0].get_weights()[0])
+    assert all(np.array_equal(a, b) for a, b in zip(head, other.layers[-1].get_weights(), strict=True))
+    assert "model/dense_1/kernel" in report.mismatched
+    assert position_of(other) is None
+
+
+@pytest.mark.parametrize("case", ["a layer more", "a layer less"])
+def test_equal_shapes_are_not_restored_into_another_layer(tmp_path, case) -> None:
+    """With more or fewer layers of an automatic name, nobody knows which is which: none of them is restored."""
+
+    def build(count: int) -> keras.Model:
+        model = keras.Sequential(
+            [keras.Input((4,)), *(keras.layers.Dense(4) for _ in range(count)), keras.layers.Dense(1, name="head")]
+        )
+        model.compile("sgd", "mse", run_eagerly=True)
+        return model
+
+    fit(build(3), kc.ModelCheckpoint(tmp_path))
+    other = build(4 if case == "a layer more" else 2)
+    before = [layer.get_weights() for layer in other.layers[:-1]]
+
+    report = kc.restore(other, tmp_path, strict=False)
+
+    assert "model/dense_1/kernel" in report.ambiguous
+    assert "model/head/kernel" in report.matched
+    assert all(np.array_equal(a, layer.get_weights()[0]) for (a, _), layer in zip(before, other.layers, strict=False))
+
+
+def test_named_layers_are_restored_wherever_they_are(tmp_path) -> None:
+    """A name that a user gave says which is which."""
+
+    def build(*layers: str) -> keras.Model:
+        model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(4, name=name) for name in layers)])
+        model.compile("sgd", "mse", run_eagerly=True)
+        return model
+
+    first = build("stem", "middle", "head")
+    fit(first, kc.ModelCheckpoint(tmp_path))
+    other = build("middle", "stem")
+
+    kc.restore(other, tmp_path, strict=False)
+
+    for name in ("middle", "stem"):
+        assert np.array_equal(first.get_layer(name).kernel.numpy(), other.get_layer(name).kernel.numpy())
+
+
+def test_a_model_built_for_the_third_time_gets_its_own_layers(tmp_path) -> None:
+    """With other layers made in between, and equal shapes throughout."""
+
+    def build() -> keras.Model:
+        model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(4) for _ in range(6))])
+        model.compile("sgd", "mse", run_eagerly=True)
+        return model
+
+    model = build()
+    fit(model, kc.ModelCheckpoint(tmp_path))
+    for _ in range(3):
+        keras.layers.Dense(4)
+    build()
+
+    other = build()
+    kc.restore(other, tmp_path)
+
+    assert same(model, other)
+
+
+def test_the_report_fits_on_a_screen(tmp_path) -> None:
+    """Even for a hundred layers that do not fit; it counts by layer."""
+
+    def build(prefix: str) -> keras.Model:
+        layers = [keras.layers.Dense(2, name=f"{prefix}{n}") for n in range(100)]
+        model = keras.Sequential([keras.Input((2,)), *layers])
+        model.compile("adam", "mse")
+        return model
+
+    model = build("a")
+    kc.CheckpointManager(kc.state.ModelState(model), tmp_path).save()
+
+    report = kc.restore(build("b"), tmp_path, strict=False)
+
+    assert len(report.unexpected) == 200
+    assert len(str(report).splitlines()) < 40
+    assert "model/a0 (2)" in str(report)
+    assert repr(report) == str(report)
+    with pytest.raises(kc.MismatchError) as caught:
+        kc.restore(build("b"), tmp_path)
+    assert len(str(caught.value).splitlines()) < 20
+
+
+@pytest.mark.parametrize(
+    "unbuilt", [lambda: keras.Sequential([keras.layers.Dense(3)]), subclassed.__globals__["Subclassed"]]
+)
+def test_a_model_that_is_not_built_says_how_to_build_it(runs, model, unbuilt) -> None:
+    """Without variables there is nothing to restore into."""
+    with pytest.raises(ValueError, match=r"not built.*model\.build\(input_shape\)"):
+        kc.restore(unbuilt(), runs)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "error", "text"),
+    [
+        ("run/ckpt-11", FileNotFoundError, "ckpt-11"),
+        ("nowhere", FileNotFoundError, "nowhere"),
+        ("nowhere/ckpt-1", FileNotFoundError, "nowhere"),
+        (None, TypeError, "latest"),
+        (10, TypeError, "Received: 10"),
+    ],
+)
+def test_what_is_not_there_is_named(runs, model, tmp_path, monkeypatch, checkpoint, error, text) -> None:
+    """With what was received."""
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises((error, kc.CheckpointNotFoundError), match=text):
+        kc.restore(dense_model(), checkpoint)
+
+
+def test_an_empty_directory_is_named(tmp_path) -> None:
+    """There is nothing to restore, which is not nothing to do."""
+    with pytest.raises(kc.CheckpointNotFoundError, match="There is no checkpoint in"):
+        kc.restore(dense_model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "harm", ["data cut", "data flipped", "index flipped", "data of another", "data missing", "sidecar cut"]
+)
+def test_a_damaged_checkpoint_changes_nothing(runs, model, harm) -> None:
+    """Sizes and digests are compared before anything is read."""
+    record = runs.latest()
+    data, index, sidecar = (pathlib.Path(f"{record.prefix}.{end}") for end in ("data-00000-of-00001", "index", "json"))
+    content = data.read_bytes()
+    match harm:
+        case "data cut":
+            data.write_bytes(content[:-1])
+        case "data flipped":
+            data.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        case "index flipped":
+            index.write_bytes(bytes([index.read_bytes()[0] ^ 1]) + index.read_bytes()[1:])
+        case "data of another":
+            data.write_bytes(bytes(len(content)))
+        case "data missing":
+            data.unlink()
+        case "sidecar cut":
+            sidecar.write_bytes(sidecar.read_bytes()[:-20])
+    other = dense_model()
+    before = values(other)
+
+    with pytest.raises(kc.DamagedCheckpointError):
+        kc.restore(other, record)
+    with pytest.raises(kc.DamagedCheckpointError):
+        kc.restore(other, runs)
+
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(before, values(dense_model()) and values(other)[: len(before)], strict=True)
+    )
+
+
+class TestCheckpointsOfTensorFlow:
+    """What `tf.train.Checkpoint` wrote is restored through its object graph."""
+
+    @pytest.mark.parametrize(
+        "root",
+        [
+            lambda model: tf.train.Checkpoint(model=model),
+            lambda model: tf.train.Checkpoint(net=model, step=tf.Variable(3)),
+            lambda model: tf.train.Checkpoint(optimizer=model.optimizer, model=model),
+            tf.train.Checkpoint,
+        ],
+    )
+    @pytest.mark.parametrize("build", [convolutional, subclassed])
+    def test_are_restored_whatever_they_call_the_model(self, tmp_path, root, build) -> None:
+        """All but the seeds, which TensorFlow does not save."""
+        model, other = build(), build()
+        for each in (model, other):
+            each.compile("adam", "mse")
+            each.optimizer.build(each.trainable_variables)
+        for index, variable in enumerate([*model.weights, *model.optimizer.variables]):
+            variable.assign(keras.ops.full(variable.shape, index + 1))
+        prefix = root(model).save(tmp_path / "ckpt")
+
+        report = kc.restore(other, prefix)
+
+        for mine, theirs in zip(
+            [*model.weights, *model.optimizer.variables], [*other.weights, *other.optimizer.variables], strict=True
+        ):
+            assert np.array_equal(mine.numpy(), theirs.numpy())
+        assert all("seed_generator" in name or name.startswith("metrics/") for name in report.missing)
+        assert report.step is None
+
+    def test_the_newest_of_a_directory_is_what_its_state_file_says(self, tmp_path) -> None:
+        """As `tf.train.latest_checkpoint` finds it."""
+        model = dense_model()
+        fit(model)
+        manager = tf.train.CheckpointManager(tf.train.Checkpoint(model=model), tmp_path, 3)
+        manager.save(7), manager.save(3)
+        other = dense_model()
+
+        report = kc.restore(other, tmp_path)
+
+        assert report.prefix == str(tmp_path / "ckpt-3")
+
+    def test_one_that_does_not_fit_is_refused(self, tmp_path) -> None:
+        """By the same rules."""
+        prefix = tf.train.Checkpoint(model=convolutional()).write(tmp_path / "ckpt")
+        other = dense_model()
+        before = other.get_weights()
+
+        with pytest.raises(kc.MismatchError):
+            kc.restore(other, prefix)
+
+        assert all(np.array_equal(a, b) for a, b in zip(before, other.get_weights(), strict=True))
+
+    def test_a_file_that_is_no_checkpoint_is_damaged(self, tmp_path) -> None:
+        """Whatever TensorFlow raises, one error comes out."""
+        (tmp_path / "ckpt-1.index").write_bytes(b"not a table" * 20)
+
+        with pytest.raises(kc.DamagedCheckpointError, match="cannot be read"):
+            kc.restore(dense_model(), tmp_path / "ckpt-1")
+
+
+@pytest.mark.parametrize(
+    "name", ["run[1]", "lr*", "a b", "ü", "what?", "back\\slash", "new\nline", "$(x)", "~", "-rf", "😀"]
+)
+def test_a_directory_may_have_any_name(tmp_path, name) -> None:
+    """TensorFlow itself takes some of these for patterns and fails to read."""
+    (tmp_path / "run1").mkdir()
+    model, other = dense_model(), dense_model()
+    runs = kc.CheckpointDirectory(tmp_path / name)
+    fit(model, kc.ModelCheckpoint(runs.path, keep=1), epochs=2)
+
+    kc.restore(other, runs)
+
+    assert same(model, other)
+    assert [record.step for record in runs] == [10]

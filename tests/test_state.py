@@ -1,0 +1,290 @@
+"""Names on disk: they read like the model, and are the same in every process."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from models import X, Y, dense_model, fit
+
+from keras_ckpt.state import GRAPH_KEY, NAMES_KEY, SUFFIX, ModelState, names
+
+
+def convolutional() -> keras.Model:
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(2, 3),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(4),
+            keras.layers.Dense(4),
+        ]
+    )
+    model.compile("adam", "mse", metrics=["mae"])
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def functional() -> keras.Model:
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(4)(inputs)
+    hidden = keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(4)])(hidden)
+    hidden = keras.layers.Dropout(0.5)(hidden)
+    outputs = keras.layers.Dense(4)(hidden)
+    return keras.Model(inputs, outputs)
+
+
+class Block(keras.layers.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = keras.layers.Dense(4)
+        self.second = keras.layers.Dense(4)
+
+    def build(self, shape) -> None:
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+class Subclassed(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Block()
+        self.second = Block()
+        self.scale = keras.Variable(1.0)
+        self.steps = tf.Variable(0.0)
+        self.both = keras.layers.Bidirectional(keras.layers.LSTM(2))
+
+    def call(self, x):
+        x = self.second(self.first(x))
+        return x * self.scale + keras.ops.sum(self.both(x[:, :, None]))
+
+
+def subclassed() -> keras.Model:
+    model = Subclassed()
+    model(X[:1])
+    return model
+
+
+def named() -> keras.Model:
+    """Names that a user gave stay."""
+    inputs = keras.Input((4,), name="image")
+    hidden = keras.layers.Dense(4, name="encoder")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(4, name="head")(hidden), name="net")
+
+
+def two_of_one_path() -> keras.Model:
+    """Two inner models whose layers have the same name."""
+    inputs = keras.Input((4,))
+    inner = []
+    for _ in range(2):
+        values = keras.Input((4,))
+        inner.append(keras.Model(values, keras.layers.Dense(4, name="same")(values)))
+    return keras.Model(inputs, inner[1](inner[0](inputs)))
+
+
+def mixed() -> keras.Model:
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), keras.layers.Dense(2)])
+    model.layers[0].trainable = False
+    inner = keras.optimizers.AdamW(use_ema=True, gradient_accumulation_steps=2)
+    model.compile(keras.optimizers.LossScaleOptimizer(inner), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+MODELS = {
+    convolutional: """
+        model/conv2d/kernel model/conv2d/bias model/batch_normalization/gamma model/batch_normalization/beta
+        model/batch_normalization/moving_mean model/batch_normalization/moving_variance
+        model/seed_generator/seed_generator_state
+        model/dense/kernel model/dense/bias model/dense_1/kernel model/dense_1/bias
+        optimizer/iteration optimizer/learning_rate
+        optimizer/conv2d/kernel/momentum optimizer/conv2d/kernel/velocity
+        optimizer/conv2d/bias/momentum optimizer/conv2d/bias/velocity
+        optimizer/batch_normalization/gamma/momentum optimizer/batch_normalization/gamma/velocity
+        optimizer/batch_normalization/beta/momentum optimizer/batch_normalization/beta/velocity
+        optimizer/dense/kernel/momentum optimizer/dense/kernel/velocity
+        optimizer/dense/bias/momentum optimizer/dense/bias/velocity
+        optimizer/dense_1/kernel/momentum optimizer/dense_1/kernel/velocity
+        optimizer/dense_1/bias/momentum optimizer/dense_1/bias/velocity
+        metrics/loss/total metrics/loss/count""",
+    functional: """
+        model/dense/kernel model/dense/bias model/sequential/dense/kernel model/sequential/dense/bias
+        model/sequential/dense_1/kernel model/sequential/dense_1/bias
+        model/dense_1/kernel model/dense_1/bias model/seed_generator/seed_generator_state""",
+    subclassed: """
+        model/variable
+        model/block/dense/kernel model/block/dense/bias model/block/dense_1/kernel model/block/dense_1/bias
+        model/block_1/dense/kernel model/block_1/dense/bias model/block_1/dense_1/kernel model/block_1/dense_1/bias
+        model/bidirectional/forward_lstm/lstm_cell/kernel model/bidirectional/forward_lstm/lstm_cell/recurrent_kernel
+        model/bidirectional/forward_lstm/lstm_cell/bias
+        model/bidirectional/backward_lstm/lstm_cell/kernel model/bidirectional/backward_lstm/lstm_cell/recurrent_kernel
+        model/bidirectional/backward_lstm/lstm_cell/bias
+        model/seed_generator/seed_generator_state model/seed_generator_1/seed_generator_state
+        model/steps""",
+    named: "model/encoder/kernel model/encoder/bias model/head/kernel model/head/bias",
+    two_of_one_path: "model/same/kernel model/same/bias model/same/kernel~2 model/same/bias~2",
+    mixed: """
+        model/dense/kernel model/dense/bias model/dense_1/kernel model/dense_1/bias
+        optimizer/iteration optimizer/learning_rate optimizer/step_counter optimizer/dynamic_scale
+        optimizer/adam_w/iteration optimizer/adam_w/learning_rate
+        optimizer/adam_w/dense_1/kernel/average optimizer/adam_w/dense_1/bias/average
+        optimizer/adam_w/dense_1/kernel/gradient_accumulator optimizer/adam_w/dense_1/bias/gradient_accumulator
+        optimizer/adam_w/dense_1/kernel/momentum optimizer/adam_w/dense_1/kernel/velocity
+        optimizer/adam_w/dense_1/bias/momentum optimizer/adam_w/dense_1/bias/velocity
+        metrics/loss/total metrics/loss/count""",
+}
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_names_read_like_the_model(build) -> None:
+    """Paths without the names of the model and the optimizer, slots under their variable."""
+    keras.backend.clear_session()
+
+    assert sorted(names(build())) == sorted(MODELS[build].split())
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_names_are_the_same_in_a_notebooks_third_try(build) -> None:
+    """Whatever Keras has counted before: nine layers, so that the numbers go from one digit to two."""
+    keras.backend.clear_session()
+    first = {name: variable.shape for name, variable in names(build()).items()}
+    for _ in range(9):
+        keras.layers.Dense(1), keras.layers.Dropout(0.1), keras.optimizers.AdamW()
+
+    assert {name: variable.shape for name, variable in names(build()).items()} == first
+
+
+def test_names_do_not_depend_on_the_order_in_which_layers_were_made() -> None:
+    """The model's order counts: a layer that an earlier cell made again keeps its place."""
+
+    def build(backbone, head) -> keras.Model:
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, head(backbone(inputs)))
+
+    backbone, head = keras.layers.Dense(4), keras.layers.Dense(4)
+    model = build(backbone, head)
+    again = keras.layers.Dense(4)
+    remade = build(again, keras.layers.Dense.from_config(head.get_config()))
+
+    for one, layers in ((model, (backbone, head)), (remade, (again, remade.layers[-1]))):
+        of = names(one)
+        assert of["model/dense/kernel"] is layers[0].kernel
+        assert of["model/dense_1/kernel"] is layers[1].kernel
+
+
+def test_names_do_not_depend_on_who_built_the_optimizer() -> None:
+    """Built by a fit or by hand, in the scope of another optimizer or not."""
+    keras.mixed_precision.set_dtype_policy("mixed_float16")
+    try:
+        models = [dense_model(name=name, optimizer=keras.optimizers.Adam()) for name in ("a", "b")]
+        fit(models[0])
+        models[1].optimizer.build(models[1].trainable_variables)
+    finally:
+        keras.mixed_precision.set_dtype_policy("float32")
+
+    first, second = (set(names(model)) for model in models)
+    assert first == second
+    assert "optimizer/adam/dense/kernel/momentum" in first
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["SGD", "RMSprop", "Adagrad", "Adadelta", "Adafactor", "Nadam", "Ftrl", "Lion", "Lamb", "Muon"]
+)
+def test_every_variable_has_a_name_of_its_own(optimizer) -> None:
+    """Whatever slots an optimizer has."""
+    model = dense_model(optimizer=getattr(keras.optimizers, optimizer)())
+    fit(model)
+
+    variables = names(model).values()
+
+    everything = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    assert {id(variable) for variable in variables} == {id(variable) for variable in everything}
+
+
+def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) -> None:
+    """`tf.train.list_variables` shows them, and the values are the model's."""
+    model = convolutional()
+
+    prefix = ModelState(model).write(tmp_path / "state")
+
+    on_disk = dict(tf.train.list_variables(prefix))
+    extra = {GRAPH_KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
+    assert on_disk.keys() - extra == {f"{name}{SUFFIX}" for name in names(model)}
+    for name, variable in names(model).items():
+        assert np.array_equal(tf.train.load_variable(prefix, name + SUFFIX), variable.numpy())
+
+
+@pytest.mark.parametrize("build", [convolutional, functional, subclassed, named, two_of_one_path, mixed])
+@pytest.mark.parametrize("method", ["read", "restore"])
+def test_tensorflow_restores_every_weight_and_slot(tmp_path, build, method) -> None:
+    """Through its own object graph, into a model of another process."""
+    model, other = build(), build()
+    for index, variable in enumerate(model.weights):
+        variable.assign(keras.ops.full(variable.shape, index + 1))
+    prefix = ModelState(model).write(tmp_path / "state")
+
+    status = getattr(tf.train.Checkpoint(model=other), method)(prefix)
+
+    status.assert_existing_objects_matched()
+    for mine, theirs in zip(model.weights, other.weights, strict=True):
+        assert np.array_equal(mine.numpy(), theirs.numpy())
+    if model.compiled:
+        for mine, theirs in zip(model.optimizer.variables, other.optimizer.variables, strict=True):
+            assert np.array_equal(mine.numpy(), theirs.numpy())
+
+
+def test_tensorflow_restores_layers_that_are_built_later(tmp_path) -> None:
+    """Its deferred restoration works too."""
+    model = dense_model()
+    fit(model)
+    prefix = ModelState(model).write(tmp_path / "state")
+    other = keras.Sequential([keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+
+    tf.train.Checkpoint(model=other).restore(prefix).expect_partial()
+    other.build((None, 4))
+
+    for mine, theirs in zip(model.weights, other.weights, strict=True):
+        assert np.array_equal(mine.numpy(), theirs.numpy())
+
+
+def test_layers_in_a_list_have_names_though_tensorflow_does_not_see_them() -> None:
+    """The object graph of TensorFlow leaves out what Keras 3 holds in a list; the names here do not."""
+
+    class Listed(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = [keras.layers.Dense(4), keras.layers.Dense(4)]
+
+        def call(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    model = Listed()
+    model(X[:1])
+
+    assert sorted(names(model)) == [
+        "model/dense/bias",
+        "model/dense/kernel",
+        "model/dense_1/bias",
+        "model/dense_1/kernel",
+    ]
+    assert not any("dense" in type(each).__name__.lower() for each in tf.train.TrackableView(model).descendants())
+
+
+def test_what_keras_keeps_private_is_as_this_module_expects() -> None:
+    """Should one of these change in Keras, this says so before anything is named wrongly."""
+    model = dense_model(metrics=["mae"])
+
+    assert next(iter(model._flatten_layers())).name == model.name
+    assert model._initial_epoch is None
+    assert hasattr(model.metrics[1], "_user_metrics")
+    assert hasattr(model.metrics[1], "_user_weighted_metrics")
+    assert keras.metrics.AUC()._direction == "up"
+    fit(model, validation_data=(X, Y))
+    assert [variable.path.split("/")[-1] for variable in model.optimizer.variables[:2]] == [
+        "iteration",
+        "learning_rate",
+    ]
