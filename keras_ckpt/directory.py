@@ -274,7 +274,7 @@ class CheckpointDirectory:
         return tables.html(self._table())
 
     def _table(self) -> tables.Table:
-        return tables.of_directory(self.path, self.listing())
+        return tables.of_directory(_shown(self.path), self.listing())
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
@@ -304,6 +304,14 @@ def as_metric(name: str, value: object) -> float:
         raise TypeError(
             f"A metric is one number. Received: {name}={value!r:.200} ({error}). Reduce it first."
         ) from error
+
+
+def _shown(path: str) -> str:
+    """A path for people: relative where it lies below the working directory."""
+    with contextlib.suppress(OSError):
+        relative = os.path.relpath(path)
+        return path if relative.startswith("..") else relative
+    return path
 
 
 def _resolved(policy: PreservationPolicy, listing: Listing) -> PreservationPolicy:

@@ -86,23 +86,20 @@ class Folder:
 
     def read(self, name: str, limit: int) -> bytes:
         """Reads a whole file; one of more than `limit` bytes is an error before it is read."""
-        descriptor = self._open_regular(name)
+        descriptor, size = self._open_regular(name)
         try:
-            size = os.fstat(descriptor).st_size
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, at most {limit} are read", name)
-            data = os.read(descriptor, limit + 1)
-            while more := os.read(descriptor, limit + 1):
-                data += more
-                if len(data) > limit:
-                    raise OSError(errno.EFBIG, f"it grew past {limit} bytes while it was read", name)
+            data = os.read(descriptor, size + 1)
+            if len(data) != size:
+                raise OSError(errno.EBUSY, "it changed while it was read", name)
             return data
         finally:
             os.close(descriptor)
 
     def digest(self, name: str) -> tuple[int, str]:
         """The size of a file in bytes, and `"blake3:"` with its digest in hexadecimal."""
-        descriptor = self._open_regular(name)
+        descriptor, _ = self._open_regular(name)
         try:
             hasher, size, buffer = blake3(), 0, memoryview(bytearray(_CHUNK))
             while count := os.readv(descriptor, [buffer]):
@@ -146,7 +143,7 @@ class Folder:
 
     def sync_file(self, name: str) -> None:
         """Makes the bytes of a file durable."""
-        descriptor = self._open_regular(name)
+        descriptor, _ = self._open_regular(name)
         try:
             os.fsync(descriptor)
         finally:
@@ -228,14 +225,16 @@ class Folder:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         return os.open(name, flags, 0o666, dir_fd=self.descriptor)
 
-    def _open_regular(self, name: str) -> int:
+    def _open_regular(self, name: str) -> tuple[int, int]:
+        """The descriptor of a regular file, and its size."""
         # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(name, flags, dir_fd=self.descriptor)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "not a regular file", name)
-        return descriptor
+        return descriptor, status.st_size
 
 
 class WriterLock:

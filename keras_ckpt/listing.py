@@ -78,9 +78,9 @@ def scan(folder: Folder) -> Listing:
     records: dict[int, CheckpointRecord] = {}
     damaged: dict[str, CheckpointError] = {}
     for file in names:
-        name = file.removesuffix(".json")
-        if name == file or sidecars.step_in(name) is None:
+        if not file.endswith(".json") or sidecars.step_in(file[:-5]) is None:
             continue
+        name = file[:-5]
         try:
             record = _read(folder, name, present)
         except FileNotFoundError:
@@ -94,7 +94,7 @@ def scan(folder: Folder) -> Listing:
             records[record.step] = newer
             damaged[older.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
     managed = {record.name for record in records.values()} | damaged.keys()
-    indexed = {name.removesuffix(".index") for name in names if name.endswith(".index")}
+    indexed = {name[:-6] for name in names if name.endswith(".index")}
     return Listing(
         folder.path,
         _oldest_first(records.values()),

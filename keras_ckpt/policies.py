@@ -63,6 +63,9 @@ class PreservationPolicy:
         """
         return self
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def __or__(self, other: PreservationPolicy) -> PreservationPolicy:
         if not isinstance(other, PreservationPolicy):
             raise TypeError(f"A policy can be joined with another policy by `|`. Received: {other!r}")

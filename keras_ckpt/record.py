@@ -32,11 +32,11 @@ Digest = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-fA-F]{64}$")]
 Mode = Literal["min", "max"]
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_LAST_MEMBER = re.compile(rb',\s*"digest":\s*"(blake3:[0-9a-fA-F]{64})"\s*\}\s*\Z')
+_LAST_MEMBER = re.compile(rb',\s*"digest":\s*"blake3:([0-9a-fA-F]{64})"\s*\}\s*\Z')
 _NAME = re.compile(r"(?P<base>.+)-(?P<step>0|[1-9][0-9]{0,18})", re.ASCII | re.DOTALL)
 
 
-class CheckpointFile(msgspec.Struct, frozen=True):
+class CheckpointFile(msgspec.Struct, frozen=True, gc=False):
     """A file of a checkpoint: its name in the directory, its size in bytes, and `"blake3:"` with its digest."""
 
     name: str
@@ -99,9 +99,11 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     pin: str | None = None
 
     def __post_init__(self) -> None:
-        if any(isinstance(value, str) for value in self.metrics.values()):
-            metrics = {name: _NON_FINITE.get(str(value), value) for name, value in self.metrics.items()}
-            msgspec.structs.force_setattr(self, "metrics", metrics)
+        for value in self.metrics.values():
+            if isinstance(value, str):
+                metrics = {name: _NON_FINITE.get(str(value), value) for name, value in self.metrics.items()}
+                msgspec.structs.force_setattr(self, "metrics", metrics)
+                return
 
     def __hash__(self) -> int:
         return hash((self.run_id, self.sequence, self.step))
@@ -171,26 +173,35 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
     last = _LAST_MEMBER.search(data, max(0, len(data) - 200))
     if last is None:
         raise DamagedCheckpointError("its last member is not a digest of itself")
-    if last[1].decode().lower() != _seal(data[: last.start()]):
+    if bytes.fromhex(last[1].decode()) != blake3(data[: last.start()]).digest():
         raise DamagedCheckpointError("its digest does not match: it was changed after it was written")
-    if record.step != step_in(name):
+    if not name.endswith(f"-{record.step}"):
         raise DamagedCheckpointError(f"it says step {record.step}, and its name says {name}")
-    listed = [file.name for file in record.files]
-    for file in listed:
-        if not file.startswith(f"{name}.") or "/" in file or file in (f"{name}.json", f"{name}.keep"):
-            raise DamagedCheckpointError(f"it lists a file that is not the checkpoint's own: {file[:100]!r}")
-    if len(set(listed)) < len(listed) or not listed:
-        raise DamagedCheckpointError("it lists no files" if not listed else "it lists a file twice")
-    for field, value in zip(_CONTEXT, (directory, name, pin), strict=True):
-        msgspec.structs.force_setattr(record, field, value)
+    _check_names(record.files, name)
+    msgspec.structs.force_setattr(record, "directory", directory)
+    msgspec.structs.force_setattr(record, "name", name)
+    msgspec.structs.force_setattr(record, "pin", pin)
     return record
+
+
+def _check_names(files: tuple[CheckpointFile, ...], name: str) -> None:
+    """Lets no name from disk be used that is not one of the checkpoint's own."""
+    own = f"{name}."
+    seen = {f"{name}.json", f"{name}.keep"}
+    for file in files:
+        if not file.name.startswith(own) or "/" in file.name or "\0" in file.name or file.name in seen:
+            raise DamagedCheckpointError(
+                f"it lists a file that is not the checkpoint's own, or twice: {file.name[:100]!r}"
+            )
+        seen.add(file.name)
+    if not files:
+        raise DamagedCheckpointError("it lists no files")
 
 
 def encode(record: CheckpointRecord) -> bytes:
     """Writes a sidecar.
 
     Raises:
-        TypeError: The metadata is not what JSON can hold.
         ValueError: The sidecar would be too large to be read.
     """
     return _sealed(members(record))
@@ -207,8 +218,7 @@ def update(data: bytes, record: CheckpointRecord) -> bytes:
 def members(record: CheckpointRecord) -> dict[str, Any]:
     """The members of a record's sidecar, but for the digest, as JSON has them."""
     found = msgspec.structs.asdict(record)
-    found["metrics"] = _encodable(record.metrics, "metrics")
-    found["metadata"] = encodable_metadata(record.metadata)
+    found["metrics"] = {name: _number(value) for name, value in record.metrics.items()}
     for field in _CONTEXT:
         del found[field]
     return found
@@ -246,9 +256,7 @@ def _encodable(value: object, where: str) -> Any:
                 raise TypeError(f"{where} is an integer that JSON readers cannot hold: {value}. Write it as a string.")
             return int(value)
         case float():
-            if math.isfinite(value):
-                return float(value)
-            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+            return _number(float(value))
         case Mapping():
             return {_key(key, where): _encodable(item, f"{where}[{key!r}]") for key, item in value.items()}
         case list() | tuple():
@@ -259,6 +267,13 @@ def _encodable(value: object, where: str) -> Any:
         f"{where} is a {type(value).__name__}, which JSON cannot hold. Expected numbers, strings, booleans, None, "
         "lists, and dicts with string keys."
     )
+
+
+def _number(value: float) -> float | str:
+    """A number as JSON has it, which has none for a NaN and for infinities."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _key(key: object, where: str) -> str:

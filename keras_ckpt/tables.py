@@ -64,12 +64,17 @@ def text(table: Table) -> str:
     for column in table.numbers:
         grid.add_column(rich.text.Text(column), justify="right", no_wrap=True)
     for column in table.words:
-        grid.add_column(rich.text.Text(column))
+        grid.add_column(rich.text.Text(column), min_width=len(column))
     for row in table.rows:
         grid.add_row(*map(rich.text.Text, row))
     buffer = io.StringIO()
     console = rich.console.Console(
-        file=buffer, width=max(100, shutil.get_terminal_size((120, 40)).columns), color_system=None
+        file=buffer,
+        width=max(100, shutil.get_terminal_size((120, 40)).columns),
+        color_system=None,
+        # Text is text in a notebook too, which would else get it as a display of its own.
+        force_jupyter=False,
+        force_terminal=False,
     )
     console.print(rich.text.Text(table.title))
     if table.rows:

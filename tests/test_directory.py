@@ -5,9 +5,9 @@ import os
 import pathlib
 
 import pytest
-from conftest import history
 
 import keras_ckpt
+from conftest import history
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import (
     CheckpointNotFoundError,

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HOLD
 
+from conftest import HOLD
 from keras_ckpt.errors import DirectoryInUseError
 from keras_ckpt.files import PRIVATE, Folder, lasting_tensorflow_path, remove_unused
 

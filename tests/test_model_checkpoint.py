@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import Interrupts, Reports, X, Y, dense_model, fit, same
 
 import keras_ckpt as kc
+from models import Interrupts, Reports, X, Y, dense_model, fit, same
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import datetime
 import math
 
 import pytest
-from conftest import history, steps
 
+from conftest import history, steps
 from keras_ckpt.policies import (
     BestN,
     EveryNEpochs,
@@ -140,7 +140,10 @@ class KeepRound(PreservationPolicy):
 
 def test_a_policy_of_ones_own_joins_with_the_others() -> None:
     """A subclass with select() is a policy like any other."""
-    assert (KeepRound() | LatestN(1)).select(history("10 20 30")) == {20, 30}
+    policy = KeepRound() | LatestN(1)
+
+    assert policy.select(history("10 20 30")) == {20, 30}
+    assert repr(policy) == "KeepRound() | LatestN(1)"
 
 
 @pytest.mark.parametrize(

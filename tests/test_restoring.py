@@ -6,12 +6,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import X, Y, dense_model, fit, same, values
-from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
 
 import keras_ckpt as kc
 from keras_ckpt.position import position_of
 from keras_ckpt.state import names
+from models import X, Y, dense_model, fit, same, values
+from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import X, Y, dense_model, fit
 
 from keras_ckpt.state import GRAPH_KEY, NAMES_KEY, SUFFIX, ModelState, names
+from models import X, Y, dense_model, fit
 
 
 def convolutional() -> keras.Model:

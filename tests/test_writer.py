@@ -7,8 +7,8 @@ import warnings
 
 import msgspec
 import pytest
-from conftest import Filler, history, payload, somebody_else
 
+from conftest import Filler, history, payload, somebody_else
 from keras_ckpt import commit, files
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import DirectoryNotEmptyError, SaveError

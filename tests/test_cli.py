@@ -1,0 +1,220 @@
+"""The command line: a thin shell over the directory, with its exit codes."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import keras_ckpt as kc
+from keras_ckpt.cli import main
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def run(*arguments: object, code: int = 0, answer: str | None = None) -> str:
+    """Runs a command, checks its exit code, and gives what it printed."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=answer)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def runs(filler) -> kc.CheckpointDirectory:
+    return filler.save("10:0.5 20:0.2 30:0.4 40:nan", monitor="loss", mode="min", reason="epoch", epoch=1)
+
+
+def test_ls_prints_the_table(runs) -> None:
+    """The same as `print(directory)`."""
+    assert run("ls", runs.path) == f"{runs}\n"
+
+
+def test_ls_prints_json(runs) -> None:
+    """Each checkpoint with all facts of its sidecar; a NaN as a string."""
+    runs.pin(20, "why")
+    (pathlib.Path(runs.path) / "ckpt-30.json").write_text("")
+    (pathlib.Path(runs.path) / "ckpt-10.json").unlink()
+
+    listed = json.loads(run("ls", runs.path, "--json"))
+
+    assert [(each["step"], each["metrics"]["loss"], each["pin"]) for each in listed["checkpoints"]] == [
+        (20, 0.2, "why"),
+        (40, "NaN", None),
+    ]
+    assert listed["checkpoints"][0]["prefix"] == runs[20].prefix
+    assert list(listed["damaged"]) == ["ckpt-30"]
+    assert listed["without_sidecar"] == ["ckpt-10"]
+
+
+def test_show_prints_all_that_is_known(runs) -> None:
+    """In lines, and as JSON."""
+    text = run("show", runs.path, 20)
+
+    assert re.search(r"^step +20$", text, re.MULTILINE)
+    assert "ckpt-20.index" in text
+    assert json.loads(run("show", runs.path, 20, "--json"))["step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "step"), [([], 20), (["--mode", "max"], 10), (["--monitor", "loss", "--mode", "max"], 10)]
+)
+def test_best_shows_the_best(runs, options, step) -> None:
+    """By what training watched, or by what is asked for."""
+    assert json.loads(run("best", runs.path, "--json", *options))["step"] == step
+
+
+def test_prune_prints_its_plan_and_removes(runs) -> None:
+    """What is printed is what `plan()` gives."""
+    plan = runs.plan(kc.LatestN(1) | kc.BestN(1, "loss", "min"))
+
+    out = run("prune", runs.path, "--keep-latest", 1, "--keep-best", 1, "--monitor", "loss", "--mode", "min")
+
+    assert out == f"{plan}\nDone.\n"
+    assert [record.step for record in runs] == [20, 40]
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "-n"])
+def test_a_dry_run_removes_nothing(runs, flag) -> None:
+    """And says so."""
+    assert "Nothing was removed" in run("prune", runs.path, "--keep-latest", 1, flag)
+    assert len(runs) == 4
+
+
+def test_prune_prints_json(runs) -> None:
+    """A decision for each checkpoint."""
+    plan = json.loads(run("prune", runs.path, "--keep-every-steps", 20, "-n", "--json"))
+
+    assert plan["policy"] == "EveryNSteps(20)"
+    assert [(each["step"], each["kept"]) for each in plan["checkpoints"]] == [
+        (10, True),
+        (20, True),
+        (30, False),
+        (40, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (["--keep-best", 2], [10, 20, 30, 40][1:3]),
+        (["--keep-every-hours", 2], [10, 30]),
+        (["--keep-every-epochs", 1], [10]),
+        (["--keep-every-epochs", 1, "--keep-latest", 1], [10, 40]),
+    ],
+)
+def test_prune_has_an_option_for_each_policy(runs, options, kept) -> None:
+    """Together they keep what any of them keeps."""
+    run("prune", runs.path, *options)
+
+    assert [record.step for record in runs] == kept
+
+
+def test_pin_and_unpin(runs) -> None:
+    """With a reason."""
+    run("pin", runs.path, 10, "paper figure 3")
+    assert runs[10].pin == "paper figure 3"
+
+    run("unpin", runs.path, 10)
+    assert not runs[10].pinned
+
+
+def test_clear_asks_first(runs) -> None:
+    """No is no, and --yes does not ask."""
+    run("clear", runs.path, answer="n\n", code=1)
+    assert len(runs) == 4
+
+    assert "Removed 4 checkpoints" in run("clear", runs.path, "--yes")
+    assert len(runs) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["show", "{run}", 15], "There are the steps 10, 20, 30, 40"),
+        (["pin", "{run}", 15], "No checkpoint of step 15"),
+        (["unpin", "{run}", 15], "No checkpoint of step 15"),
+        (["best", "{run}", "--monitor", "lost", "--mode", "min"], "Recorded metrics: loss"),
+        (["prune", "{run}", "--keep-best", 1, "--monitor", "lost", "--mode", "min"], "which no checkpoint has"),
+        (["ls", "nowhere"], "There is no directory nowhere"),
+        (["show", "nowhere", 1], "There is no directory nowhere"),
+        (["ls", __file__], "this is a file"),
+    ],
+)
+def test_what_is_not_there_exits_with_1(runs, arguments, text) -> None:
+    """With the library's sentence."""
+    arguments = [str(argument).replace("{run}", runs.path) for argument in arguments]
+
+    assert text in run(*arguments, code=1)
+
+
+def test_a_damaged_checkpoint_exits_with_1(runs) -> None:
+    """Where it is asked for; the list shows it with the others."""
+    (pathlib.Path(runs.path) / "ckpt-20.json").write_text("")
+
+    assert "cannot be used" in run("show", runs.path, 20, code=1)
+    assert "damaged, left alone: ckpt-20" in run("ls", runs.path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "{run}"],
+        ["prune", "{run}", "--keep-latest", 0],
+        ["prune", "{run}", "--keep-latest", "x"],
+        ["prune", "{run}", "--keep-latest", 1, "--monitor", "loss"],
+        ["best", "{run}", "--mode", "up"],
+        ["best", "{run}", "--monitor", "other"],
+        ["show", "{run}"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_exits_with_2(runs, arguments) -> None:
+    """And removes nothing."""
+    run(*(str(argument).replace("{run}", runs.path) for argument in arguments), code=2)
+
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_every_command_has_help_and_is_in_the_readme(name) -> None:
+    """None can be added without."""
+    text = run(name, "--help")
+
+    assert f"Example: keras-ckpt {name}" in text
+    assert f"keras-ckpt {name}" in README.read_text()
+
+
+def test_the_module_is_the_command(runs) -> None:
+    """`python -m keras_ckpt` too."""
+    out = subprocess.run(
+        [sys.executable, "-m", "keras_ckpt", "ls", runs.path, "--json"], capture_output=True, check=True, text=True
+    ).stdout
+
+    assert len(json.loads(out)["checkpoints"]) == 4
+
+
+def test_the_demo_shows_what_it_says(tmp_path) -> None:
+    """It trains, shows the table with reasons, restores the best to the recorded value, and prunes."""
+    out = subprocess.run(
+        [sys.executable, "-m", "keras_ckpt", "demo", str(tmp_path / "demo")], capture_output=True, check=True, text=True
+    ).stdout
+
+    assert "BestN(3, 'val_accuracy', 'max')" in out
+    assert "LatestN(2)" in out
+    assert "They agree." in out
+    assert len(kc.CheckpointDirectory(tmp_path / "demo")) == 1
+
+
+def test_the_demo_leaves_another_run_alone(runs) -> None:
+    """It exits with 1, and says what to do."""
+    result = subprocess.run(
+        [sys.executable, "-m", "keras_ckpt", "demo", runs.path], capture_output=True, check=False, text=True
+    )
+
+    assert result.returncode == 1
+    assert "another directory" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(runs) == 4

@@ -1,0 +1,87 @@
+"""What the README and the docstrings show is run; a block that is not run says why."""
+
+import inspect
+import pathlib
+import re
+import shlex
+
+import pytest
+from click.testing import CliRunner
+
+import keras_ckpt as kc
+from keras_ckpt.cli import main
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```([^\n]*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def examples() -> dict[str, str]:
+    """The example of each public name, and of each method, that has one."""
+    found = {}
+    for name in kc.__all__:
+        owner = getattr(kc, name)
+        methods = vars(owner).items() if inspect.isclass(owner) else ()
+        members = {name: owner} | {f"{name}.{key}": value for key, value in methods if inspect.isfunction(value)}
+        for key, value in members.items():
+            for code in re.findall(r"```python\n(.*?)```", inspect.getdoc(value) or "", re.DOTALL):
+                found[key] = code
+    return found
+
+
+def test_every_block_of_the_readme_is_run_or_is_output_or_set_up() -> None:
+    """Python and shell are run here; `text` is output; `sh setup` sets the machine up, which .ci/run does."""
+    assert {kind for kind, _ in BLOCKS} == {"python", "sh", "text", "sh setup"}
+
+
+def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch) -> None:
+    """Python in one namespace, commands in the same directory; the demo has a test of its own."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "readme"}
+    for kind, code in BLOCKS:
+        if kind == "python":
+            exec(code, namespace)
+        elif kind == "sh":
+            for line in code.splitlines():
+                command, *words = shlex.split(line)
+                assert command == "keras-ckpt"
+                if words[0] != "demo":
+                    result = CliRunner().invoke(main, words)
+                    assert result.exit_code == 0, (line, result.output)
+
+
+def test_every_public_thing_that_does_something_has_an_example() -> None:
+    """Errors, and the report that restore gives, speak for themselves."""
+    silent = {name for name in kc.__all__ if name.endswith("Error")} | {"RestoreReport"}
+
+    assert set(kc.__all__) - silent <= {name.split(".")[0] for name in examples()}
+
+
+@pytest.mark.parametrize("name", examples())
+def test_the_example_runs(tmp_path, monkeypatch, name) -> None:
+    """In a directory in which runs/digits is a training of three epochs, unless it begins one itself."""
+    import keras
+    import tensorflow as tf
+
+    from models import X, Y, dense_model, fit
+
+    monkeypatch.chdir(tmp_path)
+    model = dense_model(metrics=["accuracy"])
+    if name not in ("ModelCheckpoint", "CheckpointManager"):
+        checkpoint = kc.ModelCheckpoint("runs/digits", monitor="val_accuracy")
+        fit(model, checkpoint, epochs=3, batches=40, validation_data=(X, Y))
+    namespace = {
+        "keras": keras,
+        "tf": tf,
+        "keras_ckpt": kc,
+        "model": model,
+        "optimizer": model.optimizer,
+        "x": X,
+        "y": Y,
+        "x_test": X,
+        "y_test": Y,
+        "valid": (X, Y),
+        "runs": kc.CheckpointDirectory("runs/digits"),
+        "train_one_epoch": lambda: 0.5,
+    }
+
+    exec(examples()[name], namespace)

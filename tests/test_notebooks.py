@@ -1,0 +1,36 @@
+"""The notebooks run from top to bottom, each in an empty directory."""
+
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_runs(tmp_path, monkeypatch, path) -> None:
+    """Every cell, without an error."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(path, as_version=4)
+
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_names_no_path_of_a_machine(path) -> None:
+    """Its outputs are those of anybody's machine."""
+    text = path.read_text()
+
+    assert "/home/" not in text
+    assert "/tmp/" not in text
+    assert "/root/" not in text
+
+
+def test_there_are_three() -> None:
+    """Train and retain, inspect and restore, prune."""
+    assert len(NOTEBOOKS) == 3

@@ -1,0 +1,209 @@
+"""On 200 random histories and policies, what is left on disk is what a brute-force oracle names.
+
+The oracle knows nothing of the package: it lists every save that was due, and applies the definition of each policy to
+all of them at once, record by record. Half of the histories go through real `fit` calls, half through the manager.
+"""
+
+import math
+import random
+import time
+from dataclasses import dataclass, field
+
+import keras
+import pytest
+import tensorflow as tf
+
+import keras_ckpt as kc
+from keras_ckpt.position import set_position
+from models import dense_model, fit
+
+VALUES = [0.1, 0.2, 0.2, 0.3, 0.4, 0.5, math.nan, math.inf, -math.inf, None]
+
+
+@dataclass
+class Save:
+    """A save that was due."""
+
+    order: int
+    step: int
+    epoch: int | None
+    time: float
+    value: float | None
+    middle: bool = False
+    pinned: bool = False
+
+
+@dataclass
+class Rule:
+    """A policy by its definition."""
+
+    kind: str
+    n: float
+    mode: str = "min"
+
+    def policy(self) -> kc.PreservationPolicy:
+        kinds = {
+            "latest": kc.LatestN,
+            "best": lambda n: kc.BestN(n, "val_loss", self.mode),
+            "steps": kc.EveryNSteps,
+            "epochs": kc.EveryNEpochs,
+            "hours": kc.EveryNHours,
+        }
+        return kinds[self.kind](self.n)
+
+    def keeps(self, save: Save, saves: list[Save]) -> bool:
+        match self.kind:
+            case "latest":
+                return sum(other.order > save.order for other in saves) < self.n
+            case "best":
+                return _finite(save) and sum(self._beats(other, save) for other in saves) < self.n
+            case "steps":
+                return not any(o.step // self.n == save.step // self.n and o.step < save.step for o in saves)
+            case "epochs":
+                same = [o for o in saves if o.epoch is not None and o.epoch // self.n == (save.epoch or 0) // self.n]
+                return save.epoch is not None and save.step == min(same, key=lambda o: (o.epoch, o.step)).step
+            case _:
+                return save.step in self._hourly(saves)
+
+    def _beats(self, other: Save, save: Save) -> bool:
+        if not _finite(other) or other is save:
+            return False
+        if other.value == save.value:
+            return other.order < save.order
+        return (other.value < save.value) == (self.mode == "min")
+
+    def _hourly(self, saves: list[Save]) -> set[int]:
+        kept: list[Save] = []
+        for save in saves:
+            if not kept or abs(save.time - kept[-1].time) >= self.n * 3600:
+                kept.append(save)
+        return {save.step for save in kept}
+
+
+def _finite(save: Save) -> bool:
+    return save.value is not None and math.isfinite(save.value)
+
+
+def expected(rules: list[Rule], saves: list[Save]) -> list[int]:
+    """The steps that are left at the end, in the order of saving."""
+    ranked = any(rule.kind == "best" for rule in rules)
+    unknown = ranked and all(save.value is None for save in saves)
+    return [
+        save.step
+        for save in saves
+        if save.pinned or (unknown and not save.middle) or any(rule.keeps(save, saves) for rule in rules)
+    ]
+
+
+def random_rules(dice: random.Random) -> list[Rule]:
+    kinds = [
+        lambda: Rule("latest", dice.randint(1, 3)),
+        lambda: Rule("best", dice.randint(1, 3), dice.choice(["min", "max"])),
+        lambda: Rule("steps", dice.randint(1, 9)),
+        lambda: Rule("epochs", dice.randint(1, 3)),
+        lambda: Rule("hours", dice.choice([0.5, 1, 2.5])),
+    ]
+    return [dice.choice(kinds)() for _ in range(dice.randint(1, 3))]
+
+
+def union(rules: list[Rule]) -> kc.PreservationPolicy:
+    policy = rules[0].policy()
+    for rule in rules[1:]:
+        policy |= rule.policy()
+    return policy
+
+
+@dataclass
+class Clock:
+    """A clock that stands still, jumps, and goes back."""
+
+    dice: random.Random
+    now: float = 1_000_000.0
+    readings: list[float] = field(default_factory=list)
+
+    def tick(self) -> float:
+        self.now += 1800 * self.dice.choice([0, 1, 1, 2, 4, -3])
+        return self.now
+
+
+class Scripted(keras.callbacks.Callback):
+    """Sets the clock after each batch, and reports a validation loss after each epoch."""
+
+    def __init__(self, clock: Clock, times: list[float], values: list[float | None]) -> None:
+        super().__init__()
+        self.clock, self.times, self.values = clock, iter(times), values
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self.clock.now = next(self.times)
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        if self.values[epoch] is not None:
+            logs["val_loss"] = self.values[epoch]
+
+
+def due_in_fit(rules, batches, save_freq, values, times) -> list[Save]:
+    """The saves of a fit: after every so many batches, and at the ends of epochs where one is due or still is."""
+    ranked = any(rule.kind == "best" for rule in rules)
+    saves: list[Save] = []
+    step = 0
+    for epoch, value in enumerate(values):
+        waiting = False
+        for _ in range(batches):
+            step += 1
+            if save_freq != "epoch" and step % save_freq == 0:
+                saves.append(Save(len(saves), step, epoch, times[step - 1], None, middle=True))
+                waiting = ranked
+        if save_freq == "epoch" or waiting:
+            if saves and saves[-1].step == step:
+                last = saves.pop()
+                saves.append(Save(last.order, step, epoch + 1, last.time, value))
+            else:
+                saves.append(Save(len(saves), step, epoch + 1, times[step - 1], value))
+    return saves
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_fits_leave_on_disk(tmp_path, monkeypatch, seed) -> None:
+    """Five random histories each, through `fit`."""
+    dice = random.Random(seed)
+    model = dense_model()
+    for number in range(5):
+        rules = random_rules(dice)
+        batches, save_freq = dice.choice([(1, "epoch"), (2, "epoch"), (3, 2), (2, 3), (3, 3), (4, 1)])
+        values = [dice.choice(VALUES) for _ in range(dice.randint(3, 8))]
+        clock = Clock(dice)
+        times = [clock.tick() for _ in range(batches * len(values))]
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock.now)
+        set_position(model, None)
+        runs = kc.CheckpointDirectory(tmp_path / str(number))
+
+        checkpoint = kc.ModelCheckpoint(runs.path, save_freq=save_freq, keep=union(rules))
+        fit(model, Scripted(clock, times, values), checkpoint, epochs=len(values), batches=batches)
+
+        saves = due_in_fit(rules, batches, save_freq, values, times)
+        assert [record.step for record in runs] == expected(rules, saves), (rules, values, save_freq)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_the_manager_leaves_on_disk(tmp_path, monkeypatch, seed) -> None:
+    """Five random histories each, through `CheckpointManager`, with steps in any order and pins in between."""
+    dice = random.Random(1000 + seed)
+    checkpoint = tf.train.Checkpoint(value=tf.Variable(0))
+    for number in range(5):
+        rules = random_rules(dice)
+        clock = Clock(dice)
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock.now)
+        runs = kc.CheckpointDirectory(tmp_path / str(number))
+        manager = kc.CheckpointManager(checkpoint, runs.path, keep=union(rules))
+        steps = dice.sample(range(60), dice.randint(4, 14))
+        saves = []
+        for order, step in enumerate(steps):
+            save = Save(order, step, dice.choice([None, step // 5]), clock.tick(), dice.choice(VALUES))
+            saves.append(save)
+            metrics = {"loss": 1.0} if save.value is None else {"loss": 1.0, "val_loss": save.value}
+            path = manager.save(step, metrics=metrics, epoch=save.epoch)
+            if path is not None and dice.random() < 0.2:
+                runs.pin(step)
+                save.pinned = True
+
+        assert [record.step for record in runs] == expected(rules, saves), (rules, saves)
