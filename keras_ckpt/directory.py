@@ -17,17 +17,17 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from keras_ckpt import commit, tables
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, PlanError
 from keras_ckpt.files import Folder
 from keras_ckpt.listing import PIN_LIMIT, Listing, amend, scan
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, selection
-from keras_ckpt.record import CheckpointRecord, Mode
+from keras_ckpt.record import CheckpointRecord, Mode, as_metric
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What a plan means for one checkpoint, and why."""
 
     record: CheckpointRecord
@@ -75,7 +75,7 @@ class PrunePlan:
         return tables.html(self._table())
 
     def _table(self) -> tables.Table:
-        return tables.of_plan(self)
+        return tables.of_plan(self.policy, self.decisions, self.listing)
 
 
 class CheckpointDirectory:
@@ -288,22 +288,6 @@ def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord])
     steps = {record.step for record in doomed}
     commit.write_state(folder, [record for record in listing.records if record.step not in steps])
     commit.withdraw(folder, doomed)
-
-
-def as_metric(name: str, value: object) -> float:
-    """A metric's value as a float.
-
-    Raises:
-        TypeError: It is not one number.
-    """
-    if isinstance(value, bool) or getattr(value, "shape", ()) != () or isinstance(value, str | bytes):
-        raise TypeError(f"A metric is one number. Received: {name}={value!r:.200}. Reduce it first.")
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(
-            f"A metric is one number. Received: {name}={value!r:.200} ({error}). Reduce it first."
-        ) from error
 
 
 def _shown(path: str) -> str:

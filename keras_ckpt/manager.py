@@ -14,11 +14,11 @@ import tensorflow as tf
 
 from keras_ckpt import state
 from keras_ckpt.commit import read_state, write_state
-from keras_ckpt.directory import CheckpointDirectory, as_metric
+from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.files import Folder, lasting_tensorflow_path
 from keras_ckpt.listing import Listing
 from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
-from keras_ckpt.record import Mode, encodable_metadata
+from keras_ckpt.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.writer import Writer
 
 PRESERVED = "keep_checkpoint_every_n_hours"

@@ -8,8 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_ckpt.directory import as_metric
-from keras_ckpt.record import Mode
+from keras_ckpt.record import Mode, as_metric
 
 
 def metrics_in(logs: Mapping[str, Any] | None, monitors: Collection[str]) -> dict[str, float]:

@@ -247,6 +247,22 @@ def encodable_metadata(metadata: object) -> dict[str, Any]:
     return {_key(name, "metadata"): _encodable(value, f"metadata[{name!r}]") for name, value in metadata.items()}
 
 
+def as_metric(name: str, value: object) -> float:
+    """A metric's value as a float.
+
+    Raises:
+        TypeError: It is not one number.
+    """
+    if isinstance(value, bool) or getattr(value, "shape", ()) != () or isinstance(value, str | bytes):
+        raise TypeError(f"A metric is one number. Received: {name}={value!r:.200}. Reduce it first.")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(
+            f"A metric is one number. Received: {name}={value!r:.200} ({error}). Reduce it first."
+        ) from error
+
+
 def _encodable(value: object, where: str) -> Any:
     match value:
         case None | bool() | str():

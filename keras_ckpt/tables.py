@@ -8,13 +8,10 @@ import html as markup
 import io
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from keras_ckpt.listing import Listing
 from keras_ckpt.record import CheckpointRecord
-
-if TYPE_CHECKING:
-    from keras_ckpt.directory import PrunePlan
 
 _ROWS = 40
 _METRICS = 5
@@ -40,16 +37,16 @@ def of_directory(path: str, listing: Listing) -> Table:
     return _table(printable(path), listing, rows, _METRICS, ("size", "saved"), ("reason", "pin"))
 
 
-def of_plan(plan: PrunePlan) -> Table:
-    """What a plan keeps and removes, and why."""
+def of_plan(policy: str, decisions: Sequence[tuple[CheckpointRecord, bool, str]], listing: Listing) -> Table:
+    """What a plan keeps and removes, and why: for each record, whether it stays, and the reason."""
     rows = [
-        _Row(each.record, (size(each.record.size),), ("keep" if each.kept else "remove", each.reason), each.kept)
-        for each in plan.decisions
+        _Row(record, (size(record.size),), ("keep" if kept else "remove", reason), kept)
+        for record, kept, reason in decisions
     ]
-    title = f"keep {printable(plan.policy)}"
-    table = _table(title, plan.listing, rows, _METRICS // 2, ("size",), ("plan", "why"))
-    freed = size(sum(record.size for record in plan.removed))
-    summary = f"{len(plan.kept)} kept, {len(plan.removed)} removed, which frees {freed}"
+    table = _table(f"keep {printable(policy)}", listing, rows, _METRICS // 2, ("size",), ("plan", "why"))
+    removed = [record for record, kept, _ in decisions if not kept]
+    freed = size(sum(record.size for record in removed))
+    summary = f"{len(decisions) - len(removed)} kept, {len(removed)} removed, which frees {freed}"
     return dataclasses.replace(table, notes=(summary, *table.notes[1:]))
 
 
