@@ -16,7 +16,7 @@ from keras_ckpt import files, state, tables
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError
 from keras_ckpt.monitor import metrics_in, mode_of, no_such_metric
-from keras_ckpt.policies import BestN, LatestN, PreservationPolicy, as_policy
+from keras_ckpt.policies import BestN, LatestN, PreservationPolicy, as_policy, missing
 from keras_ckpt.position import Position, Progress
 from keras_ckpt.record import CheckpointRecord, Mode, encodable_metadata
 from keras_ckpt.restoring import restore, same_values
@@ -199,10 +199,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         return value < threshold if self._ranking.mode == "min" else value > threshold
 
     def _warn_of_no_such_metric(self, logs: Mapping[str, Any]) -> None:
+        now = CheckpointRecord(sequence=1, step=0, metrics=metrics_in(logs, ()))
         for monitor in sorted(self._ranking.monitors - logs.keys()):
-            kind = "val_" if monitor.startswith("val_") else ""
-            measured = any(name.startswith(kind) for name in logs)
-            if measured and not self._warned and not any(monitor in record.metrics for record in self.directory):
+            if not self._warned and missing(monitor, [*self.directory, now]):
                 warnings.warn(no_such_metric(monitor, logs), stacklevel=2)
                 self._warned = True
 
@@ -321,8 +320,13 @@ class _Fit:
         self._state = state.ModelState(callback.model, weights_only)
         self._writer = writer
         self._schedule = schedule
-        _refuse_other_run(writer.directory, self.progress.position)
         writer.open(session=callback.params)
+        try:
+            _refuse_other_run(writer.directory, self.progress.position)
+        except Exception:
+            # A notebook keeps the error, and with it whatever has a reference here.
+            writer.close()
+            raise
         schedule.start()
 
     def batch_end(self, batch: int) -> str | None:

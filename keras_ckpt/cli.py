@@ -221,7 +221,8 @@ def _show(record: CheckpointRecord, as_json_text: bool) -> None:
 
 def _facts(record: CheckpointRecord) -> dict[str, Any]:
     """What is known of a checkpoint: its sidecar, where it lies, and its pin."""
-    return {"prefix": record.prefix, "size": record.size, "pin": record.pin, **members(record)}
+    prefix = os.fsencode(record.prefix).decode(errors="replace")
+    return {"prefix": prefix, "size": record.size, "pin": record.pin, **members(record)}
 
 
 def _plan_facts(plan: PrunePlan) -> dict[str, Any]:

@@ -47,9 +47,17 @@ class ModelState(tf.train.Checkpoint):
     Args:
         model: A built model.
         weights_only: Whether to leave out the optimizer and the metrics.
+
+    Raises:
+        ValueError: Keras runs on another backend than TensorFlow.
     """
 
     def __init__(self, model: keras.Model, weights_only: bool = False) -> None:
+        if keras.backend.backend() != "tensorflow":
+            raise ValueError(
+                f"keras_ckpt saves models of Keras's TensorFlow backend. Received: {keras.backend.backend()}. "
+                "Set KERAS_BACKEND=tensorflow before Keras is imported."
+            )
         super().__init__(model=model)
         self._weights_only = weights_only
 
@@ -83,8 +91,11 @@ def names(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
     Returns:
         `keras.Variable`s, and `tf.Variable`s that a layer holds beside them.
     """
-    weights = model.variables
-    paths = _numbered([_path_in(model, variable) for variable in weights], _automatic_names(_layers(model)))
+    weights, layers = model.variables, _layers(model)
+    # The model's own name leads the paths of what is built in its scope; a layer of that name is another thing.
+    own = model.name if all(layer.name != model.name for layer in layers[1:]) else None
+    segments = [_segments(variable) for variable in weights]
+    paths = _numbered([path[path[0] == own and len(path) > 1 :] for path in segments], _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
     found += [(f"model/{path}", variable) for path, variable in _tensorflow_variables(model)]
     if not weights_only:
@@ -121,14 +132,6 @@ def object_graph(reader: Any) -> trackable_object_graph_pb2.TrackableObjectGraph
     graph = trackable_object_graph_pb2.TrackableObjectGraph()
     graph.ParseFromString(reader.get_tensor(GRAPH_KEY))
     return graph
-
-
-def _path_in(model: keras.Model, variable: keras.Variable) -> tuple[str, ...]:
-    segments = _segments(variable)
-    own = len(segments) > 1 and segments[0] == model.name
-    if own and all(layer.name != model.name for layer in _layers(model)[1:]):
-        return segments[1:]
-    return segments
 
 
 def _tensorflow_variables(model: keras.Model) -> Iterable[tuple[str, tf.Variable]]:

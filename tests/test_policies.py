@@ -198,9 +198,10 @@ def test_nothing_ranked_yet_keeps_the_ends_of_epochs() -> None:
 def test_a_metric_that_is_missing_keeps_everything() -> None:
     """Once an epoch ended with metrics of the kind, and the one that is ranked by was not among them, all stays."""
     records = history("10:0.5 20:0.4 30:0.3")
+    middle = CheckpointRecord(sequence=0, step=5, batch=5)
 
     assert missing("lost", records)
-    assert kept_in_training(BestN(1, "lost", "min") | LatestN(1), records) == {10, 20, 30}
+    assert kept_in_training(BestN(1, "lost", "min") | LatestN(1), [middle, *records]) == {5, 10, 20, 30}
 
 
 def test_a_validation_metric_is_not_missing_before_validation_ran() -> None:

@@ -274,6 +274,14 @@ def test_layers_in_a_list_have_names_though_tensorflow_does_not_see_them() -> No
     assert not any("dense" in type(each).__name__.lower() for each in tf.train.TrackableView(model).descendants())
 
 
+def test_another_backend_is_refused_in_plain_words(monkeypatch) -> None:
+    """Before anything is written."""
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+
+    with pytest.raises(ValueError, match="Received: torch. Set KERAS_BACKEND=tensorflow"):
+        ModelState(dense_model())
+
+
 def test_what_keras_keeps_private_is_as_this_module_expects() -> None:
     """Should one of these change in Keras, this says so before anything is named wrongly."""
     model = dense_model(metrics=["mae"])
