@@ -278,7 +278,7 @@ def test_another_backend_is_refused_in_plain_words(monkeypatch) -> None:
     """Before anything is written."""
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
 
-    with pytest.raises(ValueError, match="Received: torch. Set KERAS_BACKEND=tensorflow"):
+    with pytest.raises(ValueError, match=r"Received: torch\. Set KERAS_BACKEND=tensorflow"):
         ModelState(dense_model())
 
 
