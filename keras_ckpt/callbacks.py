@@ -348,6 +348,8 @@ class _Fit:
             # The epoch's last batch was saved already; what is new is what was measured since.
             return self._writer.amend(newest, **facts)
         facts |= {"time": time.time(), "versions": state.versions()}
+        # Whoever goes on with TensorFlow's own manager numbers on from here.
+        self._state.save_counter.assign(position.step)
         return self._writer.save(self._state.write, step=position.step, began=began, **facts)
 
     def close(self) -> None:

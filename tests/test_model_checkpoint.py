@@ -96,6 +96,16 @@ class TestWhatIsSaved:
         ):
             assert np.array_equal(mine.numpy(), theirs.numpy())
 
+    def test_a_manager_of_tensorflow_numbers_on_from_it(self, runs) -> None:
+        """One who goes on with a training loop of his own."""
+        model = dense_model()
+        fit(model, kc.ModelCheckpoint(runs.path), epochs=2)
+        checkpoint = tf.train.Checkpoint(model=model)
+        manager = tf.train.CheckpointManager(checkpoint, runs.path, 5)
+        manager.restore_or_initialize()
+
+        assert manager.save() == f"{runs.path}/ckpt-11"
+
     def test_verbose_says_what_was_saved_and_what_was_not(self, runs, capsys) -> None:
         """A line for each save that is due."""
         trained(runs, [0.5, 0.6], verbose=1, save_best_only=True)

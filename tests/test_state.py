@@ -176,6 +176,25 @@ def test_names_do_not_depend_on_the_order_in_which_layers_were_made() -> None:
         assert of["model/dense_1/kernel"] is layers[1].kernel
 
 
+def test_names_do_not_depend_on_how_a_model_came_to_be() -> None:
+    """Built at once, by its shape, by a call, by a fit, as a copy, from JSON, or from a file of Keras."""
+
+    def layers() -> list[keras.layers.Layer]:
+        return [keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)]
+
+    at_once = keras.Sequential([keras.Input((4,)), *layers()])
+    by_shape, by_call, by_fit = (keras.Sequential(layers()) for _ in range(3))
+    by_shape.build((None, 4))
+    by_call(X[:1])
+    by_fit.compile("sgd", "mse", run_eagerly=True)
+    fit(by_fit)
+    copy, from_json = keras.models.clone_model(at_once), keras.models.model_from_json(at_once.to_json())
+
+    expected = set(names(at_once))
+    for model in (by_shape, by_call, by_fit, copy, from_json):
+        assert set(names(model, weights_only=True)) == expected
+
+
 def test_names_do_not_depend_on_who_built_the_optimizer() -> None:
     """Built by a fit or by hand, in the scope of another optimizer or not."""
     keras.mixed_precision.set_dtype_policy("mixed_float16")
