@@ -83,7 +83,10 @@ def two_of_one_path() -> keras.Model:
     for _ in range(2):
         values = keras.Input((4,))
         inner.append(keras.Model(values, keras.layers.Dense(4, name="same")(values)))
-    return keras.Model(inputs, inner[1](inner[0](inputs)))
+    model = keras.Model(inputs, inner[1](inner[0](inputs)))
+    model.compile(keras.optimizers.SGD(momentum=0.9), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
 
 
 def mixed() -> keras.Model:
@@ -126,7 +129,12 @@ MODELS = {
         model/seed_generator/seed_generator_state model/seed_generator_1/seed_generator_state
         model/steps""",
     named: "model/encoder/kernel model/encoder/bias model/head/kernel model/head/bias",
-    two_of_one_path: "model/same/kernel model/same/bias model/same/kernel~2 model/same/bias~2",
+    two_of_one_path: """
+        model/same/kernel model/same/bias model/same/kernel~2 model/same/bias~2
+        optimizer/iteration optimizer/learning_rate
+        optimizer/same/kernel/momentum optimizer/same/bias/momentum
+        optimizer/same/kernel~2/momentum optimizer/same/bias~2/momentum
+        metrics/loss/total metrics/loss/count""",
     mixed: """
         model/dense/kernel model/dense/bias model/dense_1/kernel model/dense_1/bias
         optimizer/iteration optimizer/learning_rate optimizer/step_counter optimizer/dynamic_scale
