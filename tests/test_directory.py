@@ -355,11 +355,14 @@ def test_a_json_file_of_somebody_elses_is_no_damaged_checkpoint(filler) -> None:
 def test_nothing_is_removed_where_a_newer_version_wrote(filler) -> None:
     """Its rules are not known here; what is of this version is still listed and restored."""
     runs = filler.save("10 20")
+    made_before = runs.plan(LatestN(1))
     damage(runs, "ckpt-30.json", json.dumps({"format": "keras_ckpt", "format_version": 2}).encode())
     before = names(runs)
 
     with pytest.raises(FormatVersionError, match="upgrade keras_ckpt"):
         runs.plan(LatestN(1))
+    with pytest.raises(FormatVersionError):
+        runs.prune(made_before)
     with pytest.raises(FormatVersionError):
         runs.clear()
     filler.save("40", keep=LatestN(1))
