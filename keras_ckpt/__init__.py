@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from keras_ckpt.callbacks import BackupAndRestore as BackupAndRestore
-    from keras_ckpt.callbacks import ModelCheckpoint as ModelCheckpoint
+    from keras_ckpt.backup_and_restore import BackupAndRestore as BackupAndRestore
     from keras_ckpt.directory import CheckpointDirectory as CheckpointDirectory
     from keras_ckpt.directory import PrunePlan as PrunePlan
     from keras_ckpt.errors import CheckpointError as CheckpointError
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from keras_ckpt.errors import PlanError as PlanError
     from keras_ckpt.errors import SaveError as SaveError
     from keras_ckpt.manager import CheckpointManager as CheckpointManager
+    from keras_ckpt.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from keras_ckpt.policies import BestN as BestN
     from keras_ckpt.policies import EveryNEpochs as EveryNEpochs
     from keras_ckpt.policies import EveryNHours as EveryNHours
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from keras_ckpt.restoring import restore as restore
 
 _HOMES = {
-    "callbacks": ("BackupAndRestore", "ModelCheckpoint"),
+    "backup_and_restore": ("BackupAndRestore",),
     "directory": ("CheckpointDirectory", "PrunePlan"),
     "errors": (
         "CheckpointError",
@@ -50,6 +50,7 @@ _HOMES = {
         "SaveError",
     ),
     "manager": ("CheckpointManager",),
+    "model_checkpoint": ("ModelCheckpoint",),
     "policies": ("BestN", "EveryNEpochs", "EveryNHours", "EveryNSteps", "LatestN", "PreservationPolicy"),
     "record": ("CheckpointRecord",),
     "restoring": ("RestoreReport", "restore"),

@@ -16,7 +16,7 @@ from keras_ckpt.directory import CheckpointDirectory, PrunePlan
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from keras_ckpt.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.record import CheckpointRecord, Mode, members
-from keras_ckpt.tables import printable
+from keras_ckpt.tables import counted, printable
 
 
 class _Group(click.Group):
@@ -25,6 +25,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # whoever reads has enough
         except (CheckpointError, OSError) as error:
             raise click.ClickException(str(error)) from error
         except (ValueError, TypeError) as error:
@@ -166,7 +168,7 @@ def unpin(path: str, step: int) -> None:
     Example: keras-ckpt unpin runs/digits 120
     """
     _existing(path).unpin(step)
-    click.echo(f"Step {step} is not pinned.")
+    click.echo(f"Unpinned step {step}.")
 
 
 @main.command()
@@ -179,8 +181,8 @@ def clear(path: str, yes: bool) -> None:
     """
     runs = _existing(path)
     if not yes:
-        click.confirm(f"Remove all {len(runs)} checkpoints in {path}?", abort=True)
-    click.echo(f"Removed {len(runs.clear())} checkpoints.")
+        click.confirm(f"Remove {counted(len(runs), 'checkpoint')} in {path}?", abort=True)
+    click.echo(f"Removed {counted(len(runs.clear()), 'checkpoint')}.")
 
 
 @main.command()

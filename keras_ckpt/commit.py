@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import uuid
+import warnings
 from collections.abc import Iterable, Sequence
 
 from keras_ckpt import record as sidecars
-from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError
+from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, FormatVersionError
 from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.record import CheckpointRecord
 
@@ -24,10 +26,13 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord) -> None:
 
     Raises:
         DirectoryNotEmptyError: A file of somebody else's has the name of one of the checkpoint's.
+        FormatVersionError: A newer version of this package saved this step.
         OSError: It is not published.
     """
     sidecar = f"{record.name}.json"
     previous = _read(folder, sidecar)
+    if previous is None:
+        _set_damaged_aside(folder, record.name)
     with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
         if previous:
@@ -92,7 +97,10 @@ def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preser
     """
     records = list(records)
     if not records:
-        folder.remove(STATE_FILE)
+        # It goes with the last checkpoint, unless it names one that TensorFlow wrote.
+        newest = read_state(folder)[0]
+        if newest is None or folder.exists(f"{newest}.json") or not folder.exists(f"{newest}.index"):
+            folder.remove(STATE_FILE)
         return
     listed = [record for record in records if not record.pinned]
     lines = [f"model_checkpoint_path: {_quoted(records[-1].name)}"]
@@ -119,6 +127,23 @@ def read_state(folder: Folder) -> tuple[str | None, float | None]:
     with contextlib.suppress(ValueError):
         return newest and newest[1], preserved and float(preserved[1])
     return newest and newest[1], None
+
+
+def _set_damaged_aside(folder: Folder, name: str) -> None:
+    """Moves a checkpoint whose sidecar cannot be read out of the way of the one that is saved in its place."""
+    try:
+        sidecars.decode(folder.read(f"{name}.json", sidecars.SIZE_LIMIT), name)
+    except FileNotFoundError:
+        return
+    except FormatVersionError as error:
+        raise FormatVersionError(f"{name} in {folder.path} is not saved over: {error}") from error
+    except (CheckpointError, OSError) as error:
+        own = re.compile(re.escape(name) + r"\.(json|index|data-\d{5}-of-\d{5})")
+        place = f"damaged-{uuid.uuid4().hex}"
+        with folder.folder(PRIVATE, create=True) as private, private.folder(place, create=True) as aside:
+            for file in filter(own.fullmatch, folder.names()):
+                folder.move(file, aside)
+            warnings.warn(f"{name} is damaged ({error}); what is left of it is in {aside.path}", stacklevel=2)
 
 
 def _roll_forward(folder: Folder, stage: Folder) -> None:

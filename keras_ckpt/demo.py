@@ -53,8 +53,9 @@ def run(path: str) -> None:
     print(f"{keras_ckpt.restore(fresh, best)}\n")
     recorded = best.metrics["val_accuracy"], best.metrics["val_loss"]
     loss, accuracy = fresh.evaluate(*validation, batch_size=_BATCH, verbose=0)
-    print(f"The sidecar {os.path.relpath(best.prefix)}.json says: accuracy {recorded[0]:.6f}, loss {recorded[1]:.6f}.")
-    print(f"The new network, evaluated now, has: accuracy {accuracy:.6f}, loss {loss:.6f}.")
+    sidecar = f"{os.path.relpath(best.prefix)}.json"
+    print(f"{sidecar} says: val_accuracy {recorded[0]:.6f}, val_loss {recorded[1]:.6f}")
+    print(f"The new network, evaluated now: val_accuracy {accuracy:.6f}, val_loss {loss:.6f}")
     np.testing.assert_allclose((accuracy, loss), recorded, rtol=1e-5)
     print("They agree.\n\nLater you may want to keep less. This is what keeping only the best one means:\n")
     plan = runs.plan(keras_ckpt.BestN(1))

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from keras_ckpt import commit, tables
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, PlanError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import PIN_LIMIT, Listing, amend, scan
+from keras_ckpt.listing import PIN_LIMIT, Listing, amend, examine, scan
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, selection
 from keras_ckpt.record import CheckpointRecord, Mode, as_metric
 
@@ -82,7 +83,8 @@ class CheckpointDirectory:
     """The checkpoints of one run.
 
     Iterating gives the records, oldest first; `directory[120]` is that of step 120. What is there is read from
-    disk each time. TensorFlow is not needed for any of it.
+    disk each time. Iterating and `len` take the sidecars' word; whatever shows, chooses or removes looks at the
+    sizes of the files too. TensorFlow is not needed for any of it.
 
     Example:
 
@@ -115,17 +117,16 @@ class CheckpointDirectory:
         Raises:
             NotADirectoryError: The path is a file.
         """
-        try:
-            with Folder(self.path) as folder:
-                return scan(folder)
-        except FileNotFoundError:
-            return Listing(self.path)
+        return self._read(examine)
 
     def __iter__(self) -> Iterator[CheckpointRecord]:
-        return iter(self.listing().records)
+        return iter(self._read(scan).records)
 
     def __len__(self) -> int:
-        return len(self.listing().records)
+        return len(self._read(scan).records)
+
+    def __contains__(self, item: object) -> bool:
+        return any(item in (record.step, record) for record in self)
 
     def __getitem__(self, step: int) -> CheckpointRecord:
         return self.listing().find(step)
@@ -149,8 +150,7 @@ class CheckpointDirectory:
         listing = self.listing()
         if not listing.records:
             raise CheckpointNotFoundError(f"There is no checkpoint in {self.path}.")
-        policy = _resolved(BestN(1, monitor, mode), listing)
-        _refuse_unknown_metrics(policy, listing, CheckpointNotFoundError)
+        policy = _resolved(BestN(1, monitor, mode), listing, CheckpointNotFoundError)
         steps = policy.select(listing.records)
         if not steps:
             raise CheckpointNotFoundError(f"No checkpoint in {self.path} is best: {policy!r} found no finite value.")
@@ -171,8 +171,7 @@ class CheckpointDirectory:
             raise TypeError("plan() needs a policy, such as keras_ckpt.LatestN(2). Received: None")
         listing = self.listing()
         listing.refuse_newer()
-        policy = _resolved(policy, listing) if listing.records else policy
-        _refuse_unknown_metrics(policy, listing, PlanError)
+        policy = _resolved(policy, listing, PlanError) if listing.records else policy
         decisions = tuple(_decide(policy, listing.records))
         if listing.records and not any(decision.kept for decision in decisions):
             raise PlanError(
@@ -181,7 +180,7 @@ class CheckpointDirectory:
             )
         return PrunePlan(repr(policy), decisions, listing)
 
-    def prune(self, plan: PrunePlan | PreservationPolicy | int) -> list[int]:
+    def prune(self, plan: PrunePlan | PreservationPolicy) -> list[int]:
         """Removes what a plan says, but for what was pinned, saved anew or removed since it was made.
 
         Args:
@@ -190,8 +189,11 @@ class CheckpointDirectory:
         Returns:
             The steps that were removed.
         """
-        if not isinstance(plan, PrunePlan):
+        if isinstance(plan, PreservationPolicy):
             plan = self.plan(plan)
+        if not isinstance(plan, PrunePlan):
+            # A number might be meant as a step.
+            raise TypeError(f"prune() takes a plan, or a policy such as keras_ckpt.LatestN(2). Received: {plan!r}")
         if not plan.removed:
             return []
         if elsewhere := {record.directory for record in plan.removed} - {self.path}:
@@ -280,14 +282,30 @@ class CheckpointDirectory:
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
         """The open directory and what it holds, while nobody else changes it."""
         with Folder(self.path) as folder, folder.mutex():
-            yield folder, scan(folder)
+            yield folder, examine(folder)
+
+    def _read(self, reader: Callable[[Folder], Listing]) -> Listing:
+        try:
+            with Folder(self.path) as folder:
+                return reader(folder)
+        except FileNotFoundError:
+            return Listing(self.path)
 
 
 def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord]) -> None:
     """Removes checkpoints; TensorFlow's state file forgets them first. The caller holds the mutex."""
     steps = {record.step for record in doomed}
-    commit.write_state(folder, [record for record in listing.records if record.step not in steps])
-    commit.withdraw(folder, doomed)
+    remaining = [record for record in listing.records if record.step not in steps]
+    try:
+        commit.write_state(folder, remaining)
+    except OSError:
+        # A full disk is no reason not to free some of it.
+        if not doomed:
+            raise
+        commit.withdraw(folder, doomed)
+        commit.write_state(folder, remaining)
+    else:
+        commit.withdraw(folder, doomed)
 
 
 def _shown(path: str) -> str:
@@ -298,27 +316,37 @@ def _shown(path: str) -> str:
     return path
 
 
-def _resolved(policy: PreservationPolicy, listing: Listing) -> PreservationPolicy:
-    """The policy with what the newest sidecar says was monitored."""
-    newest = listing.records[-1]
-    modes = {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
+def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[CheckpointError]) -> PreservationPolicy:
+    """The policy with what the sidecars say was monitored, and in which direction.
+
+    Raises:
+        CheckpointError: Of the type `unknown`: no checkpoint has a metric that the policy ranks by.
+        ValueError: Nothing says which metric, or which direction of it, is meant.
+    """
+    modes = {name: mode for record in listing.records for name, mode in record.modes.items()}
+    modes |= {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
+    known = sorted({name for record in listing.records for name in record.metrics})
 
     def mode_of(monitor: str) -> Mode:
         if monitor in modes:
             return modes[monitor]
-        raise ValueError(f"Nothing says whether less or more of {monitor!r} is better: give mode='min' or mode='max'.")
+        raise ValueError(f"Nothing says whether less or more of {monitor!r} is better: give the mode, 'min' or 'max'.")
 
-    return policy.resolve(newest.monitor, mode_of)
+    # A metric that is not there is the greater mistake, so it is told of first.
+    _refuse_unknown(policy, known, unknown)
+    resolved = policy.resolve(listing.records[-1].monitor, mode_of)
+    _refuse_unknown(resolved, known, unknown)
+    return resolved
 
 
-def _refuse_unknown_metrics(policy: PreservationPolicy, listing: Listing, error: type[CheckpointError]) -> None:
-    known = sorted({name for record in listing.records for name in record.metrics})
+def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: type[CheckpointError]) -> None:
     for monitor in sorted(policy.monitors.difference(known)):
-        if listing.records:
-            raise error(
-                f"{policy!r} ranks by {monitor!r}, which no checkpoint has. "
-                f"Recorded metrics: {', '.join(known) or 'none'}."
-            )
+        close = difflib.get_close_matches(monitor, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise error(
+            f"{policy!r} ranks by {monitor!r}, which no checkpoint has. "
+            f"Recorded metrics: {', '.join(known) or 'none'}.{hint}"
+        )
 
 
 def _decide(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> Iterator[Decision]:

@@ -97,6 +97,10 @@ class Folder:
         finally:
             os.close(descriptor)
 
+    def size(self, name: str) -> int:
+        """The size of a file in bytes."""
+        return os.lstat(name, dir_fd=self.descriptor).st_size
+
     def digest(self, name: str) -> tuple[int, str]:
         """The size of a file in bytes, and `"blake3:"` with its digest in hexadecimal."""
         descriptor, _ = self._open_regular(name)
@@ -213,7 +217,7 @@ class Folder:
             os.close(descriptor)
             raise DirectoryInUseError(
                 f"{self.path} is written to by another trainer: {holder}. A directory has one writing process at "
-                "a time: wait for it to end, stop it, or train into another directory."
+                "a time: wait for it to end, stop it (a notebook's kernel counts), or use another directory."
             ) from None
         _write_holder(descriptor)
         lock = _locks[identity] = WriterLock(descriptor)

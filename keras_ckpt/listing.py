@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
-from keras_ckpt.files import Folder
+from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.record import CheckpointRecord
 
 PIN_LIMIT = 4096
@@ -26,12 +27,14 @@ class Listing:
         records: The checkpoints, oldest first in the order of saving.
         damaged: By name, the error of each checkpoint that cannot be trusted. Nothing of it is ever removed.
         unmanaged: Names of TensorFlow checkpoints without a sidecar, which others wrote.
+        sequence: The greatest place in the order of saving that any of them has.
     """
 
     path: str
     records: tuple[CheckpointRecord, ...] = ()
     damaged: Mapping[str, CheckpointError] = dataclasses.field(default_factory=dict)
     unmanaged: tuple[str, ...] = ()
+    sequence: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.records or self.damaged or self.unmanaged)
@@ -95,12 +98,37 @@ def scan(folder: Folder) -> Listing:
             damaged[older.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
     managed = {record.name for record in records.values()} | damaged.keys()
     indexed = {name[:-6] for name in names if name.endswith(".index")}
+    unmanaged = {name for name in indexed - managed if sidecars.step_in(name) is not None}
+    if unmanaged:
+        unmanaged -= _in_transit(folder)
     return Listing(
         folder.path,
         _oldest_first(records.values()),
         {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(name, present, damaged[name])},
-        _by_step(name for name in indexed - managed if sidecars.step_in(name) is not None),
+        _by_step(unmanaged),
+        max((record.sequence for record in records.values()), default=0),
     )
+
+
+def examine(folder: Folder) -> Listing:
+    """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
+    listing = scan(folder)
+    damaged = dict(listing.damaged)
+    sound = []
+    for record in listing.records:
+        try:
+            for file in record.files:
+                size = folder.size(file.name)
+                if size != file.size:
+                    raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
+        except OSError as error:
+            damaged[record.name] = _unreadable(error)
+        except DamagedCheckpointError as error:
+            damaged[record.name] = error
+        else:
+            sound.append(record)
+    ordered = {name: damaged[name] for name in _by_step(damaged)}
+    return dataclasses.replace(listing, records=tuple(sound), damaged=ordered)
 
 
 def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> CheckpointRecord:
@@ -137,6 +165,18 @@ def _read(folder: Folder, name: str, present: set[str]) -> CheckpointRecord:
                 raise FileNotFoundError(name)
             raise DamagedCheckpointError(f"{file.name} is missing")
     return record
+
+
+def _in_transit(folder: Folder) -> set[str]:
+    """The names of checkpoints that a process is about to publish or to remove: their sidecars are on their way."""
+    found: set[str] = set()
+    with contextlib.suppress(OSError), folder.folder(PRIVATE) as private:
+        for name in private.names():
+            if name != "trash" and not name.startswith("stage-"):
+                continue
+            with contextlib.suppress(OSError), private.folder(name) as inner:
+                found |= {file[:-5] for file in inner.names() if file.endswith(".json")}
+    return found
 
 
 def _read_pin(folder: Folder, name: str, present: set[str]) -> str | None:

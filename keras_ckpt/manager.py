@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import numbers
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ import tensorflow as tf
 from keras_ckpt import state
 from keras_ckpt.commit import read_state, write_state
 from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.errors import DirectoryNotEmptyError
 from keras_ckpt.files import Folder, lasting_tensorflow_path
 from keras_ckpt.listing import Listing
 from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
@@ -79,15 +82,30 @@ class CheckpointManager(tf.train.CheckpointManager):
         monitor: str | None = None,
         mode: Mode | None = None,
     ) -> None:
+        if not isinstance(checkpoint, tf.train.Checkpoint):
+            raise TypeError(
+                f"CheckpointManager expected a tf.train.Checkpoint. Received: {checkpoint!r:.200}. "
+                "Wrap what is to be saved: tf.train.Checkpoint(model=model)."
+            )
         if keep is not None and max_to_keep is not None:
             raise ValueError(
                 f"keep and max_to_keep say the same thing. Received: keep={keep!r}, max_to_keep={max_to_keep!r}. "
                 f"Give keep alone, for example keep=keras_ckpt.BestN(3) | keras_ckpt.LatestN({max_to_keep})."
             )
+        if max_to_keep is not None and not (isinstance(max_to_keep, numbers.Integral) and max_to_keep > 0):
+            raise ValueError(f"max_to_keep expected a number of at least 1, or None. Received: {max_to_keep!r}")
+        if keep_checkpoint_every_n_hours is not None and not keep_checkpoint_every_n_hours > 0:
+            raise ValueError(
+                f"keep_checkpoint_every_n_hours expected a number > 0. Received: {keep_checkpoint_every_n_hours!r}"
+            )
         if checkpoint_interval is not None and step_counter is None:
             raise ValueError("checkpoint_interval counts in steps: give the step_counter, an integer tf.Variable, too.")
-        if not checkpoint_name or "/" in checkpoint_name:
+        if not isinstance(checkpoint_name, str) or not checkpoint_name or "/" in checkpoint_name:
             raise ValueError(f"checkpoint_name is a name in the directory. Received: {checkpoint_name!r}")
+        if init_fn is not None and not callable(init_fn):
+            raise TypeError(f"init_fn expected a function. Received: {init_fn!r}")
+        if mode not in (None, "min", "max"):
+            raise ValueError(f"CheckpointManager expected mode 'min' or 'max'. Received: mode={mode!r}")
         self._checkpoint = checkpoint
         self._directory = os.fspath(directory)
         self._step_counter = step_counter
@@ -161,22 +179,27 @@ class CheckpointManager(tf.train.CheckpointManager):
         Raises:
             SaveError: It could not be saved. The others are untouched.
             DirectoryInUseError: Another process writes into the directory.
+            DirectoryNotEmptyError: The directory holds a run of `fit` that the checkpoint was not restored from.
         """
         began = time.perf_counter()
         if not self._interval_is_over(check_interval):
             return None
         counter = self._checkpoint.save_counter
+        if int(counter.numpy()) == 0:
+            self._refuse_to_begin_over()
         counter.assign_add(1)
         number = _integer(counter if checkpoint_number is None else checkpoint_number)
         if number < 0:
             raise ValueError(f"A checkpoint's number is 0 or more. Received: checkpoint_number={number}")
+        if not isinstance(metrics or {}, Mapping):
+            raise TypeError(f"save() expected a dict of metrics. Received: metrics={metrics!r:.200}")
         measured = {name: as_metric(name, value) for name, value in (metrics or {}).items()}
         options, callbacks = _without_callbacks(options)
         record = self._writer.save(
             lambda prefix: self._checkpoint.write(prefix, options),
             step=number,
             began=began,
-            epoch=epoch,
+            epoch=None if epoch is None else _integer(epoch),
             metrics=measured,
             monitor=self._monitor,
             mode=self._mode,
@@ -221,6 +244,25 @@ class CheckpointManager(tf.train.CheckpointManager):
             if hinted in listing.unmanaged:
                 return hinted
         return listing.records[-1].name if listing.records else next(reversed(listing.unmanaged), None)
+
+    def _refuse_to_begin_over(self) -> None:
+        """Keeps a checkpoint that was never saved nor restored from taking over what others saved here."""
+        newest = self._writer.directory.latest()
+        if newest is None:
+            return
+        restore = "restore it: manager.restore_or_initialize()"
+        if newest.batch is not None:
+            raise DirectoryNotEmptyError(
+                f"{self._directory} holds a run of fit, the newest checkpoint of step {newest.step}, which this one "
+                f"does not continue. To go on with it, {restore}. To begin another, save into another directory, or "
+                f"remove these: keras_ckpt.CheckpointDirectory({self._directory!r}).clear()."
+            )
+        # TensorFlow's manager does so without a word, so it is done, with one.
+        warnings.warn(
+            f"{self._directory} holds checkpoints, and this one was not restored from them, so its numbers begin again "
+            f"and theirs may be saved over. To go on with them, {restore}.",
+            stacklevel=3,
+        )
 
     def _interval_is_over(self, check_interval: bool) -> bool:
         if self._interval is None:

@@ -40,9 +40,12 @@ def mode_of(model: keras.Model, monitor: str) -> Mode:
     directions = {each: direction for each, direction in _directions(model) if direction is not None}
     if name in directions:
         return "max" if directions[name] == "up" else "min"
+    known = sorted({"loss", *directions})
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f" Did you mean {monitor.removesuffix(name) + close[0]!r}?" if close else ""
     raise ValueError(
         f"Nothing says whether less or more of monitor={monitor!r} is better. Pass mode='max' if more is, mode='min' "
-        f"if less is. Keras knows it of: {', '.join(sorted({'loss', *directions}))}."
+        f"if less is. Keras knows it of: {', '.join(known)}, each with val_ before it too.{meant}"
     )
 
 

@@ -274,6 +274,8 @@ def as_policy(keep: PreservationPolicy | int | None) -> PreservationPolicy | Non
     if keep is None or isinstance(keep, PreservationPolicy):
         return keep
     if isinstance(keep, numbers.Integral) and not isinstance(keep, bool):
+        if keep < 1:
+            raise ValueError(f"keep expected a number of at least 1, or None to keep all. Received: {keep!r}")
         return LatestN(int(keep))
     raise TypeError(
         "keep must be None (keep all), an int (the newest so many) or a policy such as "
@@ -342,4 +344,4 @@ def _check_count(policy: PreservationPolicy, n: object) -> None:
     if isinstance(n, bool) or not isinstance(n, numbers.Integral):
         raise TypeError(f"{name} expected a whole number of at least 1. Received: {n!r}")
     if n < 1:
-        raise ValueError(f"{name} expected n >= 1, to keep nothing of a kind do not join that policy. Received: {n!r}")
+        raise ValueError(f"{name} expected n >= 1; leave the policy out to keep none of its kind. Received: {n!r}")

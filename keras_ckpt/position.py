@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+import warnings
 import weakref
 from typing import Any
 
@@ -27,19 +28,20 @@ class Position:
     batch: int = 0
 
 
-_positions: weakref.WeakKeyDictionary[keras.Model, Position] = weakref.WeakKeyDictionary()
+# With the optimizer that the model had there: one that is compiled anew begins afresh.
+_positions: weakref.WeakKeyDictionary[keras.Model, tuple[Position, Any]] = weakref.WeakKeyDictionary()
 
 
 def position_of(model: keras.Model) -> Position | None:
     """Where in its run a model is, `None` if it belongs to none."""
-    return _positions.get(model)
+    return _positions[model][0] if model in _positions else None
 
 
 def set_position(model: keras.Model, position: Position | None) -> None:
     """Says where in its run a model is; `None` takes it out of its run."""
     _positions.pop(model, None)
     if position is not None:
-        _positions[model] = position
+        _positions[model] = position, _optimizer(model)
 
 
 class Progress:
@@ -56,6 +58,12 @@ class Progress:
         self.model = model
         self.steps = steps
         self.position = position_of(model) or Position(uuid.uuid4().hex)
+        if model in _positions and _positions[model][1] is not _optimizer(model):
+            warnings.warn(
+                f"The model was compiled anew since step {self.position.step} of its run, so its optimizer begins "
+                "afresh. To go on exactly, compile the model first and restore it then.",
+                stacklevel=2,
+            )
         if self.position.batch:
             # fit begins an epoch anew, so what was done of it does not count as a part of it.
             self.position = dataclasses.replace(self.position, batch=0)
@@ -76,7 +84,11 @@ class Progress:
 
     def epoch_end(self) -> Position:
         """Counts an epoch, unless training was stopped in its middle."""
+        if self._last_batch < 0:
+            # A loop of somebody's own that reports no batches; the optimizer knows how many there were.
+            self._move(step=self.position.step + max(1, _iterations(self.model) - self._iterations))
         done, self._last_batch = self._last_batch + 1, -1
+        self._iterations = _iterations(self.model)
         if self.model.stop_training and self.steps is not None and done < self.steps:
             return self.position
         return self._move(epoch=self.position.epoch + 1, batch=0)
@@ -104,5 +116,10 @@ class Progress:
 
 def _iterations(model: keras.Model) -> int:
     """How often the optimizer was applied. Its `iterations` is divided by gradient accumulation, its variable not."""
-    variables: list[Any] = model.optimizer.variables if getattr(model, "optimizer", None) else []
+    optimizer = _optimizer(model)
+    variables: list[Any] = optimizer.variables if optimizer is not None else []
     return max((int(variable.numpy()) for variable in variables if variable.name == "iteration"), default=0)
+
+
+def _optimizer(model: keras.Model) -> Any:
+    return getattr(model, "optimizer", None)

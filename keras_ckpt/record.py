@@ -63,6 +63,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
         metrics: The metrics of these very weights, by name.
         monitor: The metric that the training watched, if there was one.
         mode: Whether less (`"min"`) or more (`"max"`) of it is better.
+        modes: The same for other metrics that a policy ranked by, by name.
         time: When the save began, in seconds since 1970.
         reason: What made the save due, such as `"epoch"`.
         metadata: What the user wanted to be kept with it.
@@ -88,6 +89,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, Metric] = {}
     monitor: str | None = None
     mode: Mode | None = None
+    modes: dict[str, Mode] = {}
     time: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     reason: Annotated[str, msgspec.Meta(max_length=200)] = ""
     metadata: dict[str, Any] = {}
@@ -168,7 +170,7 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
         record = _decode(data)
     except _UNREADABLE as error:
         _refuse_newer(data)
-        raise DamagedCheckpointError(f"{_line(error)}; received {len(data)} bytes") from None
+        raise DamagedCheckpointError(f"it is no sidecar: {_line(error)}; received {len(data)} bytes") from None
     _refuse_newer_version(record.format_version)
     last = _LAST_MEMBER.search(data, max(0, len(data) - 200))
     if last is None:
@@ -202,9 +204,14 @@ def encode(record: CheckpointRecord) -> bytes:
     """Writes a sidecar.
 
     Raises:
-        ValueError: The sidecar would be too large to be read.
+        ValueError: A fact is of the wrong type or out of range, or the sidecar would be too large to be read.
     """
-    return _sealed(members(record))
+    facts = members(record)
+    try:
+        msgspec.convert(facts, CheckpointRecord)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"Step {record.step} cannot be recorded. {_line(error)}") from error
+    return _sealed(facts)
 
 
 def update(data: bytes, record: CheckpointRecord) -> bytes:
@@ -280,8 +287,8 @@ def _encodable(value: object, where: str) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return _encodable(value.item(), where)
     raise TypeError(
-        f"{where} is a {type(value).__name__}, which JSON cannot hold. Expected numbers, strings, booleans, None, "
-        "lists, and dicts with string keys."
+        f"{where} is of type {type(value).__name__}, which JSON cannot hold. "
+        "Expected numbers, strings, booleans, None, lists, and dicts with string keys."
     )
 
 

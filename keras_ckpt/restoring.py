@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -19,7 +21,8 @@ from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedC
 from keras_ckpt.files import Folder
 from keras_ckpt.listing import check_files
 from keras_ckpt.position import Position, set_position
-from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.record import CheckpointRecord, step_in
+from keras_ckpt.source import Source
 
 _LINES = 12
 _UNNAMED = {"seed_generator", "variable"}
@@ -32,24 +35,23 @@ class RestoreReport:
     Attributes:
         prefix: The checkpoint.
         step: Its step, `None` if it has no sidecar.
+        epoch: Epochs completed there, for `fit(initial_epoch=...)`; `None` if it is not known.
         matched: Restored.
         missing: In the model, not in the checkpoint; left as they were.
         unexpected: In the checkpoint, not in the model.
-        mismatched: In both, of another shape or type; left as they were. The values say which.
-        ambiguous: In both under an automatic name such as `dense_1`, but the model has more or fewer layers of that
-            name, so which is which cannot be known; left as they were. Give the layers names.
+        mismatched: In both, and left as they were; each with the reason.
     """
 
     prefix: str
     step: int | None
+    epoch: int | None
     matched: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: Mapping[str, str]
-    ambiguous: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        wanted = [*self.matched, *self.missing, *self.mismatched, *self.ambiguous]
+        wanted = [*self.matched, *self.missing, *self.mismatched]
         parts = ("model", "optimizer", "metrics")
         counts = {part: (_count(self.matched, part), _count(wanted, part)) for part in parts}
         restored = ", ".join(f"{part} {done} of {total}" for part, (done, total) in counts.items() if total)
@@ -57,8 +59,7 @@ class RestoreReport:
         lines = [f"restored {self.prefix}{at}: {restored}"]
         lines += _block("not in the checkpoint, left as they were", _by_layer(self.missing))
         lines += _block("in the checkpoint, not in the model", _by_layer(self.unexpected))
-        lines += _block("of another shape or type, left as they were", list(self.mismatched.values()))
-        lines += _block("automatic names of another number of layers, left as they were", _by_layer(self.ambiguous))
+        lines += _block("in both, left as they were", _by_reason(self.mismatched))
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -88,7 +89,7 @@ def restore(
         checkpoint: A record, a directory (its newest), or the path of a directory or a checkpoint. One that
             TensorFlow wrote does as well.
         strict: Whether a difference in weights, seeds or optimizer is an error. If not, what matches is restored, and
-            the model belongs to no run.
+            the model belongs to no run unless it all did. An optimizer that differs is left as it is.
 
     Returns:
         What was restored and what was not.
@@ -99,63 +100,79 @@ def restore(
         CheckpointNotFoundError: There is no such checkpoint.
         ValueError: The model is not built.
     """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"restore(model, checkpoint) expected a Keras model first. Received: {model!r:.200}")
     if not model.built or not model.variables:
         raise ValueError(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "
             "model.build(input_shape), or call it on a batch of data."
         )
-    directory, name = _locate(checkpoint)
-    try:
-        with Folder(directory) as folder:
-            return _restore(model, folder, name, strict)
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"No checkpoint {os.path.join(directory, name)}: {error}") from error
+    directory, names = _locate(checkpoint)
+    for name, older in itertools.zip_longest(names, names[1:]):
+        try:
+            with Folder(directory) as folder:
+                return _restore(model, folder, name, strict)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"There is no checkpoint {os.path.join(directory, name)}.") from error
+        except DamagedCheckpointError as error:
+            if older is None:
+                raise
+            warnings.warn(f"{error}. Going back to {older}.", stacklevel=2)
+    raise CheckpointNotFoundError(f"There is no checkpoint in {directory}.")
 
 
-def _locate(checkpoint: object) -> tuple[str, str]:
-    """The directory of a checkpoint and its name."""
+def _locate(checkpoint: object) -> tuple[str, list[str]]:
+    """The directory of a checkpoint, and its name; for a directory, the names of all, newest first."""
     if isinstance(checkpoint, CheckpointRecord):
-        return checkpoint.directory, checkpoint.name
+        return checkpoint.directory, [checkpoint.name]
     if isinstance(checkpoint, CheckpointDirectory):
-        return checkpoint.path, _newest(checkpoint)
-    if not isinstance(checkpoint, str | os.PathLike):
+        return checkpoint.path, _newest_first(checkpoint)
+    if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
         raise TypeError(
             "restore() expected a record, a directory, or a path. "
-            f"Received: {checkpoint!r}" + (", which latest() gives for an empty directory" * (checkpoint is None))
+            f"Received: {checkpoint!r:.200}" + (", which latest() gives for an empty directory" * (checkpoint is None))
         )
     path = os.path.abspath(os.fspath(checkpoint))
     if os.path.isdir(path):
-        return path, _newest(CheckpointDirectory(path))
+        return path, _newest_first(CheckpointDirectory(path))
+    if path.endswith((".keras", ".h5")):
+        raise ValueError(
+            f"{path} is a file of Keras's own: model.load_weights() or keras.models.load_model() reads it."
+        )
     name = re.sub(r"\.(index|json|data-\d{5}-of-\d{5})\Z", "", os.path.basename(path))
-    return os.path.dirname(path), name
+    return os.path.dirname(path), [name]
 
 
-def _newest(directory: CheckpointDirectory) -> str:
+def _newest_first(directory: CheckpointDirectory) -> list[str]:
+    """The checkpoints to try, and a warning for each newer one that is damaged already at first sight."""
     listing = directory.listing()
-    if listing.records:
-        return listing.records[-1].name
-    if listing.damaged:
-        reasons = "; ".join(f"{name}: {error}" for name, error in listing.damaged.items())
-        raise DamagedCheckpointError(f"All checkpoints in {directory.path} are damaged: {reasons}")
-    if listing.unmanaged:
-        with Folder(directory.path) as folder:
-            newest = commit.read_state(folder)[0]
-        return newest if newest in listing.unmanaged else listing.unmanaged[-1]
-    raise CheckpointNotFoundError(f"There is no checkpoint in {directory.path}.")
+    names = [record.name for record in reversed(listing.records)]
+    reasons = [f"{name} in {directory.path} is damaged: {error}" for name, error in listing.damaged.items()]
+    if not names and listing.damaged:
+        raise DamagedCheckpointError(f"No checkpoint can be restored. {'. '.join(reasons)}.")
+    if names:
+        newest = listing.records[-1].step
+        for name, reason in zip(listing.damaged, reasons, strict=True):
+            if (step_in(name) or 0) > newest:
+                warnings.warn(f"{reason}. Going back to {names[0]}.", stacklevel=4)
+        return names
+    if not listing.unmanaged:
+        return []
+    with Folder(directory.path) as folder:
+        hinted = commit.read_state(folder)[0]
+    return [hinted if hinted in listing.unmanaged else listing.unmanaged[-1]]
 
 
 def _restore(model: keras.Model, folder: Folder, name: str, strict: bool) -> RestoreReport:
     prefix = os.path.join(folder.path, name)
     record = _record(folder, name)
     if not folder.exists(f"{name}.index"):
-        raise FileNotFoundError(f"there is no {name}.index")
-    if model.compiled and model.optimizer is not None and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    wanted = state.names(model)
+        raise FileNotFoundError(name)
     try:
-        source = _Source(folder.tensorflow_path(name), model)
-    except Exception as error:  # TensorFlow's readers raise almost anything when a file is not what they expect.
+        source = Source(folder.tensorflow_path(name), model)
+    except Exception as error:
         raise DamagedCheckpointError(f"{prefix} cannot be read: {error}") from error
+    wanted = state.names(model)
     report = _compare(wanted, source, prefix, record, None if strict else state.automatic_stems(model))
     differences = _differences(report, source)
     if strict and differences:
@@ -194,109 +211,53 @@ def _position(record: CheckpointRecord) -> Position:
     return Position(record.run_id, record.step, record.epoch or 0, record.batch or 0)
 
 
-class _Source:
-    """An open checkpoint, with the key of each variable by its name.
-
-    Attributes:
-        foreign: Whether its names are those of TensorFlow's object graph.
-    """
-
-    def __init__(self, path: str, model: keras.Model) -> None:
-        self._path = path
-        reader = tf.train.load_checkpoint(path)
-        self._shapes: dict[str, list[int]] = reader.get_variable_to_shape_map()
-        self._dtypes: dict[str, tf.DType] = reader.get_variable_to_dtype_map()
-        self.foreign = state.NAMES_KEY not in self._shapes
-        counter = f"save_counter{state.SUFFIX}"  # TensorFlow's own, no part of a model
-        keys = [key for key in self._shapes if key.endswith(state.SUFFIX) and key != counter]
-        named = {key.removesuffix(state.SUFFIX): key for key in keys}
-        self.keys = _keys_by_graph(path, reader, model, named) if self.foreign else named
-
-    def kind(self, name: str) -> tuple[tuple[int, ...], str]:
-        """The shape and the type of a variable."""
-        key = self.keys[name]
-        return tuple(self._shapes[key]), self._dtypes[key].name
-
-    def read(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
-        """Reads variables, all before any is used; TensorFlow checks each one's checksum."""
-        if not names:
-            return {}
-        keys = [self.keys[name] for name in names]
-        tensors = tf.raw_ops.RestoreV2(
-            prefix=self._path,
-            tensor_names=keys,
-            shape_and_slices=[""] * len(keys),
-            dtypes=[self._dtypes[key] for key in keys],
-        )
-        return dict(zip(names, tensors, strict=True))
-
-
-def _keys_by_graph(path: str, reader: Any, model: keras.Model, named: Mapping[str, str]) -> dict[str, str]:
-    """The keys of a checkpoint that TensorFlow named by its object graph; what is the model's, by the model's names."""
-    graph = state.object_graph(reader)
-    variables = {id(variable): name for name, variable in state.names(model).items()}
-    view = tf.train.CheckpointView(path)
-    # What the model is called there is up to the one who wrote it; or it is the root itself.
-    children = {child.local_name for child in graph.nodes[0].children} - {"save_counter"}
-    roots = [(called, tf.train.Checkpoint(**{called: model})) for called in sorted(children)]
-    best: tuple[dict[str, str], str] = ({}, "")
-    for called, root in [*roots, ("", model)]:
-        found = {
-            variables[id(trackable)]: attribute.checkpoint_key
-            for node, trackable in view.match(root).items()
-            if id(trackable) in variables
-            for attribute in graph.nodes[node].attributes
-        }
-        best = max(best, (found, f"{called}/" if called else ""), key=lambda each: len(each[0]))
-    names, called = best
-    used = set(names.values())
-    for name, key in named.items():
-        if key not in used and name.startswith(called):
-            own = name.removeprefix(called)
-            names[own if own.startswith("optimizer/") else f"model/{own}"] = key
-    return names
-
-
 def _compare(
     wanted: Mapping[str, Any],
-    source: _Source,
+    source: Source,
     prefix: str,
     record: CheckpointRecord | None,
     automatic: Collection[str] | None,
 ) -> RestoreReport:
     shared = [name for name in wanted if name in source.keys]
-    unsure = set() if automatic is None else _unsure(wanted, source.keys, {*automatic, *_UNNAMED})
-    ambiguous = tuple(name for name in shared if name in unsure)
     mismatched = {}
     for name in shared:
         kind = tuple(wanted[name].shape), tf.as_dtype(wanted[name].dtype).name
         if kind != source.kind(name):
-            mismatched[name] = f"{name}: {_kind(kind)} in the model, {_kind(source.kind(name))} in the checkpoint"
+            mismatched[name] = f"{_kind(kind)} in the model, {_kind(source.kind(name))} in the checkpoint"
+    missing = [name for name in wanted if name not in source.keys]
+    unexpected = sorted(name for name in source.keys if name not in wanted)
+    if automatic is not None:
+        unsure = _unsure(wanted, source.keys, {*automatic, *_UNNAMED})
+        why = "an automatic name, of another number of layers in the checkpoint: give them names"
+        mismatched |= {name: why for name in shared if name in unsure}
+        # Half an optimizer is worse than none: counters of many steps beside slots of none.
+        if any(name.startswith("optimizer/") for name in (*mismatched, *missing, *unexpected)):
+            why = "part of an optimizer that differs"
+            mismatched |= {name: why for name in shared if name.startswith("optimizer/") and name not in mismatched}
     return RestoreReport(
         prefix,
         record.step if record else None,
-        matched=tuple(name for name in shared if name not in mismatched and name not in unsure),
-        missing=tuple(name for name in wanted if name not in source.keys),
-        unexpected=tuple(sorted(name for name in source.keys if name not in wanted)),
-        mismatched={name: text for name, text in mismatched.items() if name not in unsure},
-        ambiguous=ambiguous,
+        record.epoch if record else None,
+        matched=tuple(name for name in shared if name not in mismatched),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        mismatched=mismatched,
     )
 
 
-def _differences(report: RestoreReport, source: _Source) -> list[str]:
+def _differences(report: RestoreReport, source: Source) -> list[str]:
     """What a strict restore refuses, a line each."""
     parts: tuple[str, ...] = ("model/", "optimizer/")
-    known = [*report.matched, *report.missing, *report.mismatched, *report.ambiguous]
+    known = [*report.matched, *report.missing, *report.mismatched]
     if not any(name.startswith("optimizer/") for name in source.keys):
         parts = ("model/",)  # saved with save_weights_only
     elif not any(name.startswith("optimizer/") for name in known):
         parts = ("model/",)  # the model is not compiled
     missing = [name for name in report.missing if not (source.foreign and name.endswith("/seed_generator_state"))]
-    lines = {name: f"{name}: not in the checkpoint" for name in missing}
-    lines |= {name: f"{name}: in the checkpoint, not in the model" for name in report.unexpected}
-    lines |= report.mismatched
-    lines |= {name: f"{name}: may be another layer's" for name in report.ambiguous}
-    return [text for name, text in lines.items() if name.startswith(parts)]
+    reasons = dict.fromkeys(missing, "not in the checkpoint")
+    reasons |= dict.fromkeys(report.unexpected, "in the checkpoint, not in the model")
+    reasons |= report.mismatched
+    return [f"{name}: {reason}" for name, reason in reasons.items() if name.startswith(parts)]
 
 
 def _unsure(model: Iterable[str], disk: Iterable[str], automatic: Collection[str]) -> set[str]:
@@ -330,8 +291,17 @@ def _count(names: Iterable[str], part: str) -> int:
 
 
 def _by_layer(names: Iterable[str]) -> list[str]:
-    counts = collections.Counter(name.rpartition("/")[0] for name in names)
+    """The layers with the numbers of their variables. What metrics have counted is nothing to be told of."""
+    counts = collections.Counter(name.rpartition("/")[0] for name in names if not name.startswith("metrics/"))
     return [f"{layer} ({count})" for layer, count in counts.items()]
+
+
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """The reasons, those that hold for several variables once with their layers."""
+    names = collections.defaultdict(list)
+    for name, reason in reasons.items():
+        names[reason].append(name)
+    return [f"{each[0] if len(each) == 1 else ', '.join(_by_layer(each))}: {why}" for why, each in names.items()]
 
 
 def _block(title: str, lines: list[str]) -> list[str]:
@@ -347,7 +317,7 @@ def same_values(saved: state.ModelState, record: CheckpointRecord) -> bool:
     variables = {name: each for name, each in saved.names().items() if not name.startswith("metrics/")}
     try:
         with Folder(record.directory) as folder:
-            source = _Source(folder.tensorflow_path(record.name), saved.model)
+            source = Source(folder.tensorflow_path(record.name), saved.model)
             values = source.read([name for name in source.keys if not name.startswith("metrics/")])
     except Exception:  # noqa: BLE001 - TensorFlow's readers raise almost anything; what cannot be read is not the same
         return False

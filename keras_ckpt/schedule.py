@@ -50,7 +50,7 @@ class SaveSchedule:
         Returns:
             What made it due, in words; `None` if it is not.
         """
-        reasons = [f"every {n} batches" for n in self.batches if after // n > before // n]
+        reasons = [f"every {n} batches" if n > 1 else "every batch" for n in self.batches if after // n > before // n]
         now = self._clock() if self.intervals else 0.0
         for index, interval in enumerate(self.intervals):
             if now - self._last[index] >= interval.total_seconds():

@@ -12,7 +12,7 @@ import collections
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -92,19 +92,57 @@ def names(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
         `keras.Variable`s, and `tf.Variable`s that a layer holds beside them.
     """
     weights, layers = model.variables, _layers(model)
-    # The model's own name leads the paths of what is built in its scope; a layer of that name is another thing.
-    own = model.name if all(layer.name != model.name for layer in layers[1:]) else None
-    segments = [_segments(variable) for variable in weights]
-    paths = _numbered([path[path[0] == own and len(path) > 1 :] for path in segments], _automatic_names(layers))
+    paths = _numbered(_paths_in(model, layers), _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
-    found += [(f"model/{path}", variable) for path, variable in _tensorflow_variables(model)]
+    found += [(f"model/{path}", each) for path, each in _tracked(model).items() if isinstance(each, tf.Variable)]
     if not weights_only:
-        found += _optimizer_variables(model, dict(zip(map(id, weights), paths, strict=True)))
+        references = _references(weights, paths)
+        for prefix, optimizer in optimizers(model).items():
+            found += _optimizer_variables(prefix, optimizer, references)
         measured = model.metrics_variables
         paths = _numbered([_segments(variable) for variable in measured], _automatic_names(_metrics(model)))
         found += [(f"metrics/{path}", variable) for path, variable in zip(paths, measured, strict=True)]
     unique = _unique([name for name, _ in found])
     return dict(zip(unique, (variable for _, variable in found), strict=True))
+
+
+def optimizers(model: keras.Model) -> dict[str, Any]:
+    """The optimizers of a model by the prefix of their variables' names.
+
+    That of `compile` is `optimizer`. Others that a model holds, such as those of the two halves of a GAN, have the path
+    of their attribute in it: `optimizer/d_optimizer`.
+    """
+    main = getattr(model, "optimizer", None)
+    found = {} if main is None else {"optimizer": main}
+    inner = {id(each) for each in _inner_optimizers(main)}
+    for path, each in _tracked(model).items():
+        if isinstance(each, keras.optimizers.Optimizer) and each is not main and id(each) not in inner:
+            found[f"optimizer/{path}"] = each
+            inner |= {id(each) for each in _inner_optimizers(each)}
+    return found
+
+
+def build_optimizers(model: keras.Model, names_on_disk: Collection[str]) -> None:
+    """Builds the optimizers that have slots on disk, as they are built by their first step."""
+    wanted = names(model)
+    weights = {name: variable for name, variable in wanted.items() if name.startswith("model/")}
+    others = tuple(f"{prefix}/" for prefix in optimizers(model) if prefix != "optimizer")
+    for prefix, optimizer in optimizers(model).items():
+        unknown = [name for name in names_on_disk if name.startswith(f"{prefix}/") and name not in wanted]
+        if optimizer.built:
+            continue
+        if prefix == "optimizer":
+            if any(not name.startswith(others) for name in unknown):
+                optimizer.build(model.trainable_variables)
+            continue
+        slots = [name.removeprefix(f"{prefix}/") for name in unknown]
+        trained = [
+            variable
+            for name, variable in weights.items()
+            if any(slot.startswith(f"{name.removeprefix('model/')}/") for slot in slots)
+        ]
+        if trained:
+            optimizer.build(trained)
 
 
 def versions() -> dict[str, str]:
@@ -134,8 +172,24 @@ def object_graph(reader: Any) -> trackable_object_graph_pb2.TrackableObjectGraph
     return graph
 
 
-def _tensorflow_variables(model: keras.Model) -> Iterable[tuple[str, tf.Variable]]:
-    """Variables of TensorFlow's own kind, which a layer may hold and Keras does not list, with the shortest path."""
+def _paths_in(model: keras.Model, layers: Sequence[Any]) -> list[tuple[str, ...]]:
+    """The paths of a model's variables, from the outermost layer that belongs to it."""
+    known = {layer.name for layer in layers}
+    # The model's own name leads the paths of what is built in its scope; a layer of that name is another thing.
+    own = model.name if all(layer.name != model.name for layer in layers[1:]) else None
+    paths = []
+    for variable in model.variables:
+        path = _segments(variable)
+        # An error while a layer is built leaves its scope open, and Keras puts it before everything that comes later.
+        while len(path) > 1 and path[0] not in known and not _anonymous(path[0]):
+            path = path[1:]
+        paths.append(path[path[0] == own and len(path) > 1 :])
+    return paths
+
+
+def _tracked(model: keras.Model) -> dict[str, Any]:
+    """What TensorFlow tracks below a model, but not below its optimizer, by the shortest path of attributes."""
+    found: dict[str, Any] = {}
     queue: collections.deque[tuple[str, Any]] = collections.deque([("", model)])
     seen = {id(model), id(getattr(model, "optimizer", None))}
     while queue:
@@ -143,39 +197,44 @@ def _tensorflow_variables(model: keras.Model) -> Iterable[tuple[str, tf.Variable
         for name, child in tf.train.TrackableView.children(parent).items():
             if id(child) not in seen:
                 seen.add(id(child))
-                queue.append((f"{path}{name}/", child))
-                if isinstance(child, tf.Variable):
-                    yield f"{path}{name}", child
+                found[f"{path}{name}"] = child
+                if not isinstance(child, keras.optimizers.Optimizer):
+                    queue.append((f"{path}{name}/", child))
+    return found
 
 
-def _optimizer_variables(model: keras.Model, weights: dict[int, str]) -> Iterable[tuple[str, keras.Variable]]:
-    """The optimizer's variables; `weights` has the names of the model's by their ids."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
-        return
+def _references(weights: Sequence[keras.Variable], paths: Sequence[str]) -> dict[str, list[str]]:
+    """The names of the weights by what optimizers make of their paths; those that share a path in the model's order."""
     references: dict[str, list[str]] = collections.defaultdict(list)
-    for variable in model.variables:
-        references[variable.path.replace("/", "_")].append(weights[id(variable)])
+    for variable, path in zip(weights, paths, strict=True):
+        references[variable.path.replace("/", "_")].append(path)
+    return references
+
+
+def _optimizer_variables(
+    prefix: str, optimizer: Any, references: Mapping[str, Sequence[str]]
+) -> Iterable[tuple[str, keras.Variable]]:
+    """The variables of an optimizer, a slot under the name of its weight."""
     # The path has all the scopes that the optimizer happened to be built in; the last is that of the one it belongs to.
     owned = [["", *_segments(variable)][-2:] for variable in optimizer.variables]
     inner = list(dict.fromkeys(owner for owner, _ in owned if owner not in ("", optimizer.name)))
-    automatic = _automatic_names(_optimizers(optimizer))
+    automatic = _automatic_names(_inner_optimizers(optimizer))
     owners = dict(zip(inner, _numbered([(each,) for each in inner], automatic), strict=True))
     used: collections.Counter[tuple[str, str]] = collections.Counter()
     for (owner, name), variable in zip(owned, optimizer.variables, strict=True):
-        prefix = f"optimizer/{owners[owner]}" if owner in owners else "optimizer"
+        place = f"{prefix}/{owners[owner]}" if owner in owners else prefix
         reference = _reference(name, references)
         if reference is None:
-            yield f"{prefix}/{name}", variable
+            yield f"{place}/{name}", variable
             continue
         # Variables that share a path have their slots in the same order.
         sharing = references[reference]
-        place = min(used[owner, name], len(sharing) - 1)
+        which = min(used[owner, name], len(sharing) - 1)
         used[owner, name] += 1
-        yield f"{prefix}/{sharing[place]}/{name[len(reference) + 1 :]}", variable
+        yield f"{place}/{sharing[which]}/{name[len(reference) + 1 :]}", variable
 
 
-def _reference(slot: str, references: Iterable[str]) -> str | None:
+def _reference(slot: str, references: Container[str]) -> str | None:
     """The longest of the references that the name of a slot begins with."""
     reference = slot
     while "_" in reference:
@@ -194,7 +253,7 @@ def _layers(model: keras.Model) -> list[Any]:
     return list(model._flatten_layers(include_self=True, recursive=True))  # noqa: SLF001
 
 
-def _optimizers(optimizer: Any) -> list[Any]:
+def _inner_optimizers(optimizer: Any) -> list[Any]:
     inner = getattr(optimizer, "inner_optimizer", None)
     return [*([] if inner is None else [inner]), *getattr(optimizer, "optimizers", ())]
 

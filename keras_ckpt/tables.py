@@ -67,7 +67,7 @@ def text(table: Table) -> str:
     buffer = io.StringIO()
     console = rich.console.Console(
         file=buffer,
-        width=max(100, shutil.get_terminal_size((120, 40)).columns),
+        width=max(100, shutil.get_terminal_size((160, 40)).columns),
         color_system=None,
         # Text is text in a notebook too, which would else get it as a display of its own.
         force_jupyter=False,
@@ -91,6 +91,11 @@ def html(table: Table) -> str:
         f"<div><strong>{markup.escape(table.title)}</strong>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}</div>"
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, such as `2 checkpoints`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def size(count: int) -> str:
@@ -149,7 +154,7 @@ def _table(
 def _notes(listing: Listing, hidden: Sequence[str]) -> Iterable[str]:
     count = len(listing.records)
     total = size(sum(record.size for record in listing.records))
-    yield f"{count} checkpoint{'' if count == 1 else 's'}, {total}" if count else "no checkpoints"
+    yield f"{counted(count, 'checkpoint')}, {total}" if count else "no checkpoints"
     if hidden:
         yield f"more metrics: {printable(', '.join(hidden))}"
     for name, error in listing.damaged.items():

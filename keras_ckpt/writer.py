@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import time
 import uuid
 import warnings
@@ -20,7 +21,7 @@ from keras_ckpt import record as sidecars
 from keras_ckpt.directory import CheckpointDirectory, remove
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, SaveError
 from keras_ckpt.files import Folder, WriterLock
-from keras_ckpt.listing import Listing, amend, scan
+from keras_ckpt.listing import Listing, amend, examine
 from keras_ckpt.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
@@ -70,8 +71,8 @@ class Writer:
         if session is not None and lock.session is session:
             self._lock = None
             raise DirectoryNotEmptyError(
-                f"Two callbacks of this training save into {self.directory.path}. Give each its own directory, or "
-                "use one callback with both policies: keep=first | second."
+                f"Two callbacks of this training save into {self.directory.path}. Give each a directory of its own; "
+                "two ModelCheckpoints may become one with keep=first | second."
             )
         lock.session = session
 
@@ -103,7 +104,7 @@ class Writer:
         began = time.perf_counter() if began is None else began
         lock = self._claim()
         with Folder(self.directory.path, create=True) as folder:
-            listing = scan(folder)
+            listing = examine(folder)
             candidate = self._candidate(listing, step, facts)
             # Refuses what no sidecar can hold before anything is written.
             sidecars.encode(candidate)
@@ -113,7 +114,7 @@ class Writer:
                 with self._explaining(f"Could not save step {step} into"), folder.scratch("stage") as stage:
                     record = _stage(stage, candidate, write, began)
                     with folder.mutex():
-                        listing = scan(folder)
+                        listing = examine(folder)
                         if _pinned(listing, step):
                             return None
                         commit.publish(folder, stage, record)
@@ -133,7 +134,7 @@ class Writer:
         """
         what = f"Could not add to step {record.step} in"
         with self._explaining(what), Folder(self.directory.path) as folder, folder.mutex():
-            listing = scan(folder)
+            listing = examine(folder)
             current = [each for each in _of(listing, record.step) if each.sequence == record.sequence]
             if not current:
                 return None
@@ -173,17 +174,16 @@ class Writer:
             raise
         except Exception as error:  # the payload is written by somebody else
             mend = _MENDS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SaveError(
-                f"{what} {self.directory.path}: {text}. {mend} What was there before is untouched."
-            ) from error
+            text = _plain(str(error)) or type(error).__name__
+            sentences = (f"{what} {self.directory.path}: {text}.", mend, "What was there before is untouched.")
+            raise SaveError(" ".join(filter(None, sentences))) from error
 
     def _candidate(self, listing: Listing, step: int, facts: dict[str, Any]) -> CheckpointRecord:
         newest = listing.records[-1] if listing.records else None
         facts = {"run_id": newest.run_id if newest else uuid.uuid4().hex, **facts}
         return CheckpointRecord(
             step=step,
-            sequence=newest.sequence + 1 if newest else 1,
+            sequence=listing.sequence + 1,
             name=f"{self.base}-{step}",
             directory=self.directory.path,
             **facts,
@@ -229,6 +229,12 @@ def _pinned(listing: Listing, step: int) -> bool:
             stacklevel=2,
         )
     return bool(pinned)
+
+
+def _plain(text: str) -> str:
+    """The first line of an error, without what TensorFlow adds of its own workings."""
+    line = text.partition("\n")[0]
+    return re.sub(r"\{\{.*?\}\} ?|/proc/self/fd/\d+/", "", line).rstrip(". ")
 
 
 def _milliseconds(start: float, end: float) -> float:

@@ -6,10 +6,11 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.position import position_of
-from models import Interrupts, dense_model, fit, same
+from models import Interrupts, X, dense_model, fit, same
 
 
 @pytest.fixture
@@ -244,6 +245,127 @@ def test_wrong_arguments_are_refused(arguments, error) -> None:
     """With what was received. (In Keras save_freq=False saves on every batch.)"""
     with pytest.raises(error, match="Received"):
         kc.BackupAndRestore(**arguments)
+
+
+def test_a_directory_that_is_no_backup_is_refused(backup) -> None:
+    """A run is not restored from, and above all not removed at the end."""
+    fit(dense_model(), kc.ModelCheckpoint(backup), epochs=2)
+
+    with pytest.raises(kc.DirectoryNotEmptyError, match="holds checkpoints that are no backup: ckpt-5, ckpt-10"):
+        fit(dense_model(), kc.BackupAndRestore(backup), epochs=3)
+
+    assert [record.step for record in kc.CheckpointDirectory(backup)] == [5, 10]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras's writing of HDF5
+def test_a_backup_of_keras_is_not_ignored(backup) -> None:
+    """One who switched in the middle of a run is told, instead of beginning again."""
+    with pytest.raises(RuntimeError):
+        fit(dense_model(), keras.callbacks.BackupAndRestore(backup), Interrupts(8, RuntimeError()), epochs=3)
+
+    with pytest.raises(kc.DirectoryNotEmptyError, match=r"a backup of keras\.callbacks\.BackupAndRestore"):
+        fit(dense_model(), kc.BackupAndRestore(backup), epochs=3)
+
+
+def test_a_backup_that_was_pinned_stays(backup) -> None:
+    """With a warning, and the fit ends well."""
+
+    class Pins(keras.callbacks.Callback):
+        def on_train_end(self, logs=None) -> None:
+            kc.CheckpointDirectory(backup).pin(10)
+
+    with pytest.warns(UserWarning, match=r"The backup stays: .*pinned checkpoints: \[10\]"):
+        fit(dense_model(), Pins(), kc.BackupAndRestore(backup), epochs=2)
+
+    assert [record.step for record in kc.CheckpointDirectory(backup)] == [10]
+
+
+def test_a_crash_before_the_first_save_goes_on_with_the_same_run(backup, tmp_path) -> None:
+    """The state at the beginning is backed up, so another callback's checkpoints are not without their run."""
+    runs = kc.CheckpointDirectory(tmp_path / "run")
+    first = dense_model()
+    start = first.get_weights()
+
+    def callbacks() -> list[keras.callbacks.Callback]:
+        return [kc.ModelCheckpoint(runs.path, save_freq=2), kc.BackupAndRestore(backup)]
+
+    with pytest.raises(RuntimeError):
+        fit(first, *callbacks(), Interrupts(4, RuntimeError()), epochs=2)
+    assert [record.step for record in kc.CheckpointDirectory(backup)] == [0]
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None) -> None:
+            seen.append(self.model.get_weights())
+
+    fit(dense_model(), *callbacks(), Looks(), epochs=2)
+
+    assert all(np.array_equal(a, b) for a, b in zip(start, seen[0], strict=True))
+    assert [record.step for record in runs] == [2, 4, 6, 8, 10]
+
+
+def test_a_damaged_backup_falls_back_to_the_one_before(backup) -> None:
+    """With double_checkpoint there is one, and a warning says which."""
+    interrupted(backup, 17, double_checkpoint=True)
+    data = pathlib.Path(f"{kc.CheckpointDirectory(backup)[15].prefix}.data-00000-of-00001")
+    data.write_bytes(bytes(len(data.read_bytes())))
+    counts = Counts()
+
+    with pytest.warns(UserWarning, match=r"ckpt-15.*digest does not match.*Going back to ckpt-10"):
+        fit(dense_model(), kc.BackupAndRestore(backup, double_checkpoint=True), counts, epochs=4)
+
+    assert counts.epochs == [2, 3]
+
+
+class TwoOptimizers(keras.Model):
+    """A model as that of a GAN: what compile() makes is not used, and two others train half of it each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(3), keras.layers.Dense(1)
+        self.opt_first = self.opt_second = None
+
+    def compile(self, opt_first, opt_second) -> None:
+        super().compile(run_eagerly=True)
+        self.opt_first, self.opt_second = opt_first, opt_second
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+    def train_step(self, data):
+        x, y = data
+        for layer, optimizer in ((self.first, self.opt_first), (self.second, self.opt_second)):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((self(x) - y) ** 2)
+            variables = layer.trainable_variables
+            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return {"loss": loss}
+
+
+def two_optimizers() -> TwoOptimizers:
+    model = TwoOptimizers()
+    model.compile(keras.optimizers.Adam(0.1), keras.optimizers.SGD(0.1, momentum=0.9))
+    model(X[:1])
+    return model
+
+
+def test_every_optimizer_that_a_model_holds_is_backed_up(backup) -> None:
+    """Not that of compile() alone; and a restart ends where the uninterrupted run ends."""
+    whole = two_optimizers()
+    start = whole.get_weights()
+    fit(whole, epochs=4)
+    first = two_optimizers()
+    first.set_weights(start)
+    with pytest.raises(RuntimeError):
+        fit(first, kc.BackupAndRestore(backup), Interrupts(11, RuntimeError()), epochs=4)
+
+    again = two_optimizers()
+    fit(again, kc.BackupAndRestore(backup), epochs=4)
+
+    for each in ("opt_first", "opt_second"):
+        for mine, theirs in zip(getattr(whole, each).variables, getattr(again, each).variables, strict=True):
+            assert np.array_equal(mine.numpy(), theirs.numpy())
+    assert all(np.array_equal(a, b) for a, b in zip(whole.get_weights(), again.get_weights(), strict=True))
 
 
 def test_takes_keras_arguments_in_their_order(backup) -> None:

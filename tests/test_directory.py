@@ -1,5 +1,6 @@
 """The directory: read anew each time, planned before anything is removed, and never robbed of what it cannot trust."""
 
+import errno
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import pytest
 
 import keras_ckpt
 from conftest import history
+from keras_ckpt import commit
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import (
     CheckpointNotFoundError,
@@ -105,7 +107,7 @@ def test_the_best_goes_by_what_training_watched(filler) -> None:
         ("10:1", {}, ("lost", "min"), CheckpointNotFoundError, "Recorded metrics: loss"),
         ("10:nan", {}, ("loss", "min"), CheckpointNotFoundError, "no finite value"),
         ("", {}, ("loss", "min"), CheckpointNotFoundError, "There is no checkpoint"),
-        ("10:1", {}, ("loss",), ValueError, "give mode='min' or mode='max'"),
+        ("10:1", {}, ("loss",), ValueError, "give the mode, 'min' or 'max'"),
         ("10:1", {}, (), ValueError, "what to rank by"),
         ("10:1", {}, ("loss", "best"), ValueError, "'min' or 'max'"),
     ],
@@ -284,6 +286,68 @@ def test_clearing_stops_at_a_training_in_another_process(tmp_path, holder) -> No
         CheckpointDirectory(tmp_path).clear()
 
 
+def test_a_step_or_a_record_is_in_a_directory(filler) -> None:
+    """`in` means what `[]` means."""
+    runs = filler.save("10 20")
+
+    assert 10 in runs
+    assert runs[10] in runs
+    assert 15 not in runs
+    assert "ckpt-10" not in runs
+
+
+def test_pruning_by_a_number_is_refused(filler) -> None:
+    """prune(10) might be meant as a step."""
+    runs = filler.save("10 20")
+
+    with pytest.raises(TypeError, match="Received: 10"):
+        runs.prune(10)
+
+
+def test_clearing_leaves_the_state_file_of_tensorflow(tmp_path) -> None:
+    """Where the checkpoints are TensorFlow's own."""
+    (tmp_path / "ckpt-1.index").touch()
+    state = tmp_path / "checkpoint"
+    state.write_text('model_checkpoint_path: "ckpt-1"\n')
+
+    assert CheckpointDirectory(tmp_path).clear() == []
+    assert state.exists()
+
+
+def test_a_full_disk_can_be_pruned(filler, monkeypatch) -> None:
+    """The state file cannot be written before something is freed, so it is written after."""
+    runs = filler.save("10 20 30")
+    write, calls = commit.write_state, []
+
+    def full_at_first(*arguments):
+        calls.append(len(runs))
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(commit, "write_state", full_at_first)
+
+    assert runs.prune(LatestN(1)) == [10, 20]
+    assert calls == [3, 1]
+
+
+def test_a_policy_that_fit_accepted_is_accepted_by_plan(filler) -> None:
+    """The sidecars know the direction of every metric that was ranked by."""
+    runs = filler.save("10:0.5 20:0.2", monitor="val_loss", mode="min", modes={"loss": "max"})
+
+    assert runs.plan(BestN(1, "loss")).kept == (runs[10],)
+    assert runs.best("loss").step == 10
+
+
+def test_what_is_about_to_be_removed_is_not_shown_as_somebody_elses(filler) -> None:
+    """Between the withdrawal of a sidecar and that of the data another process may look."""
+    runs = filler.save("10 20")
+    trash = pathlib.Path(runs.path) / ".keras_ckpt" / "trash"
+    os.rename(pathlib.Path(runs.path) / "ckpt-10.json", trash / "ckpt-10.json")
+
+    assert runs.listing().unmanaged == ()
+
+
 def damage(runs: CheckpointDirectory, name: str, data: bytes | None) -> None:
     path = pathlib.Path(runs.path) / name
     if data is None:
@@ -299,6 +363,7 @@ HOSTILE = {
     "of wrong types": ("ckpt-20.json", b'{"format": "keras_ckpt", "format_version": 1, "step": "20"}'),
     "deeply nested": ("ckpt-20.json", b"[" * 100_000),
     "huge": ("ckpt-20.json", b" " * (2 << 20)),
+    "cut data": ("ckpt-20.data-00000-of-00001", b"2"),
     "without data": ("ckpt-20.data-00000-of-00001", None),
     "without index": ("ckpt-20.index", None),
 }
@@ -311,12 +376,23 @@ def test_a_damaged_checkpoint_is_listed_as_such_and_left_alone(filler, kind) -> 
     damage(runs, *HOSTILE[kind])
     before = {name for name in names(runs) if name.startswith("ckpt-20")}
 
-    assert [record.step for record in runs] == [10, 30, 40]
+    assert [record.step for record in runs.listing().records] == [10, 30, 40]
     assert "damaged, left alone: ckpt-20:" in str(runs)
     with pytest.raises(DamagedCheckpointError, match=r"ckpt-20 in .* cannot be used"):
         runs[20]
     assert runs.prune(LatestN(1)) == [10, 30]
     assert before <= set(names(runs))
+
+
+def test_the_best_and_the_latest_are_whole(filler) -> None:
+    """One whose data was cut is neither, so it is not the one that a plan keeps."""
+    runs = filler.save("10:0.3 20:0.2 30:0.1")
+    damage(runs, "ckpt-30.data-00000-of-00001", b"3")
+
+    assert runs.latest().step == 20
+    assert runs.best("loss", "min").step == 20
+    assert [record.step for record in runs.plan(LatestN(1)).kept] == [20]
+    assert runs.prune(LatestN(1)) == [10]
 
 
 def test_a_sidecar_that_names_other_files_removes_none_of_them(filler, tmp_path) -> None:

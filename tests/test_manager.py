@@ -5,10 +5,12 @@ import os
 import pathlib
 import time
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
+from models import dense_model, fit
 
 
 class Setup:
@@ -310,6 +312,80 @@ def test_wrong_arguments_say_what_was_received(ours, options, text) -> None:
         ours.manager(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"mode": "MIN"}, "Received: mode='MIN'"),
+        ({"init_fn": 3}, "init_fn expected a function"),
+        ({"checkpoint_name": 3}, "Received: 3"),
+        ({"keep_checkpoint_every_n_hours": -1}, "Received: -1"),
+        ({"max_to_keep": "3"}, "Received: '3'"),
+    ],
+)
+def test_arguments_that_would_only_fail_later_are_refused_at_once(ours, options, text) -> None:
+    """Not when the first checkpoint is due."""
+    with pytest.raises((ValueError, TypeError), match=text):
+        ours.manager(**options)
+
+
+def test_something_else_than_a_checkpoint_is_refused(tmp_path) -> None:
+    """With how to wrap it."""
+    with pytest.raises(TypeError, match=r"tf\.train\.Checkpoint\(model=model\)"):
+        kc.CheckpointManager(tf.Variable(0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"epoch": -1}, r"Step 1 cannot be recorded.*\$\.epoch"),
+        ({"epoch": 2**70}, r"\$\.epoch"),
+        ({"checkpoint_number": 2**63}, r"\$\.step"),
+        ({"metrics": [1]}, "a dict of metrics"),
+        ({"metrics": {"loss": "low"}}, "A metric is one number"),
+        ({"metadata": [1]}, "metadata must be a dict"),
+    ],
+)
+def test_what_no_sidecar_can_hold_is_refused_before_anything_is_written(ours, facts, text) -> None:
+    """What is written can be read."""
+    with pytest.raises((ValueError, TypeError), match=text):
+        ours.manager().save(**facts)
+
+    assert kc.CheckpointDirectory(ours.directory).listing().records == ()
+    assert ours.manager().save() is not None
+
+
+def test_an_epoch_may_be_a_variable(ours) -> None:
+    """Or a number of NumPy's, as a checkpoint's number may."""
+    manager = ours.manager()
+    manager.save(epoch=tf.Variable(3)), manager.save(epoch=np.int64(4))
+
+    assert [record.epoch for record in kc.CheckpointDirectory(ours.directory)] == [3, 4]
+
+
+def test_a_run_of_fit_is_not_taken_over_without_being_restored(ours) -> None:
+    """It would be saved over and pruned away."""
+    fit(dense_model(), kc.ModelCheckpoint(ours.directory), epochs=3)
+
+    with pytest.raises(kc.DirectoryNotEmptyError, match=r"holds a run of fit, the newest checkpoint of step 15"):
+        ours.manager(1).save()
+
+    assert ours.on_disk() == {"ckpt-5", "ckpt-10", "ckpt-15"}
+    ours.checkpoint = tf.train.Checkpoint(model=dense_model())
+    manager = ours.manager(keep=4)
+    manager.restore_or_initialize()
+    manager.save()
+    assert ours.on_disk() == {"ckpt-5", "ckpt-10", "ckpt-15", "ckpt-16"}
+
+
+def test_beginning_over_is_warned_of(ours) -> None:
+    """TensorFlow's manager numbers from 1 again without a word."""
+    ours.manager().save()
+    ours.checkpoint = tf.train.Checkpoint(value=ours.value)
+
+    with pytest.warns(UserWarning, match="was not restored from them, so its numbers begin again"):
+        ours.manager().save()
+
+
 def test_a_negative_number_is_refused(ours) -> None:
     """Names have none."""
     with pytest.raises(ValueError, match="checkpoint_number=-1"):
@@ -445,8 +521,6 @@ def test_background_options_save_at_once(ours) -> None:
 
 def test_a_checkpoint_of_a_manager_is_restored_into_a_model(tmp_path) -> None:
     """One that a custom training loop saved, by restore()."""
-    from models import dense_model, fit
-
     model, other = dense_model(), dense_model()
     fit(model)
     kc.CheckpointManager(tf.train.Checkpoint(model=model, epoch=tf.Variable(3)), tmp_path).save()

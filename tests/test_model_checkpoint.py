@@ -114,6 +114,18 @@ class TestWhatIsSaved:
         assert f"Step 1, epoch 1: val_loss 0.5, saved {runs.path}/ckpt-1" in out
         assert "Step 2, epoch 2: val_loss 0.6, not saved, it would not be kept" in out
 
+    def test_verbose_says_what_waits(self, runs, capsys) -> None:
+        """A save that is due in an epoch, and can be ranked at its end only."""
+        fit(
+            dense_model(),
+            kc.ModelCheckpoint(runs.path, save_freq=3, save_best_only=True, verbose=1),
+            validation_data=(X, Y),
+        )
+
+        out = capsys.readouterr().out
+        assert "Step 3, epoch 0: val_loss not known, waits for the epoch's end" in out
+        assert "Step 5, epoch 1" in out
+
 
 class TestWhatIsKept:
     def test_the_best_and_the_newest(self, runs) -> None:
@@ -205,7 +217,8 @@ class TestTheMonitor:
 
     def test_without_validation_the_ends_of_epochs_stay(self, runs) -> None:
         """A run that asks for the best by a metric that never comes is not lost."""
-        fit(dense_model(), kc.ModelCheckpoint(runs.path, keep=kc.BestN(1)), epochs=3)
+        with pytest.warns(UserWarning, match="Two epochs have ended without 'val_loss'"):
+            fit(dense_model(), kc.ModelCheckpoint(runs.path, keep=kc.BestN(1)), epochs=3)
 
         assert steps(runs) == [5, 10, 15]
 
@@ -274,6 +287,11 @@ class TestTheMonitor:
             fit(model, kc.ModelCheckpoint(runs.path, monitor="val_f1", **options))
 
         assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+    def test_a_slip_of_the_finger_is_pointed_out(self, runs) -> None:
+        """Before training too, where the direction is not given."""
+        with pytest.raises(ValueError, match="Did you mean 'val_loss'"):
+            fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="val_lss", save_best_only=True))
 
     def test_a_direction_that_nothing_needs_is_no_error(self, runs) -> None:
         """The record then says the metric without the direction."""
@@ -543,7 +561,7 @@ class TestOneRunADirectory:
         pathlib.Path(runs.path).mkdir()
         tf.train.CheckpointManager(tf.train.Checkpoint(step=tf.Variable(1)), runs.path, 3).save()
 
-        with pytest.raises(kc.DirectoryNotEmptyError, match="holds 1 checkpoints of another run"):
+        with pytest.raises(kc.DirectoryNotEmptyError, match=r"without a sidecar.*ckpt-1.*left alone"):
             fit(dense_model(), kc.ModelCheckpoint(runs.path))
 
     def test_after_clear_another_run_begins(self, runs) -> None:
@@ -578,6 +596,44 @@ class TestOneRunADirectory:
         fit(model, kc.ModelCheckpoint(runs.path, save_freq=["epoch", 5], keep=4), epochs=1)
 
         assert steps(runs) == [5, 15, 10]
+
+    def test_a_step_ahead_without_a_sidecar_is_refused_before_the_first_batch(self, runs) -> None:
+        """It would stand in the way when the training comes to it."""
+        fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=3)
+        pathlib.Path(f"{runs[15].prefix}.json").unlink()
+        model = dense_model()
+        kc.restore(model, runs)
+
+        with pytest.raises(kc.DirectoryNotEmptyError, match=r"without a sidecar.*ckpt-15"):
+            fit(model, kc.ModelCheckpoint(runs.path))
+
+        assert steps(runs) == [5, 10]
+
+    def test_a_model_that_was_compiled_anew_is_told_of(self, runs) -> None:
+        """The run goes on, but its optimizer begins afresh."""
+        model = dense_model()
+        fit(model, kc.ModelCheckpoint(runs.path))
+        model.compile("adam", "mse", run_eagerly=True)
+
+        with pytest.warns(UserWarning, match="compiled anew since step 5"):
+            fit(model, kc.ModelCheckpoint(runs.path))
+
+        fit(model, kc.ModelCheckpoint(runs.path))
+        assert steps(runs) == [5, 10, 15]
+
+    def test_a_loop_that_reports_epochs_alone_has_steps_too(self, runs) -> None:
+        """The optimizer knows how many there were."""
+        model = dense_model()
+        callbacks = keras.callbacks.CallbackList([kc.ModelCheckpoint(runs.path)], model=model)
+        callbacks.on_train_begin()
+        for epoch in range(2):
+            callbacks.on_epoch_begin(epoch)
+            for _ in range(3):
+                model.train_on_batch(X[:2], Y[:2])
+            callbacks.on_epoch_end(epoch, {"loss": 0.5})
+        callbacks.on_train_end()
+
+        assert [(record.step, record.epoch) for record in runs] == [(3, 1), (6, 2)]
 
     def test_two_callbacks_of_one_fit_cannot_share_a_directory(self, runs) -> None:
         """Each would remove what the other keeps."""
@@ -633,6 +689,14 @@ class TestErrors:
         with pytest.raises(TypeError, match="Received: monitor="):
             kc.ModelCheckpoint(runs.path, monitor=monitor)
 
+    @pytest.mark.parametrize(
+        "options", [{"filepath": None}, {"filepath": 3}, {"verbose": "yes"}, {"initial_value_threshold": "low"}]
+    )
+    def test_arguments_of_another_type_are_refused_at_once(self, runs, options) -> None:
+        """Not in the middle of a training."""
+        with pytest.raises(TypeError, match="Received: "):
+            kc.ModelCheckpoint(**{"filepath": runs.path, **options})
+
     @pytest.mark.parametrize("metadata", [{"model": object()}, "text", {1: 2}])
     def test_metadata_that_json_cannot_hold_is_refused_at_once(self, runs, metadata) -> None:
         """Before training."""
@@ -653,7 +717,7 @@ class TestErrors:
         (tmp_path / "file").write_text("mine")
         model = dense_model()
 
-        with pytest.raises(NotADirectoryError, match="this is a file"):
+        with pytest.raises(kc.SaveError, match="this is a file"):
             fit(model, kc.ModelCheckpoint(tmp_path / "file"))
 
         assert (tmp_path / "file").read_text() == "mine"

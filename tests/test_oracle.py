@@ -162,6 +162,7 @@ def due_in_fit(rules, batches, save_freq, values, times) -> list[Save]:
     return saves
 
 
+@pytest.mark.filterwarnings("ignore:Two epochs have ended without")
 @pytest.mark.parametrize("seed", range(20))
 def test_what_fits_leave_on_disk(tmp_path, monkeypatch, seed) -> None:
     """Five random histories each, through `fit`."""

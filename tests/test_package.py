@@ -26,7 +26,8 @@ PURE = [
 # Each layer imports from those to its left only.
 ORDER = [
     "errors", "files", "record", "policies", "listing", "tables", "commit", "directory", "cli", "writer",
-    "schedule", "monitor", "state", "position", "restoring", "manager", "callbacks", "demo",
+    "schedule", "monitor", "state", "position", "source", "restoring", "session", "manager",
+    "model_checkpoint", "backup_and_restore", "demo",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def model(runs) -> keras.Model:
     """A model whose state is on disk, as its only checkpoint."""
     model = dense_model()
     fit(model, kc.ModelCheckpoint(runs.path), epochs=2, validation_data=(X, Y))
-    runs.prune(1)
+    runs.prune(kc.LatestN(1))
     return model
 
 
@@ -244,7 +244,7 @@ def test_equal_shapes_are_not_restored_into_another_layer(tmp_path, case) -> Non
 
     report = kc.restore(other, tmp_path, strict=False)
 
-    assert "model/dense_1/kernel" in report.ambiguous
+    assert "another number of layers" in report.mismatched["model/dense_1/kernel"]
     assert "model/head/kernel" in report.matched
     assert all(np.array_equal(a, layer.get_weights()[0]) for (a, _), layer in zip(before, other.layers, strict=False))
 
@@ -319,6 +319,69 @@ def test_a_model_that_is_not_built_says_how_to_build_it(runs, model, unbuilt) ->
         kc.restore(unbuilt(), runs)
 
 
+@pytest.mark.parametrize(("kind", "older"), [("data", 10), ("sidecar", 10), ("both", 5)])
+@pytest.mark.filterwarnings("ignore:.*ckpt-10.*Going back to ckpt-5")
+def test_a_damaged_newest_falls_back_to_the_next_older(runs, kind, older) -> None:
+    """With a warning that says which and why."""
+    fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=3)
+    damaged = {
+        "data": ["ckpt-15.data-00000-of-00001"],
+        "sidecar": ["ckpt-15.json"],
+        "both": ["ckpt-15.json", "ckpt-10.data-00000-of-00001"],
+    }
+    for name in damaged[kind]:
+        path = pathlib.Path(runs.path, name)
+        path.write_bytes(bytes(len(path.read_bytes())))
+
+    with pytest.warns(UserWarning, match=r"ckpt-15.*Going back to ckpt-10"):
+        report = kc.restore(dense_model(), runs)
+
+    assert report.step == older
+
+
+def test_the_report_has_the_epoch_to_go_on_with(runs, model) -> None:
+    """For `fit(initial_epoch=...)`."""
+    report = kc.restore(dense_model(), runs)
+
+    assert (report.step, report.epoch) == (10, 2)
+
+
+def test_a_good_restore_reports_one_line(runs) -> None:
+    """Metrics that are not built yet are no fault."""
+    fit(dense_model(metrics=["mae"]), kc.ModelCheckpoint(runs.path))
+
+    report = kc.restore(dense_model(metrics=["mae"]), runs)
+
+    assert str(report) == (f"restored {runs.path}/ckpt-5 at step 5: model 5 of 5, optimizer 10 of 10, metrics 2 of 2")
+
+
+def test_an_optimizer_that_differs_is_left_as_it_is(runs, model) -> None:
+    """Not even its learning rate and its counter are taken, which mean nothing in another."""
+    other = dense_model(optimizer=keras.optimizers.SGD(1e-5, momentum=0.9))
+
+    report = kc.restore(other, runs, strict=False)
+
+    assert float(other.optimizer.learning_rate) == pytest.approx(1e-5)
+    assert int(other.optimizer.iterations) == 0
+    assert "part of an optimizer that differs" in report.mismatched["optimizer/learning_rate"]
+    assert np.array_equal(other.get_weights()[0], model.get_weights()[0])
+
+
+def test_arguments_in_the_wrong_order_are_pointed_out(runs, model) -> None:
+    """restore(path, model) is an easy slip."""
+    with pytest.raises(TypeError, match=r"restore\(model, checkpoint\) expected a Keras model first"):
+        kc.restore(runs.path, model)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras's writing of HDF5
+def test_a_file_of_keras_is_pointed_out(runs, model, tmp_path) -> None:
+    """It is another thing."""
+    model.save(tmp_path / "model.keras")
+
+    with pytest.raises(ValueError, match=r"keras\.models\.load_model"):
+        kc.restore(model, tmp_path / "model.keras")
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "error", "text"),
     [
@@ -327,6 +390,7 @@ def test_a_model_that_is_not_built_says_how_to_build_it(runs, model, unbuilt) ->
         ("nowhere/ckpt-1", FileNotFoundError, "nowhere"),
         (None, TypeError, "latest"),
         (10, TypeError, "Received: 10"),
+        ("", TypeError, "Received: ''"),
     ],
 )
 def test_what_is_not_there_is_named(runs, model, tmp_path, monkeypatch, checkpoint, error, text) -> None:

@@ -203,6 +203,22 @@ def test_names_do_not_depend_on_how_a_model_came_to_be() -> None:
         assert set(names(model, weights_only=True)) == expected
 
 
+def test_names_do_not_depend_on_an_error_before() -> None:
+    """A layer that could not be built leaves its scope open in Keras, in front of every later path."""
+
+    class Fails(keras.layers.Layer):
+        def build(self, shape) -> None:
+            raise RuntimeError
+
+        def call(self, x):
+            return x
+
+    with pytest.raises(RuntimeError):
+        keras.Sequential([keras.Input((4,)), Fails()])
+
+    assert "model/dense/kernel" in names(dense_model())
+
+
 def test_names_do_not_depend_on_who_built_the_optimizer() -> None:
     """Built by a fit or by hand, in the scope of another optimizer or not."""
     keras.mixed_precision.set_dtype_policy("mixed_float16")

@@ -11,7 +11,7 @@ import pytest
 from conftest import Filler, history, payload, somebody_else
 from keras_ckpt import commit, files
 from keras_ckpt import record as sidecars
-from keras_ckpt.errors import DirectoryNotEmptyError, SaveError
+from keras_ckpt.errors import DirectoryNotEmptyError, FormatVersionError, SaveError
 from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.listing import check_files
 from keras_ckpt.policies import BestN, EveryNSteps, LatestN
@@ -174,6 +174,45 @@ def test_a_path_below_a_file_is_an_error_before_training(tmp_path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(SaveError, match="Cannot write into"):
             Writer(Filler(path).runs).open()
+
+
+def test_a_damaged_checkpoint_makes_way_for_the_step_that_is_saved_again(filler) -> None:
+    """What is left of it is kept aside, so that nothing is lost and training goes on."""
+    filler.save("10 20")
+    path = pathlib.Path(filler.runs.path)
+    (path / "ckpt-20.json").write_bytes(b"")
+    (path / "ckpt-20.png").write_text("mine")
+
+    with pytest.warns(UserWarning, match=r"ckpt-20 is damaged .*; what is left of it is in .*damaged-"):
+        filler.save("20")
+
+    assert verify(filler.runs) == [10, 20]
+    aside = next((path / PRIVATE).glob("damaged-*"))
+    assert sorted(file.name for file in aside.iterdir()) == [
+        "ckpt-20.data-00000-of-00001",
+        "ckpt-20.index",
+        "ckpt-20.json",
+    ]
+    assert (path / "ckpt-20.png").read_text() == "mine"
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_saved_over(filler) -> None:
+    """Nobody here knows what it is."""
+    filler.save("10")
+    path = pathlib.Path(filler.runs.path) / "ckpt-20.json"
+    path.write_text('{"format": "keras_ckpt", "format_version": 2}')
+
+    with pytest.raises(FormatVersionError, match=r"ckpt-20 in .* is not saved over"):
+        filler.save("20")
+
+
+def test_the_order_of_saving_goes_on_from_a_damaged_checkpoint(filler) -> None:
+    """Its place is not given twice."""
+    filler.save("10 20")
+    (pathlib.Path(filler.runs.path) / "ckpt-20.index").write_bytes(b"")
+    filler.save("30")
+
+    assert filler.runs[30].sequence == 3
 
 
 def test_two_writers_of_one_session_are_refused(filler) -> None:

@@ -1,7 +1,8 @@
-"""`ModelCheckpoint` and `BackupAndRestore`: Keras's callbacks, feeding a checkpoint directory."""
+"""`ModelCheckpoint`: Keras's, feeding a checkpoint directory."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -12,15 +13,13 @@ from typing import Any, Literal
 
 import keras
 
-from keras_ckpt import files, state, tables
+from keras_ckpt import tables
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import DirectoryNotEmptyError
 from keras_ckpt.monitor import metrics_in, mode_of, no_such_metric
-from keras_ckpt.policies import BestN, LatestN, PreservationPolicy, as_policy, missing
-from keras_ckpt.position import Position, Progress
-from keras_ckpt.record import CheckpointRecord, Mode, encodable_metadata
-from keras_ckpt.restoring import restore, same_values
+from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, missing
+from keras_ckpt.record import CheckpointRecord, Mode, as_metric, encodable_metadata
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
+from keras_ckpt.session import Session
 from keras_ckpt.writer import Writer
 
 Logs = Mapping[str, Any] | None
@@ -83,6 +82,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             raise ValueError(f"ModelCheckpoint expected mode 'auto', 'min' or 'max'. Received: mode={mode!r}")
         if not isinstance(monitor, str) or not monitor:
             raise TypeError(f"ModelCheckpoint expected the name of a metric. Received: monitor={monitor!r}")
+        if not isinstance(verbose, int):
+            raise TypeError(f"ModelCheckpoint expected verbose 0 or 1. Received: verbose={verbose!r}")
+        if initial_value_threshold is not None:
+            initial_value_threshold = as_metric("initial_value_threshold", initial_value_threshold)
         self.directory = CheckpointDirectory(_checked_path(filepath))
         self.filepath = self.directory.path
         self.monitor = monitor
@@ -96,9 +99,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
         self._schedule = SaveSchedule(save_freq)
         self._ranking = _Ranking()
-        self._fit: _Fit | None = None
+        self._session: Session | None = None
         self._pending: str | None = None
         self._due = 0
+        self._epochs = 0
         self._warned = False
 
     @property
@@ -112,7 +116,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         return min(known) if mode == "min" else max(known)
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        self._fit = None
+        self._session = None
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._current()
@@ -121,8 +125,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         began = time.perf_counter()
         reason = self._current().batch_end(batch)
         if reason is not None:
-            self._save(reason, logs, began)
-            if not self._ranking.monitors <= (logs or {}).keys():
+            ranked = self._ranking.monitors <= (logs or {}).keys()
+            self._save(
+                reason, logs, began, "not saved, it would not be kept" if ranked else "waits for the epoch's end"
+            )
+            if not ranked:
                 self._pending = reason
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
@@ -130,14 +137,15 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         reasons = [reason for reason in (self._current().epoch_end(), self._pending) if reason is not None]
         self._pending = None
         if reasons:
-            self._save(", ".join(reasons), logs, began)
-        self._warn_of_no_such_metric(logs or {})
+            self._save(", ".join(reasons), logs, began, "not saved, it would not be kept")
+        self._epochs += 1
+        self._warn_of_missing_metric(logs or {})
 
     def on_train_end(self, logs: Logs = None) -> None:
-        if self._fit is None:
+        if self._session is None:
             return
-        self._fit.close()
-        self._fit = None
+        self._session.close()
+        self._session = None
         if self._due and not len(self.directory):
             warnings.warn(
                 f"Nothing was saved into {self.filepath}: {self._due} saves were due, and none was to be kept by "
@@ -147,15 +155,16 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 stacklevel=2,
             )
 
-    def _current(self) -> _Fit:
+    def _current(self) -> Session:
         """The fit under way, begun with its first epoch: in `on_train_begin` another callback may yet restore."""
-        if self._fit is None:
+        if self._session is None:
             self._ranking = self._resolve()
             self._pending = None
             self._due = 0
+            self._epochs = 0
             writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
-            self._fit = _Fit(self, writer, self._schedule, self.save_weights_only)
-        return self._fit
+            self._session = Session(self, writer, self._schedule, self.save_weights_only)
+        return self._session
 
     def _resolve(self) -> _Ranking:
         """What ranks the checkpoints of this fit, with what the arguments left open."""
@@ -167,12 +176,13 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
         keep = self.keep and self.keep.resolve(self.monitor, mode)
         only = BestN(1, self.monitor, mode(self.monitor)) if self.save_best_only else None
-        try:
-            return _Ranking(keep, only, mode(self.monitor))
-        except ValueError:
-            return _Ranking(keep, only)  # nothing ranks by it
+        ranking = _Ranking(keep, only)
+        modes = {monitor: mode(monitor) for monitor in ranking.monitors}
+        with contextlib.suppress(ValueError):  # nothing may rank by it
+            modes[self.monitor] = mode(self.monitor)
+        return dataclasses.replace(ranking, mode=modes.pop(self.monitor, None), modes=modes)
 
-    def _save(self, reason: str, logs: Logs, began: float) -> None:
+    def _save(self, reason: str, logs: Logs, began: float, otherwise: str) -> None:
         fit = self._current()
         self._due += 1
         metrics = metrics_in(logs, self._ranking.monitors)
@@ -184,12 +194,13 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 metrics=metrics,
                 monitor=self.monitor,
                 mode=self._ranking.mode,
+                modes=dict(self._ranking.modes),
                 metadata=encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata),
             )
         if self.verbose > 0:
             position = fit.progress.position
             value = tables.metric(metrics.get(self.monitor)) or "not known"
-            outcome = f"saved {record.prefix}" if record else "not saved, it would not be kept"
+            outcome = f"saved {record.prefix}" if record else otherwise
             print(f"\nStep {position.step}, epoch {position.epoch}: {self.monitor} {value}, {outcome}")
 
     def _beats_threshold(self, value: float | None) -> bool:
@@ -198,108 +209,36 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return True
         return value < threshold if self._ranking.mode == "min" else value > threshold
 
-    def _warn_of_no_such_metric(self, logs: Mapping[str, Any]) -> None:
+    def _warn_of_missing_metric(self, logs: Mapping[str, Any]) -> None:
+        """Warns once: of a metric that is not there, and of a validation that does not come."""
         now = CheckpointRecord(sequence=1, step=0, metrics=metrics_in(logs, ()))
         for monitor in sorted(self._ranking.monitors - logs.keys()):
-            if not self._warned and missing(monitor, [*self.directory, now]):
-                warnings.warn(no_such_metric(monitor, logs), stacklevel=2)
+            records = list(self.directory)
+            if self._warned or any(monitor in record.metrics for record in records):
+                continue
+            if missing(monitor, [*records, now]):
                 self._warned = True
-
-
-class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """Backs a training up, so that the same script, run again after a crash, goes on where it was.
-
-    At the beginning of `fit` the model is restored from the backup, if there is one, and training begins with the
-    epoch that was under way. After `fit` the backup is removed; nothing else in the directory is.
-
-    Example:
-
-    ```python
-    backup = keras_ckpt.BackupAndRestore("runs/digits/backup", save_freq=50)
-    model.fit(x, y, epochs=30, callbacks=[backup])
-    ```
-
-    Args:
-        backup_dir: The directory of the backup.
-        save_freq: As in `ModelCheckpoint`.
-        double_checkpoint: Whether to keep the two last backups instead of one.
-        delete_checkpoint: Whether to remove the backup at the end of `fit`.
-
-    Raises:
-        ValueError, TypeError: A wrong argument, or a model that is not built.
-        MismatchError: The backup does not fit the model.
-        DirectoryInUseError: Before the first batch: another process trains with this backup.
-        SaveError: The backup could not be saved. The one before is untouched.
-    """
-
-    def __init__(
-        self,
-        backup_dir: str | os.PathLike[str],
-        save_freq: SaveFreq | list[SaveFreq] = "epoch",
-        double_checkpoint: bool = False,
-        delete_checkpoint: bool = True,
-    ) -> None:
-        keras.callbacks.Callback.__init__(self)
-        self.directory = CheckpointDirectory(backup_dir)
-        self.backup_dir = self.directory.path
-        self.save_freq = save_freq
-        self.double_checkpoint = double_checkpoint
-        self.delete_checkpoint = delete_checkpoint
-        self._schedule = SaveSchedule(save_freq)
-        self._fit: _Fit | None = None
-        self._epoch = 0
-
-    def on_train_begin(self, logs: Logs = None) -> None:
-        self._fit = None
-        if not self.model.built:
-            raise ValueError(
-                f"BackupAndRestore needs a built model, or it could not restore {self.model.name!r} after a crash. "
-                "Build it before fit(): model.build(input_shape), or call it on a batch of data."
-            )
-        if self.directory.listing():
-            restore(self.model, self.directory)
-            record = self.directory.latest()
-            _begin_with(self.model, record.metadata.get("initial_epoch") if record else None)
-
-    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        # fit has read it; left there, it would hold for the next fit too.
-        _begin_with(self.model, None)
-        self._epoch = epoch
-        self._current()
-
-    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        began = time.perf_counter()
-        if reason := self._current().batch_end(batch):
-            self._current().save(began, reason=reason, metadata={"initial_epoch": self._epoch})
-
-    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        began = time.perf_counter()
-        if reason := self._current().epoch_end():
-            self._current().save(began, reason=reason, metadata={"initial_epoch": epoch + 1})
-
-    def on_train_end(self, logs: Logs = None) -> None:
-        _begin_with(self.model, None)
-        if self._fit is not None:
-            self._fit.close()
-            self._fit = None
-        if self.delete_checkpoint:
-            self.directory.clear()
-            files.remove_unused(self.backup_dir)
-
-    def _current(self) -> _Fit:
-        if self._fit is None:
-            writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
-            self._fit = _Fit(self, writer, self._schedule)
-        return self._fit
+                warnings.warn(no_such_metric(monitor, logs), stacklevel=2)
+            elif self._epochs == 2:
+                self._warned = True
+                warnings.warn(
+                    f"Two epochs have ended without {monitor!r}. Until it comes nothing can be ranked by it, and "
+                    "what is saved at an epoch's end stays. Does fit() have validation data?",
+                    stacklevel=2,
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ranking:
-    """What decides in one fit: `keep` what stays, `only` what is written at all, `mode` the monitored direction."""
+    """What decides in one fit: `keep` what stays, and `only` what is written at all.
+
+    `mode` is the direction of the monitored metric, `modes` has those of the others that something ranks by.
+    """
 
     keep: PreservationPolicy | None = None
     only: PreservationPolicy | None = None
     mode: Mode | None = None
+    modes: Mapping[str, Mode] = dataclasses.field(default_factory=dict)
 
     @property
     def monitors(self) -> Set[str]:
@@ -310,75 +249,9 @@ class _Ranking:
         return " and ".join(repr(policy) for policy in (self.keep, self.only) if policy)
 
 
-class _Fit:
-    """One `fit` that saves into one directory."""
-
-    def __init__(
-        self, callback: keras.callbacks.Callback, writer: Writer, schedule: SaveSchedule, weights_only: bool = False
-    ) -> None:
-        self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
-        self._state = state.ModelState(callback.model, weights_only)
-        self._writer = writer
-        self._schedule = schedule
-        writer.open(session=callback.params)
-        try:
-            _refuse_other_run(writer.directory, self.progress.position)
-        except Exception:
-            # A notebook keeps the error, and with it whatever has a reference here.
-            writer.close()
-            raise
-        schedule.start()
-
-    def batch_end(self, batch: int) -> str | None:
-        """Counts what ran, and says what made a save due if one is."""
-        before = self.progress.position.step
-        return self._schedule.after_batches(before, self.progress.batch_end(batch).step)
-
-    def epoch_end(self) -> str | None:
-        """Counts an epoch, and says what made a save due if one is."""
-        self.progress.epoch_end()
-        return self._schedule.after_epoch()
-
-    def save(self, began: float, **facts: Any) -> CheckpointRecord | None:
-        """Saves the model where it is now, unless that would not be kept."""
-        position = self.progress.position
-        facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
-        newest = self._writer.directory.latest() if position.batch == 0 else None
-        if newest and newest.step == position.step and same_values(self._state, newest):
-            # The epoch's last batch was saved already; what is new is what was measured since.
-            return self._writer.amend(newest, **facts)
-        facts |= {"time": time.time(), "versions": state.versions()}
-        # Whoever goes on with TensorFlow's own manager numbers on from here.
-        self._state.save_counter.assign(position.step)
-        return self._writer.save(self._state.write, step=position.step, began=began, **facts)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _begin_with(model: keras.Model, epoch: int | None) -> None:
-    """Tells `fit` with which epoch to begin, between its `on_train_begin` and its first epoch."""
-    # Keras's own BackupAndRestore has no other way.
-    model._initial_epoch = epoch  # noqa: SLF001
-
-
-def _refuse_other_run(directory: CheckpointDirectory, position: Position) -> None:
-    listing = directory.listing()
-    if listing.newer:
-        listing.refuse_newer()
-    if not listing or (listing.records and listing.records[-1].run_id == position.run_id):
-        return
-    newest = f", the newest of step {listing.records[-1].step}" if listing.records else ""
-    count = len(listing.records) + len(listing.damaged) + len(listing.unmanaged)
-    raise DirectoryNotEmptyError(
-        f"{directory.path} holds {count} checkpoints of another run{newest}; this model does not continue it.\n"
-        f"To go on with that run, compile the model and restore it: keras_ckpt.restore(model, {directory.path!r}).\n"
-        "To begin another, train into another directory, or remove these: "
-        f"keras_ckpt.CheckpointDirectory({directory.path!r}).clear()."
-    )
-
-
 def _checked_path(filepath: str | os.PathLike[str]) -> str:
+    if not isinstance(filepath, str | os.PathLike):
+        raise TypeError(f"ModelCheckpoint expected the path of a directory. Received: filepath={filepath!r}")
     path = os.fspath(filepath)
     if isinstance(path, str) and path.endswith((".keras", ".h5")):
         raise ValueError(

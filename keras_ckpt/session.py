@@ -1,0 +1,88 @@
+"""One `fit` that saves into one directory: it counts, says when a save is due, and saves."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import keras
+
+from keras_ckpt import state
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.errors import DirectoryNotEmptyError
+from keras_ckpt.position import Position, Progress
+from keras_ckpt.record import CheckpointRecord, step_in
+from keras_ckpt.restoring import same_values
+from keras_ckpt.schedule import SaveSchedule
+from keras_ckpt.tables import counted
+from keras_ckpt.writer import Writer
+
+
+class Session:
+    """One `fit` that saves into one directory."""
+
+    def __init__(
+        self, callback: keras.callbacks.Callback, writer: Writer, schedule: SaveSchedule, weights_only: bool = False
+    ) -> None:
+        self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
+        self._state = state.ModelState(callback.model, weights_only)
+        self._writer = writer
+        self._schedule = schedule
+        writer.open(session=callback.params)
+        try:
+            refuse_other_run(writer.directory, self.progress.position)
+        except Exception:
+            # A notebook keeps the error, and with it whatever has a reference here.
+            writer.close()
+            raise
+        schedule.start()
+
+    def batch_end(self, batch: int) -> str | None:
+        """Counts what ran, and says what made a save due if one is."""
+        before = self.progress.position.step
+        return self._schedule.after_batches(before, self.progress.batch_end(batch).step)
+
+    def epoch_end(self) -> str | None:
+        """Counts an epoch, and says what made a save due if one is."""
+        self.progress.epoch_end()
+        return self._schedule.after_epoch()
+
+    def save(self, began: float, **facts: Any) -> CheckpointRecord | None:
+        """Saves the model where it is now, unless that would not be kept."""
+        position = self.progress.position
+        facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
+        newest = self._writer.directory.latest() if position.batch == 0 else None
+        if newest and newest.step == position.step and same_values(self._state, newest):
+            # The epoch's last batch was saved already; what is new is what was measured since.
+            return self._writer.amend(newest, **facts)
+        facts |= {"time": time.time(), "versions": state.versions()}
+        # Whoever goes on with TensorFlow's own manager numbers on from here.
+        self._state.save_counter.assign(position.step)
+        return self._writer.save(self._state.write, step=position.step, began=began, **facts)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def refuse_other_run(directory: CheckpointDirectory, position: Position) -> None:
+    """Refuses a fit that does not continue what the directory holds."""
+    listing = directory.listing()
+    listing.refuse_newer()
+    newest = listing.records[-1] if listing.records else None
+    if newest and newest.run_id != position.run_id:
+        raise DirectoryNotEmptyError(
+            f"{directory.path} holds {counted(len(listing.records), 'checkpoint')} of another run, the newest of step "
+            f"{newest.step}; this model does not continue it.\n"
+            "To go on with that run, compile the model and restore it: "
+            f"keras_ckpt.restore(model, {directory.path!r}).\n"
+            "To begin another, train into another directory, or remove these: "
+            f"keras_ckpt.CheckpointDirectory({directory.path!r}).clear()."
+        )
+    unmanaged = [name for name in listing.unmanaged if newest is None or (step_in(name) or 0) > position.step]
+    if unmanaged or (listing.damaged and newest is None):
+        names = ", ".join([*unmanaged, *listing.damaged][:10])
+        raise DirectoryNotEmptyError(
+            f"{directory.path} holds checkpoints without a sidecar, or with a damaged one: {names}. No run can go on "
+            "from them, and they are left alone: move them away, or train into another directory. "
+            "keras_ckpt.restore(model, path) restores one that TensorFlow wrote."
+        )
