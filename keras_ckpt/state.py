@@ -100,7 +100,7 @@ def names(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
         for prefix, optimizer in optimizers(model).items():
             found += _optimizer_variables(prefix, optimizer, references)
         measured = model.metrics_variables
-        paths = _numbered([_segments(variable) for variable in measured], _automatic_names(_metrics(model)))
+        paths = _numbered([_owned(variable) for variable in measured], _automatic_names(_metrics(model)))
         found += [(f"metrics/{path}", variable) for path, variable in zip(paths, measured, strict=True)]
     unique = _unique([name for name, _ in found])
     return dict(zip(unique, (variable for _, variable in found), strict=True))
@@ -215,8 +215,7 @@ def _optimizer_variables(
     prefix: str, optimizer: Any, references: Mapping[str, Sequence[str]]
 ) -> Iterable[tuple[str, keras.Variable]]:
     """The variables of an optimizer, a slot under the name of its weight."""
-    # The path has all the scopes that the optimizer happened to be built in; the last is that of the one it belongs to.
-    owned = [["", *_segments(variable)][-2:] for variable in optimizer.variables]
+    owned = [("", *_owned(variable))[-2:] for variable in optimizer.variables]
     inner = list(dict.fromkeys(owner for owner, _ in owned if owner not in ("", optimizer.name)))
     automatic = _automatic_names(_inner_optimizers(optimizer))
     owners = dict(zip(inner, _numbered([(each,) for each in inner], automatic), strict=True))
@@ -246,6 +245,12 @@ def _reference(slot: str, references: Container[str]) -> str | None:
 
 def _segments(variable: keras.Variable) -> tuple[str, ...]:
     return tuple(variable.path.split("/"))
+
+
+def _owned(variable: keras.Variable) -> tuple[str, ...]:
+    """The name of the optimizer or metric that a variable belongs to, if it has one, and its own."""
+    # The path has all the scopes that its owner happened to be built in; the last is the owner's.
+    return _segments(variable)[-2:]
 
 
 def _layers(model: keras.Model) -> list[Any]:

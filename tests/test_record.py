@@ -286,12 +286,12 @@ def test_what_json_has_no_number_for_becomes_a_string() -> None:
 @pytest.mark.parametrize(
     ("metadata", "text"),
     [
-        ({"when": object()}, r"metadata\['when'\] is a object"),
-        ({"a": [1, {2, 3}]}, r"metadata\['a'\]\[1\] is a set"),
+        ({"when": object()}, r"metadata\['when'\] is of type object"),
+        ({"a": [1, {2, 3}]}, r"metadata\['a'\]\[1\] is of type set"),
         ({"a": {1: 2}}, r"metadata\['a'\] has the key 1"),
         ({1: 2}, "has the key 1"),
-        ({"x": np.zeros(3)}, "is a ndarray"),
-        ({"x": b"bytes"}, "is a bytes"),
+        ({"x": np.zeros(3)}, "is of type ndarray"),
+        ({"x": b"bytes"}, "is of type bytes"),
         ({"x": 2**64}, "cannot hold: 18446744073709551616"),
         (["x"], "must be a dict"),
         ("text", "must be a dict"),
