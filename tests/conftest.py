@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -101,3 +105,56 @@ def somebody_else() -> Iterator[None]:
     finally:
         if user == 0:
             os.seteuid(user)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Each harness in tests/reliability has a short form, which runs with the suite, and a long form."""
+    parser.addoption("--long", action="store_true", help="run the long form of the reliability harnesses")
+    parser.addoption("--log", help="a file to add the counts of the reliability harnesses to, a line of JSON a run")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long form is asked for."""
+    return request.config.getoption("--long")
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest, record_property):
+    """Counts what a harness saw; one that tried nothing has failed.
+
+    `trials` is what was tried. `acknowledged` checkpoints were said to be saved; `lost` ones of them are gone without
+    having been pruned; `invalid` ones are visible and not what was written.
+    """
+    counts = collections.Counter(trials=0, lost=0, invalid=0)
+    yield counts
+    record_property("tally", dict(counts))
+    assert counts["trials"], "the harness ran no trial"
+    assert not counts["lost"], counts
+    assert not counts["invalid"], counts
+
+
+def counts_of(report: pytest.TestReport) -> dict[str, object] | None:
+    """What a harness counted, or why it did not run; `None` for any other test."""
+    if "tests/reliability/" not in getattr(report, "nodeid", ""):
+        return None
+    if report.skipped:
+        return {"not run": report.longrepr[2]}
+    return dict(report.user_properties).get("tally")
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """A line for each harness, and one for the log."""
+    if hasattr(config, "workerinput"):
+        return  # the process that started the workers tells of all
+    reports = [report for category in terminalreporter.stats.values() for report in category]
+    harnesses = {report.nodeid.rpartition("/")[2]: counts for report in reports if (counts := counts_of(report))}
+    if not harnesses:
+        return
+    terminalreporter.section("reliability")
+    for test, counts in sorted(harnesses.items()):
+        terminalreporter.line(f"{test}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    if path := config.getoption("--log"):
+        entry = {"date": time.strftime("%Y-%m-%d"), "kernel": platform.release(), "harnesses": harnesses}
+        with open(path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
