@@ -14,6 +14,7 @@ import msgspec
 from keras_ckpt import __version__
 from keras_ckpt.directory import CheckpointDirectory, PrunePlan
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from keras_ckpt.listing import Listing
 from keras_ckpt.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.record import CheckpointRecord, Mode, members
 from keras_ckpt.tables import counted, printable
@@ -65,7 +66,7 @@ def ls(path: str, as_json_text: bool) -> None:
     _print_json(
         {
             "checkpoints": [_facts(record) for record in listing.records],
-            "damaged": {name: str(error) for name, error in listing.damaged.items()},
+            "damaged": _reasons(listing),
             "without_sidecar": listing.unmanaged,
         }
     )
@@ -148,6 +149,42 @@ def prune(
 
 @main.command()
 @_path
+@_json
+@click.pass_context
+def verify(context: click.Context, path: str, as_json_text: bool) -> None:
+    """Read every byte of every checkpoint, and exit with 1 if one is damaged. Changes nothing.
+
+    Example: keras-ckpt verify runs/digits
+    """
+    import rich.console
+    import rich.progress
+
+    runs = _existing(path)
+    terminal = rich.console.Console(stderr=True)
+    with rich.progress.Progress(
+        *rich.progress.Progress.get_default_columns(),
+        rich.progress.DownloadColumn(),
+        console=terminal,
+        transient=True,
+        disable=not terminal.is_terminal,
+    ) as bar:
+        task = bar.add_task("verifying", total=None)
+        found = runs.verify(lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json_text:
+        _print_json(
+            {
+                "whole": [record.step for record in found.listing.records],
+                "damaged": _reasons(found.listing),
+                "without_sidecar": found.listing.unmanaged,
+            }
+        )
+    else:
+        click.echo(str(found))
+    context.exit(0 if found.ok else 1)
+
+
+@main.command()
+@_path
 @_step
 @click.argument("reason", default="")
 def pin(path: str, step: int, reason: str) -> None:
@@ -225,6 +262,10 @@ def _facts(record: CheckpointRecord) -> dict[str, Any]:
     """What is known of a checkpoint: its sidecar, where it lies, and its pin."""
     prefix = os.fsencode(record.prefix).decode(errors="replace")
     return {"prefix": prefix, "size": record.size, "pin": record.pin, **members(record)}
+
+
+def _reasons(listing: Listing) -> dict[str, str]:
+    return {name: str(error) for name, error in listing.damaged.items()}
 
 
 def _plan_facts(plan: PrunePlan) -> dict[str, Any]:

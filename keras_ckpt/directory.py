@@ -23,7 +23,7 @@ from typing import NamedTuple
 from keras_ckpt import commit, tables
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, PlanError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import PIN_LIMIT, Listing, amend, examine, scan
+from keras_ckpt.listing import PIN_LIMIT, Listing, amend, examine, scan, verify
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, selection
 from keras_ckpt.record import CheckpointRecord, Mode, as_metric
 
@@ -77,6 +77,33 @@ class PrunePlan:
 
     def _table(self) -> tables.Table:
         return tables.of_plan(self.policy, self.decisions, self.listing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `CheckpointDirectory.verify` found.
+
+    Attributes:
+        listing: The directory: in `records` what is whole, in `damaged` what is not, by name with the reason.
+    """
+
+    listing: Listing
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.listing.damaged
+
+    def __str__(self) -> str:
+        return tables.text(self._table())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return tables.html(self._table())
+
+    def _table(self) -> tables.Table:
+        return tables.of_verification(_shown(self.listing.path), self.listing)
 
 
 class CheckpointDirectory:
@@ -208,6 +235,24 @@ class CheckpointDirectory:
             ]
             remove(folder, listing, doomed)
         return [record.step for record in doomed]
+
+    def verify(self, progress: Callable[[int, int], object] = lambda done, total: None) -> Verification:
+        """Reads every byte of every checkpoint and compares it with what was written. Changes nothing.
+
+        Example:
+
+        ```python
+        found = runs.verify()
+        assert found.ok, found
+        ```
+
+        Args:
+            progress: Called with the bytes that were read and those there are, again and again.
+
+        Returns:
+            What is whole and what is damaged. What another process removed or saved anew meanwhile is in neither.
+        """
+        return Verification(self._read(lambda folder: verify(folder, progress)))
 
     def pin(self, step: int, reason: str = "") -> None:
         """Keeps a checkpoint whatever a policy says, until `unpin`. The same as `touch ckpt-120.keep` in a shell.

@@ -15,10 +15,11 @@ import shutil
 import socket
 import stat
 import sys
+import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Self
 
 import msgspec
@@ -101,14 +102,26 @@ class Folder:
         """The size of a file in bytes."""
         return os.lstat(name, dir_fd=self.descriptor).st_size
 
-    def digest(self, name: str) -> tuple[int, str]:
-        """The size of a file in bytes, and `"blake3:"` with its digest in hexadecimal."""
+    def free(self) -> int:
+        """The bytes that may yet be written here; a quota is not known."""
+        status = os.fstatvfs(self.descriptor)
+        return status.f_bavail * status.f_frsize
+
+    def digest(self, name: str, advance: Callable[[int], object] | None = None) -> tuple[int, str]:
+        """The size of a file in bytes, and `"blake3:"` with its digest in hexadecimal.
+
+        Args:
+            name: The file.
+            advance: Called with the number of bytes after each piece that was read.
+        """
         descriptor, _ = self._open_regular(name)
         try:
             hasher, size, buffer = blake3(), 0, memoryview(bytearray(_CHUNK))
             while count := os.readv(descriptor, [buffer]):
                 hasher.update(buffer[:count])
                 size += count
+                if advance is not None:
+                    advance(count)
             return size, f"blake3:{hasher.hexdigest()}"
         finally:
             os.close(descriptor)
@@ -166,6 +179,22 @@ class Folder:
         if os.path.isdir("/proc/self/fd"):
             return f"/proc/self/fd/{self.descriptor}/{name}"
         return os.path.join(self.path, name)
+
+    @contextlib.contextmanager
+    def held(self, names: Iterable[str]) -> Iterator[Folder]:
+        """Files as they are now: a folder of them, whoever removes, replaces or swaps them here meanwhile.
+
+        Only where there is a `/proc`; elsewhere it is this folder itself.
+        """
+        if not os.path.isdir("/proc/self/fd"):
+            yield self
+            return
+        with contextlib.ExitStack() as stack:
+            descriptors = {}
+            for name in names:
+                descriptors[name], _ = self._open_regular(name)
+                stack.callback(os.close, descriptors[name])
+            yield stack.enter_context(_Held(self.path, descriptors))
 
     @contextlib.contextmanager
     def scratch(self, purpose: str) -> Iterator[Folder]:
@@ -239,6 +268,30 @@ class Folder:
             os.close(descriptor)
             raise OSError(errno.EINVAL, "not a regular file", name)
         return descriptor, status.st_size
+
+
+class _Held(Folder):
+    """Open files, and for TensorFlow a folder of links to them."""
+
+    def __init__(self, path: str, descriptors: Mapping[str, int]) -> None:
+        self._links = tempfile.mkdtemp(prefix="keras_ckpt-")
+        super().__init__(self._links)
+        self.path = path
+        self._descriptors = descriptors
+        for name, descriptor in descriptors.items():
+            os.symlink(f"/proc/self/fd/{descriptor}", name, dir_fd=self.descriptor)
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self._links)
+
+    def size(self, name: str) -> int:
+        return os.fstat(self._descriptors[name]).st_size
+
+    def _open_regular(self, name: str) -> tuple[int, int]:
+        # Opened anew, for an offset of its own.
+        descriptor = os.open(f"/proc/self/fd/{self._descriptors[name]}", os.O_RDONLY | os.O_CLOEXEC)
+        return descriptor, self.size(name)
 
 
 class WriterLock:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+import errno
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -88,8 +89,8 @@ def scan(folder: Folder) -> Listing:
             record = _read(folder, name, present)
         except FileNotFoundError:
             continue  # pruned between two looks
-        except (CheckpointError, OSError) as error:
-            damaged[name] = error if isinstance(error, CheckpointError) else _unreadable(error)
+        except CheckpointError as error:
+            damaged[name] = error
             continue
         other = records.setdefault(record.step, record)
         if other is not record:
@@ -112,23 +113,50 @@ def scan(folder: Folder) -> Listing:
 
 def examine(folder: Folder) -> Listing:
     """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
+    return _checked(scan(folder), lambda record: check_files(folder, record, digests=False))
+
+
+def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
+    """Reads all sidecars of a directory, and every byte of the files that they list.
+
+    Args:
+        folder: The directory. What is removed or saved anew meanwhile is left out.
+        progress: Called with the bytes that were read and those there are, again and again.
+    """
     listing = scan(folder)
-    damaged = dict(listing.damaged)
-    sound = []
-    for record in listing.records:
-        try:
-            for file in record.files:
-                size = folder.size(file.name)
-                if size != file.size:
-                    raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
-        except OSError as error:
-            damaged[record.name] = _unreadable(error)
-        except DamagedCheckpointError as error:
-            damaged[record.name] = error
-        else:
-            sound.append(record)
-    ordered = {name: damaged[name] for name in _by_step(damaged)}
-    return dataclasses.replace(listing, records=tuple(sound), damaged=ordered)
+    total = sum(record.size for record in listing.records)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    def check(record: CheckpointRecord) -> None:
+        with held(folder, record) as files:
+            check_files(files, record, advance=advance)
+
+    return _checked(listing, check)
+
+
+@contextlib.contextmanager
+def held(folder: Folder, record: CheckpointRecord) -> Iterator[Folder]:
+    """The files of a checkpoint, which nobody can take away while they are read.
+
+    Raises:
+        DamagedCheckpointError: One cannot be read.
+        FileNotFoundError: The checkpoint was removed or saved anew since its sidecar was read.
+    """
+    names = [file.name for file in record.files]
+    try:
+        with folder.held(names) as files:
+            yield files
+    except (OSError, DamagedCheckpointError) as error:
+        if not _is_there(folder, record):
+            raise FileNotFoundError(errno.ENOENT, "it was removed or saved anew", record.name) from error
+        if isinstance(error, OSError) and error.filename in names:
+            raise _unreadable(error) from error
+        raise
 
 
 def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> CheckpointRecord:
@@ -139,26 +167,77 @@ def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> Checkpoin
     return changed
 
 
-def check_files(folder: Folder, record: CheckpointRecord) -> None:
-    """Compares the files of a checkpoint with what its sidecar says of them; reads every byte.
+def read_record(folder: Folder, name: str, pin: str | None = None) -> CheckpointRecord:
+    """The record of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError, FormatVersionError: Its sidecar cannot be trusted.
+        FileNotFoundError: It has none.
+    """
+    try:
+        data = folder.read(f"{name}.json", sidecars.SIZE_LIMIT)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(error) from error
+    return sidecars.decode(data, name, folder.path, pin)
+
+
+def check_files(
+    folder: Folder,
+    record: CheckpointRecord,
+    *,
+    digests: bool = True,
+    advance: Callable[[int], object] | None = None,
+) -> None:
+    """Compares the files of a checkpoint with what its sidecar says of them.
+
+    Args:
+        folder: Where they are.
+        record: The checkpoint.
+        digests: Whether to read every byte; if not, the sizes have to do.
+        advance: Called with the number of bytes after each piece that was read.
 
     Raises:
         DamagedCheckpointError: A file is missing, or not what was written.
     """
     for file in record.files:
         try:
-            size, digest = folder.digest(file.name)
+            size, digest = folder.digest(file.name, advance) if digests else (folder.size(file.name), None)
         except OSError as error:
-            raise DamagedCheckpointError(f"{file.name} cannot be read: {error}") from error
+            raise _unreadable(error) from error
         if size != file.size:
             raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
-        if digest != file.digest.lower():
+        if digest not in (None, file.digest.lower()):
             raise DamagedCheckpointError(f"{file.name} was changed after it was written: its digest does not match")
 
 
+def _checked(listing: Listing, check: Callable[[CheckpointRecord], None]) -> Listing:
+    """The listing with those among the damaged that a check finds so."""
+    sound, damaged = [], dict(listing.damaged)
+    for record in listing.records:
+        try:
+            check(record)
+        except DamagedCheckpointError as error:
+            damaged[record.name] = error
+        except FileNotFoundError:
+            continue
+        else:
+            sound.append(record)
+    ordered = {name: damaged[name] for name in _by_step(damaged)}
+    return dataclasses.replace(listing, records=tuple(sound), damaged=ordered)
+
+
+def _is_there(folder: Folder, record: CheckpointRecord) -> bool:
+    """Whether a checkpoint is the one that it was when its sidecar was read."""
+    try:
+        return read_record(folder, record.name).same_save(record)
+    except (OSError, CheckpointError):
+        return False
+
+
 def _read(folder: Folder, name: str, present: set[str]) -> CheckpointRecord:
-    data = folder.read(f"{name}.json", sidecars.SIZE_LIMIT)
-    record = sidecars.decode(data, name, folder.path, _read_pin(folder, name, present))
+    record = read_record(folder, name, _read_pin(folder, name, present))
     for file in record.files:
         if file.name not in present and not folder.exists(file.name):
             if not folder.exists(f"{name}.json"):

@@ -133,6 +133,10 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
         value = self.metrics.get(metric)
         return value if value is not None and math.isfinite(value) else None
 
+    def same_save(self, other: CheckpointRecord) -> bool:
+        """Whether both are of one save; what was measured or pinned since may differ."""
+        return (self.run_id, self.sequence, self.step) == (other.run_id, other.sequence, other.step)
+
     def date(self) -> str:
         """When the save began, in local time."""
         try:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_ckpt import commit, state
-from keras_ckpt import record as sidecars
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, MismatchError
+from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError, MismatchError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import check_files
+from keras_ckpt.listing import check_files, held, read_record
 from keras_ckpt.position import Position, set_position
 from keras_ckpt.record import CheckpointRecord, step_in
 from keras_ckpt.source import Source
 
 _LINES = 12
+_ATTEMPTS = 100
 _UNNAMED = {"seed_generator", "variable"}
 
 
@@ -70,6 +71,7 @@ def restore(
     checkpoint: CheckpointRecord | CheckpointDirectory | str | os.PathLike[str],
     *,
     strict: bool = True,
+    check_digests: bool = True,
 ) -> RestoreReport:
     """Puts a checkpoint back into a model: weights, seeds, and the optimizer if the model is compiled.
 
@@ -90,6 +92,8 @@ def restore(
             TensorFlow wrote does as well.
         strict: Whether a difference in weights, seeds or optimizer is an error. If not, what matches is restored, and
             the model belongs to no run unless it all did. An optimizer that differs is left as it is.
+        check_digests: Whether to compare every byte with what was written. If not, the sizes of the files are compared,
+            and TensorFlow's checksums of the values that it reads.
 
     Returns:
         What was restored and what was not.
@@ -107,17 +111,35 @@ def restore(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "
             "model.build(input_shape), or call it on a batch of data."
         )
-    directory, names = _locate(checkpoint)
+    expected = checkpoint if isinstance(checkpoint, CheckpointRecord) else None
+    for _ in range(_ATTEMPTS):
+        directory, names = _locate(checkpoint)
+        try:
+            return _restore_first(model, directory, names, expected, strict, check_digests)
+        except FileNotFoundError as error:
+            # Pruned, or saved anew, between two looks; what is there now is another list.
+            gone = error
+    raise CheckpointNotFoundError(f"There is no checkpoint {os.path.join(directory, names[0])}.") from gone
+
+
+def _restore_first(
+    model: keras.Model,
+    directory: str,
+    names: Sequence[str],
+    expected: CheckpointRecord | None,
+    strict: bool,
+    check_digests: bool,
+) -> RestoreReport:
+    """Restores the first of the checkpoints that is not damaged."""
     for name, older in itertools.zip_longest(names, names[1:]):
         try:
-            with Folder(directory) as folder:
-                return _restore(model, folder, name, strict)
-        except FileNotFoundError as error:
-            raise CheckpointNotFoundError(f"There is no checkpoint {os.path.join(directory, name)}.") from error
-        except DamagedCheckpointError as error:
-            if older is None:
-                raise
-            warnings.warn(f"{error}. Going back to {older}.", stacklevel=2)
+            with Folder(directory) as folder, _opened(folder, name, expected, check_digests) as (record, files):
+                return _put_back(model, files, name, record, strict)
+        except (DamagedCheckpointError, FormatVersionError) as error:
+            message = f"{os.path.join(directory, name)} cannot be trusted: {error}"
+            if older is None or isinstance(error, FormatVersionError):
+                raise type(error)(message) from error
+            warnings.warn(f"{message}. Going back to {older}.", stacklevel=3)
     raise CheckpointNotFoundError(f"There is no checkpoint in {directory}.")
 
 
@@ -163,15 +185,36 @@ def _newest_first(directory: CheckpointDirectory) -> list[str]:
     return [hinted if hinted in listing.unmanaged else listing.unmanaged[-1]]
 
 
-def _restore(model: keras.Model, folder: Folder, name: str, strict: bool) -> RestoreReport:
-    prefix = os.path.join(folder.path, name)
-    record = _record(folder, name)
-    if not folder.exists(f"{name}.index"):
-        raise FileNotFoundError(name)
+@contextlib.contextmanager
+def _opened(
+    folder: Folder, name: str, expected: CheckpointRecord | None, check_digests: bool
+) -> Iterator[tuple[CheckpointRecord | None, Folder]]:
+    """The record of a checkpoint, `None` if it has no sidecar, and its files, checked and held."""
+    if not folder.exists(f"{name}.json"):
+        if not folder.exists(f"{name}.index"):
+            raise FileNotFoundError(name)
+        own = re.compile(re.escape(name) + r"\.(index|data-\d{5}-of-\d{5})")
+        with folder.held(filter(own.fullmatch, folder.names())) as files:
+            yield None, files
+        return
+    record = read_record(folder, name)
+    if expected and not expected.same_save(record):
+        raise CheckpointNotFoundError(
+            f"{record.prefix} was saved anew since this record of it was read. Look it up once more."
+        )
+    with held(folder, record) as files:
+        check_files(files, record, digests=check_digests)
+        yield record, files
+
+
+def _put_back(
+    model: keras.Model, files: Folder, name: str, record: CheckpointRecord | None, strict: bool
+) -> RestoreReport:
+    prefix = os.path.join(files.path, name)
     try:
-        source = Source(folder.tensorflow_path(name), model)
+        source = Source(files.tensorflow_path(name), model)
     except Exception as error:
-        raise DamagedCheckpointError(f"{prefix} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
     wanted = state.names(model)
     report = _compare(wanted, source, prefix, record, None if strict else state.automatic_stems(model))
     differences = _differences(report, source)
@@ -185,26 +228,13 @@ def _restore(model: keras.Model, folder: Folder, name: str, strict: bool) -> Res
     try:
         values = source.read(report.matched)
     except Exception as error:
-        raise DamagedCheckpointError(f"{prefix} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
     for each, value in values.items():
         wanted[each].assign(value)
     # Without its optimizer a model does not continue the run, whatever it is trained with later.
     continues = record is not None and record.run_id and model.compiled and not differences
     set_position(model, _position(record) if record and continues else None)
     return report
-
-
-def _record(folder: Folder, name: str) -> CheckpointRecord | None:
-    """The checked record of a checkpoint, `None` if it has no sidecar."""
-    if not folder.exists(f"{name}.json"):
-        return None
-    try:
-        record = sidecars.decode(folder.read(f"{name}.json", sidecars.SIZE_LIMIT), name, folder.path)
-        check_files(folder, record)
-    except (CheckpointError, OSError) as error:
-        kind = type(error) if isinstance(error, CheckpointError) else DamagedCheckpointError
-        raise kind(f"{os.path.join(folder.path, name)} cannot be trusted: {error}") from error
-    return record
 
 
 def _position(record: CheckpointRecord) -> Position:

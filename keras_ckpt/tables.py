@@ -50,6 +50,16 @@ def of_plan(policy: str, decisions: Sequence[tuple[CheckpointRecord, bool, str]]
     return dataclasses.replace(table, notes=(summary, *table.notes[1:]))
 
 
+def of_verification(path: str, listing: Listing) -> Table:
+    """What is damaged, after every byte was read."""
+    rows = [(printable(name), printable(str(error))) for name, error in listing.damaged.items()]
+    whole = size(sum(record.size for record in listing.records))
+    notes = [f"{counted(len(listing.records), 'checkpoint')} whole, {whole}; {len(rows)} damaged"]
+    if listing.unmanaged:
+        notes.append(f"without a sidecar, cannot be verified: {_few(listing.unmanaged)}")
+    return Table(printable(path), (), ("damaged", "why"), tuple(rows), tuple(notes))
+
+
 def text(table: Table) -> str:
     """The table for a terminal, as wide as that is."""
     import rich.box
@@ -160,8 +170,11 @@ def _notes(listing: Listing, hidden: Sequence[str]) -> Iterable[str]:
     for name, error in listing.damaged.items():
         yield f"damaged, left alone: {printable(name)}: {printable(str(error))}"
     if listing.unmanaged:
-        names = printable(", ".join(listing.unmanaged[:10])) + (", ..." if len(listing.unmanaged) > 10 else "")
-        yield f"without a sidecar, left alone: {names}"
+        yield f"without a sidecar, left alone: {_few(listing.unmanaged)}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return printable(", ".join(names[:10])) + (", ..." if len(names) > 10 else "")
 
 
 def _metric_names(records: Sequence[CheckpointRecord]) -> list[str]:

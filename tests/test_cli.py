@@ -1,7 +1,9 @@
 """The command line: a thin shell over the directory, with its exit codes."""
 
 import json
+import os
 import pathlib
+import pty
 import re
 import subprocess
 import sys
@@ -218,3 +220,34 @@ def test_the_demo_leaves_another_run_alone(runs) -> None:
     assert "another directory" in result.stderr
     assert "Traceback" not in result.stderr
     assert len(runs) == 4
+
+
+def test_verify_reads_every_byte(runs) -> None:
+    """It exits with 1 if a byte is not what was written, says which checkpoint, and changes nothing."""
+    data = pathlib.Path(runs[20].prefix + ".data-00000-of-00001")
+
+    assert "4 checkpoints whole" in run("verify", runs.path)
+
+    data.write_bytes(b"3" + data.read_bytes()[1:])
+    before = sorted(pathlib.Path(runs.path).rglob("*"))
+
+    text = run("verify", runs.path, code=1)
+    assert re.search(r"^ckpt-20 +.*digest does not match", text, re.MULTILINE)
+    assert "3 checkpoints whole" in text
+    assert json.loads(run("verify", runs.path, "--json", code=1))["whole"] == [10, 30, 40]
+    assert sorted(pathlib.Path(runs.path).rglob("*")) == before
+
+
+def test_verify_shows_how_far_it_is_in_a_terminal(runs) -> None:
+    """A progress bar, on the terminal's error stream."""
+    script = "import sys, keras_ckpt.cli; keras_ckpt.cli.main(['verify', sys.argv[1]])"
+    master, slave = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", script, runs.path], stdout=subprocess.PIPE, stderr=slave) as process:
+        printed, _ = process.communicate()
+    os.close(slave)
+    shown = os.read(master, 1 << 16)
+    os.close(master)
+
+    assert b"verifying" in shown
+    assert b"verifying" not in printed
+    assert b"4 checkpoints whole" in printed

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -18,6 +19,8 @@ from keras_ckpt.errors import (
     FormatVersionError,
     PlanError,
 )
+from keras_ckpt.files import Folder
+from keras_ckpt.listing import check_files, held
 from keras_ckpt.policies import BestN, EveryNSteps, LatestN
 
 
@@ -534,3 +537,58 @@ def test_what_a_terminal_would_act_on_is_escaped(filler) -> None:
 
     assert "\x1b" not in str(runs)
     assert "\\x1b[31mred\\nline" in str(runs)
+
+
+def test_verify_tells_the_whole_from_the_damaged(filler) -> None:
+    """A byte that changed, and a file that is cut; its progress ends with all bytes that are whole or were read."""
+    runs = filler.save("1 2 3")
+    for step, data in {1: b"X", 3: b""}.items():
+        pathlib.Path(f"{runs.path}/ckpt-{step}.data-00000-of-00001").write_bytes(data)
+    seen = []
+
+    found = runs.verify(lambda done, total: seen.append((done, total)))
+
+    assert [record.step for record in found.listing.records] == [2]
+    assert list(found.listing.damaged) == ["ckpt-1", "ckpt-3"]
+    assert not found.ok
+    assert "1 checkpoint whole" in str(found)
+    assert "<td>ckpt-3</td>" in found._repr_html_()
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len({total for _, total in seen}) == 1
+
+
+def test_verify_changes_nothing(filler) -> None:
+    """Not even a lock is left in a copy that has none; nor does it wait for the one who writes."""
+    runs = filler.save("1 2")
+    shutil.rmtree(f"{runs.path}/.keras_ckpt")
+    before = sorted(os.listdir(runs.path))
+    with Folder(runs.path) as folder, folder.mutex():
+        assert runs.verify().ok
+    shutil.rmtree(f"{runs.path}/.keras_ckpt")
+
+    assert runs.verify().ok
+    assert sorted(os.listdir(runs.path)) == before
+
+
+def test_what_is_read_is_not_taken_away(filler) -> None:
+    """A reader has its files until it closes them, whatever is pruned; so it never reads half of two checkpoints."""
+    runs = filler.save("1")
+    with Folder(runs.path) as folder, held(folder, runs[1]) as files:
+        record = runs[1]
+        runs.clear()
+        filler.save("1", run_id="another")
+
+        check_files(files, record)
+
+
+def test_what_is_taken_away_before_it_is_read_is_no_damage(filler) -> None:
+    """Another look finds what is there now."""
+    runs = filler.save("1 2")
+    with Folder(runs.path) as folder:
+        record = runs[1]
+        runs.prune(LatestN(1))
+
+        with pytest.raises(FileNotFoundError), held(folder, record):
+            pass
+
+    assert [record.step for record in runs.verify().listing.records] == [2]
