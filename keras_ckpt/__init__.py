@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keras_ckpt.errors import DamagedCheckpointError as DamagedCheckpointError
     from keras_ckpt.errors import DirectoryInUseError as DirectoryInUseError
     from keras_ckpt.errors import DirectoryNotEmptyError as DirectoryNotEmptyError
+    from keras_ckpt.errors import DiskFullError as DiskFullError
     from keras_ckpt.errors import FormatVersionError as FormatVersionError
     from keras_ckpt.errors import MismatchError as MismatchError
     from keras_ckpt.errors import PlanError as PlanError
@@ -47,6 +48,7 @@ _HOMES = {
         "FormatVersionError",
         "MismatchError",
         "PlanError",
+        "DiskFullError",
         "SaveError",
     ),
     "manager": ("CheckpointManager",),

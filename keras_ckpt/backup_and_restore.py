@@ -17,7 +17,7 @@ from keras_ckpt.policies import LatestN
 from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.restoring import restore
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
-from keras_ckpt.session import Session
+from keras_ckpt.session import OnFullDisk, Session, checked_on_full_disk
 from keras_ckpt.writer import Writer
 
 Logs = Mapping[str, Any] | None
@@ -44,6 +44,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         save_freq: As in `ModelCheckpoint`.
         double_checkpoint: Whether to keep the two last backups instead of one.
         delete_checkpoint: Whether to remove the backup at the end of `fit`.
+        on_full_disk: As in `ModelCheckpoint`.
 
     Raises:
         ValueError, TypeError: A wrong argument, or a model that is not built.
@@ -58,6 +59,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         save_freq: SaveFreq | list[SaveFreq] = "epoch",
         double_checkpoint: bool = False,
         delete_checkpoint: bool = True,
+        *,
+        on_full_disk: OnFullDisk = "warn",
     ) -> None:
         keras.callbacks.Callback.__init__(self)
         self.directory = CheckpointDirectory(backup_dir)
@@ -65,6 +68,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self.save_freq = save_freq
         self.double_checkpoint = double_checkpoint
         self.delete_checkpoint = delete_checkpoint
+        self.on_full_disk = checked_on_full_disk(on_full_disk)
         self._schedule = SaveSchedule(save_freq)
         self._session: Session | None = None
         self._epoch = 0
@@ -121,7 +125,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def _current(self) -> Session:
         if self._session is None:
             writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
-            self._session = Session(self, writer, self._schedule)
+            self._session = Session(self, writer, self._schedule, self.on_full_disk)
         return self._session
 
 

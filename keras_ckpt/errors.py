@@ -9,6 +9,7 @@ CheckpointError
 ├── DirectoryInUseError        BlockingIOError  another process writes into the directory
 ├── DirectoryNotEmptyError     FileExistsError  the directory holds another run's checkpoints
 └── SaveError                  OSError          a checkpoint could not be written
+    └── DiskFullError                           for want of room
 """
 
 
@@ -49,3 +50,7 @@ class DirectoryNotEmptyError(CheckpointError, FileExistsError):
 
 class SaveError(CheckpointError, OSError):
     """A checkpoint could not be written; those that were there before are untouched."""
+
+
+class DiskFullError(SaveError):
+    """There is no room for a checkpoint; those that were there before are untouched."""

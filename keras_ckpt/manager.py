@@ -195,8 +195,13 @@ class CheckpointManager(tf.train.CheckpointManager):
             raise TypeError(f"save() expected a dict of metrics. Received: metrics={metrics!r:.200}")
         measured = {name: as_metric(name, value) for name, value in (metrics or {}).items()}
         options, callbacks = _without_callbacks(options)
+
+        def write(prefix: str) -> None:
+            with state.plain_errors():
+                self._checkpoint.write(prefix, options)
+
         record = self._writer.save(
-            lambda prefix: self._checkpoint.write(prefix, options),
+            write,
             step=number,
             began=began,
             epoch=None if epoch is None else _integer(epoch),

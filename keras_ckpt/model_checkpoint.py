@@ -19,7 +19,7 @@ from keras_ckpt.monitor import metrics_in, mode_of, no_such_metric
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, missing
 from keras_ckpt.record import CheckpointRecord, Mode, as_metric, encodable_metadata
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
-from keras_ckpt.session import Session
+from keras_ckpt.session import OnFullDisk, Session, checked_on_full_disk
 from keras_ckpt.writer import Writer
 
 Logs = Mapping[str, Any] | None
@@ -54,6 +54,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         keep: Which checkpoints stay: a policy, an int `n` for the newest `n`, or `None` for all. A save that would be
             removed at once is not written.
         metadata: A dict to put into each sidecar, or a function of `logs` that returns one.
+        on_full_disk: Whether a save that finds no room is a warning and training goes on (`"warn"`), or an error
+            (`"raise"`).
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch.
@@ -75,6 +77,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         *,
         keep: PreservationPolicy | int | None = None,
         metadata: Metadata | None = None,
+        on_full_disk: OnFullDisk = "warn",
     ) -> None:
         # Keras's own __init__ takes nothing but a template of file names.
         keras.callbacks.Callback.__init__(self)
@@ -97,6 +100,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.initial_value_threshold = initial_value_threshold
         self.keep = as_policy(keep)
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
+        self.on_full_disk = checked_on_full_disk(on_full_disk)
         self._schedule = SaveSchedule(save_freq)
         self._ranking = _Ranking()
         self._session: Session | None = None
@@ -144,9 +148,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def on_train_end(self, logs: Logs = None) -> None:
         if self._session is None:
             return
+        missed = self._session.missed
         self._session.close()
         self._session = None
-        if self._due and not len(self.directory):
+        if self._due and not missed and not len(self.directory):
             warnings.warn(
                 f"Nothing was saved into {self.filepath}: {self._due} saves were due, and none was to be kept by "
                 f"{self._ranking}. Was {self.monitor!r} ever a finite number, and better than "
@@ -163,7 +168,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._due = 0
             self._epochs = 0
             writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
-            self._session = Session(self, writer, self._schedule, self.save_weights_only)
+            self._session = Session(self, writer, self._schedule, self.on_full_disk, self.save_weights_only)
         return self._session
 
     def _resolve(self) -> _Ranking:
@@ -186,7 +191,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         fit = self._current()
         self._due += 1
         metrics = metrics_in(logs, self._ranking.monitors)
-        record = None
+        record, missed = None, fit.missed
         if self._beats_threshold(metrics.get(self.monitor)):
             record = fit.save(
                 began,
@@ -200,7 +205,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self.verbose > 0:
             position = fit.progress.position
             value = tables.metric(metrics.get(self.monitor)) or "not known"
-            outcome = f"saved {record.prefix}" if record else otherwise
+            refused = "not saved, the disk is full" if fit.missed > missed else otherwise
+            outcome = f"saved {record.prefix}" if record else refused
             print(f"\nStep {position.step}, epoch {position.epoch}: {self.monitor} {value}, {outcome}")
 
     def _beats_threshold(self, value: float | None) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+import warnings
+from typing import Any, Literal, cast, get_args
 
 import keras
 
 from keras_ckpt import state
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import DirectoryNotEmptyError
+from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
 from keras_ckpt.position import Position, Progress
 from keras_ckpt.record import CheckpointRecord, step_in
 from keras_ckpt.restoring import same_values
@@ -17,13 +18,34 @@ from keras_ckpt.schedule import SaveSchedule
 from keras_ckpt.tables import counted
 from keras_ckpt.writer import Writer
 
+OnFullDisk = Literal["warn", "raise"]
+
 
 class Session:
-    """One `fit` that saves into one directory."""
+    """One `fit` that saves into one directory.
+
+    Args:
+        callback: The callback that saves.
+        writer: What it saves with.
+        schedule: When.
+        on_full_disk: Whether a save that finds no room is a warning, and training goes on, or an error.
+        weights_only: Whether to leave the optimizer out.
+
+    Attributes:
+        progress: Where the training is.
+        missed: How many saves found no room.
+    """
 
     def __init__(
-        self, callback: keras.callbacks.Callback, writer: Writer, schedule: SaveSchedule, weights_only: bool = False
+        self,
+        callback: keras.callbacks.Callback,
+        writer: Writer,
+        schedule: SaveSchedule,
+        on_full_disk: OnFullDisk,
+        weights_only: bool = False,
     ) -> None:
+        self.missed = 0
+        self._on_full_disk = on_full_disk
         self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
         self._state = state.ModelState(callback.model, weights_only)
         self._writer = writer
@@ -48,7 +70,20 @@ class Session:
         return self._schedule.after_epoch()
 
     def save(self, began: float, **facts: Any) -> CheckpointRecord | None:
-        """Saves the model where it is now, unless that would not be kept."""
+        """Saves the model where it is now, unless that would not be kept, or there is no room for it."""
+        try:
+            return self._save(began, **facts)
+        except DiskFullError as error:
+            if self._on_full_disk == "raise":
+                raise
+            self.missed += 1
+            warnings.warn(f"{error} Training goes on without this checkpoint.", stacklevel=2)
+            return None
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _save(self, began: float, **facts: Any) -> CheckpointRecord | None:
         position = self.progress.position
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
         newest = self._writer.directory.latest() if position.batch == 0 else None
@@ -58,10 +93,14 @@ class Session:
         facts |= {"time": time.time(), "versions": state.versions()}
         # Whoever goes on with TensorFlow's own manager numbers on from here.
         self._state.save_counter.assign(position.step)
-        return self._writer.save(self._state.write, step=position.step, began=began, **facts)
+        return self._writer.save(self._state.write, step=position.step, size=self._state.size(), began=began, **facts)
 
-    def close(self) -> None:
-        self._writer.close()
+
+def checked_on_full_disk(value: object) -> OnFullDisk:
+    """A callback's argument, or an error that says what it may be."""
+    if value not in get_args(OnFullDisk):
+        raise ValueError(f"on_full_disk expected 'warn' or 'raise'. Received: {value!r}")
+    return cast(OnFullDisk, value)
 
 
 def refuse_other_run(directory: CheckpointDirectory, position: Position) -> None:

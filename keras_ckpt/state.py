@@ -9,10 +9,13 @@ its variable's name; a path that is there already gets `~2`.
 from __future__ import annotations
 
 import collections
+import contextlib
+import errno
+import math
 import os
 import platform
 import re
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -65,20 +68,43 @@ class ModelState(tf.train.Checkpoint):
         """The variables that it writes, by name."""
         return names(self.model, self._weights_only)
 
+    def size(self) -> int:
+        """The bytes of the weights, and of the optimizer of `compile`."""
+        optimizer = None if self._weights_only else getattr(self.model, "optimizer", None)
+        variables = [*self.model.variables, *(optimizer.variables if optimizer else ())]
+        return sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in variables)
+
     def write(self, file_prefix: str | os.PathLike[str], options: Any = None) -> str:
-        """Writes the files of a checkpoint; see `tf.train.Checkpoint.write`."""
+        """Writes the files of a checkpoint; see `tf.train.Checkpoint.write`.
+
+        Raises:
+            OSError: The disk is full.
+        """
         prefix = os.fspath(file_prefix)
         variables = {f"{name}{SUFFIX}": variable for name, variable in self.names().items()}
         variables[f"save_counter{SUFFIX}"] = self.save_counter
         keys = {id(variable): key for key, variable in variables.items()}
         texts = {GRAPH_KEY: _object_graph(self, keys).SerializeToString(), NAMES_KEY: b"1"}
-        tf.raw_ops.SaveV2(
-            prefix=prefix,
-            tensor_names=[*variables, *texts],
-            shape_and_slices=[""] * (len(variables) + len(texts)),
-            tensors=[*map(value_of, variables.values()), *map(tf.constant, texts.values())],
-        )
+        with plain_errors():
+            tf.raw_ops.SaveV2(
+                prefix=prefix,
+                tensor_names=[*variables, *texts],
+                shape_and_slices=[""] * (len(variables) + len(texts)),
+                tensors=[*map(value_of, variables.values()), *map(tf.constant, texts.values())],
+            )
         return prefix
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Makes of TensorFlow's word for a full disk the `OSError` that it was."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number)) from error
+        raise
 
 
 def names(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:

@@ -16,18 +16,20 @@ from typing import Any
 
 import msgspec
 
-from keras_ckpt import commit
+from keras_ckpt import commit, tables
 from keras_ckpt import record as sidecars
 from keras_ckpt.directory import CheckpointDirectory, remove
-from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, SaveError
+from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
 from keras_ckpt.files import Folder, WriterLock
 from keras_ckpt.listing import Listing, amend, examine
 from keras_ckpt.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
-_MENDS = {
+_FULL = {
     errno.ENOSPC: "Free some space, or keep fewer checkpoints.",
     errno.EDQUOT: "Free some of the quota, or keep fewer checkpoints.",
+}
+_MENDS = _FULL | {
     errno.EACCES: "Make the directory writable for this user, or choose another.",
     errno.EROFS: "The file system is mounted read-only: choose another directory.",
 }
@@ -83,7 +85,13 @@ class Writer:
         self._lock = None
 
     def save(
-        self, write: Callable[[str], object], *, step: int, began: float | None = None, **facts: Any
+        self,
+        write: Callable[[str], object],
+        *,
+        step: int,
+        size: int | None = None,
+        began: float | None = None,
+        **facts: Any,
     ) -> CheckpointRecord | None:
         """Saves a checkpoint, unless it would be pruned at once, and prunes.
 
@@ -92,6 +100,7 @@ class Writer:
         Args:
             write: Writes the checkpoint's files, whose names all begin with the prefix that it is given.
             step: Its step; a checkpoint of that step which is there already is superseded.
+            size: The bytes that it will need; defaults to those of the newest.
             began: When training began to wait for it, by `time.perf_counter`; defaults to now.
             **facts: More fields of its record; without a `run_id`, it belongs to the run of the newest.
 
@@ -99,6 +108,7 @@ class Writer:
             Its record; `None` if it was not wanted.
 
         Raises:
+            DiskFullError: There is no room for it. The others are untouched.
             SaveError: It could not be saved. The others are untouched.
         """
         began = time.perf_counter() if began is None else began
@@ -112,6 +122,7 @@ class Writer:
                 return None
             try:
                 with self._explaining(f"Could not save step {step} into"), folder.scratch("stage") as stage:
+                    _look_for_room(stage, _size_of_newest(listing) if size is None else size)
                     record = _stage(stage, candidate, write, began)
                     with folder.mutex():
                         listing = examine(folder)
@@ -173,10 +184,11 @@ class Writer:
         except CheckpointError:
             raise
         except Exception as error:  # the payload is written by somebody else
-            mend = _MENDS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+            number = error.errno or 0 if isinstance(error, OSError) else 0
+            kind, mend = DiskFullError if number in _FULL else SaveError, _MENDS.get(number, "")
             text = _plain(str(error)) or type(error).__name__
             sentences = (f"{what} {self.directory.path}: {text}.", mend, "What was there before is untouched.")
-            raise SaveError(" ".join(filter(None, sentences))) from error
+            raise kind(" ".join(filter(None, sentences))) from error
 
     def _candidate(self, listing: Listing, step: int, facts: dict[str, Any]) -> CheckpointRecord:
         newest = listing.records[-1] if listing.records else None
@@ -194,6 +206,17 @@ class Writer:
         others = [record for record in records if record.step != candidate.step]
         policies = (policy for policy in (self.keep, self.only) if policy is not None)
         return all(candidate.step in kept_in_training(policy, [*others, candidate]) for policy in policies)
+
+
+def _size_of_newest(listing: Listing) -> int:
+    return listing.records[-1].size if listing.records else 0
+
+
+def _look_for_room(folder: Folder, size: int) -> None:
+    """Refuses before anything is written what would not fit."""
+    free = folder.free()
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{tables.size(size)} are needed, {tables.size(free)} are free")
 
 
 def _stage(

@@ -239,7 +239,12 @@ def test_its_directory_is_not_that_of_another_callback(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"), [({"backup_dir": ""}, ValueError), ({"backup_dir": "b", "save_freq": False}, ValueError)]
+    ("arguments", "error"),
+    [
+        ({"backup_dir": ""}, ValueError),
+        ({"backup_dir": "b", "save_freq": False}, ValueError),
+        ({"backup_dir": "b", "on_full_disk": "ignore"}, ValueError),
+    ],
 )
 def test_wrong_arguments_are_refused(arguments, error) -> None:
     """With what was received. (In Keras save_freq=False saves on every batch.)"""

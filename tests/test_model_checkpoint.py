@@ -723,13 +723,14 @@ class TestErrors:
         assert (tmp_path / "file").read_text() == "mine"
 
     def test_a_full_disk_reaches_the_user_and_harms_nothing(self, runs, monkeypatch) -> None:
-        """The save of a real model fails in TensorFlow; the checkpoints before are whole, the fit can be repeated."""
+        """If it is to be an error: the checkpoints before are whole, the fit can be repeated."""
         import errno
 
         from keras_ckpt import files
 
         model = dense_model()
-        fit(model, kc.ModelCheckpoint(runs.path, keep=1))
+        checkpoint = kc.ModelCheckpoint(runs.path, keep=1, on_full_disk="raise")
+        fit(model, checkpoint)
         before = values_on_disk(runs)
 
         def full(*arguments) -> int:
@@ -738,13 +739,13 @@ class TestErrors:
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "fsync", full)
             with pytest.raises(
-                kc.SaveError, match=r"Could not save step 10 .*No space left.*Free some space"
+                kc.DiskFullError, match=r"Could not save step 10 .*No space left.*Free some space"
             ) as caught:
-                fit(model, kc.ModelCheckpoint(runs.path, keep=1))
+                fit(model, checkpoint)
 
         assert isinstance(caught.value, OSError)
         assert values_on_disk(runs) == before
-        fit(model, kc.ModelCheckpoint(runs.path, keep=1))
+        fit(model, checkpoint)
         assert steps(runs) == [15]
 
 

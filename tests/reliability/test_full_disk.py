@@ -1,0 +1,132 @@
+"""A disk that is really full: a small file system in memory, in a name space of its own."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+FIT = """
+import json, sys, warnings
+import numpy as np
+import keras, keras_ckpt as kc
+
+model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(500), keras.layers.Dense(1)])
+model.compile("adam", "mse", run_eagerly=True)
+on_full_disk, path = sys.argv[1], sys.argv[2] + "/run"
+checkpoint = kc.ModelCheckpoint(path, keep=kc.LatestN(9), on_full_disk=on_full_disk)
+x, y = np.zeros((4, 100), "float32"), np.zeros((4, 1), "float32")
+error = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        model.fit(x, y, batch_size=4, epochs=4, verbose=0, callbacks=[checkpoint])
+    except kc.DiskFullError as raised:
+        error = str(raised)
+runs = kc.CheckpointDirectory(path)
+kept = [record.step for record in runs]
+whole = runs.verify().ok
+runs.prune(kc.LatestN(1))
+if error is None:
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[checkpoint])
+print(json.dumps({
+    "warned": [str(each.message) for each in caught],
+    "error": error,
+    "kept": kept,
+    "whole": whole,
+    "afterwards": [record.step for record in runs],
+}))
+"""
+
+SIZES = """
+import json, os, subprocess, sys
+from conftest import payload
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.errors import DiskFullError
+from keras_ckpt.policies import LatestN
+from keras_ckpt.writer import Writer
+
+disk = sys.argv[1]
+outcomes = []
+for pages in range(4, 4 + int(sys.argv[2])):
+    subprocess.run(["mount", "-o", f"remount,size={pages * 4096}", disk], check=True)
+    runs = CheckpointDirectory(f"{disk}/run")
+    writer = Writer(runs, LatestN(2))
+    acknowledged, lost, full = 0, 0, 0
+    for step in (1, 2, 2, 3):
+        try:
+            writer.save(payload(bytes([step]) * 30_000), step=step, size=30_000 if pages % 2 else 0)
+        except DiskFullError:
+            full += 1
+        else:
+            acknowledged = step
+        lost += bool(acknowledged) and acknowledged not in runs
+    sound = runs.verify().ok
+    left = os.listdir(f"{disk}/run/.keras_ckpt") if os.path.exists(f"{disk}/run/.keras_ckpt") else []
+    outcomes.append({
+        "saved": acknowledged,
+        "full": full,
+        "lost": lost,
+        "invalid": not sound,
+        "left": sorted(set(left) - {"lock", "mutex", "trash"}),
+    })
+    subprocess.run(["mount", "-o", f"remount,size={1 << 20}", disk], check=True)
+    writer.save(payload(), step=4)
+    assert runs.latest().step == 4
+    runs.clear()
+print(json.dumps(outcomes))
+"""
+
+
+def on_a_small_disk(tmp_path: pathlib.Path, size: str, script: str, *arguments: str) -> object:
+    """Runs a script whose first argument is a file system in memory of that size, and gives what it printed."""
+    probe = subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path], check=False, capture_output=True
+    )
+    if probe.returncode:
+        pytest.skip(f"no file system can be mounted here: {probe.stderr.decode().strip()}")
+    mount = f'mount -t tmpfs -o size={size} none "$1" && exec "$2" -c "$3" "${{@:4}}"'
+    result = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", mount, "bash", tmp_path, sys.executable, script, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HOME": str(tmp_path)},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_training_goes_on_with_a_warning(tmp_path) -> None:
+    """What fits is kept whole; the user hears of what did not, and the next save works once there is room."""
+    found = on_a_small_disk(tmp_path, "1500k", FIT, "warn", str(tmp_path))
+
+    assert found["kept"] == [1, 2]
+    assert found["whole"]
+    assert [step in text for step, text in zip(("step 3", "step 4"), found["warned"], strict=True)] == [True, True]
+    assert all("No space left" in text or "are needed" in text for text in found["warned"])
+    assert found["error"] is None
+    assert found["afterwards"] == [2, 5]
+
+
+def test_an_argument_makes_it_an_error(tmp_path) -> None:
+    """Which ends the training."""
+    found = on_a_small_disk(tmp_path, "1500k", FIT, "raise", str(tmp_path))
+
+    assert "Could not save step 3" in found["error"]
+    assert found["kept"] == [1, 2]
+    assert found["whole"]
+
+
+def test_whatever_the_room_nothing_is_lost(tmp_path, tally, long) -> None:
+    """From none to more than is needed, a page more each time; with the look at the room before, and without."""
+    for outcome in on_a_small_disk(tmp_path, "16k", SIZES, str(tmp_path), "80" if long else "40"):
+        tally["trials"] += 1
+        tally["full"] += outcome["full"]
+        tally["lost"] += outcome["lost"]
+        tally["invalid"] += outcome["invalid"]
+        assert outcome["left"] == []
+    assert tally["full"]
