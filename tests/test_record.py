@@ -249,6 +249,24 @@ def test_a_newer_format_is_refused_as_such(changes: dict) -> None:
         decode(sealed(members(format_version=2, **changes)), "ckpt-120")
 
 
+@pytest.mark.parametrize(
+    ("member", "again"),
+    [
+        ('"step": 120', '"step": 120, "step" :120'),
+        ('"nested": {', '"nested": 1, "nested": {'),
+        ('"loss": 0.25', '"loss": 0.25, "loss": 0.5'),
+        ('"size": 9', '"size": 9, "size": 8'),
+    ],
+)
+def test_a_member_that_is_there_twice_is_refused(member, again) -> None:
+    """JSON's readers differ in which of the two they take."""
+    text = json.dumps(members())
+    assert member in text
+
+    with pytest.raises(DamagedCheckpointError, match="twice"):
+        decode(sealed(text.replace(member, again, 1)), "ckpt-120")
+
+
 def test_unknown_members_are_kept_when_a_sidecar_is_written_anew() -> None:
     """What a later version or another program added stays, in the files' entries too."""
     facts = members(signature="abc", later={"deep": [1, {"x": 2}]})
