@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from keras_ckpt import commit, tables
-from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, PlanError
+from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import PIN_LIMIT, Listing, amend, examine, scan, verify
+from keras_ckpt.listing import PIN_LIMIT, Listing, amend, check_files, examine, held, scan, verify
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, selection
 from keras_ckpt.record import CheckpointRecord, Mode, as_metric
 
@@ -210,11 +210,16 @@ class CheckpointDirectory:
     def prune(self, plan: PrunePlan | PreservationPolicy) -> list[int]:
         """Removes what a plan says, but for what was pinned, saved anew or removed since it was made.
 
+        What the plan keeps is read first, every byte of it: what is damaged is no reason to remove the others.
+
         Args:
             plan: A plan of this directory, or a policy to make one with.
 
         Returns:
             The steps that were removed.
+
+        Raises:
+            PlanError: A checkpoint that the plan keeps is damaged; nothing was removed.
         """
         if isinstance(plan, PreservationPolicy):
             plan = self.plan(plan)
@@ -225,6 +230,7 @@ class CheckpointDirectory:
             return []
         if elsewhere := {record.directory for record in plan.removed} - {self.path}:
             raise ValueError(f"The plan is one of {elsewhere.pop()}, not of {self.path}.")
+        _refuse_damaged(plan)
         planned = {(record.run_id, record.sequence, record.step) for record in plan.removed}
         with self._change() as (folder, listing):
             listing.refuse_newer()
@@ -382,6 +388,22 @@ def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkp
     resolved = policy.resolve(listing.records[-1].monitor, mode_of)
     _refuse_unknown(resolved, known, unknown)
     return resolved
+
+
+def _refuse_damaged(plan: PrunePlan) -> None:
+    """Refuses to remove anything in favour of a checkpoint that is not what was written."""
+    with Folder(plan.listing.path) as folder:
+        for record in plan.kept:
+            try:
+                with held(folder, record) as files:
+                    check_files(files, record)
+            except DamagedCheckpointError as error:
+                raise PlanError(
+                    f"Nothing was removed: {record.prefix}, which the plan keeps, is damaged: {error}. Move its files "
+                    "away, and plan again."
+                ) from error
+            except FileNotFoundError:
+                continue
 
 
 def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: type[CheckpointError]) -> None:

@@ -81,8 +81,10 @@ class Folder:
     def exists(self, name: str) -> bool:
         try:
             os.lstat(name, dir_fd=self.descriptor)
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return False
+            raise
         return True
 
     def read(self, name: str, limit: int) -> bytes:

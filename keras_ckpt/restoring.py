@@ -76,7 +76,8 @@ def restore(
     """Puts a checkpoint back into a model: weights, seeds, and the optimizer if the model is compiled.
 
     Variables are matched by the names that `tf.train.list_variables` shows. Everything is checked and read before the
-    first variable changes. Afterwards `fit` goes on with the run of the checkpoint.
+    first variable changes. Afterwards `fit` goes on with the run of the checkpoint. A warning names weights with NaN or
+    infinity in them.
 
     Example:
 
@@ -229,12 +230,22 @@ def _put_back(
         values = source.read(report.matched)
     except Exception as error:
         raise DamagedCheckpointError(f"it cannot be read: {error}") from error
+    if spoiled := [each for each, value in values.items() if each.startswith("model/") and not _is_finite(value)]:
+        # Before anything changes, so that who makes warnings errors keeps the model as it is.
+        warnings.warn(f"{prefix} has NaN or infinity in {', '.join(_shortened(spoiled))}", stacklevel=4)
     for each, value in values.items():
         wanted[each].assign(value)
     # Without its optimizer a model does not continue the run, whatever it is trained with later.
     continues = record is not None and record.run_id and model.compiled and not differences
     set_position(model, _position(record) if record and continues else None)
     return report
+
+
+def _is_finite(value: tf.Tensor) -> bool:
+    if not value.dtype.is_floating:
+        return True
+    # A sum is the cheapest pass over the values; one that overflows proves nothing.
+    return bool(tf.math.is_finite(tf.reduce_sum(value))) or bool(tf.reduce_all(tf.math.is_finite(value)))
 
 
 def _position(record: CheckpointRecord) -> Position:

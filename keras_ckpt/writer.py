@@ -167,13 +167,13 @@ class Writer:
         return [record for record in records if record.step not in kept and not record.pinned]
 
     def _claim(self) -> WriterLock:
-        if self._lock is None or not self._lock.recovered:
-            with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
-                self._lock = folder.lock()
-                if not self._lock.recovered:
-                    with folder.mutex():
-                        commit.recover(folder)
-                    self._lock.recovered = True
+        # Asked for each time: the directory may be another one since, and then so is its lock.
+        with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
+            self._lock = folder.lock()
+            if not self._lock.recovered:
+                with folder.mutex():
+                    commit.recover(folder)
+                self._lock.recovered = True
         return self._lock
 
     @contextlib.contextmanager

@@ -592,3 +592,16 @@ def test_what_is_taken_away_before_it_is_read_is_no_damage(filler) -> None:
             pass
 
     assert [record.step for record in runs.verify().listing.records] == [2]
+
+
+def test_nothing_is_removed_in_favour_of_what_is_damaged(filler) -> None:
+    """The newest is not what was written, which its size does not show; the one before may be the last good one."""
+    runs = filler.save("1 2")
+    pathlib.Path(f"{runs.path}/ckpt-2.data-00000-of-00001").write_bytes(b"X")
+    plan = runs.plan(LatestN(1))
+    assert [record.step for record in plan.removed] == [1]
+
+    with pytest.raises(PlanError, match=r"Nothing was removed: .*ckpt-2, which the plan keeps, is damaged"):
+        runs.prune(plan)
+
+    assert [record.step for record in runs] == [1, 2]

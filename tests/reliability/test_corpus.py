@@ -1,0 +1,420 @@
+"""Hostile inputs, each with its reaction: skipped for the next older checkpoint, refused in plain words, or harmless.
+
+Those of the index are in test_index.py, of single bits in test_bit_rot.py, of the sidecar's fields in test_record.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import socket
+import warnings
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import pytest
+from blake3 import blake3
+
+import keras_ckpt as kc
+from conftest import payload
+from keras_ckpt import restoring
+from keras_ckpt.record import CheckpointFile, CheckpointRecord, encode
+from keras_ckpt.source import Source
+from keras_ckpt.writer import Writer
+from models import dense_model, fit, values
+
+SIDECAR, INDEX, DATA = "ckpt-10.json", "ckpt-10.index", "ckpt-10.data-00000-of-00001"
+Harm = Callable[[pathlib.Path], object]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> pathlib.Path:
+    """A run of two checkpoints, of steps 5 and 10."""
+    path = tmp_path_factory.mktemp("template") / "run"
+    fit(dense_model(), kc.ModelCheckpoint(path), epochs=2)
+    return path
+
+
+@pytest.fixture
+def run(template, tmp_path) -> pathlib.Path:
+    return shutil.copytree(template, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def model() -> keras.Model:
+    return dense_model()
+
+
+def write(name: str, data: bytes | Callable[[bytes], bytes]) -> Harm:
+    """Writes a file anew, or what a function makes of its bytes."""
+
+    def harm(run: pathlib.Path) -> None:
+        path = run / name
+        path.write_bytes(data if isinstance(data, bytes) else data(path.read_bytes()))
+
+    return harm
+
+
+def text(old: str, new: str) -> Harm:
+    """Replaces text in the sidecar, and seals it anew."""
+
+    def harm(run: pathlib.Path) -> None:
+        body = (run / SIDECAR).read_text().rpartition(",")[0]
+        assert old in body
+        reseal(run, body.replace(old, new, 1))
+
+    return harm
+
+
+def member(name: str, value: object) -> Harm:
+    """Replaces a member of the sidecar, and seals it anew."""
+
+    def harm(run: pathlib.Path) -> None:
+        facts = json.loads((run / SIDECAR).read_text())
+        del facts["digest"]
+        reseal(run, json.dumps(facts | {name: value})[:-1])
+
+    return harm
+
+
+def file(**changes: object) -> Harm:
+    """Changes what the sidecar says of its first file, and seals it anew."""
+
+    def harm(run: pathlib.Path) -> None:
+        files = json.loads((run / SIDECAR).read_text())["files"]
+        member("files", [files[0] | changes, *files[1:]])(run)
+
+    return harm
+
+
+def reseal(run: pathlib.Path, body: str) -> None:
+    data = body.encode(errors="surrogatepass")
+    (run / SIDECAR).write_bytes(data + b', "digest": "blake3:%s"}' % blake3(data).hexdigest().encode())
+
+
+def remove(name: str) -> Harm:
+    return lambda run: (run / name).unlink()
+
+
+def instead(name: str, make: Callable[[pathlib.Path], object]) -> Harm:
+    """Puts something else in the place of a file, which is moved aside."""
+
+    def harm(run: pathlib.Path) -> None:
+        (run / name).rename(run / "aside")
+        make(run / name)
+
+    return harm
+
+
+def sparse(size: int) -> Harm:
+    return lambda run: os.truncate(run / SIDECAR, size)
+
+
+def swap(*names: str) -> Harm:
+    """Puts the files of the other checkpoint in the place of this one's."""
+
+    def harm(run: pathlib.Path) -> None:
+        for name in names:
+            (run / name).unlink()
+            shutil.copy(run / name.replace("-10", "-5"), run / name)
+
+    return harm
+
+
+def zero_a_page(data: bytes) -> bytes:
+    return bytes(min(4096, len(data))) + data[4096:]
+
+
+def bind(path: pathlib.Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
+        server.bind(path.name)
+
+
+SKIPPED: dict[str, Harm] = {
+    "1 sidecar empty": write(SIDECAR, b""),
+    "2 sidecar cut": write(SIDECAR, lambda data: data[: len(data) // 2]),
+    "3 sidecar all NUL": write(SIDECAR, lambda data: bytes(len(data))),
+    "4 one bit, and still JSON": write(SIDECAR, lambda data: data.replace(b'"epoch": 2', b'"epoch": 3')),
+    "5 sidecar missing": remove(SIDECAR),
+    "6 data missing": remove(DATA),
+    "6 index missing": remove(INDEX),
+    "7 sidecar of 2 GiB": sparse(2 << 30),
+    "8 nested deeply": write(SIDECAR, b"[" * 100_000),
+    "8 nested deeply in metadata": text('"metadata": {}', '"metadata": {"a": ' + "[" * 9999 + "]" * 9999 + "}"),
+    "9 a member twice": text('"step": 10', '"step": 10, "step": 10'),
+    "10 NaN as a step": text('"step": 10', '"step": NaN'),
+    "10 infinity as a size": text('"size": ', '"size": 1e999, "was": '),
+    "10 NaN as a metric": text('"loss": ', '"loss": NaN, "was": '),
+    "11 an integer of 5,000 digits": text('"step": 10', f'"step": {"1" * 5000}'),
+    "12 a byte order mark": write(SIDECAR, lambda data: b"\xef\xbb\xbf" + data),
+    "12 UTF-16": write(SIDECAR, lambda data: data.decode().encode("utf-16")),
+    "12 no UTF-8": write(SIDECAR, lambda data: data.replace(b"epoch", b"\xffpoch", 1)),
+    "12 half a character": text('"metadata": {}', '"metadata": {"a": "\ud800"}'),
+    "13 no files": member("files", []),
+    "13 a step of text": member("step", "10"),
+    "13 a step that is true": member("step", True),
+    "13 a step with a fraction": text('"step": 10', '"step": 10.5'),
+    "13 a negative step": member("step", -1),
+    "13 a step of 2^63": member("step", 2**63),
+    **{
+        f"16 a file named {name[:20]!r}": file(name=name)
+        for name in ("../../etc/passwd", "/etc/passwd", "a/b", ".", "", "ckpt-10.\0", "..\\x", "ckpt-10." + "x" * 300)
+    },
+    "17 lists the sidecar": file(name=SIDECAR),
+    "17 lists a file twice": file(name=INDEX),
+    "19 another digest": file(digest="blake3:" + "0" * 64),
+    "19 an unknown kind of digest": file(digest="sha256:" + "0" * 64),
+    "20 another step than its name": swap(SIDECAR),
+    "21 data empty": write(DATA, b""),
+    "21 half the data": write(DATA, lambda data: data[: len(data) // 2]),
+    "21 a byte less": write(DATA, lambda data: data[:-1]),
+    "21 a hundred bytes more": write(DATA, lambda data: data + bytes(100)),
+    "21 a page of zeros": write(DATA, zero_a_page),
+    "22 first bit": write(DATA, lambda data: bytes([data[0] ^ 1]) + data[1:]),
+    "22 last bit": write(DATA, lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    "23 data of another step": swap(DATA),
+    "24 index and data of another step": swap(INDEX, DATA),
+    "25 index empty": write(INDEX, b""),
+    "25 half an index": write(INDEX, lambda data: data[: len(data) // 2]),
+    "25 index of garbage": write(INDEX, b"garbage" * 99),
+    "39 the sidecar is a link": instead(SIDECAR, lambda path: path.symlink_to("aside")),
+    "39 a link to nothing": instead(SIDECAR, lambda path: path.symlink_to("nowhere")),
+    "39 a link to itself": instead(SIDECAR, lambda path: path.symlink_to(path.name)),
+    "40 the data is a link": instead(DATA, lambda path: path.symlink_to("aside")),
+    "40 the data is a FIFO": instead(DATA, os.mkfifo),
+    "40 the data is a directory": instead(DATA, os.mkdir),
+    "40 the data is a socket": instead(DATA, bind),
+    "40 the sidecar is a FIFO": instead(SIDECAR, os.mkfifo),
+    "62 the sidecar is a pickle": write(SIDECAR, pickle.dumps({"step": 10})),
+}
+
+
+OTHERS = {"5 sidecar missing"}
+"""What is nobody's damage: a checkpoint that TensorFlow may have written."""
+
+
+def contents(run: pathlib.Path) -> dict[str, object]:
+    """What lies in a directory: names, kinds, and the bytes of files."""
+    return {
+        path.name: (path.lstat().st_mode, path.read_bytes() if path.is_file() and path.lstat().st_size < 1e9 else None)
+        for path in run.iterdir()
+        if path.name != ".keras_ckpt"
+    }
+
+
+@pytest.mark.parametrize("row", SKIPPED)
+def test_what_is_damaged_is_skipped_for_the_next_older(run, model, row) -> None:
+    """Asked for by itself it is refused, and the model is untouched; nothing is deleted, by pruning neither."""
+    SKIPPED[row](run)
+    before, state = contents(run), values(model)
+    runs = kc.CheckpointDirectory(run)
+
+    if row not in OTHERS:
+        with pytest.raises(kc.CheckpointError):
+            kc.restore(model, run / "ckpt-10", strict=False)
+        assert all(np.array_equal(a, b) for a, b in zip(state, values(model), strict=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = kc.restore(model, runs)
+    assert report.step == 5
+    assert row in OTHERS or any("ckpt-10" in str(warning.message) for warning in caught)
+    with contextlib.suppress(kc.PlanError):
+        assert runs.prune(kc.LatestN(1)) == []
+    assert contents(run) == before
+    assert row in OTHERS or list(runs.verify().listing.damaged) == ["ckpt-10"]
+
+
+def write_more(run: pathlib.Path, *names: str) -> None:
+    for name in names:
+        (run / name).write_text("mine")
+
+
+def touch_at(run: pathlib.Path, seconds: int) -> None:
+    for path in run.iterdir():
+        os.utime(path, (seconds, seconds))
+
+
+HARMLESS: dict[str, Harm] = {
+    "14 a member that nobody knows": member("later", {"a": 1}),
+    "18 another file of that name": lambda run: write_more(run, "ckpt-10.notes"),
+    "19 a digest in capitals": lambda run: file(digest="blake3:" + digest_of(run / DATA).upper())(run),
+    "41 the data is a hard link": lambda run: os.link(run / DATA, run / "mine"),
+    "43 numbers that are none": lambda run: write_more(run, "ckpt-\uff11\uff12.json", "ckpt-1_0.json", "CKPT-x.json"),
+    "45 files of TensorFlow": lambda run: write_more(run, "checkpoint.tmp12", "ckpt-4_temp"),
+    "46 a state file that leads outside": write("checkpoint", b'model_checkpoint_path: "../outside/victim"\n'),
+    "53 files of 1970": lambda run: touch_at(run, 0),
+    "53 files of 2106": lambda run: touch_at(run, 2**32),
+}
+
+
+def digest_of(path: pathlib.Path) -> str:
+    return blake3(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("row", HARMLESS)
+def test_what_is_harmless_changes_nothing(run, model, row) -> None:
+    """The newest is restored, whole; what is not ours stays when its neighbours are removed."""
+    HARMLESS[row](run)
+    foreign = {path.name for path in run.iterdir() if not path.name.startswith((".", "ckpt-5.", "ckpt-10.json"))}
+    runs = kc.CheckpointDirectory(run)
+
+    assert kc.restore(model, runs).step == 10
+    assert runs.verify().ok
+
+    runs.clear()
+    assert {path.name for path in run.iterdir()} == foreign - {INDEX, DATA, "checkpoint"} | {".keras_ckpt"}
+
+
+def test_15_a_newer_format_is_refused_and_nothing_is_pruned(run, model) -> None:
+    """What it meant to keep is not known."""
+    member("format_version", 2)(run)
+    before = contents(run)
+    runs = kc.CheckpointDirectory(run)
+
+    with pytest.raises(kc.FormatVersionError, match="upgrade"):
+        kc.restore(model, run / "ckpt-10")
+    with pytest.raises(kc.FormatVersionError):
+        runs.prune(kc.LatestN(1))
+    assert contents(run) == before
+
+
+def test_20_two_checkpoints_of_one_place_in_the_order_are_both_listed(run) -> None:
+    """A copy under another step is no copy: its sidecar says another step than its name."""
+    for name in (SIDECAR, INDEX, DATA):
+        shutil.copy(run / name, run / name.replace("-10", "-11"))
+
+    listing = kc.CheckpointDirectory(run).listing()
+
+    assert [record.step for record in listing.records] == [5, 10]
+    assert list(listing.damaged) == ["ckpt-11"]
+
+
+def test_38_weights_that_are_no_numbers_are_warned_of(tmp_path) -> None:
+    """They are restored, as they were saved; who makes the warning an error keeps the model as it is."""
+    spoiled, other = dense_model(), dense_model()
+    fit(spoiled, kc.ModelCheckpoint(tmp_path))
+    spoiled.layers[0].kernel.assign(np.full(spoiled.layers[0].kernel.shape, np.nan))
+    kc.CheckpointDirectory(tmp_path).clear()
+    fit(spoiled, kc.ModelCheckpoint(tmp_path))
+    before = other.get_weights()
+
+    # The tests make every warning an error.
+    with pytest.raises(UserWarning, match="NaN or infinity in model/dense/kernel"):
+        kc.restore(other, tmp_path)
+    assert all(np.array_equal(a, b) for a, b in zip(before, other.get_weights(), strict=True))
+
+    with pytest.warns(UserWarning, match="NaN"):
+        kc.restore(other, tmp_path)
+    assert np.isnan(other.get_weights()[0]).all()
+
+
+def test_47_what_is_no_run_is_refused(run, tmp_path, model) -> None:
+    """A file, a directory of another library, one that is not there."""
+    (tmp_path / "orbax" / "0").mkdir(parents=True)
+    (tmp_path / "orbax" / "0" / "_CHECKPOINT_METADATA").write_text("{}")
+
+    with pytest.raises(NotADirectoryError, match="this is a file"):
+        kc.CheckpointDirectory(run / DATA).latest()
+    for path in ("orbax", "orbax/0", "not/there"):
+        with pytest.raises(kc.CheckpointNotFoundError, match="There is no checkpoint"):
+            kc.restore(model, tmp_path / path)
+
+
+def test_49_a_hundred_thousand_checkpoints_are_listed(tmp_path, long) -> None:
+    """Five thousand in the short form."""
+    count = 100_000 if long else 5_000
+    (tmp_path / "ckpt.index").touch()
+    for step in range(1, count + 1):
+        name = f"ckpt-{step}"
+        files = (CheckpointFile(f"{name}.index", 0, f"blake3:{'0' * 64}"),)
+        (tmp_path / f"{name}.json").write_bytes(encode(CheckpointRecord(sequence=step, step=step, files=files)))
+        os.link(tmp_path / "ckpt.index", tmp_path / files[0].name)
+    runs = kc.CheckpointDirectory(tmp_path)
+
+    assert len(runs) == count
+    assert runs.latest().step == count
+    assert len(str(runs).splitlines()) < 60
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
+def test_51_a_directory_that_goes_away_during_a_save_loses_no_more(filler, tmp_path, how) -> None:
+    """The save fails, or is in the directory wherever it is now; the next one works, under a lock of its own."""
+    runs = filler.save("1")
+    elsewhere = tmp_path / "elsewhere"
+
+    def write_and_take_away(prefix: str) -> None:
+        payload()(prefix)
+        if how == "removed":
+            shutil.rmtree(runs.path)
+        else:
+            os.rename(runs.path, elsewhere)
+        if how == "replaced":
+            os.mkdir(runs.path)
+
+    writer = Writer(runs)
+    if how == "removed":
+        with pytest.raises(kc.SaveError):
+            writer.save(write_and_take_away, step=2)
+    else:
+        writer.save(write_and_take_away, step=2)
+        assert [record.step for record in kc.CheckpointDirectory(elsewhere)] == [1, 2]
+    writer.save(payload(), step=3)
+
+    assert [record.step for record in runs] == [3]
+    assert os.path.exists(f"{runs.path}/.keras_ckpt/lock")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b'{"pid": 0}', b'{"pid": -1, "host": "x"}', b"[" * 9999])
+def test_52_a_lock_file_of_whatever_holds_nobody_up(filler, content) -> None:
+    """What is in it is only shown; the lock is the kernel's."""
+    runs = filler.save("1")
+    pathlib.Path(runs.path, ".keras_ckpt", "lock").write_bytes(content)
+
+    assert [record.step for record in filler.save("2")] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a link", "a FIFO"])
+def test_52_what_is_no_lock_file_is_refused(filler, tmp_path, kind) -> None:
+    """It is not followed, and not removed."""
+    (tmp_path / "victim").write_text("mine")
+    lock = tmp_path / "run" / ".keras_ckpt" / "lock"
+    lock.parent.mkdir(parents=True)
+    {"a directory": os.mkdir, "a link": lambda path: path.symlink_to("../../victim"), "a FIFO": os.mkfifo}[kind](lock)
+
+    with contextlib.suppress(kc.SaveError):
+        filler.save("1")
+
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert os.path.lexists(lock)
+
+
+@pytest.mark.parametrize("name", ["../x", "{0.__class__}", "ü 数", "__proto__", "a\nb", "\x1b[2J", "x" * 100_000])
+def test_55_a_metric_may_have_any_name(filler, name) -> None:
+    """It is never a part of a file's name, and nothing is looked up in it."""
+    runs = filler.save("1")
+    runs.add_metrics(1, {name: 0.5})
+
+    assert runs[1].metrics[name] == 0.5
+    assert {entry.partition(".")[0] for entry in os.listdir(runs.path)} == {"", "checkpoint", "ckpt-1"}
+    assert "\x1b" not in str(runs)
+
+
+def test_63_what_is_swapped_after_it_was_checked_is_not_what_is_read(run, monkeypatch) -> None:
+    """TensorFlow reads the very files that were checked."""
+    expected, other = dense_model(), dense_model()
+    kc.restore(expected, run / "ckpt-10")
+
+    def swap_then_open(path: str, model: keras.Model) -> Source:
+        swap(INDEX, DATA)(run)
+        return Source(path, model)
+
+    monkeypatch.setattr(restoring, "Source", swap_then_open)
+
+    kc.restore(other, run / "ckpt-10")
+
+    assert all(np.array_equal(a, b) for a, b in zip(values(expected), values(other), strict=True))
