@@ -348,9 +348,12 @@ class _Head(msgspec.Struct):
     format_version: int
 
 
+_decode_head = msgspec.json.Decoder(_Head).decode
+
+
 def _refuse_newer(data: bytes) -> None:
     try:
-        version = msgspec.json.decode(data, type=_Head).format_version
+        version = _decode_head(data).format_version
     except _UNREADABLE:
         return
     _refuse_newer_version(version)

@@ -12,6 +12,8 @@ import pathlib
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -21,13 +23,16 @@ import pytest
 from blake3 import blake3
 
 import keras_ckpt as kc
-from conftest import payload
+from conftest import payload, somebody_else
 from keras_ckpt import restoring
+from keras_ckpt.files import Folder
+from keras_ckpt.listing import examine
 from keras_ckpt.record import CheckpointFile, CheckpointRecord, encode
 from keras_ckpt.source import Source
 from keras_ckpt.writer import Writer
 from models import dense_model, fit, values
 
+ROOT = pathlib.Path(__file__).parents[2]
 SIDECAR, INDEX, DATA = "ckpt-10.json", "ckpt-10.index", "ckpt-10.data-00000-of-00001"
 Harm = Callable[[pathlib.Path], object]
 
@@ -418,3 +423,104 @@ def test_63_what_is_swapped_after_it_was_checked_is_not_what_is_read(run, monkey
     kc.restore(other, run / "ckpt-10")
 
     assert all(np.array_equal(a, b) for a, b in zip(values(expected), values(other), strict=True))
+
+
+LOOK = """
+import sys
+import keras_ckpt as kc
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.policies import BestN, LatestN
+
+def look(path):
+    runs = CheckpointDirectory(path)
+    str(runs), runs._repr_html_(), len(runs), runs.latest(), runs.verify()
+    try:
+        str(runs.plan(LatestN(1) | BestN(1, "loss", "min")))
+        runs.prune(LatestN(1) | BestN(1, "loss", "min"))
+        runs.best("loss", "min")
+    except kc.CheckpointError:
+        pass
+
+sound, *hostile = sys.argv[1:]
+look(sound)  # whatever is loaded on first use, is now
+
+refused = ("exec", "compile", "import", "marshal.", "pickle.", "subprocess.", "ctypes.", "socket.", "os.system")
+
+def refuse(event, arguments):
+    if event.startswith(refused):
+        print(event, arguments, file=sys.stderr)
+        leave(1)
+
+from os import _exit as leave
+sys.addaudithook(refuse)
+for path in hostile:
+    look(path)
+print("looked at", len(hostile))
+"""
+
+
+def test_62_no_code_from_disk_runs(template, tmp_path) -> None:
+    """Listing, verifying, choosing and pruning run, import, compile and unpickle nothing, whatever lies there."""
+    harms = SKIPPED | HARMLESS
+    for number, harm in enumerate(harms.values()):
+        harm(shutil.copytree(template, tmp_path / str(number)))
+    shutil.copytree(template, tmp_path / "sound")
+
+    result = subprocess.run(
+        [sys.executable, "-c", LOOK, tmp_path / "sound", *(tmp_path / str(number) for number in range(len(harms)))],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+    assert result.stdout == f"looked at {len(harms)}\n", result.stderr
+
+
+WORK = """
+import os, sys
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.policies import LatestN
+from keras_ckpt.writer import Writer
+
+assert False, "assertions are to be off"
+os.umask(0o777)
+os.mkdir("gone", 0o700), os.chdir("gone"), os.rmdir("../gone")
+
+def write(prefix):
+    with open(f"{prefix}.index", "wb") as file:
+        file.write(b"index")
+
+runs = CheckpointDirectory(sys.argv[1])
+writer = Writer(runs, LatestN(1))
+for step in (1, 2):
+    writer.save(write, step=step, metadata={"name": "ü"})
+runs.pin(2, "ü")
+assert runs.verify().ok
+print(str(runs).encode("ascii", "replace").decode(), [record.step for record in runs])
+"""
+
+
+def test_64_the_surroundings_do_not_matter(tmp_path) -> None:
+    """No locale, no home, no working directory, no permissions by default, no assertions."""
+    result = subprocess.run(
+        [sys.executable, "-O", "-c", WORK, tmp_path / "run"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"LANG": "C", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "0"},
+    )
+
+    assert result.stdout.endswith("[2]\n"), result.stderr
+
+
+def test_42_what_may_not_be_read_is_damaged(filler) -> None:
+    """The others are listed; the error says that it is a matter of permission."""
+    runs = filler.save("1 2 3")
+    os.chmod(f"{runs.path}/ckpt-2.json", 0)
+    with Folder(runs.path) as folder, somebody_else():
+        listing = examine(folder)
+
+    assert [record.step for record in listing.records] == [1, 3]
+    assert "Permission denied" in str(listing.damaged["ckpt-2"])
