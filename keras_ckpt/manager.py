@@ -15,9 +15,10 @@ import msgspec
 import tensorflow as tf
 
 from keras_ckpt import state
+from keras_ckpt.bundle import check_index
 from keras_ckpt.commit import read_state, write_state
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import DirectoryNotEmptyError
+from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
 from keras_ckpt.files import Folder, lasting_tensorflow_path
 from keras_ckpt.listing import Listing
 from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
@@ -220,12 +221,22 @@ class CheckpointManager(tf.train.CheckpointManager):
 
         Returns:
             The prefix of the checkpoint that was restored, `None` if there is none.
+
+        Raises:
+            DamagedCheckpointError: Its index is not one that TensorFlow can read.
         """
         name = self._latest()
         if name is None:
             if self._init_fn is not None:
                 self._init_fn()
             return None
+        with Folder(self._directory) as folder:
+            try:
+                check_index(folder, name)
+            except DamagedCheckpointError as error:
+                raise DamagedCheckpointError(
+                    f"{os.path.join(self._directory, name)} cannot be read: {error}"
+                ) from error
         self._checkpoint.restore(lasting_tensorflow_path(self._directory, name))
         if self._interval is not None:
             self._last_step = _integer(self._step_counter)

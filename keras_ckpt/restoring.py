@@ -169,7 +169,7 @@ def _restore(model: keras.Model, folder: Folder, name: str, strict: bool) -> Res
     if not folder.exists(f"{name}.index"):
         raise FileNotFoundError(name)
     try:
-        source = Source(folder.tensorflow_path(name), model)
+        source = Source(folder, name, model)
     except Exception as error:
         raise DamagedCheckpointError(f"{prefix} cannot be read: {error}") from error
     wanted = state.names(model)
@@ -317,7 +317,7 @@ def same_values(saved: state.ModelState, record: CheckpointRecord) -> bool:
     variables = {name: each for name, each in saved.names().items() if not name.startswith("metrics/")}
     try:
         with Folder(record.directory) as folder:
-            source = Source(folder.tensorflow_path(record.name), saved.model)
+            source = Source(folder, record.name, saved.model)
             values = source.read([name for name in source.keys if not name.startswith("metrics/")])
     except Exception:  # noqa: BLE001 - TensorFlow's readers raise almost anything; what cannot be read is not the same
         return False
