@@ -75,9 +75,8 @@ class Bundle:
         """The message of a key."""
         return dict(self.entries)[key.encode()]
 
-    def append(self, key: str, content: bytes, crc32c: int) -> None:
+    def append(self, entry: Entry, content: bytes, crc32c: int) -> None:
         """Gives a variable other bytes, at the end of the data file."""
-        entry = self.entry(key)
         entry.offset, entry.size, entry.crc32c = len(self.data), len(content), crc32c
         self.data += content
 
