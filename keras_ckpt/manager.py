@@ -22,7 +22,7 @@ from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
 from keras_ckpt.files import Folder, lasting_tensorflow_path
 from keras_ckpt.listing import Listing
 from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
-from keras_ckpt.record import Mode, as_metric, encodable_metadata
+from keras_ckpt.record import Mode, as_metric, encodable_metadata, step_in
 from keras_ckpt.writer import Writer
 
 PRESERVED = "keep_checkpoint_every_n_hours"
@@ -223,9 +223,10 @@ class CheckpointManager(tf.train.CheckpointManager):
             The prefix of the checkpoint that was restored, `None` if there is none.
 
         Raises:
-            DamagedCheckpointError: Its index is not one that TensorFlow can read.
+            DamagedCheckpointError: It cannot be read, or all that there are, are damaged.
         """
         name = self._latest()
+        self._tell_of_damaged(name)
         if name is None:
             if self._init_fn is not None:
                 self._init_fn()
@@ -255,6 +256,17 @@ class CheckpointManager(tf.train.CheckpointManager):
             if hinted in listing.unmanaged:
                 return hinted
         return listing.records[-1].name if listing.records else next(reversed(listing.unmanaged), None)
+
+    def _tell_of_damaged(self, name: str | None) -> None:
+        """Warns of damaged checkpoints that are newer than the one to restore, and raises if there is no such one."""
+        step = -1 if name is None else step_in(name) or 0
+        damaged = self._writer.directory.listing().damaged.items()
+        newer = [f"{each} is damaged: {error}" for each, error in damaged if (step_in(each) or 0) > step]
+        if not newer:
+            return
+        if name is None:
+            raise DamagedCheckpointError(f"No checkpoint in {self._directory} can be restored. {'. '.join(newer)}.")
+        warnings.warn(f"In {self._directory}: {'. '.join(newer)}. Going back to {name}.", stacklevel=3)
 
     def _refuse_to_begin_over(self) -> None:
         """Keeps a checkpoint that was never saved nor restored from taking over what others saved here."""

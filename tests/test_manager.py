@@ -386,6 +386,22 @@ def test_beginning_over_is_warned_of(ours) -> None:
         ours.manager().save()
 
 
+def test_nothing_begins_anew_beside_damaged_checkpoints(ours) -> None:
+    """One that is damaged is gone back from with a warning; if all are, it is an error."""
+    manager = ours.manager(init_fn=lambda: pytest.fail("begins anew"))
+    first, second = manager.save(), manager.save()
+
+    pathlib.Path(f"{second}.data-00000-of-00001").unlink()
+    with pytest.warns(UserWarning, match=r"ckpt-2 is damaged: .* is missing. Going back to ckpt-1"):
+        assert manager.restore_or_initialize() == first
+
+    os.truncate(f"{first}.index", 10)
+    with pytest.raises(
+        kc.DamagedCheckpointError, match=r"No checkpoint in .* can be restored. ckpt-1 is damaged: .*ckpt-2"
+    ):
+        manager.restore_or_initialize()
+
+
 def test_a_negative_number_is_refused(ours) -> None:
     """Names have none."""
     with pytest.raises(ValueError, match="checkpoint_number=-1"):
