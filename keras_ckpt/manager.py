@@ -23,6 +23,7 @@ from keras_ckpt.files import Folder, lasting_tensorflow_path
 from keras_ckpt.listing import Listing
 from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
 from keras_ckpt.record import Mode, as_metric, encodable_metadata, step_in
+from keras_ckpt.restoring import checked_record
 from keras_ckpt.writer import Writer
 
 PRESERVED = "keep_checkpoint_every_n_hours"
@@ -232,6 +233,7 @@ class CheckpointManager(tf.train.CheckpointManager):
                 self._init_fn()
             return None
         with Folder(self._directory) as folder:
+            checked_record(folder, name)
             try:
                 check_index(folder, name)
             except DamagedCheckpointError as error:

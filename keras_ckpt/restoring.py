@@ -165,7 +165,7 @@ def _newest_first(directory: CheckpointDirectory) -> list[str]:
 
 def _restore(model: keras.Model, folder: Folder, name: str, strict: bool) -> RestoreReport:
     prefix = os.path.join(folder.path, name)
-    record = _record(folder, name)
+    record = checked_record(folder, name)
     if not folder.exists(f"{name}.index"):
         raise FileNotFoundError(name)
     try:
@@ -194,8 +194,8 @@ def _restore(model: keras.Model, folder: Folder, name: str, strict: bool) -> Res
     return report
 
 
-def _record(folder: Folder, name: str) -> CheckpointRecord | None:
-    """The checked record of a checkpoint, `None` if it has no sidecar."""
+def checked_record(folder: Folder, name: str) -> CheckpointRecord | None:
+    """The record of a checkpoint whose files are what was written, `None` if it has no sidecar; reads every byte."""
     if not folder.exists(f"{name}.json"):
         return None
     try:

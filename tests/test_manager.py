@@ -3,6 +3,7 @@
 import inspect
 import os
 import pathlib
+import shutil
 import time
 
 import numpy as np
@@ -400,6 +401,20 @@ def test_nothing_begins_anew_beside_damaged_checkpoints(ours) -> None:
         kc.DamagedCheckpointError, match=r"No checkpoint in .* can be restored. ckpt-1 is damaged: .*ckpt-2"
     ):
         manager.restore_or_initialize()
+
+
+def test_files_of_another_checkpoint_are_not_restored(ours) -> None:
+    """TensorFlow reads an index and data of another step and says nothing."""
+    manager = ours.manager()
+    first, second = manager.save(), manager.save()
+    for ending in ("index", "data-00000-of-00001"):
+        shutil.copy(f"{first}.{ending}", f"{second}.{ending}")
+    ours.value.assign(7)
+
+    with pytest.raises(kc.DamagedCheckpointError, match=r"ckpt-2 cannot be trusted: .*digest does not match"):
+        manager.restore_or_initialize()
+
+    assert int(ours.value) == 7
 
 
 def test_a_negative_number_is_refused(ours) -> None:
