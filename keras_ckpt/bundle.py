@@ -7,6 +7,10 @@ An index is a sorted table as LevelDB writes it, of small Protocol Buffers messa
 `BundleHeaderProto`, under the name of each variable a `BundleEntryProto`, which says where its bytes are in the data
 files. TensorFlow checks the checksums: those of the index's blocks while it opens a checkpoint, a variable's when it
 is read.
+
+What is inside of a variant, such as the state of a dataset's iterator, is not checked, and TensorFlow does crash on
+some. Nothing but `tf.train.Checkpoint` reads them, and only into an iterator: do not restore one from somebody whom
+you do not trust.
 """
 
 from __future__ import annotations
