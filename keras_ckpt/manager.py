@@ -15,13 +15,15 @@ import msgspec
 import tensorflow as tf
 
 from keras_ckpt import state
+from keras_ckpt.bundle import check_index
 from keras_ckpt.commit import read_state, write_state
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import DirectoryNotEmptyError
+from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
 from keras_ckpt.files import Folder, lasting_tensorflow_path
 from keras_ckpt.listing import Listing
 from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
-from keras_ckpt.record import Mode, as_metric, encodable_metadata
+from keras_ckpt.record import Mode, as_metric, encodable_metadata, step_in
+from keras_ckpt.restoring import opened
 from keras_ckpt.writer import Writer
 
 PRESERVED = "keep_checkpoint_every_n_hours"
@@ -225,12 +227,21 @@ class CheckpointManager(tf.train.CheckpointManager):
 
         Returns:
             The prefix of the checkpoint that was restored, `None` if there is none.
+
+        Raises:
+            DamagedCheckpointError: It cannot be read, or all that there are, are damaged.
         """
         name = self._latest()
+        self._tell_of_damaged(name)
         if name is None:
             if self._init_fn is not None:
                 self._init_fn()
             return None
+        try:
+            with Folder(self._directory) as folder, opened(folder, name) as (_, files):
+                check_index(files, name)
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{os.path.join(self._directory, name)} cannot be trusted: {error}") from error
         self._checkpoint.restore(lasting_tensorflow_path(self._directory, name))
         if self._interval is not None:
             self._last_step = _integer(self._step_counter)
@@ -249,6 +260,17 @@ class CheckpointManager(tf.train.CheckpointManager):
             if hinted in listing.unmanaged:
                 return hinted
         return listing.records[-1].name if listing.records else next(reversed(listing.unmanaged), None)
+
+    def _tell_of_damaged(self, name: str | None) -> None:
+        """Warns of damaged checkpoints that are newer than the one to restore, and raises if there is no such one."""
+        step = -1 if name is None else step_in(name) or 0
+        damaged = self._writer.directory.listing().damaged.items()
+        newer = [f"{each} is damaged: {error}" for each, error in damaged if (step_in(each) or 0) > step]
+        if not newer:
+            return
+        if name is None:
+            raise DamagedCheckpointError(f"No checkpoint in {self._directory} can be restored. {'. '.join(newer)}.")
+        warnings.warn(f"In {self._directory}: {'. '.join(newer)}. Going back to {name}.", stacklevel=3)
 
     def _refuse_to_begin_over(self) -> None:
         """Keeps a checkpoint that was never saved nor restored from taking over what others saved here."""

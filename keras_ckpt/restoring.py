@@ -134,7 +134,7 @@ def _restore_first(
     """Restores the first of the checkpoints that is not damaged."""
     for name, older in itertools.zip_longest(names, names[1:]):
         try:
-            with Folder(directory) as folder, _opened(folder, name, expected, check_digests) as (record, files):
+            with Folder(directory) as folder, opened(folder, name, expected, check_digests) as (record, files):
                 return _put_back(model, files, name, record, strict)
         except (DamagedCheckpointError, FormatVersionError) as error:
             message = f"{os.path.join(directory, name)} cannot be trusted: {error}"
@@ -187,10 +187,22 @@ def _newest_first(directory: CheckpointDirectory) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(
-    folder: Folder, name: str, expected: CheckpointRecord | None, check_digests: bool
+def opened(
+    folder: Folder, name: str, expected: CheckpointRecord | None = None, check_digests: bool = True
 ) -> Iterator[tuple[CheckpointRecord | None, Folder]]:
-    """The record of a checkpoint, `None` if it has no sidecar, and its files, checked and held."""
+    """The record of a checkpoint, `None` if it has no sidecar, and its files, checked and held.
+
+    Args:
+        folder: The directory.
+        name: The checkpoint.
+        expected: What it has to be still.
+        check_digests: Whether to compare every byte; if not, the sizes of the files.
+
+    Raises:
+        DamagedCheckpointError, FormatVersionError: It cannot be trusted.
+        CheckpointNotFoundError: It is not the expected one.
+        FileNotFoundError: There is none of that name, or none any more.
+    """
     if not folder.exists(f"{name}.json"):
         if not folder.exists(f"{name}.index"):
             raise FileNotFoundError(name)
@@ -213,7 +225,7 @@ def _put_back(
 ) -> RestoreReport:
     prefix = os.path.join(files.path, name)
     try:
-        source = Source(files.tensorflow_path(name), model)
+        source = Source(files, name, model)
     except Exception as error:
         raise DamagedCheckpointError(f"it cannot be read: {error}") from error
     wanted = state.names(model)
@@ -358,7 +370,7 @@ def same_values(saved: state.ModelState, record: CheckpointRecord) -> bool:
     variables = {name: each for name, each in saved.names().items() if not name.startswith("metrics/")}
     try:
         with Folder(record.directory) as folder:
-            source = Source(folder.tensorflow_path(record.name), saved.model)
+            source = Source(folder, record.name, saved.model)
             values = source.read([name for name in source.keys if not name.startswith("metrics/")])
     except Exception:  # noqa: BLE001 - TensorFlow's readers raise almost anything; what cannot be read is not the same
         return False

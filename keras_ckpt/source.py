@@ -9,6 +9,9 @@ import keras
 import tensorflow as tf
 
 from keras_ckpt import state
+from keras_ckpt.bundle import check_index
+from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.files import Folder
 
 
 class Source:
@@ -17,7 +20,8 @@ class Source:
     Opening it builds the optimizers of the model that have slots in it.
 
     Args:
-        path: The checkpoint's prefix, as TensorFlow takes it.
+        folder: The directory of the checkpoint, open for as long as this is read from.
+        name: The checkpoint's name.
         model: The model that is to be restored.
 
     Attributes:
@@ -28,10 +32,13 @@ class Source:
         Exception: Of any kind: TensorFlow's readers raise almost anything when a file is not what they expect.
     """
 
-    def __init__(self, path: str, model: keras.Model) -> None:
-        self._path = path
-        reader = tf.train.load_checkpoint(path)
+    def __init__(self, folder: Folder, name: str, model: keras.Model) -> None:
+        listed = check_index(folder, name)
+        self._path = folder.tensorflow_path(name)
+        reader = tf.train.load_checkpoint(self._path)
         self._shapes: dict[str, list[int]] = reader.get_variable_to_shape_map()
+        if unread := listed ^ self._shapes.keys():  # TensorFlow ends its list, without a word, at a bad block
+            raise DamagedCheckpointError(f"{len(unread)} entries are in a block of its index with a bad checksum")
         self._dtypes: dict[str, tf.DType] = reader.get_variable_to_dtype_map()
         self.foreign = state.NAMES_KEY not in self._shapes
         counter = f"save_counter{state.SUFFIX}"  # TensorFlow's own, no part of a model
@@ -42,7 +49,9 @@ class Source:
             for optimizer in state.optimizers(model).values():
                 if not optimizer.built:
                     optimizer.build(model.trainable_variables)
-            self.keys = _keys_by_graph(path, reader, model, named)
+            self.keys = _keys_by_graph(self._path, reader, model, named)
+            if unknown := sorted(set(self.keys.values()) - listed):
+                raise DamagedCheckpointError(f"its object graph names {unknown[0]!r:.200}, which its index does not")
         else:
             state.build_optimizers(model, named)
 
@@ -68,6 +77,7 @@ class Source:
 def _keys_by_graph(path: str, reader: Any, model: keras.Model, named: Mapping[str, str]) -> dict[str, str]:
     """The keys of a checkpoint that TensorFlow named by its object graph; what is the model's, by the model's names."""
     graph = state.object_graph(reader)
+    _check_graph(graph)
     variables = {id(variable): name for name, variable in state.names(model).items()}
     view = tf.train.CheckpointView(path)
     # What the model is called there is up to the one who wrote it; or it is the root itself.
@@ -89,3 +99,12 @@ def _keys_by_graph(path: str, reader: Any, model: keras.Model, named: Mapping[st
             own = name.removeprefix(called)
             names[own if own.startswith("optimizer/") else f"model/{own}"] = key
     return names
+
+
+def _check_graph(graph: Any) -> None:
+    """TensorFlow takes a number below zero for one from the end, and would restore nothing, or another thing."""
+    children = [child.node_id for node in graph.nodes for child in node.children]
+    slots = [slot for node in graph.nodes for slot in node.slot_variables]
+    children += [number for slot in slots for number in (slot.original_variable_node_id, slot.slot_variable_node_id)]
+    if not all(0 <= number < len(graph.nodes) for number in (0, *children)):
+        raise DamagedCheckpointError("its object graph is not whole: it names an object that it does not have")

@@ -96,6 +96,16 @@ def test_reading_is_bounded(tmp_path) -> None:
         folder.read("huge", 100)
 
 
+def test_a_part_of_a_file_is_read_as_far_as_there_is_one(tmp_path) -> None:
+    """However large the file is."""
+    path = tmp_path / "huge"
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+    with Folder(tmp_path) as folder:
+        assert folder.read_range("huge", (1 << 40) - 3, 10) == bytes(3)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
 def test_what_is_no_regular_file_is_not_read(tmp_path, kind) -> None:
     """A FIFO would hang, a link would lead away."""

@@ -3,6 +3,7 @@
 import inspect
 import os
 import pathlib
+import shutil
 import time
 
 import numpy as np
@@ -384,6 +385,36 @@ def test_beginning_over_is_warned_of(ours) -> None:
 
     with pytest.warns(UserWarning, match="was not restored from them, so its numbers begin again"):
         ours.manager().save()
+
+
+def test_nothing_begins_anew_beside_damaged_checkpoints(ours) -> None:
+    """One that is damaged is gone back from with a warning; if all are, it is an error."""
+    manager = ours.manager(init_fn=lambda: pytest.fail("begins anew"))
+    first, second = manager.save(), manager.save()
+
+    pathlib.Path(f"{second}.data-00000-of-00001").unlink()
+    with pytest.warns(UserWarning, match=r"ckpt-2 is damaged: .* is missing. Going back to ckpt-1"):
+        assert manager.restore_or_initialize() == first
+
+    os.truncate(f"{first}.index", 10)
+    with pytest.raises(
+        kc.DamagedCheckpointError, match=r"No checkpoint in .* can be restored. ckpt-1 is damaged: .*ckpt-2"
+    ):
+        manager.restore_or_initialize()
+
+
+def test_files_of_another_checkpoint_are_not_restored(ours) -> None:
+    """TensorFlow reads an index and data of another step and says nothing."""
+    manager = ours.manager()
+    first, second = manager.save(), manager.save()
+    for ending in ("index", "data-00000-of-00001"):
+        shutil.copy(f"{first}.{ending}", f"{second}.{ending}")
+    ours.value.assign(7)
+
+    with pytest.raises(kc.DamagedCheckpointError, match=r"ckpt-2 cannot be trusted: .*digest does not match"):
+        manager.restore_or_initialize()
+
+    assert int(ours.value) == 7
 
 
 def test_a_negative_number_is_refused(ours) -> None:

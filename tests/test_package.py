@@ -20,12 +20,13 @@ PURE = [
     "tables",
     "cli",
     "errors",
+    "bundle",
     "writer",
     "schedule",
 ]
 # Each layer imports from those to its left only.
 ORDER = [
-    "errors", "files", "record", "policies", "listing", "tables", "commit", "directory", "cli", "writer",
+    "errors", "files", "bundle", "record", "policies", "listing", "tables", "commit", "directory", "cli", "writer",
     "schedule", "monitor", "state", "position", "source", "restoring", "session", "manager",
     "model_checkpoint", "backup_and_restore", "demo",
 ]  # fmt: skip

@@ -414,9 +414,9 @@ def test_63_what_is_swapped_after_it_was_checked_is_not_what_is_read(run, monkey
     expected, other = dense_model(), dense_model()
     kc.restore(expected, run / "ckpt-10")
 
-    def swap_then_open(path: str, model: keras.Model) -> Source:
+    def swap_then_open(*arguments) -> Source:
         swap(INDEX, DATA)(run)
-        return Source(path, model)
+        return Source(*arguments)
 
     monkeypatch.setattr(restoring, "Source", swap_then_open)
 
