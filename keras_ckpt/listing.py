@@ -101,6 +101,8 @@ def scan(folder: Folder) -> Listing:
     unmanaged = {name for name in indexed - managed if sidecars.step_in(name) is not None}
     if unmanaged:
         unmanaged -= _in_transit(folder)
+        # One that was published or removed meanwhile is not on its way any more.
+        unmanaged = {name for name in unmanaged if folder.exists(f"{name}.index") and not folder.exists(f"{name}.json")}
     return Listing(
         folder.path,
         _oldest_first(records.values()),
@@ -121,10 +123,10 @@ def examine(folder: Folder) -> Listing:
                 size = folder.size(file.name)
                 if size != file.size:
                     raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
-        except OSError as error:
-            damaged[record.name] = _unreadable(error)
-        except DamagedCheckpointError as error:
-            damaged[record.name] = error
+        except (OSError, DamagedCheckpointError) as error:
+            if not _is_current(folder, record):
+                return examine(folder)  # pruned or saved anew between two looks
+            damaged[record.name] = _unreadable(error) if isinstance(error, OSError) else error
         else:
             sound.append(record)
     ordered = {name: damaged[name] for name in _by_step(damaged)}
@@ -161,10 +163,21 @@ def _read(folder: Folder, name: str, present: set[str]) -> CheckpointRecord:
     record = sidecars.decode(data, name, folder.path, _read_pin(folder, name, present))
     for file in record.files:
         if file.name not in present and not folder.exists(file.name):
-            if not folder.exists(f"{name}.json"):
+            if not _is_current(folder, record):
                 raise FileNotFoundError(name)
             raise DamagedCheckpointError(f"{file.name} is missing")
     return record
+
+
+def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
+    """Whether a checkpoint was neither removed nor saved anew since its sidecar was read."""
+    try:
+        data = folder.read(f"{record.name}.json", sidecars.SIZE_LIMIT)
+        return sidecars.decode(data, record.name).sequence == record.sequence
+    except FileNotFoundError:
+        return False
+    except (CheckpointError, OSError):
+        return True
 
 
 def _in_transit(folder: Folder) -> set[str]:
