@@ -1,8 +1,10 @@
 """A process that is killed at any moment loses nothing that it acknowledged, and leaves nothing half done."""
 
 import math
+import os
 import random
 import shutil
+import tempfile
 
 import pytest
 
@@ -19,6 +21,14 @@ WORKLOADS = {
 }
 
 
+@pytest.fixture
+def directory(tmp_path):
+    """A directory that is not there yet; in memory where that can be: a kill leaves alone what is not synced."""
+    memory = "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as path:
+        yield f"{path}/run"
+
+
 @pytest.fixture(scope="module")
 def plain_station():
     """Where processes without TensorFlow are forked, and strace may watch them."""
@@ -33,41 +43,40 @@ def plain_station():
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_a_kill_before_any_system_call(tmp_path, tally, plain_station, workload) -> None:
+def test_a_kill_before_any_system_call(directory, tally, plain_station, workload) -> None:
     """The directory is as it was or as it is afterwards, and the next process goes on."""
     action, keep, steps = WORKLOADS[workload]
-    job = Job(str(tmp_path / "run"), keep)
+    job = Job(directory, keep)
     system_calls.fill(job, steps)
 
     tally.update(plain_station.submit(system_calls.kill_everywhere, job, action).result())
 
 
-def test_a_kill_before_any_system_call_of_a_recovery(tmp_path, tally, long, plain_station) -> None:
+def test_a_kill_before_any_system_call_of_a_recovery(directory, tally, long, plain_station) -> None:
     """A process that dies while it cleans up after one that died leaves that to the next."""
-    job = Job(str(tmp_path / "run"), LatestN(2))
+    job = Job(directory, LatestN(2))
     system_calls.fill(job, 3)
 
-    tally.update(plain_station.submit(system_calls.kill_recoveries, job, 1 if long else 8).result())
+    tally.update(plain_station.submit(system_calls.kill_recoveries, job, 1 if long else 12).result())
 
 
 @pytest.mark.parametrize("workload", ["saves that prune", "a step saved again"])
-def test_a_kill_before_any_system_call_of_a_real_model(tmp_path, tally, long, plain_station, workload) -> None:
+def test_a_kill_before_any_system_call_of_a_real_model(directory, tally, long, plain_station, workload) -> None:
     """TensorFlow's writing included."""
     action, keep, steps = WORKLOADS[workload]
-    job = Job(str(tmp_path / "run"), keep, RealModel())
+    job = Job(directory, keep, RealModel())
     with station(job.payload.prepare) as place:
         place.submit(system_calls.fill, job, steps).result()
         tally.update(place.submit(system_calls.kill_everywhere, job, action, 1 if long else 4).result())
 
 
 @pytest.mark.parametrize(("payload", "kills"), [(Noise(), 1000), (RealModel(), 1000)], ids=["bytes", "real model"])
-def test_a_kill_at_random(tmp_path, tally, long, payload, kills) -> None:
+def test_a_kill_at_random(directory, tally, long, payload, kills) -> None:
     """Trainings in one directory after one another, each killed, while another process reads."""
-    path = str(tmp_path / "run")
     keeps = (LatestN(1), LatestN(3), LatestN(2) | BEST, BestN(2, "loss", "min"))
-    with station(payload.prepare) as place, looking(path) as seen:
+    with station(payload.prepare) as place, looking(directory) as seen:
         for number in range(kills if long else kills // 10):
             delay = random.uniform(0, 0.1) if number % 2 else math.exp(random.uniform(-9, -1))
-            job = Job(path, random.choice(keeps), payload)
+            job = Job(directory, random.choice(keeps), payload)
             tally.update(place.submit(kill_at_random, job, delay).result())
     tally.update(seen)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 from conftest import payload
+from keras_ckpt import commit
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointError
 from keras_ckpt.files import PRIVATE, Folder
@@ -37,6 +38,7 @@ def station(*prepare: Callable[[], object]) -> concurrent.futures.ProcessPoolExe
 
 
 def _run_all(actions: Sequence[Callable[[], object]]) -> None:
+    time.localtime()  # reads the time zone now, so that each child makes the same system calls
     for action in actions:
         action()
 
@@ -210,8 +212,8 @@ def look(path: str) -> collections.Counter[str]:
         except CheckpointError as error:
             if record in CheckpointDirectory(path).listing().records:
                 counts.update(_found("invalid", f"{record}: {error}"))
-    if listing.damaged.keys() & CheckpointDirectory(path).listing().damaged.keys():
-        counts.update(_found("invalid", listing.damaged))
+    for name, error in listing.damaged.items():
+        counts.update(_found("invalid", f"{name}: {error}"))
     return counts
 
 
@@ -225,6 +227,7 @@ def looking(path: str) -> Iterator[collections.Counter[str]]:
         def look_on() -> None:
             while not done:
                 counts.update(look(path))
+                time.sleep(0.001)  # the trainings need the processor too
 
         future = pool.submit(look_on)
         try:
@@ -257,10 +260,12 @@ def verify(
         if record not in known or job.payload.step_in(record) != record.step:
             counts.update(_found("invalid", record))
     assert strays(job.path) == set()
+    assert newest_for_tensorflow(job.path) in {None, *(record.name for record in after)}
 
     saved = job.save(writer, job.newest() + 1)
     assert list(writer.directory) == (replay(job.keep, after, [saved]) if saved else after)
     assert strays(job.path) == set()
+    assert not saved or newest_for_tensorflow(job.path) == saved.name
     writer.close()
     return counts
 
@@ -271,6 +276,11 @@ def strays(path: str) -> set[str]:
     known = {file.name for record in records for file in record.files} | {f"{record.name}.json" for record in records}
     known |= {"checkpoint", PRIVATE, *(f"{PRIVATE}/{name}" for name in ("lock", "mutex", "trash"))}
     return {str(file.relative_to(path)) for file in pathlib.Path(path).rglob("*")} - known
+
+
+def newest_for_tensorflow(path: str) -> str | None:
+    with Folder(path) as folder:
+        return commit.read_state(folder)[0]
 
 
 def _found(kind: str, what: object) -> dict[str, int]:
