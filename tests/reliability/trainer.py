@@ -38,7 +38,6 @@ def station(*prepare: Callable[[], object]) -> concurrent.futures.ProcessPoolExe
 
 
 def _run_all(actions: Sequence[Callable[[], object]]) -> None:
-    time.localtime()  # reads the time zone now, so that each child makes the same system calls
     for action in actions:
         action()
 
@@ -135,10 +134,12 @@ class Child:
         self.process = _forks.Process(target=self._run, args=(theirs, action, arguments), daemon=True)
         self.process.start()
         theirs.close()
+        self._ours.recv()  # what comes before its action is done
 
     def _run(self, theirs: Connection, action: Callable[..., None], arguments: tuple[object, ...]) -> None:
         # Were this end open here, it would not be noticed that the parent is gone.
         self._ours.close()
+        theirs.send(None)
         theirs.recv()
         action(theirs.send, *arguments)
 
