@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.record import CheckpointRecord
-from reliability.trainer import Acknowledge, Child, Job, at_random, train, verify
+from reliability.oracle import verify
+from reliability.trainer import Acknowledge, Child, Job, at_random, train
 
 SIZES = {"ext4": 64 << 20, "xfs": 320 << 20}
 _NEW_NAMESPACE = 0x00020000

@@ -1,13 +1,11 @@
-"""A process that saves checkpoints and acknowledges each, and what is to be true after it was killed."""
+"""A process that saves checkpoints and acknowledges each, to be killed."""
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import logging
 import multiprocessing
 import os
 import pathlib
@@ -17,12 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 from conftest import payload
-from keras_ckpt import commit
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import CheckpointError
-from keras_ckpt.files import PRIVATE, Folder
-from keras_ckpt.listing import check_files
-from keras_ckpt.policies import PreservationPolicy, kept_in_training
+from keras_ckpt.policies import PreservationPolicy
 from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.writer import Writer
 
@@ -67,7 +61,7 @@ class RealModel:
 
         model, state = _real_model()
         for variable in model.trainable_variables:
-            variable.assign(np.random.random(variable.shape))
+            variable.assign(np.random.default_rng().random(variable.shape))
         model.layers[0].bias.assign(np.full(3, step))
         return state.write
 
@@ -175,115 +169,3 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._ours.close()
-
-
-def kill_at_random(job: Job, delay: float) -> collections.Counter[str]:
-    """Trains until so long after the first acknowledgement, and checks what the kill left."""
-    before = list(CheckpointDirectory(job.path))
-    with Child(train, job, at_random()) as child:
-        child.go_on(delay)
-        child.kill()
-    return verify(job, before, child.acknowledged)
-
-
-def replay(
-    keep: PreservationPolicy, records: Sequence[CheckpointRecord], saved: Sequence[CheckpointRecord] = ()
-) -> list[CheckpointRecord]:
-    """What the policy keeps of what was there after others were saved one after another."""
-
-    def kept(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
-        steps = kept_in_training(keep, records)
-        return [record for record in records if record.step in steps]
-
-    records = kept(records)
-    for record in saved:
-        records = kept([*(other for other in records if other.step != record.step), record])
-    return records
-
-
-def look(path: str) -> collections.Counter[str]:
-    """Reads every byte of the visible checkpoints; one that is replaced or pruned meanwhile is not visible."""
-    counts: collections.Counter[str] = collections.Counter()
-    listing = CheckpointDirectory(path).listing()
-    for record in listing.records:
-        counts["observations"] += 1
-        try:
-            with Folder(path) as folder:
-                check_files(folder, record)
-        except CheckpointError as error:
-            if record in CheckpointDirectory(path).listing().records:
-                counts.update(_found("invalid", f"{record}: {error}"))
-    for name, error in listing.damaged.items():
-        counts.update(_found("invalid", f"{name}: {error}"))
-    return counts
-
-
-@contextlib.contextmanager
-def looking(path: str) -> Iterator[collections.Counter[str]]:
-    """Looks at a directory all the time."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        counts: collections.Counter[str] = collections.Counter()
-        done = False
-
-        def look_on() -> None:
-            while not done:
-                counts.update(look(path))
-                time.sleep(0.001)  # the trainings need the processor too
-
-        future = pool.submit(look_on)
-        try:
-            yield counts
-        finally:
-            done = True
-            future.result()
-
-
-def verify(
-    job: Job, before: Sequence[CheckpointRecord], acknowledged: Sequence[CheckpointRecord]
-) -> collections.Counter[str]:
-    """Counts what a crash has lost or harmed, and sees that the next writer recovers, cleans up and goes on.
-
-    The save that was under way may be there or not: it was not acknowledged.
-    """
-    counts = collections.Counter(trials=1, acknowledged=len(acknowledged))
-    counts.update(look(job.path))
-    writer = job.writer()
-    writer.open()
-    counts.update(look(job.path))
-    after = list(writer.directory)
-    last = max((record.sequence for record in (*before, *acknowledged)), default=0)
-    under_way = [record for record in after if record.sequence > last]
-    known = [*before, *acknowledged, *under_way[:1]]
-    for record in replay(job.keep, before, [*acknowledged, *under_way]):
-        if record not in after:
-            counts.update(_found("lost", record))
-    for record in after:
-        if record not in known or job.payload.step_in(record) != record.step:
-            counts.update(_found("invalid", record))
-    assert strays(job.path) == set()
-    assert newest_for_tensorflow(job.path) in {None, *(record.name for record in after)}
-
-    saved = job.save(writer, job.newest() + 1)
-    assert list(writer.directory) == (replay(job.keep, after, [saved]) if saved else after)
-    assert strays(job.path) == set()
-    assert not saved or newest_for_tensorflow(job.path) == saved.name
-    writer.close()
-    return counts
-
-
-def strays(path: str) -> set[str]:
-    """Files that belong to no checkpoint, and are no lock."""
-    records = list(CheckpointDirectory(path))
-    known = {file.name for record in records for file in record.files} | {f"{record.name}.json" for record in records}
-    known |= {"checkpoint", PRIVATE, *(f"{PRIVATE}/{name}" for name in ("lock", "mutex", "trash"))}
-    return {str(file.relative_to(path)) for file in pathlib.Path(path).rglob("*")} - known
-
-
-def newest_for_tensorflow(path: str) -> str | None:
-    with Folder(path) as folder:
-        return commit.read_state(folder)[0]
-
-
-def _found(kind: str, what: object) -> dict[str, int]:
-    logging.error("%s: %s", kind, what)
-    return {kind: 1}

@@ -1,4 +1,4 @@
-"""Kills a process at any of its system calls, by strace."""
+"""Kills a process at any moment: at random, and by strace before each of its system calls."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.record import CheckpointRecord
-from reliability.trainer import Acknowledge, Child, Job, train, verify
+from reliability.oracle import verify
+from reliability.trainer import Acknowledge, Child, Job, at_random, train
 
 # Those with a question mark are not there on every processor.
 CHANGES = (
     "write,pwrite64,openat,?rename,?renameat,renameat2,?unlink,unlinkat,?mkdir,mkdirat,?rmdir,fsync,fdatasync,"
     "ftruncate,flock"
 )
+Action = Callable[[Acknowledge, Job], None]
+
+
+def kill_at_random(job: Job, delay: float) -> collections.Counter[str]:
+    """Trains until so long after the first acknowledgement, and checks what the kill left."""
+    before = list(CheckpointDirectory(job.path))
+    with Child(train, job, at_random()) as child:
+        child.go_on(delay)
+        child.kill()
+    return verify(job, before, child.acknowledged)
 
 
 def save(acknowledge: Acknowledge, job: Job) -> None:
@@ -39,9 +50,6 @@ def prune(acknowledge: Acknowledge, job: Job) -> None:
 
 def recover(acknowledge: Acknowledge, job: Job) -> None:
     job.writer().open()
-
-
-Action = Callable[[Acknowledge, Job], None]
 
 
 def rest(acknowledge: Acknowledge) -> None:
