@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import os
 import pathlib
+import signal
 import struct
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from reliability.oracle import verify
 from reliability.trainer import Acknowledge, Child, Job, at_random, train
 
 SIZES = {"ext4": 64 << 20, "xfs": 320 << 20}
+_DIE_WITH_PARENT = 1
 _NEW_NAMESPACE = 0x00020000
 _SHUTDOWN = 0x8004587D
 _WITHOUT_LOG_FLUSH = 2
@@ -30,6 +32,7 @@ def _private_mounts() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_NEW_NAMESPACE):
         raise OSError(ctypes.get_errno(), "no mount namespace")
+    libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     _run("mount", "--make-rprivate", "/")
 
 
