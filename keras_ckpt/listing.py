@@ -102,6 +102,8 @@ def scan(folder: Folder) -> Listing:
     unmanaged = {name for name in indexed - managed if sidecars.step_in(name) is not None}
     if unmanaged:
         unmanaged -= _in_transit(folder)
+        # One that was published or removed meanwhile is not on its way any more.
+        unmanaged = {name for name in unmanaged if folder.exists(f"{name}.index") and not folder.exists(f"{name}.json")}
     return Listing(
         folder.path,
         _oldest_first(records.values()),
@@ -113,7 +115,14 @@ def scan(folder: Folder) -> Listing:
 
 def examine(folder: Folder) -> Listing:
     """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
-    return _checked(scan(folder), lambda record: check_files(folder, record, digests=False))
+
+    def check(record: CheckpointRecord) -> None:
+        try:
+            check_files(folder, record, digests=False)
+        except DamagedCheckpointError as error:
+            raise _judged(folder, record, error) from error
+
+    return _checked(folder, scan(folder), check)
 
 
 def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
@@ -136,7 +145,7 @@ def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
         with held(folder, record) as files:
             check_files(files, record, advance=advance)
 
-    return _checked(listing, check)
+    return _checked(folder, listing, check)
 
 
 @contextlib.contextmanager
@@ -152,11 +161,9 @@ def held(folder: Folder, record: CheckpointRecord) -> Iterator[Folder]:
         with folder.held(names) as files:
             yield files
     except (OSError, DamagedCheckpointError) as error:
-        if not _is_there(folder, record):
-            raise FileNotFoundError(errno.ENOENT, "it was removed or saved anew", record.name) from error
-        if isinstance(error, OSError) and error.filename in names:
-            raise _unreadable(error) from error
-        raise
+        if isinstance(error, OSError) and error.filename not in names:
+            raise  # of something else than these files
+        raise _judged(folder, record, error) from error
 
 
 def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> CheckpointRecord:
@@ -212,35 +219,50 @@ def check_files(
             raise DamagedCheckpointError(f"{file.name} was changed after it was written: its digest does not match")
 
 
-def _checked(listing: Listing, check: Callable[[CheckpointRecord], None]) -> Listing:
+def _checked(folder: Folder, listing: Listing, check: Callable[[CheckpointRecord], None]) -> Listing:
     """The listing with those among the damaged that a check finds so."""
     sound, damaged = [], dict(listing.damaged)
-    for record in listing.records:
+    records = list(listing.records)
+    for record in records:
         try:
             check(record)
         except DamagedCheckpointError as error:
             damaged[record.name] = error
         except FileNotFoundError:
-            continue
+            # Removed, or saved anew, since it was listed; then another one is in its place.
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    records.append(_read(folder, record.name, set(folder.names())))
+                except CheckpointError as error:
+                    damaged[record.name] = error
         else:
             sound.append(record)
     ordered = {name: damaged[name] for name in _by_step(damaged)}
-    return dataclasses.replace(listing, records=tuple(sound), damaged=ordered)
+    return dataclasses.replace(listing, records=_oldest_first(sound), damaged=ordered)
 
 
-def _is_there(folder: Folder, record: CheckpointRecord) -> bool:
-    """Whether a checkpoint is the one that it was when its sidecar was read."""
+def _judged(folder: Folder, record: CheckpointRecord, error: Exception) -> Exception:
+    """Tells a checkpoint that is damaged from one that was removed or saved anew since its sidecar was read."""
+    if not _is_current(folder, record):
+        return FileNotFoundError(errno.ENOENT, "it was removed or saved anew", record.name)
+    return _unreadable(error) if isinstance(error, OSError) else error
+
+
+def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
+    """Whether a checkpoint was neither removed nor saved anew since its sidecar was read."""
     try:
         return read_record(folder, record.name).same_save(record)
-    except (OSError, CheckpointError):
+    except FileNotFoundError:
         return False
+    except CheckpointError:
+        return True
 
 
 def _read(folder: Folder, name: str, present: set[str]) -> CheckpointRecord:
     record = read_record(folder, name, _read_pin(folder, name, present))
     for file in record.files:
         if file.name not in present and not folder.exists(file.name):
-            if not folder.exists(f"{name}.json"):
+            if not _is_current(folder, record):
                 raise FileNotFoundError(name)
             raise DamagedCheckpointError(f"{file.name} is missing")
     return record

@@ -124,7 +124,8 @@ def tally(request: pytest.FixtureRequest, record_property):
     """Counts what a harness saw; one that tried nothing has failed.
 
     `trials` is what was tried. `acknowledged` checkpoints were said to be saved; `lost` ones of them are gone without
-    having been pruned; `invalid` ones are visible and not what was written.
+    having been pruned; `invalid` ones are visible and not what was written. `leftovers` of a process that died were not
+    cleaned up by the next.
     """
     counts = collections.Counter(trials=0, lost=0, invalid=0)
     yield counts
@@ -132,6 +133,7 @@ def tally(request: pytest.FixtureRequest, record_property):
     assert counts["trials"], "the harness ran no trial"
     assert not counts["lost"], counts
     assert not counts["invalid"], counts
+    assert not counts["leftovers"], counts
 
 
 def counts_of(report: object) -> dict[str, object] | None:

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 import keras_ckpt
-from conftest import history
+from conftest import history, payload
 from keras_ckpt import commit
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import (
@@ -22,6 +22,7 @@ from keras_ckpt.errors import (
 from keras_ckpt.files import Folder
 from keras_ckpt.listing import check_files, held
 from keras_ckpt.policies import BestN, EveryNSteps, LatestN
+from keras_ckpt.writer import Writer
 
 
 def names(runs: CheckpointDirectory) -> list[str]:
@@ -340,6 +341,35 @@ def test_a_policy_that_fit_accepted_is_accepted_by_plan(filler) -> None:
 
     assert runs.plan(BestN(1, "loss")).kept == (runs[10],)
     assert runs.best("loss").step == 10
+
+
+@pytest.mark.parametrize("change", ["pruned", "saved again"])
+def test_what_is_changed_while_it_is_listed_is_not_damaged(filler, monkeypatch, change) -> None:
+    """A training may prune a checkpoint or save it anew after its sidecar was read."""
+    runs = filler.save("10 20")
+
+    def changed_first(folder: Folder, name: str) -> int:
+        monkeypatch.undo()
+        if change == "pruned":
+            runs.prune(LatestN(1))
+        else:
+            Writer(runs).save(payload(b"anew"), step=10)
+        return folder.size(name)
+
+    monkeypatch.setattr(Folder, "size", changed_first)
+    listing = runs.listing()
+
+    assert listing.damaged == {}
+    assert [record.step for record in listing.records] == ([20] if change == "pruned" else [20, 10])
+
+
+def test_what_is_published_or_removed_while_it_is_listed_is_not_shown_as_somebody_elses(filler, monkeypatch) -> None:
+    """The names were read before the one's sidecar was there and the other's data was gone."""
+    runs = filler.save("10 20")
+    names = (set(os.listdir(runs.path)) - {"ckpt-20.json"}) | {"ckpt-5.index"}
+    monkeypatch.setattr(Folder, "names", lambda folder: names)
+
+    assert runs.listing().unmanaged == ()
 
 
 def test_what_is_about_to_be_removed_is_not_shown_as_somebody_elses(filler) -> None:

@@ -1,0 +1,152 @@
+"""Kills a process at any moment: at random, and by strace before each of its system calls."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.record import CheckpointRecord
+from reliability.oracle import verify
+from reliability.trainer import Acknowledge, Child, Job, at_random, train
+
+# Those with a question mark are not there on every processor.
+CHANGES = (
+    "write,pwrite64,openat,?rename,?renameat,renameat2,?unlink,unlinkat,?mkdir,mkdirat,?rmdir,fsync,fdatasync,"
+    "ftruncate,flock"
+)
+Action = Callable[[Acknowledge, Job], None]
+
+
+def kill_at_random(job: Job, delay: float) -> collections.Counter[str]:
+    """Trains until so long after the first acknowledgement, and checks what the kill left."""
+    before = list(CheckpointDirectory(job.path))
+    with Child(train, job, at_random()) as child:
+        child.go_on(delay)
+        child.kill()
+    return verify(job, before, child.acknowledged)
+
+
+def save(acknowledge: Acknowledge, job: Job) -> None:
+    """The next two steps, each of which prunes."""
+    train(acknowledge, job, (1, 1))
+
+
+def save_again(acknowledge: Acknowledge, job: Job) -> None:
+    """The newest step two times more."""
+    train(acknowledge, job, (0, 0))
+
+
+def prune(acknowledge: Acknowledge, job: Job) -> None:
+    CheckpointDirectory(job.path).prune(job.keep)
+
+
+def recover(acknowledge: Acknowledge, job: Job) -> None:
+    job.writer().open()
+
+
+def rest(acknowledge: Acknowledge) -> None:
+    """Does nothing."""
+
+
+def probe() -> None:
+    """Raises where strace may not watch a process.
+
+    Raises:
+        PermissionError: What strace says.
+    """
+    with Child(rest) as child, _strace(child):
+        child.end()
+
+
+def fill(job: Job, steps: int) -> None:
+    """Saves steps and prunes none of them."""
+    writer = job.writer()
+    writer.keep = None
+    for step in range(1, steps + 1):
+        job.save(writer, step)
+    writer.close()
+
+
+def kill_everywhere(job: Job, action: Action, every: int = 1) -> collections.Counter[str]:
+    """Kills an action before each of its system calls, or before some of them, and checks what is left each time."""
+    return _kill_everywhere(job, action, list(CheckpointDirectory(job.path)), [], every)
+
+
+def kill_recoveries(job: Job, every: int = 1) -> collections.Counter[str]:
+    """Kills saves that supersede, or some of them, and then each recovery before each of its own system calls."""
+    counts: collections.Counter[str] = collections.Counter()
+    before = list(CheckpointDirectory(job.path))
+    for call, number in _points(job, save_again, every):
+        acknowledged = _kill(job, save_again, call, number)
+        counts.update(_kill_everywhere(job, recover, before, acknowledged, 1))
+    return counts
+
+
+def _kill_everywhere(
+    job: Job,
+    action: Action,
+    before: Sequence[CheckpointRecord],
+    acknowledged: Sequence[CheckpointRecord],
+    every: int,
+) -> collections.Counter[str]:
+    counts: collections.Counter[str] = collections.Counter()
+    for call, number in _points(job, action, every):
+        heard = _kill(job, action, call, number)
+        counts.update(verify(job, before, [*acknowledged, *heard]), **{call: 1})
+    return counts
+
+
+def _points(job: Job, action: Action, every: int) -> Iterator[tuple[str, int]]:
+    """The system calls of an action, each with which of its kind it is; for each the directory is as it is now."""
+    with tempfile.TemporaryDirectory() as temporary:
+        original = f"{temporary}/original"
+        if os.path.exists(job.path):
+            shutil.copytree(job.path, original)
+        counts = _calls(job, action)
+        points = [(call, number + 1) for call, count in counts.items() for number in range(count)]
+        for call, number in points[::every]:
+            shutil.rmtree(job.path)
+            if os.path.exists(original):
+                shutil.copytree(original, job.path)
+            yield call, number
+
+
+def _calls(job: Job, action: Action) -> collections.Counter[str]:
+    """How often an action makes each of the system calls that change anything."""
+    with tempfile.NamedTemporaryFile("r") as log:
+        with Child(action, job) as child, _strace(child, "-o", log.name, "-e", f"trace={CHANGES}"):
+            assert child.end() == 0
+        return collections.Counter(re.findall(r"^\d+ +(\w+)\(", log.read(), re.MULTILINE))
+
+
+def _kill(job: Job, action: Action, call: str, number: int) -> list[CheckpointRecord]:
+    """Kills an action before it makes a system call for the n-th time, and gives what it acknowledged."""
+    inject = f"inject={call}:signal=SIGKILL:when={number}"
+    with Child(action, job) as child, _strace(child, "-e", f"trace={call}", "-e", inject, "-o", os.devnull):
+        code = child.end()
+    assert code == -signal.SIGKILL, f"it ended by itself ({code}) before {call} {number}"
+    return child.acknowledged
+
+
+@contextlib.contextmanager
+def _strace(child: Child, *options: str) -> Iterator[None]:
+    """Lets a child go once strace watches it."""
+    command = ["strace", "-f", "-p", str(child.process.pid), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        try:
+            line = strace.stderr.readline()
+            if "attached" not in line:
+                raise PermissionError(line)
+            child.go()
+            yield
+        finally:
+            strace.terminate()
+            strace.stderr.read()

@@ -1,0 +1,171 @@
+"""A process that saves checkpoints and acknowledges each, to be killed."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import os
+import pathlib
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
+
+from conftest import payload
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.policies import PreservationPolicy
+from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.writer import Writer
+
+Acknowledge = Callable[[CheckpointRecord], None]
+_forks = multiprocessing.get_context("fork")
+
+
+def station(*prepare: Callable[[], object]) -> concurrent.futures.ProcessPoolExecutor:
+    """A process without threads, to fork trainers from once it is prepared."""
+    return concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=_run_all, initargs=(prepare,)
+    )
+
+
+def _run_all(actions: Sequence[Callable[[], object]]) -> None:
+    for action in actions:
+        action()
+
+
+class Noise:
+    """Checkpoints that are made without TensorFlow; no two are equal."""
+
+    def prepare(self) -> None:
+        """Nothing is needed."""
+
+    def write(self, step: int) -> Callable[[str], None]:
+        return payload(b"%d " % step + os.urandom(random.randrange(20_000)))
+
+    def step_in(self, record: CheckpointRecord) -> int:
+        return int(pathlib.Path(f"{record.prefix}.data-00000-of-00001").read_bytes().split()[0])
+
+
+class RealModel:
+    """Checkpoints of a small model that TensorFlow writes; its first bias is the step."""
+
+    def prepare(self) -> None:
+        """Loads TensorFlow and builds the model before trainers are forked, to be there in each."""
+        _real_model()
+
+    def write(self, step: int) -> Callable[[str], object]:
+        import numpy as np
+
+        model, state = _real_model()
+        for variable in model.trainable_variables:
+            variable.assign(np.random.default_rng().random(variable.shape))
+        model.layers[0].bias.assign(np.full(3, step))
+        return state.write
+
+    def step_in(self, record: CheckpointRecord) -> int:
+        import tensorflow as tf
+
+        bias = tf.train.load_variable(record.prefix, "model/dense/bias/.ATTRIBUTES/VARIABLE_VALUE")
+        (step,) = set(bias.tolist())
+        return int(step)
+
+
+@functools.cache
+def _real_model():
+    """A model and its training state."""
+    from keras_ckpt.state import ModelState
+    from models import dense_model
+
+    model = dense_model()
+    model.optimizer.build(model.trainable_variables)
+    return model, ModelState(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a trainer saves, where, and what it keeps."""
+
+    path: str
+    keep: PreservationPolicy
+    payload: Noise | RealModel = dataclasses.field(default_factory=Noise)
+
+    def writer(self) -> Writer:
+        return Writer(CheckpointDirectory(self.path), self.keep)
+
+    def save(self, writer: Writer, step: int) -> CheckpointRecord | None:
+        # Later ones are better, but not each, so that a policy that ranks goes on wanting some.
+        metrics = {"loss": step * 7 % 11 - step}
+        return writer.save(self.payload.write(step), step=step, metrics=metrics, batch=0)
+
+    def newest(self) -> int:
+        return max((record.step for record in CheckpointDirectory(self.path)), default=0)
+
+
+def train(acknowledge: Acknowledge, job: Job, advances: Iterable[int]) -> None:
+    """Saves a checkpoint after each advance by so many steps, and acknowledges it."""
+    writer, step = job.writer(), job.newest()
+    for advance in advances:
+        step += advance
+        if record := job.save(writer, step):
+            acknowledge(record)
+
+
+def at_random() -> Iterator[int]:
+    """Advances without end; by no step at times, so that one is saved again."""
+    while True:
+        yield random.choice((0, 1, 2))
+
+
+class Child:
+    """A forked process that acts once it is told to, and what it has acknowledged."""
+
+    def __init__(self, action: Callable[..., None], *arguments: object) -> None:
+        self.acknowledged: list[CheckpointRecord] = []
+        self._ours, theirs = _forks.Pipe()
+        self.process = _forks.Process(target=self._run, args=(theirs, action, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._ours.recv()  # what comes before its action is done
+
+    def _run(self, theirs: Connection, action: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        # Were this end open here, it would not be noticed that the parent is gone.
+        self._ours.close()
+        theirs.send(None)
+        theirs.recv()
+        action(theirs.send, *arguments)
+
+    def go(self) -> None:
+        self._ours.send(None)
+
+    def listen(self, seconds: float | None = None) -> None:
+        """Hears acknowledgements for so long, or to the end."""
+        end = None if seconds is None else time.monotonic() + seconds
+        with contextlib.suppress(EOFError, OSError):
+            while self._ours.poll(None if end is None else max(0, end - time.monotonic())):
+                self.acknowledged.append(self._ours.recv())
+
+    def go_on(self, seconds: float) -> None:
+        """Lets it go until so long after its first acknowledgement."""
+        self.go()
+        self.acknowledged.append(self._ours.recv())
+        self.listen(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.end()
+
+    def end(self) -> int:
+        """Waits for its end, hears the last acknowledgements, and gives the exit code."""
+        self.listen()
+        self.process.join()
+        return self.process.exitcode
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._ours.close()
