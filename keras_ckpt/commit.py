@@ -10,7 +10,7 @@ import contextlib
 import re
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, FormatVersionError
@@ -80,11 +80,13 @@ def recover(folder: Folder) -> None:
                 private.remove_folder(name)
         with private.folder("trash", create=True) as trash:
             for name in trash.names():
-                record = _read(trash, name)
-                if record is None or folder.exists(name):
+                record, published = _read(trash, name), _read(folder, name)
+                if record is None or (published is None and folder.exists(name)):
                     trash.remove(name)
                 else:
-                    _empty_trash(folder, trash, [record])
+                    # The same step may have been saved again since, under some of the same names.
+                    used = {file.name for file in published.files} if published else set()
+                    _empty_trash(folder, trash, [record], used)
 
 
 def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preserved: float | None = None) -> None:
@@ -182,10 +184,13 @@ def _read(folder: Folder, name: str) -> CheckpointRecord | None:
         return None
 
 
-def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointRecord]) -> None:
+def _empty_trash(
+    folder: Folder, trash: Folder, records: Sequence[CheckpointRecord], used: Container[str] = ()
+) -> None:
     for record in records:
         for file in record.files:
-            folder.remove(file.name)
+            if file.name not in used:
+                folder.remove(file.name)
     # Were the sidecars gone first, a power cut could bring files back that nothing lists any more.
     folder.sync()
     for record in records:
