@@ -151,18 +151,25 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
 def _roll_forward(folder: Folder, stage: Folder) -> None:
     names = [name for name in stage.names() if name.endswith(".json")]
     record = _read(stage, names[0]) if names else None
-    if record is None:
+    if record is None or folder.exists(f"{record.name}.keep"):
         return
+    previous = _read(folder, names[0])
+    if previous and previous.sequence >= record.sequence:
+        return  # the step was saved again since, and the removal of this stage had not reached the disk
     for file in record.files:
-        holder = stage if stage.exists(file.name) else folder
+        # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
+        holder = stage if previous or stage.exists(file.name) else folder
         try:
             if holder.digest(file.name) != (file.size, file.digest.lower()):
                 return
         except OSError:
             return
-    if not folder.exists(f"{record.name}.keep"):
-        with contextlib.suppress(DirectoryNotEmptyError):
-            publish(folder, stage, record)
+    # A process that was killed had not come to make everything durable.
+    for name in stage.names():
+        stage.sync_file(name)
+    stage.sync()
+    with contextlib.suppress(DirectoryNotEmptyError):
+        publish(folder, stage, record)
 
 
 def _refuse_foreign(
