@@ -35,9 +35,9 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord) -> None:
         _set_damaged_aside(folder, record.name)
     with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
+        # From here on the stage is what a crash is recovered from.
+        private.sync()
         if previous:
-            # From here on the stage is what a crash is recovered from.
-            private.sync()
             withdraw(folder, [previous])
     if not previous:
         # A pin that was left behind by an earlier checkpoint of that name is no pin of this one.
@@ -72,6 +72,9 @@ def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
 def recover(folder: Folder) -> None:
     """Finishes what a process that died had begun: complete stages go forward, the rest is thrown away."""
     with folder.folder(PRIVATE, create=True) as private:
+        # A process that was killed had not come to make everything durable.
+        private.sync()
+        folder.sync()
         for name in private.names():
             if name.startswith("stage-"):
                 with private.folder(name) as stage:
@@ -151,11 +154,11 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
 def _roll_forward(folder: Folder, stage: Folder) -> None:
     names = [name for name in stage.names() if name.endswith(".json")]
     record = _read(stage, names[0]) if names else None
-    if record is None or folder.exists(f"{record.name}.keep"):
+    if record is None:
         return
     previous = _read(folder, names[0])
-    if previous and previous.sequence >= record.sequence:
-        return  # the step was saved again since, and the removal of this stage had not reached the disk
+    if previous and (folder.exists(f"{record.name}.keep") or previous.sequence >= record.sequence):
+        return  # it was pinned, or saved again before the removal of this stage had reached the disk
     for file in record.files:
         # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
         holder = stage if previous or stage.exists(file.name) else folder
@@ -164,7 +167,6 @@ def _roll_forward(folder: Folder, stage: Folder) -> None:
                 return
         except OSError:
             return
-    # A process that was killed had not come to make everything durable.
     for name in stage.names():
         stage.sync_file(name)
     stage.sync()

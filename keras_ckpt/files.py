@@ -54,10 +54,11 @@ class Folder:
             ) from error
 
     def folder(self, name: str, *, create: bool = False) -> Folder:
-        """Opens a sub-folder, which a link may not stand for."""
+        """Opens a sub-folder, which a link may not stand for; one that is made is durably named."""
         if create:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, dir_fd=self.descriptor)
+                self.sync()
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inner = Folder.__new__(Folder)
         inner.path = os.path.join(self.path, name)
@@ -175,7 +176,8 @@ class Folder:
         """
         name = f"{purpose}-{uuid.uuid4().hex}"
         with self.folder(PRIVATE, create=True) as private:
-            with private.folder(name, create=True) as folder:
+            os.mkdir(name, dir_fd=private.descriptor)
+            with private.folder(name) as folder:
                 try:
                     yield folder
                 except Exception:
