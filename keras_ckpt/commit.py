@@ -14,19 +14,29 @@ from collections.abc import Container, Iterable, Sequence
 
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, FormatVersionError
-from keras_ckpt.files import PRIVATE, Folder
+from keras_ckpt.files import PRIVATE, Folder, UnfinishedError
+from keras_ckpt.listing import scan
 from keras_ckpt.record import CheckpointRecord
 
 STATE_FILE = "checkpoint"
 _STATE_LIMIT = 1 << 24
 
 
-def publish(folder: Folder, stage: Folder, record: CheckpointRecord) -> None:
+def publish(
+    folder: Folder, stage: Folder, record: CheckpointRecord, superseded: Iterable[CheckpointRecord] = ()
+) -> None:
     """Puts a staged checkpoint in its place, in that of the one that had the same step before.
+
+    Args:
+        folder: The directory.
+        stage: Where it was staged.
+        record: What it is.
+        superseded: Those of the same step, whatever their names.
 
     Raises:
         DirectoryNotEmptyError: A file of somebody else's has the name of one of the checkpoint's.
         FormatVersionError: A newer version of this package saved this step.
+        UnfinishedError: It is not published, and another is withdrawn for it. Recovery goes on.
         OSError: It is not published.
     """
     sidecar = f"{record.name}.json"
@@ -37,24 +47,36 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord) -> None:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
         # From here on the stage is what a crash is recovered from.
         private.sync()
-        if previous:
-            withdraw(folder, [previous])
-    if not previous:
+    earlier = [each for each in superseded if each.name != record.name]
+    if previous:
+        earlier.append(previous)
+    else:
         # A pin that was left behind by an earlier checkpoint of that name is no pin of this one.
         folder.remove(f"{record.name}.keep")
     staged = [file.name for file in record.files if stage.exists(file.name)]
     try:
+        withdraw(folder, earlier)
         for name in staged:
             stage.move(name, folder)
         folder.sync()
         stage.move(sidecar, folder)
         folder.sync()
-    except Exception:
-        folder.remove(sidecar)
-        for name in staged:
-            if not stage.exists(name):
-                folder.remove(name)
+    except Exception as error:
+        taken_back = _take_back(folder, stage, [sidecar, *staged])
+        if earlier or not taken_back:
+            raise UnfinishedError(*error.args) from error
         raise
+
+
+def _take_back(folder: Folder, stage: Folder, names: Iterable[str]) -> bool:
+    """Moves back what was moved of a stage; says whether that went well."""
+    try:
+        for name in names:
+            if not stage.exists(name):
+                folder.move(name, stage)
+    except OSError:
+        return False
+    return True
 
 
 def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
@@ -156,12 +178,12 @@ def _roll_forward(folder: Folder, stage: Folder) -> None:
     record = _read(stage, names[0]) if names else None
     if record is None:
         return
-    previous = _read(folder, names[0])
-    if previous and (folder.exists(f"{record.name}.keep") or previous.sequence >= record.sequence):
+    superseded = [each for each in scan(folder).records if each.step == record.step]
+    if any(each.pinned or each.sequence >= record.sequence for each in superseded):
         return  # it was pinned, or saved again before the removal of this stage had reached the disk
     for file in record.files:
         # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
-        holder = stage if previous or stage.exists(file.name) else folder
+        holder = stage if folder.exists(names[0]) or stage.exists(file.name) else folder
         try:
             if holder.digest(file.name) != (file.size, file.digest.lower()):
                 return
@@ -171,7 +193,7 @@ def _roll_forward(folder: Folder, stage: Folder) -> None:
         stage.sync_file(name)
     stage.sync()
     with contextlib.suppress(DirectoryNotEmptyError):
-        publish(folder, stage, record)
+        publish(folder, stage, record, superseded)
 
 
 def _refuse_foreign(
@@ -193,9 +215,7 @@ def _read(folder: Folder, name: str) -> CheckpointRecord | None:
         return None
 
 
-def _empty_trash(
-    folder: Folder, trash: Folder, records: Sequence[CheckpointRecord], used: Container[str] = ()
-) -> None:
+def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointRecord], used: Container[str] = ()) -> None:
     for record in records:
         for file in record.files:
             if file.name not in used:

@@ -20,7 +20,7 @@ from keras_ckpt import commit
 from keras_ckpt import record as sidecars
 from keras_ckpt.directory import CheckpointDirectory, remove
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, SaveError
-from keras_ckpt.files import Folder, WriterLock
+from keras_ckpt.files import Folder, UnfinishedError, WriterLock
 from keras_ckpt.listing import Listing, amend, examine
 from keras_ckpt.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
@@ -117,11 +117,10 @@ class Writer:
                         listing = examine(folder)
                         if _pinned(listing, step):
                             return None
-                        commit.publish(folder, stage, record)
-                        commit.withdraw(folder, [each for each in _of(listing, step) if each.name != record.name])
+                        commit.publish(folder, stage, record, _of(listing, step))
                         self.retain(folder, listing.joined_by(record))
-            except (KeyboardInterrupt, SystemExit):
-                # A stage that was complete goes forward at the next save or the next start.
+            except (KeyboardInterrupt, SystemExit, SaveError):
+                # What is left of it is seen to at the next save or the next start; a complete stage goes forward.
                 lock.recovered = False
                 raise
         return record
@@ -175,7 +174,11 @@ class Writer:
         except Exception as error:  # the payload is written by somebody else
             mend = _MENDS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
             text = _plain(str(error)) or type(error).__name__
-            sentences = (f"{what} {self.directory.path}: {text}.", mend, "What was there before is untouched.")
+            if isinstance(error, UnfinishedError):
+                rest = "It is there after the next save or the next start, in place of the one before."
+            else:
+                rest = "What was there before is untouched."
+            sentences = (f"{what} {self.directory.path}: {text}.", mend, rest)
             raise SaveError(" ".join(filter(None, sentences))) from error
 
     def _candidate(self, listing: Listing, step: int, facts: dict[str, Any]) -> CheckpointRecord:
