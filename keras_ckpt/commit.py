@@ -93,25 +93,24 @@ def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
 
 def recover(folder: Folder) -> None:
     """Finishes what a process that died had begun: complete stages go forward, the rest is thrown away."""
-    with folder.folder(PRIVATE, create=True) as private:
+    with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
         # A process that was killed had not come to make everything durable.
-        private.sync()
-        folder.sync()
+        for changed in (trash, private, folder):
+            changed.sync()
         for name in private.names():
             if name.startswith("stage-"):
                 with private.folder(name) as stage:
                     _roll_forward(folder, stage)
             if name.startswith(("stage-", "swap-")):
                 private.remove_folder(name)
-        with private.folder("trash", create=True) as trash:
-            for name in trash.names():
-                record, published = _read(trash, name), _read(folder, name)
-                if record is None or (published is None and folder.exists(name)):
-                    trash.remove(name)
-                else:
-                    # The same step may have been saved again since, under some of the same names.
-                    used = {file.name for file in published.files} if published else set()
-                    _empty_trash(folder, trash, [record], used)
+        for name in trash.names():
+            record, published = _read(trash, name), _read(folder, name)
+            if record is None or (published is None and folder.exists(name)):
+                trash.remove(name)
+            else:
+                # The same step may have been saved again since, under some of the same names.
+                used = {file.name for file in published.files} if published else set()
+                _empty_trash(folder, trash, [record], used)
 
 
 def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preserved: float | None = None) -> None:
