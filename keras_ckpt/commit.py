@@ -7,6 +7,7 @@ here keep that so, in an order that survives a crash at any point; the caller ho
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import uuid
 import warnings
@@ -20,6 +21,8 @@ from keras_ckpt.record import CheckpointRecord
 
 STATE_FILE = "checkpoint"
 _STATE_LIMIT = 1 << 24
+_NO_FILE = (errno.ENOENT, errno.EFBIG, errno.EINVAL, errno.ELOOP)
+"""What `Folder.read` says of what is not there, too big, no file, or a link. Any other error may pass."""
 
 
 def publish(
@@ -164,6 +167,8 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
     except FormatVersionError as error:
         raise FormatVersionError(f"{name} in {folder.path} is not saved over: {error}") from error
     except (CheckpointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FILE:
+            raise  # what cannot be read just now may be whole
         own = re.compile(re.escape(name) + r"\.(json|index|data-\d{5}-of-\d{5})")
         place = f"damaged-{uuid.uuid4().hex}"
         with folder.folder(PRIVATE, create=True) as private, private.folder(place, create=True) as aside:
@@ -186,7 +191,9 @@ def _roll_forward(folder: Folder, stage: Folder) -> None:
         try:
             if holder.digest(file.name) != (file.size, file.digest.lower()):
                 return
-        except OSError:
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
             return
     for name in stage.names():
         stage.sync_file(name)
@@ -210,7 +217,11 @@ def _refuse_foreign(
 def _read(folder: Folder, name: str) -> CheckpointRecord | None:
     try:
         return sidecars.decode(folder.read(name, sidecars.SIZE_LIMIT), name.removesuffix(".json"))
-    except (OSError, CheckpointError):
+    except CheckpointError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         return None
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -281,12 +282,12 @@ class CheckpointDirectory:
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
         """The open directory and what it holds, while nobody else changes it."""
-        with Folder(self.path) as folder, folder.mutex():
+        with _naming(self.path), Folder(self.path) as folder, folder.mutex():
             yield folder, examine(folder)
 
     def _read(self, reader: Callable[[Folder], Listing]) -> Listing:
         try:
-            with Folder(self.path) as folder:
+            with _naming(self.path), Folder(self.path) as folder:
                 return reader(folder)
         except FileNotFoundError:
             return Listing(self.path)
@@ -298,14 +299,25 @@ def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord])
     remaining = [record for record in listing.records if record.step not in steps]
     try:
         commit.write_state(folder, remaining)
-    except OSError:
+    except OSError as error:
         # A full disk is no reason not to free some of it.
-        if not doomed:
+        if not doomed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         commit.withdraw(folder, doomed)
         commit.write_state(folder, remaining)
     else:
         commit.withdraw(folder, doomed)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Says of an error of the file system in which directory it came up."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _shown(path: str) -> str:

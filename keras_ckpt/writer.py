@@ -102,21 +102,25 @@ class Writer:
             SaveError: It could not be saved. The others are untouched.
         """
         began = time.perf_counter() if began is None else began
+        what = f"Could not save step {step} into"
         lock = self._claim()
         with Folder(self.directory.path, create=True) as folder:
-            listing = examine(folder)
+            with self._explaining(what):
+                listing = examine(folder)
             candidate = self._candidate(listing, step, facts)
             # Refuses what no sidecar can hold before anything is written.
             sidecars.encode(candidate)
             if not self._wanted(candidate, listing.records) or _pinned(listing, step):
                 return None
             try:
-                with self._explaining(f"Could not save step {step} into"), folder.scratch("stage") as stage:
+                with self._explaining(what), folder.scratch("stage") as stage:
                     record = _stage(stage, candidate, write, began)
                     with folder.mutex():
                         listing = examine(folder)
                         if _pinned(listing, step):
                             return None
+                        if listing.sequence >= record.sequence:
+                            raise OSError(errno.EIO, "a sidecar could not be read, so the order of saving is not known")
                         commit.publish(folder, stage, record, _of(listing, step))
                         self.retain(folder, listing.joined_by(record))
             except (KeyboardInterrupt, SystemExit, SaveError):
