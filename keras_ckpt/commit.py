@@ -7,26 +7,39 @@ here keep that so, in an order that survives a crash at any point; the caller ho
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, FormatVersionError
-from keras_ckpt.files import PRIVATE, Folder
+from keras_ckpt.files import PRIVATE, Folder, UnfinishedError
+from keras_ckpt.listing import scan
 from keras_ckpt.record import CheckpointRecord
 
 STATE_FILE = "checkpoint"
 _STATE_LIMIT = 1 << 24
+_NO_FILE = (errno.ENOENT, errno.EFBIG, errno.EINVAL, errno.ELOOP)
+"""What `Folder.read` says of what is not there, too big, no file, or a link. Any other error may pass."""
 
 
-def publish(folder: Folder, stage: Folder, record: CheckpointRecord) -> None:
+def publish(
+    folder: Folder, stage: Folder, record: CheckpointRecord, superseded: Iterable[CheckpointRecord] = ()
+) -> None:
     """Puts a staged checkpoint in its place, in that of the one that had the same step before.
+
+    Args:
+        folder: The directory.
+        stage: Where it was staged.
+        record: What it is.
+        superseded: Those of the same step, whatever their names.
 
     Raises:
         DirectoryNotEmptyError: A file of somebody else's has the name of one of the checkpoint's.
         FormatVersionError: A newer version of this package saved this step.
+        UnfinishedError: It is not published, and another is withdrawn for it. Recovery goes on.
         OSError: It is not published.
     """
     sidecar = f"{record.name}.json"
@@ -35,26 +48,38 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord) -> None:
         _set_damaged_aside(folder, record.name)
     with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
-        if previous:
-            # From here on the stage is what a crash is recovered from.
-            private.sync()
-            withdraw(folder, [previous])
-    if not previous:
+        # From here on the stage is what a crash is recovered from.
+        private.sync()
+    earlier = [each for each in superseded if each.name != record.name]
+    if previous:
+        earlier.append(previous)
+    else:
         # A pin that was left behind by an earlier checkpoint of that name is no pin of this one.
         folder.remove(f"{record.name}.keep")
     staged = [file.name for file in record.files if stage.exists(file.name)]
     try:
+        withdraw(folder, earlier)
         for name in staged:
             stage.move(name, folder)
         folder.sync()
         stage.move(sidecar, folder)
         folder.sync()
-    except Exception:
-        folder.remove(sidecar)
-        for name in staged:
-            if not stage.exists(name):
-                folder.remove(name)
+    except Exception as error:
+        taken_back = _take_back(folder, stage, [sidecar, *staged])
+        if earlier or not taken_back:
+            raise UnfinishedError(*error.args) from error
         raise
+
+
+def _take_back(folder: Folder, stage: Folder, names: Iterable[str]) -> bool:
+    """Moves back what was moved of a stage; says whether that went well."""
+    try:
+        for name in names:
+            if not stage.exists(name):
+                folder.move(name, stage)
+    except OSError:
+        return False
+    return True
 
 
 def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
@@ -71,20 +96,24 @@ def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
 
 def recover(folder: Folder) -> None:
     """Finishes what a process that died had begun: complete stages go forward, the rest is thrown away."""
-    with folder.folder(PRIVATE, create=True) as private:
+    with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
+        # A process that was killed had not come to make everything durable.
+        for changed in (trash, private, folder):
+            changed.sync()
         for name in private.names():
             if name.startswith("stage-"):
                 with private.folder(name) as stage:
                     _roll_forward(folder, stage)
             if name.startswith(("stage-", "swap-")):
                 private.remove_folder(name)
-        with private.folder("trash", create=True) as trash:
-            for name in trash.names():
-                record = _read(trash, name)
-                if record is None or folder.exists(name):
-                    trash.remove(name)
-                else:
-                    _empty_trash(folder, trash, [record])
+        for name in trash.names():
+            record, published = _read(trash, name), _read(folder, name)
+            if record is None or (published is None and folder.exists(name)):
+                trash.remove(name)
+            else:
+                # The same step may have been saved again since, under some of the same names.
+                used = {file.name for file in published.files} if published else set()
+                _empty_trash(folder, trash, [record], used)
 
 
 def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preserved: float | None = None) -> None:
@@ -138,6 +167,8 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
     except FormatVersionError as error:
         raise FormatVersionError(f"{name} in {folder.path} is not saved over: {error}") from error
     except (CheckpointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FILE:
+            raise  # what cannot be read just now may be whole
         own = re.compile(re.escape(name) + r"\.(json|index|data-\d{5}-of-\d{5})")
         place = f"damaged-{uuid.uuid4().hex}"
         with folder.folder(PRIVATE, create=True) as private, private.folder(place, create=True) as aside:
@@ -151,16 +182,24 @@ def _roll_forward(folder: Folder, stage: Folder) -> None:
     record = _read(stage, names[0]) if names else None
     if record is None:
         return
+    superseded = [each for each in scan(folder).records if each.step == record.step]
+    if any(each.pinned or each.sequence >= record.sequence for each in superseded):
+        return  # it was pinned, or saved again before the removal of this stage had reached the disk
     for file in record.files:
-        holder = stage if stage.exists(file.name) else folder
+        # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
+        holder = stage if folder.exists(names[0]) or stage.exists(file.name) else folder
         try:
             if holder.digest(file.name) != (file.size, file.digest.lower()):
                 return
-        except OSError:
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
             return
-    if not folder.exists(f"{record.name}.keep"):
-        with contextlib.suppress(DirectoryNotEmptyError):
-            publish(folder, stage, record)
+    for name in stage.names():
+        stage.sync_file(name)
+    stage.sync()
+    with contextlib.suppress(DirectoryNotEmptyError):
+        publish(folder, stage, record, superseded)
 
 
 def _refuse_foreign(
@@ -178,14 +217,19 @@ def _refuse_foreign(
 def _read(folder: Folder, name: str) -> CheckpointRecord | None:
     try:
         return sidecars.decode(folder.read(name, sidecars.SIZE_LIMIT), name.removesuffix(".json"))
-    except (OSError, CheckpointError):
+    except CheckpointError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         return None
 
 
-def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointRecord]) -> None:
+def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointRecord], used: Container[str] = ()) -> None:
     for record in records:
         for file in record.files:
-            folder.remove(file.name)
+            if file.name not in used:
+                folder.remove(file.name)
     # Were the sidecars gone first, a power cut could bring files back that nothing lists any more.
     folder.sync()
     for record in records:

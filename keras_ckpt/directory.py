@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import NamedTuple
 from keras_ckpt import commit, tables
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import PIN_LIMIT, Listing, amend, check_files, examine, held, scan, verify
+from keras_ckpt.listing import PIN_LIMIT, Listing, amend, check, examine, scan, verify
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, selection
 from keras_ckpt.record import CheckpointRecord, Mode, as_metric
 
@@ -332,12 +333,12 @@ class CheckpointDirectory:
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
         """The open directory and what it holds, while nobody else changes it."""
-        with Folder(self.path) as folder, folder.mutex():
+        with _naming(self.path), Folder(self.path) as folder, folder.mutex():
             yield folder, examine(folder)
 
     def _read(self, reader: Callable[[Folder], Listing]) -> Listing:
         try:
-            with Folder(self.path) as folder:
+            with _naming(self.path), Folder(self.path) as folder:
                 return reader(folder)
         except FileNotFoundError:
             return Listing(self.path)
@@ -349,14 +350,25 @@ def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord])
     remaining = [record for record in listing.records if record.step not in steps]
     try:
         commit.write_state(folder, remaining)
-    except OSError:
+    except OSError as error:
         # A full disk is no reason not to free some of it.
-        if not doomed:
+        if not doomed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         commit.withdraw(folder, doomed)
         commit.write_state(folder, remaining)
     else:
         commit.withdraw(folder, doomed)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Says of an error of the file system in which directory it came up."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _shown(path: str) -> str:
@@ -395,8 +407,7 @@ def _refuse_damaged(plan: PrunePlan) -> None:
     with Folder(plan.listing.path) as folder:
         for record in plan.kept:
             try:
-                with held(folder, record) as files:
-                    check_files(files, record)
+                check(folder, record)
             except DamagedCheckpointError as error:
                 raise PlanError(
                     f"Nothing was removed: {record.prefix}, which the plan keeps, is damaged: {error}. Move its files "

@@ -31,6 +31,10 @@ PRIVATE = ".keras_ckpt"
 _CHUNK = 1 << 20
 
 
+class UnfinishedError(OSError):
+    """What was begun cannot be taken back, only finished: by the one who recovers the directory."""
+
+
 class Folder:
     """An open directory; close it, or use it in a `with` statement.
 
@@ -55,10 +59,11 @@ class Folder:
             ) from error
 
     def folder(self, name: str, *, create: bool = False) -> Folder:
-        """Opens a sub-folder, which a link may not stand for."""
+        """Opens a sub-folder, which a link may not stand for; one that is made is durably named."""
         if create:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, dir_fd=self.descriptor)
+                self.sync()
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inner = Folder.__new__(Folder)
         inner.path = os.path.join(self.path, name)
@@ -210,13 +215,17 @@ class Folder:
     def scratch(self, purpose: str) -> Iterator[Folder]:
         """A new private folder, named for its purpose, that is gone with all that is left in it at the end.
 
-        An interrupt, such as Ctrl-C, is like a crash: the folder stays, for the one who recovers the directory.
+        An interrupt, such as Ctrl-C, is like a crash: the folder stays, for the one who recovers the directory. So
+        is what cannot be taken back.
         """
         name = f"{purpose}-{uuid.uuid4().hex}"
         with self.folder(PRIVATE, create=True) as private:
-            with private.folder(name, create=True) as folder:
+            os.mkdir(name, dir_fd=private.descriptor)
+            with private.folder(name) as folder:
                 try:
                     yield folder
+                except UnfinishedError:
+                    raise
                 except Exception:
                     private.remove_folder(name)
                     raise
@@ -244,21 +253,22 @@ class Folder:
         """
         with self.folder(PRIVATE, create=True) as private:
             descriptor = private.open_lock("lock")
-        status = os.fstat(descriptor)
-        identity = (status.st_dev, status.st_ino)
-        if (lock := _locks.get(identity)) is not None:
-            os.close(descriptor)
-            return lock
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _read_holder(descriptor)
-            os.close(descriptor)
-            raise DirectoryInUseError(
-                f"{self.path} is written to by another trainer: {holder}. A directory has one writing process at "
-                "a time: wait for it to end, stop it (a notebook's kernel counts), or use another directory."
-            ) from None
-        _write_holder(descriptor)
+        with contextlib.ExitStack() as failed:
+            failed.callback(os.close, descriptor)
+            status = os.fstat(descriptor)
+            identity = (status.st_dev, status.st_ino)
+            if (lock := _locks.get(identity)) is not None:
+                return lock
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DirectoryInUseError(
+                    f"{self.path} is written to by another trainer: {_read_holder(descriptor)}. A directory has one "
+                    "writing process at a time: wait for it to end, stop it (a notebook's kernel counts), or use "
+                    "another directory."
+                ) from None
+            _write_holder(descriptor)
+            failed.pop_all()
         lock = _locks[identity] = WriterLock(descriptor)
         return lock
 
@@ -273,10 +283,13 @@ class Folder:
         # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(name, flags, dir_fd=self.descriptor)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", name)
+        except OSError:
             os.close(descriptor)
-            raise OSError(errno.EINVAL, "not a regular file", name)
+            raise
         return descriptor, status.st_size
 
 

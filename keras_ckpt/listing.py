@@ -115,14 +115,7 @@ def scan(folder: Folder) -> Listing:
 
 def examine(folder: Folder) -> Listing:
     """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
-
-    def check(record: CheckpointRecord) -> None:
-        try:
-            check_files(folder, record, digests=False)
-        except DamagedCheckpointError as error:
-            raise _judged(folder, record, error) from error
-
-    return _checked(folder, scan(folder), check)
+    return _checked(folder, scan(folder), lambda record: check(folder, record, digests=False))
 
 
 def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
@@ -141,11 +134,7 @@ def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
         done += count
         progress(done, total)
 
-    def check(record: CheckpointRecord) -> None:
-        with held(folder, record) as files:
-            check_files(files, record, advance=advance)
-
-    return _checked(folder, listing, check)
+    return _checked(folder, listing, lambda record: check(folder, record, advance=advance))
 
 
 @contextlib.contextmanager
@@ -188,6 +177,19 @@ def read_record(folder: Folder, name: str, pin: str | None = None) -> Checkpoint
     except OSError as error:
         raise _unreadable(error) from error
     return sidecars.decode(data, name, folder.path, pin)
+
+
+def check(folder: Folder, record: CheckpointRecord, **how: Any) -> None:
+    """As `check_files`, in a directory that others may change meanwhile.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, or not what was written.
+        FileNotFoundError: The checkpoint was removed or saved anew since its sidecar was read.
+    """
+    try:
+        check_files(folder, record, **how)
+    except DamagedCheckpointError as error:
+        raise _judged(folder, record, error) from error
 
 
 def check_files(

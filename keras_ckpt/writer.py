@@ -20,7 +20,7 @@ from keras_ckpt import commit, tables
 from keras_ckpt import record as sidecars
 from keras_ckpt.directory import CheckpointDirectory, remove
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
-from keras_ckpt.files import Folder, WriterLock
+from keras_ckpt.files import Folder, UnfinishedError, WriterLock
 from keras_ckpt.listing import Listing, amend, examine
 from keras_ckpt.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
@@ -112,27 +112,30 @@ class Writer:
             SaveError: It could not be saved. The others are untouched.
         """
         began = time.perf_counter() if began is None else began
+        what = f"Could not save step {step} into"
         lock = self._claim()
         with Folder(self.directory.path, create=True) as folder:
-            listing = examine(folder)
+            with self._explaining(what):
+                listing = examine(folder)
             candidate = self._candidate(listing, step, facts)
             # Refuses what no sidecar can hold before anything is written.
             sidecars.encode(candidate)
             if not self._wanted(candidate, listing.records) or _pinned(listing, step):
                 return None
             try:
-                with self._explaining(f"Could not save step {step} into"), folder.scratch("stage") as stage:
+                with self._explaining(what), folder.scratch("stage") as stage:
                     _look_for_room(stage, _size_of_newest(listing) if size is None else size)
                     record = _stage(stage, candidate, write, began)
                     with folder.mutex():
                         listing = examine(folder)
                         if _pinned(listing, step):
                             return None
-                        commit.publish(folder, stage, record)
-                        commit.withdraw(folder, [each for each in _of(listing, step) if each.name != record.name])
+                        if listing.sequence >= record.sequence:
+                            raise OSError(errno.EIO, "a sidecar could not be read, so the order of saving is not known")
+                        commit.publish(folder, stage, record, _of(listing, step))
                         self.retain(folder, listing.joined_by(record))
-            except (KeyboardInterrupt, SystemExit):
-                # A stage that was complete goes forward at the next save or the next start.
+            except (KeyboardInterrupt, SystemExit, SaveError):
+                # What is left of it is seen to at the next save or the next start; a complete stage goes forward.
                 lock.recovered = False
                 raise
         return record
@@ -187,7 +190,11 @@ class Writer:
             number = error.errno or 0 if isinstance(error, OSError) else 0
             kind, mend = DiskFullError if number in _FULL else SaveError, _MENDS.get(number, "")
             text = _plain(str(error)) or type(error).__name__
-            sentences = (f"{what} {self.directory.path}: {text}.", mend, "What was there before is untouched.")
+            if isinstance(error, UnfinishedError):
+                rest = "It is there after the next save or the next start, in place of the one before."
+            else:
+                rest = "What was there before is untouched."
+            sentences = (f"{what} {self.directory.path}: {text}.", mend, rest)
             raise kind(" ".join(filter(None, sentences))) from error
 
     def _candidate(self, listing: Listing, step: int, facts: dict[str, Any]) -> CheckpointRecord:

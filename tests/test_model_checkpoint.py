@@ -737,11 +737,13 @@ class TestErrors:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "fsync", full)
+            fill = keras.callbacks.LambdaCallback(
+                on_train_batch_begin=lambda *_: patch.setattr(files.os, "fsync", full)
+            )
             with pytest.raises(
                 kc.DiskFullError, match=r"Could not save step 10 .*No space left.*Free some space"
             ) as caught:
-                fit(model, checkpoint)
+                fit(model, checkpoint, fill)
 
         assert isinstance(caught.value, OSError)
         assert values_on_disk(runs) == before

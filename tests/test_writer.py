@@ -374,13 +374,13 @@ def test_an_interrupt_is_recovered_by_the_next_save_of_the_process(filler, monke
     assert leftovers(filler.runs) == []
 
 
-def staged(runs, step: int, content: bytes = b"staged") -> pathlib.Path:
+def staged(runs, step: int, content: bytes = b"staged", sequence: int = 100) -> pathlib.Path:
     """What a process that died had staged."""
     filler = Filler(pathlib.Path(runs.path).parent / "source")
     record = Writer(filler.runs).save(payload(content), step=step, run_id="run", batch=0)
     stage = pathlib.Path(runs.path) / PRIVATE / "stage-0"
     stage.mkdir(parents=True)
-    record = msgspec.structs.replace(record, sequence=100)
+    record = msgspec.structs.replace(record, sequence=sequence)
     for file in record.files:
         (stage / file.name).write_bytes(pathlib.Path(filler.runs.path, file.name).read_bytes())
     (stage / f"ckpt-{step}.json").write_bytes(sidecars.encode(record))
@@ -417,6 +417,28 @@ def test_a_stage_that_is_not_what_it_says_is_thrown_away(filler, harm) -> None:
 
     assert verify(filler.runs) == [10]
     assert leftovers(filler.runs) == []
+
+
+def test_a_stage_does_not_take_its_files_from_the_checkpoint_that_is_there(filler) -> None:
+    """Where the bytes are the same, they went with the one that was withdrawn, and nothing was left."""
+    filler.save("10")
+    stage = staged(filler.runs, 10, b"10")
+    (stage / "ckpt-10.index").unlink()
+
+    Writer(filler.runs).open()
+
+    assert verify(filler.runs) == [10]
+    assert filler.runs[10].sequence == 1
+
+
+def test_a_stage_does_not_go_forward_over_a_later_save(filler) -> None:
+    """A power cut may bring back the stage of a save that failed, after the step was saved all the same."""
+    filler.save("10")
+    staged(filler.runs, 10, sequence=1)
+
+    Writer(filler.runs).open()
+
+    assert pathlib.Path(f"{filler.runs[10].prefix}.data-00000-of-00001").read_bytes() == b"10"
 
 
 def test_a_stage_does_not_go_forward_over_a_pin(filler) -> None:

@@ -1,0 +1,458 @@
+"""A crash at any moment of any workload: what was acknowledged is there, what is visible is whole, nothing is left."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import pathlib
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+
+from conftest import Filler
+from keras_ckpt import files
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.files import PRIVATE, Folder
+from keras_ckpt.listing import check_files
+from keras_ckpt.policies import LatestN, PreservationPolicy
+from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.writer import Writer
+from reliability.crash_states import Disk, Operation, Recorder, Snapshot, key, make, read
+
+FOREIGN = {
+    "notes.txt": b"mine",
+    "history-2.json": b"{}",
+    "ckpt-7.index": b"of TensorFlow",
+    "ckpt-7.data-00000-of-00001": b"of TensorFlow",
+}
+
+
+class Checkpoint(NamedTuple):
+    """What is to be the same of a checkpoint after a crash."""
+
+    sequence: int
+    step: int
+    digests: tuple[str, ...]
+    metrics: tuple[tuple[str, float], ...]
+    pin: str | None
+
+    @classmethod
+    def of(cls, record: CheckpointRecord) -> Checkpoint:
+        digests = tuple(file.digest for file in record.files)
+        return cls(record.sequence, record.step, digests, tuple(record.metrics.items()), record.pin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """What must be there at a moment: all as before what is being done, or all as after it.
+
+    Of several that are pruned, any may be gone, once what is saved is there.
+    """
+
+    before: frozenset[Checkpoint]
+    after: frozenset[Checkpoint]
+
+    def kept(self, there: set[Checkpoint]) -> bool:
+        going, coming = self.before - self.after, self.after - self.before
+        return self.before & self.after <= there <= self.before | self.after and (going <= there or coming <= there)
+
+    def lost(self, there: set[Checkpoint], *, recovered: bool) -> int:
+        """How many are not there that must be. One that is saved again may be out of sight until it is recovered."""
+        saved = {checkpoint.step for checkpoint in self.after - self.before}
+        hidden = {one for one in self.before - self.after if one.step in saved and not recovered}
+        return 0 if self.kept(there) or self.kept(there | hidden) else 1
+
+    def joined_by(self, checkpoint: Checkpoint) -> Promise:
+        return Promise(self.before | {checkpoint}, self.after | {checkpoint})
+
+
+class Run:
+    """A workload's hand on a directory: it does things, and notes in the log when they began and ended."""
+
+    def __init__(self, path: pathlib.Path, recorder: Recorder) -> None:
+        self.runs = CheckpointDirectory(path)
+        self.recorder = recorder
+        self.there = seen(self.runs)
+        self.moments: list[tuple[int, Promise]] = []
+
+    def save(
+        self,
+        step: int,
+        keep: PreservationPolicy | None = None,
+        content: str = "",
+        shards: int = 1,
+        base: str = "ckpt",
+    ) -> None:
+        with self._action():
+            writer = Writer(self.runs, keep, base=base)
+            record = writer.save(self._payload(f"{step} {content}".encode(), shards), step=step, run_id="run", batch=0)
+            writer.close()
+            assert record in list(self.runs)
+
+    def prune(self, keep: PreservationPolicy) -> None:
+        with self._action():
+            assert self.runs.prune(keep)
+
+    def pin(self, step: int) -> None:
+        with self._action():
+            self.runs.pin(step, "mine")
+
+    def unpin(self, step: int) -> None:
+        with self._action():
+            self.runs.unpin(step)
+
+    def add_metrics(self, step: int, **metrics: float) -> None:
+        with self._action():
+            self.runs.add_metrics(step, metrics)
+
+    def recover(self) -> None:
+        Writer(self.runs).open()
+
+    def _payload(self, content: bytes, shards: int) -> Callable[[str], None]:
+        def write(prefix: str) -> None:
+            for suffix in ("index", *(f"data-{shard:05}-of-{shards:05}" for shard in range(shards))):
+                descriptor = self.recorder.open(f"{prefix}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                self.recorder.write(descriptor, suffix.encode() + content)
+                os.close(descriptor)
+
+        return write
+
+    @contextlib.contextmanager
+    def _action(self) -> Iterator[None]:
+        began, before = len(self.recorder.log), self.there
+        yield
+        self.there = seen(self.runs)
+        self.moments.append((began + 1, Promise(before, self.there)))
+        self.moments.append((len(self.recorder.log), Promise(self.there, self.there)))
+
+
+def saves_with_pruning(run: Run) -> None:
+    for step in (10, 20, 30):
+        run.save(step, LatestN(1))
+
+
+def step_saved_again(run: Run) -> None:
+    run.save(10)
+    run.save(20)
+    run.save(10, content="anew")
+
+
+def step_saved_again_in_other_files(run: Run) -> None:
+    run.save(10, shards=2)
+    run.save(10, content="anew", shards=1)
+
+
+def step_saved_again_under_another_name(run: Run) -> None:
+    run.save(10)
+    run.save(10, base="model")
+
+
+def step_saved_again_with_the_same_bytes(run: Run) -> None:
+    run.save(10)
+    run.save(10)
+
+
+def explicit_prune(run: Run) -> None:
+    for step in (10, 20, 30):
+        run.save(step)
+    run.prune(LatestN(1))
+
+
+def pin_and_prune(run: Run) -> None:
+    run.save(10)
+    run.save(20)
+    run.pin(10)
+    run.save(30, LatestN(1))
+    run.unpin(10)
+    run.prune(LatestN(1))
+
+
+def metrics_added(run: Run) -> None:
+    run.save(10)
+    run.save(20)
+    run.add_metrics(10, accuracy=0.5)
+    run.add_metrics(10, accuracy=0.75)
+
+
+def save_over_a_leftover_pin(run: Run) -> None:
+    run.save(10)
+    run.save(20)
+
+
+def prune_of_a_copy(run: Run) -> None:
+    run.prune(LatestN(1))
+
+
+def save_into_a_copy(run: Run) -> None:
+    run.save(10, content="anew")
+
+
+def copy(path: pathlib.Path) -> None:
+    """Three checkpoints, without the private folder, which a copy need not have."""
+    Filler(path).save("10 20 30")
+    shutil.rmtree(path / PRIVATE)
+
+
+class Workload(NamedTuple):
+    """What is done, and in which directory."""
+
+    work: Callable[[Run], None]
+    decoys: Snapshot = FOREIGN
+    prepare: Callable[[pathlib.Path], object] = lambda path: None
+
+
+WORKLOADS = {
+    "saves with pruning": Workload(saves_with_pruning),
+    "a step saved again": Workload(step_saved_again),
+    "a step saved again in other files": Workload(step_saved_again_in_other_files),
+    "a step saved again under another name": Workload(step_saved_again_under_another_name),
+    "a step saved again with the same bytes": Workload(step_saved_again_with_the_same_bytes),
+    "an explicit prune": Workload(explicit_prune),
+    "pins and prunes": Workload(pin_and_prune),
+    "metrics added": Workload(metrics_added),
+    "a save over a leftover pin": Workload(save_over_a_leftover_pin, {**FOREIGN, "ckpt-20.keep": b"left"}),
+    "a prune of a copy": Workload(prune_of_a_copy, prepare=copy),
+    "a save into a copy": Workload(save_into_a_copy, prepare=copy),
+}
+
+
+def seen(runs: CheckpointDirectory) -> frozenset[Checkpoint]:
+    return frozenset(Checkpoint.of(record) for record in runs.listing().records)
+
+
+class Recording(NamedTuple):
+    """What a workload did, and what had to be there at each moment of it."""
+
+    start: Snapshot
+    log: list[Operation]
+    moments: list[tuple[int, Promise]]
+
+    def promise(self, moment: int) -> Promise:
+        """What must be there after so many operations."""
+        return [promise for began, promise in self.moments if began <= moment][-1]
+
+
+def record(path: pathlib.Path, work: Callable[[Run], None]) -> Recording:
+    """Does the work in a directory, and removes it."""
+    start = read(path)
+    recorder = Recorder(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "os", recorder)
+        patch.setattr(files, "shutil", recorder)
+        run = Run(path, recorder)
+        run.moments.append((0, Promise(run.there, run.there)))
+        work(run)
+    shutil.rmtree(path)
+    return Recording(start, recorder.log, run.moments)
+
+
+def perform(workload: Workload, path: pathlib.Path) -> Recording:
+    """Records a workload."""
+    make(workload.decoys, path)
+    workload.prepare(path)
+    return record(path, workload.work)
+
+
+class Examiner:
+    """Looks at states in a scratch directory, and counts what is wrong with them."""
+
+    def __init__(self, scratch: pathlib.Path, tally: collections.Counter[str], decoys: Snapshot) -> None:
+        self.path = scratch / "state"
+        self.tally = tally
+        self.decoys = decoys
+        self.known: set[object] = set()
+
+    @property
+    def wrong(self) -> int:
+        """How much was wrong so far."""
+        return sum(self.tally[what] for what in ("lost", "invalid", "leftovers", "decoys"))
+
+    def examine(self, state: Snapshot, promise: Promise) -> None:
+        """Makes a directory of a state that was not seen yet, and checks it."""
+        if (identity := (key(state), promise)) in self.known:
+            return
+        self.known.add(identity)
+        make(state, self.path)
+        self.check(promise)
+        shutil.rmtree(self.path)
+
+    def check(self, promise: Promise) -> None:
+        """The directory before recovery, after it, and after one more save."""
+        self.tally["trials"] += 1
+        runs = CheckpointDirectory(self.path)
+        self.tally["lost"] += promise.lost(self.visible(runs), recovered=False)
+
+        writer = Writer(runs)
+        writer.open()
+        there = self.visible(runs)
+        self.tally["lost"] += promise.lost(there, recovered=True)
+        self._count_leftovers(runs)
+
+        writer.save(lambda prefix: pathlib.Path(f"{prefix}.index").write_bytes(b"next"), step=99)
+        self.tally["lost"] += len(there - self.visible(runs))
+        self.tally["lost"] += 99 not in runs
+        writer.close()
+
+    def visible(self, runs: CheckpointDirectory) -> set[Checkpoint]:
+        """The checkpoints that are listed, each checked to the byte."""
+        there = set()
+        with Folder(runs.path) as folder:
+            for record in runs.listing().records:
+                try:
+                    check_files(folder, record)
+                    there.add(Checkpoint.of(record))
+                except DamagedCheckpointError:
+                    self.tally["invalid"] += 1
+        return there
+
+    def _count_leftovers(self, runs: CheckpointDirectory) -> None:
+        """Whatever belongs to no checkpoint and to nobody else, and whatever is gone of somebody else's."""
+        state = read(self.path)
+        for name, content in self.decoys.items():
+            if not name.endswith(".keep"):
+                self.tally["decoys"] += state[name] != content
+            state.pop(name, None)
+        listing = runs.listing()
+        for record in listing.records:
+            for name in (*(file.name for file in record.files), f"{record.name}.json"):
+                state.pop(name, None)
+            if record.pinned:
+                state.pop(f"{record.name}.keep", None)
+        state.pop("checkpoint", None)
+        private = state.pop(PRIVATE)
+        assert isinstance(private, dict)
+        self.tally["leftovers"] += bool(state) + (private != {"trash": {}}) + bool(listing.damaged)
+
+
+@pytest.fixture
+def memory(tmp_path) -> Iterator[pathlib.Path]:
+    """A directory for many short-lived files, in memory where that can be."""
+    shared = pathlib.Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else tmp_path) as path:
+        yield pathlib.Path(path)
+
+
+class Harness:
+    """Records a workload, and examines what a crash at any moment of it may leave."""
+
+    def __init__(self, scratch: pathlib.Path, name: str, tally: collections.Counter[str], limit: int) -> None:
+        workload = WORKLOADS[name]
+        self.path = scratch / "run"
+        self.recording = perform(workload, self.path)
+        self.examiner = Examiner(scratch, tally, workload.decoys)
+        self.limit = limit
+        self.chance = random.Random(name)
+
+    def crash(self, recording: Recording, *, ordered: bool, first: int = 0, dropped: str = "") -> None:
+        """A crash after each operation from the first on."""
+        disk = Disk(recording.start, ordered=ordered, dropped=dropped)
+        for moment, operation in enumerate([None, *recording.log]):
+            if operation:
+                disk.replay(operation)
+            if moment >= first:
+                for state in disk.crash(self.limit, self.chance):
+                    self.examiner.examine(state, recording.promise(moment))
+            if dropped and self.examiner.wrong:
+                return
+
+    def crash_in_recovery(self, number: int, *, ordered: bool) -> None:
+        """A crash, and another while the first one is recovered from, for a number of the first."""
+        disk = Disk(self.recording.start, ordered=ordered)
+        states = []
+        for moment, operation in enumerate(self.recording.log, 1):
+            disk.replay(operation)
+            states += [(state, self.recording.promise(moment)) for state in disk.crash(self.limit, self.chance)]
+        for state, promise in self.chance.sample(states, min(number, len(states))):
+            make(state, self.path)
+            log = record(self.path, Run.recover).log
+            self.crash(Recording(state, log, [(0, promise)]), ordered=ordered)
+
+    def kill_and_cut(self, number: int, *, ordered: bool) -> None:
+        """A kill, and a power cut during recovery: what the killed process did is visible, but need not be durable."""
+        moments = range(1, len(self.recording.log) + 1)
+        for moment in sorted(self.chance.sample(moments, min(number, len(moments)))):
+            done = self.recording.log[:moment]
+            disk = Disk(self.recording.start, ordered=ordered)
+            for operation in done:
+                disk.replay(operation)
+            make(disk.whole(), self.path)
+            log = done + record(self.path, Run.recover).log
+            promise = self.recording.promise(moment)
+            self.crash(Recording(self.recording.start, log, [(0, promise)]), ordered=ordered, first=moment + 1)
+
+
+@pytest.fixture(params=["in any order", "in order"])
+def ordered(request: pytest.FixtureRequest) -> bool:
+    """Whether changes to directories reach the disk in their order, as where there is a journal."""
+    return request.param == "in order"
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_crash_leaves_what_was_acknowledged_and_nothing_else(memory, tally, name, ordered) -> None:
+    """At any moment, whatever of it was on disk: what is visible is whole, and recovery tidies up."""
+    harness = Harness(memory, name, tally, limit=20_000)  # all there are
+
+    harness.crash(harness.recording, ordered=ordered)
+
+    assert not harness.examiner.wrong, tally
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_crash_of_the_recovery_is_recovered_from(memory, tally, long, name, ordered) -> None:
+    """The same is there after a second crash, in the middle of seeing to the first."""
+    harness = Harness(memory, name, tally, limit=256 if long else 16)
+
+    harness.crash_in_recovery(400 if long else 12, ordered=ordered)
+
+    assert not harness.examiner.wrong, tally
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_power_cut_after_a_kill_loses_nothing(memory, tally, long, name, ordered) -> None:
+    """The next process does not rely on anything that the killed one had not made durable."""
+    harness = Harness(memory, name, tally, limit=256 if long else 8)
+
+    harness.kill_and_cut(400 if long else 10, ordered=ordered)
+
+    assert not harness.examiner.wrong, tally
+
+
+SYNCS = {
+    "_stage: stage.sync_file(name) #1": "a save over a leftover pin",
+    '_stage: stage.create(f"{record.name}.json", sidecars.encode(record)) #1': "a save over a leftover pin",
+    "_stage: stage.sync() #1": "a step saved again",
+    "publish: private.sync() #1": "a step saved again",
+    "publish: folder.sync() #1": "a save over a leftover pin",
+    "withdraw: trash.sync() #1": "an explicit prune",
+    "_empty_trash: folder.sync() #1": "an explicit prune",
+    "replace: scratch.create(name, data) #1": "metrics added",
+    "replace: self.sync() #1": "metrics added",
+    "unpin: folder.sync() #1": "pins and prunes",
+    "folder: self.sync() #1": "a prune of a copy",
+}
+"""Each sync, and a workload that needs it.
+
+Two have no such workload here. The second one in `publish` comes before the sync of the state file, which makes the
+sidecar's name durable too; it is needed where that file cannot be written, and a prune goes on without it. The one of
+the directory in `withdraw` follows that of the trash, by which a rename that is one change is durable already; a file
+system that writes the two names of a rename apart needs both.
+"""
+
+
+@pytest.mark.parametrize("site", SYNCS)
+def test_no_sync_can_be_left_out(memory, site) -> None:
+    """The harness finds a state that is wrong where a sync is dropped."""
+    tally = collections.Counter()
+    harness = Harness(memory, SYNCS[site], tally, limit=64)
+    assert site in {operation.site for operation in harness.recording.log}
+
+    harness.crash(harness.recording, ordered=False, dropped=site)
+
+    assert harness.examiner.wrong
