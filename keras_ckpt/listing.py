@@ -75,66 +75,58 @@ class Listing:
         return dataclasses.replace(self, records=_oldest_first([*others, record]))
 
 
-def scan(folder: Folder) -> Listing:
-    """Reads all sidecars of a directory."""
-    names = folder.names()
-    present = set(names)
-    records: dict[int, CheckpointRecord] = {}
-    damaged: dict[str, CheckpointError] = {}
-    for file in names:
-        if not file.endswith(".json") or sidecars.step_in(file[:-5]) is None:
-            continue
-        name = file[:-5]
-        try:
-            record = _read(folder, name, present)
-        except FileNotFoundError:
-            continue  # pruned between two looks
-        except CheckpointError as error:
-            damaged[name] = error
-            continue
-        other = records.setdefault(record.step, record)
-        if other is not record:
-            older, newer = _oldest_first([record, other])
-            records[record.step] = newer
-            damaged[older.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
-    managed = {record.name for record in records.values()} | damaged.keys()
-    indexed = {name[:-6] for name in names if name.endswith(".index")}
-    unmanaged = {name for name in indexed - managed if sidecars.step_in(name) is not None}
-    if unmanaged:
-        unmanaged -= _in_transit(folder)
-        # One that was published or removed meanwhile is not on its way any more.
-        unmanaged = {name for name in unmanaged if folder.exists(f"{name}.index") and not folder.exists(f"{name}.json")}
+def scan(folder: Folder, check: Callable[[CheckpointRecord], object] = lambda record: None) -> Listing:
+    """Reads all sidecars of a directory.
+
+    Args:
+        folder: The directory.
+        check: Called with each record; a checkpoint for which it raises is among the damaged.
+    """
+    records, damaged, present = _sidecars(folder, check)
+    by_step: dict[int, CheckpointRecord] = {}
+    for record in _oldest_first(record for name, record in records.items() if name not in damaged):
+        if (older := by_step.get(record.step)) is not None:
+            damaged[older.name] = DamagedCheckpointError(f"{record.name} has the same step, and is newer")
+        by_step[record.step] = record
+    indexed = {file[:-6] for file in present if file.endswith(".index")} - records.keys() - damaged.keys()
     return Listing(
         folder.path,
-        _oldest_first(records.values()),
+        _oldest_first(by_step.values()),
         {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(name, present, damaged[name])},
-        _by_step(unmanaged),
+        _by_step(unmanaged(folder, {name for name in indexed if sidecars.step_in(name) is not None})),
         max((record.sequence for record in records.values()), default=0),
     )
 
 
+def unmanaged(folder: Folder, names: set[str]) -> set[str]:
+    """Those of the names under which there is a checkpoint without a sidecar, and none on its way to or from there."""
+    if not names:
+        return names
+    names = names - _in_transit(folder)
+    return {name for name in names if folder.exists(f"{name}.index") and not folder.exists(f"{name}.json")}
+
+
 def examine(folder: Folder) -> Listing:
     """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
-    return _checked(folder, scan(folder), lambda record: check(folder, record, digests=False))
+    return scan(folder, lambda record: check(folder, record, digests=False))
 
 
 def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
     """Reads all sidecars of a directory, and every byte of the files that they list.
 
     Args:
-        folder: The directory. What is removed or saved anew meanwhile is left out.
+        folder: The directory.
         progress: Called with the bytes that were read and those there are, again and again.
     """
-    listing = scan(folder)
-    total = sum(record.size for record in listing.records)
+    total = sum(record.size for record in scan(folder).records)
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, total)
+        progress(done, max(done, total))
 
-    return _checked(folder, listing, lambda record: check(folder, record, advance=advance))
+    return scan(folder, lambda record: check(folder, record, advance=advance))
 
 
 @contextlib.contextmanager
@@ -221,28 +213,6 @@ def check_files(
             raise DamagedCheckpointError(f"{file.name} was changed after it was written: its digest does not match")
 
 
-def _checked(folder: Folder, listing: Listing, check: Callable[[CheckpointRecord], None]) -> Listing:
-    """The listing with those among the damaged that a check finds so."""
-    sound, damaged = [], dict(listing.damaged)
-    records = list(listing.records)
-    for record in records:
-        try:
-            check(record)
-        except DamagedCheckpointError as error:
-            damaged[record.name] = error
-        except FileNotFoundError:
-            # Removed, or saved anew, since it was listed; then another one is in its place.
-            with contextlib.suppress(FileNotFoundError):
-                try:
-                    records.append(_read(folder, record.name, set(folder.names())))
-                except CheckpointError as error:
-                    damaged[record.name] = error
-        else:
-            sound.append(record)
-    ordered = {name: damaged[name] for name in _by_step(damaged)}
-    return dataclasses.replace(listing, records=_oldest_first(sound), damaged=ordered)
-
-
 def _judged(folder: Folder, record: CheckpointRecord, error: Exception) -> Exception:
     """Tells a checkpoint that is damaged from one that was removed or saved anew since its sidecar was read."""
     if not _is_current(folder, record):
@@ -258,6 +228,31 @@ def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
         return False
     except CheckpointError:
         return True
+
+
+def _sidecars(
+    folder: Folder, check: Callable[[CheckpointRecord], object]
+) -> tuple[dict[str, CheckpointRecord], dict[str, CheckpointError], set[str]]:
+    """The records by name, the errors of those that are damaged, and the names of all files."""
+    records: dict[str, CheckpointRecord] = {}
+    damaged: dict[str, CheckpointError] = {}
+    again = True
+    while again:
+        again = False
+        present = set(folder.names())
+        for file in present:
+            name = file[:-5]
+            if not file.endswith(".json") or name in records or name in damaged or sidecars.step_in(name) is None:
+                continue
+            try:
+                records[name] = _read(folder, name, present)
+                check(records[name])
+            except FileNotFoundError:
+                records.pop(name, None)
+                again = True  # it was removed since, so another may have come that this look at the names missed
+            except CheckpointError as error:
+                damaged[name] = error
+    return records, damaged, present
 
 
 def _read(folder: Folder, name: str, present: set[str]) -> CheckpointRecord:

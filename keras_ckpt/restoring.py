@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import re
@@ -19,7 +20,7 @@ from keras_ckpt import commit, state
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError, MismatchError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import check_files, held, read_record
+from keras_ckpt.listing import check_files, held, read_record, unmanaged
 from keras_ckpt.position import Position, set_position
 from keras_ckpt.record import CheckpointRecord, step_in
 from keras_ckpt.source import Source
@@ -204,8 +205,8 @@ def opened(
         FileNotFoundError: There is none of that name, or none any more.
     """
     if not folder.exists(f"{name}.json"):
-        if not folder.exists(f"{name}.index"):
-            raise FileNotFoundError(name)
+        if not unmanaged(folder, {name}):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         own = re.compile(re.escape(name) + r"\.(index|data-\d{5}-of-\d{5})")
         with folder.held(filter(own.fullmatch, folder.names())) as files:
             yield None, files

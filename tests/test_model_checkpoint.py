@@ -738,7 +738,7 @@ class TestErrors:
 
         with monkeypatch.context() as patch:
             fill = keras.callbacks.LambdaCallback(
-                on_train_batch_begin=lambda *_: patch.setattr(files.os, "fsync", full)
+                on_train_batch_begin=lambda *_, **__: patch.setattr(files.os, "fsync", full)
             )
             with pytest.raises(
                 kc.DiskFullError, match=r"Could not save step 10 .*No space left.*Free some space"

@@ -3,13 +3,16 @@
 import pathlib
 
 import keras
+import msgspec
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
+from keras_ckpt import record as sidecars
 from keras_ckpt.position import position_of
-from keras_ckpt.state import names
+from keras_ckpt.state import ModelState, names
+from keras_ckpt.writer import Writer
 from models import X, Y, dense_model, fit, same, values
 from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
 
@@ -519,3 +522,43 @@ def test_a_directory_may_have_any_name(tmp_path, name) -> None:
 
     assert same(model, other)
     assert [record.step for record in runs] == [10]
+
+
+def test_what_is_about_to_be_removed_is_not_restored_unchecked(runs, model) -> None:
+    """Its sidecar is withdrawn and its files are there yet; that makes it no checkpoint of TensorFlow's."""
+    record = runs.latest()
+    pathlib.Path(f"{record.prefix}.json").rename(pathlib.Path(runs.path, ".keras_ckpt", "trash", f"{record.name}.json"))
+
+    with pytest.raises(kc.CheckpointNotFoundError):
+        kc.restore(dense_model(), record.prefix)
+
+
+def test_a_record_of_what_was_saved_anew_since_is_refused(runs, model) -> None:
+    """Another checkpoint is no answer to a question for this one."""
+    record = runs.latest()
+    Writer(runs).save(ModelState(model).write, step=record.step, run_id=record.run_id)
+
+    with pytest.raises(kc.CheckpointNotFoundError, match="was saved anew"):
+        kc.restore(dense_model(), record)
+
+
+def test_digests_need_not_be_checked(runs, model) -> None:
+    """Then the sizes are, and TensorFlow checks the values that it reads; what it does not read may be anything."""
+    record, other = runs.latest(), dense_model()
+    sidecar = pathlib.Path(f"{record.prefix}.json")
+    files = tuple(
+        msgspec.structs.replace(file, digest=f"blake3:{'0' * 64}") if file.name.endswith(".index") else file
+        for file in record.files
+    )
+    sidecar.write_bytes(sidecars.encode(msgspec.structs.replace(record, files=files)))
+
+    with pytest.raises(kc.DamagedCheckpointError, match="digest"):
+        kc.restore(other, record)
+    kc.restore(other, record, check_digests=False)
+    assert same(model, other)
+
+    data = pathlib.Path(f"{record.prefix}.data-00000-of-00001")
+    data.write_bytes(bytes(len(data.read_bytes())))
+    with pytest.raises(kc.DamagedCheckpointError):
+        kc.restore(other, record, check_digests=False)
+    assert same(model, other)
