@@ -260,7 +260,9 @@ def _show(record: CheckpointRecord, as_json_text: bool) -> None:
 
 def _facts(record: CheckpointRecord) -> dict[str, Any]:
     """What is known of a checkpoint: its sidecar, where it lies, and its pin."""
-    prefix = os.fsencode(record.prefix).decode(errors="replace")
+    prefix = record.prefix
+    if not prefix.isascii():  # a path may have bytes that are no text
+        prefix = os.fsencode(prefix).decode(errors="replace")
     return {"prefix": prefix, "size": record.size, "pin": record.pin, **members(record)}
 
 

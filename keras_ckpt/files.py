@@ -15,7 +15,6 @@ import shutil
 import socket
 import stat
 import sys
-import tempfile
 import time
 import uuid
 import weakref
@@ -29,6 +28,8 @@ from keras_ckpt.errors import DirectoryInUseError
 
 PRIVATE = ".keras_ckpt"
 _CHUNK = 1 << 20
+# Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class UnfinishedError(OSError):
@@ -280,9 +281,7 @@ class Folder:
 
     def _open_regular(self, name: str) -> tuple[int, int]:
         """The descriptor of a regular file, and its size."""
-        # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(name, flags, dir_fd=self.descriptor)
+        descriptor = os.open(name, _READ, dir_fd=self.descriptor)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -297,6 +296,8 @@ class _Held(Folder):
     """Open files, and for TensorFlow a folder of links to them."""
 
     def __init__(self, path: str, descriptors: Mapping[str, int]) -> None:
+        import tempfile
+
         self._links = tempfile.mkdtemp(prefix="keras_ckpt-")
         super().__init__(self._links)
         self.path = path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -83,18 +84,19 @@ def scan(folder: Folder, check: Callable[[CheckpointRecord], object] = lambda re
         check: Called with each record; a checkpoint for which it raises is among the damaged.
     """
     records, damaged, present = _sidecars(folder, check)
-    by_step: dict[int, CheckpointRecord] = {}
-    for record in _oldest_first(record for name, record in records.items() if name not in damaged):
-        if (older := by_step.get(record.step)) is not None:
-            damaged[older.name] = DamagedCheckpointError(f"{record.name} has the same step, and is newer")
-        by_step[record.step] = record
+    ordered = sorted(records.values(), key=operator.attrgetter("sequence"))
+    sound = [record for record in ordered if record.name not in damaged]
+    newest = {record.step: record for record in sound}
+    for record in sound:
+        if (newer := newest[record.step]) is not record:
+            damaged[record.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
     indexed = {file[:-6] for file in present if file.endswith(".index")} - records.keys() - damaged.keys()
     return Listing(
         folder.path,
-        _oldest_first(by_step.values()),
+        tuple(record for record in sound if newest[record.step] is record),
         {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(name, present, damaged[name])},
         _by_step(unmanaged(folder, {name for name in indexed if sidecars.step_in(name) is not None})),
-        max((record.sequence for record in records.values()), default=0),
+        ordered[-1].sequence if ordered else 0,
     )
 
 
@@ -241,8 +243,10 @@ def _sidecars(
         again = False
         present = set(folder.names())
         for file in present:
+            if not file.endswith(".json"):
+                continue
             name = file[:-5]
-            if not file.endswith(".json") or name in records or name in damaged or sidecars.step_in(name) is None:
+            if name in records or name in damaged or sidecars.step_in(name) is None:
                 continue
             try:
                 records[name] = _read(folder, name, present)

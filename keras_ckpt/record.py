@@ -6,9 +6,7 @@ altered sidecar is found; the README's section "Sidecar format" is the norm.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 import time as clock
 from collections.abc import Mapping
@@ -118,7 +116,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def prefix(self) -> str:
         """The path that TensorFlow's functions take, without the suffixes of its files."""
-        return os.path.join(self.directory, self.name)
+        return f"{self.directory}/{self.name}" if self.directory else self.name
 
     @property
     def size(self) -> int:
@@ -150,6 +148,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 _UNREADABLE = (msgspec.MsgspecError, RecursionError, ValueError)
 _CONTEXT = ("directory", "name", "pin")
 _decode = msgspec.json.Decoder(CheckpointRecord).decode
+_encode = msgspec.json.Encoder().encode
 
 
 def step_in(name: str) -> int | None:
@@ -177,7 +176,7 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
         _refuse_newer(data)
         raise DamagedCheckpointError(f"it is no sidecar: {_line(error)}; received {len(data)} bytes") from None
     _refuse_newer_version(record.format_version)
-    last = _LAST_MEMBER.search(data, max(0, len(data) - 200))
+    last = _LAST_MEMBER.match(data, max(0, data.rfind(b",")))
     if last is None:
         raise DamagedCheckpointError("its last member is not a digest of itself")
     if bytes.fromhex(last[1].decode()) != blake3(data[: last.start()]).digest():
@@ -195,8 +194,10 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
 def _refuse_twice(data: bytes, record: CheckpointRecord) -> None:
     """Refuses a member that is there twice: readers would differ in which of the two they take."""
     # Counting quotes costs a tenth of reading every name, and finds whatever is not as this package writes it.
-    if data.count(b'"') == msgspec.json.encode(record).count(b'"') + _MORE_QUOTES:
+    if data.count(b'"') == _encode(record).count(b'"') + _MORE_QUOTES:
         return
+    import json
+
     try:
         json.loads(data, object_pairs_hook=_pairs)
     except _UNREADABLE as error:
@@ -250,7 +251,8 @@ def update(data: bytes, record: CheckpointRecord) -> bytes:
 def members(record: CheckpointRecord) -> dict[str, Any]:
     """The members of a record's sidecar, but for the digest, as JSON has them."""
     found = msgspec.structs.asdict(record)
-    found["metrics"] = {name: _number(value) for name, value in record.metrics.items()}
+    if not all(map(math.isfinite, record.metrics.values())):
+        found["metrics"] = {name: _number(value) for name, value in record.metrics.items()}
     for field in _CONTEXT:
         del found[field]
     return found
@@ -337,7 +339,7 @@ def _seal(data: bytes) -> str:
 def _more_quotes() -> int:
     """How many more quotes a sidecar has than its record as msgspec writes it, which has the context but no digest."""
     record = CheckpointRecord(sequence=1, step=0)
-    return _sealed(members(record)).count(b'"') - msgspec.json.encode(record).count(b'"')
+    return _sealed(members(record)).count(b'"') - _encode(record).count(b'"')
 
 
 _MORE_QUOTES = _more_quotes()

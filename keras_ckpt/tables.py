@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import html as markup
 import io
 import shutil
 from collections.abc import Iterable, Sequence
@@ -93,6 +92,8 @@ def text(table: Table) -> str:
 
 def html(table: Table) -> str:
     """The table for a notebook."""
+    import html as markup
+
     head = "".join(f"<th>{markup.escape(column)}</th>" for column in (*table.numbers, *table.words))
     rows = ("".join(f"<td>{markup.escape(cell)}</td>" for cell in row) for row in table.rows)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
