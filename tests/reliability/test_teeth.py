@@ -1,0 +1,171 @@
+"""Mutants of the package, each without one thing that keeps checkpoints safe, and a test that turns red for it.
+
+Those without a sync are in test_crash_states.py, which leaves the sync out of what it replays.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Mutant(NamedTuple):
+    """A text of a module, what stands there instead, and the test that finds it."""
+
+    module: str
+    text: str
+    instead: str
+    test: str
+
+
+ASSERTION = re.compile(r"^E +(AssertionError|assert |Failed: DID NOT RAISE|keras_ckpt.errors.Damaged)", re.MULTILINE)
+STATES = "reliability/test_crash_states.py::test_a_crash_leaves_what_was_acknowledged_and_nothing_else"
+
+MUTANTS = {
+    "the sidecar before the data": Mutant(
+        "commit",
+        "        for name in staged:\n            stage.move(name, folder)\n        folder.sync()\n"
+        "        stage.move(sidecar, folder)\n        folder.sync()\n",
+        "        stage.move(sidecar, folder)\n        folder.sync()\n"
+        "        for name in staged:\n            stage.move(name, folder)\n        folder.sync()\n",
+        f"{STATES}[in order-a save over a leftover pin]",
+    ),
+    "a sidecar written over in place": Mutant(
+        "files",
+        "            scratch.move(name, self)\n",
+        "            self.remove(name)\n            self.create(name, data)\n",
+        f"{STATES}[in order-metrics added]",
+    ),
+    "a stage copied instead of renamed": Mutant(
+        "files",
+        "        os.rename(name, name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)\n",
+        "        target.remove(name)\n        target.create(name, self.read(name, 1 << 30))\n"
+        "        self.remove(name)\n",
+        f"{STATES}[in any order-a step saved again]",
+    ),
+    "the data before the sidecar, when pruning": Mutant(
+        "commit",
+        "        for record in records:\n            folder.move(",
+        "        for record in records:\n            for file in record.files:\n"
+        "                folder.remove(file.name)\n            folder.move(",
+        f"{STATES}[in order-an explicit prune]",
+    ),
+    "pruning before saving": Mutant(
+        "writer",
+        "                        commit.publish(folder, stage, record, _of(listing, step))\n"
+        "                        self.retain(folder, listing.joined_by(record))\n",
+        "                        doomed = self.unkept(listing.joined_by(record).records)\n"
+        "                        commit.withdraw(folder, doomed)\n"
+        "                        commit.publish(folder, stage, record, _of(listing, step))\n"
+        "                        commit.write_state(folder, examine(folder).records)\n",
+        f"{STATES}[in order-saves with pruning]",
+    ),
+    "no roll forward": Mutant(
+        "commit",
+        "                    _roll_forward(folder, stage)\n",
+        "                    pass\n",
+        f"{STATES}[in order-a step saved again]",
+    ),
+    "a roll forward of whatever there is": Mutant(
+        "commit",
+        "            if holder.digest(file.name) != (file.size, file.digest.lower()):\n                return\n",
+        "            holder.exists(file.name)\n",
+        "test_writer.py::test_a_stage_that_is_not_what_it_says_is_thrown_away",
+    ),
+    "a recovery that relies on what was not synced": Mutant(
+        "commit",
+        "            changed.sync()\n",
+        "            pass\n",
+        "reliability/test_crash_states.py::test_a_power_cut_after_a_kill_loses_nothing",
+    ),
+    "a sync that is tried once more": Mutant(
+        "files",
+        "        descriptor, _ = self._open_regular(name)\n        try:\n            os.fsync(descriptor)\n",
+        "        descriptor, _ = self._open_regular(name)\n        try:\n"
+        "            with contextlib.suppress(OSError):\n                os.fsync(descriptor)\n",
+        "reliability/test_errors.py::test_an_error_at_any_call_loses_nothing",
+    ),
+    "no mutex": Mutant(
+        "files",
+        "            fcntl.flock(descriptor, fcntl.LOCK_EX)\n            yield\n",
+        "            yield\n",
+        "reliability/test_concurrency.py::test_pins_and_metrics_of_others_are_kept_while_one_writes",
+    ),
+    "no writer's lock": Mutant(
+        "files",
+        "                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "                pass\n",
+        "reliability/test_concurrency.py::test_of_several_writers_one_writes",
+    ),
+    "a reader that holds nothing": Mutant(
+        "files",
+        '        if not os.path.isdir("/proc/self/fd"):\n            yield self\n            return\n',
+        "        yield self\n        return\n",
+        "test_directory.py::test_what_is_read_is_not_taken_away",
+    ),
+    "digests that are not compared": Mutant(
+        "listing",
+        "        if digest not in (None, file.digest.lower()):",
+        "        if not digest and digests:",
+        "test_directory.py::test_verify_tells_the_whole_from_the_damaged",
+    ),
+    "a pruning that trusts sizes": Mutant(
+        "directory",
+        "        _refuse_damaged(plan)\n",
+        "",
+        "test_directory.py::test_nothing_is_removed_in_favour_of_what_is_damaged",
+    ),
+    "names from disk that are not checked": Mutant(
+        "record",
+        "    _check_names(record.files, name)\n",
+        "",
+        "test_directory.py::test_a_sidecar_that_names_other_files_removes_none_of_them",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> pathlib.Path:
+    """The package and its tests, to be changed."""
+    path = tmp_path_factory.mktemp("copy")
+    for name in ("keras_ckpt", "tests"):
+        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.cfg", path)
+    return path
+
+
+def run(copy: pathlib.Path, test: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", copy / "tests" / test],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found(copy, name) -> None:
+    """The test passes without the change, as the suite shows, and fails with it: by an assertion, not by accident."""
+    mutant = MUTANTS[name]
+    module = copy / "keras_ckpt" / f"{mutant.module}.py"
+    sound = module.read_text()
+    assert sound.count(mutant.text) == 1
+    module.write_text(sound.replace(mutant.text, mutant.instead))
+    try:
+        result = run(copy, mutant.test)
+    finally:
+        module.write_text(sound)
+
+    assert result.returncode == 1, result.stdout[-2000:]
+    assert ASSERTION.search(result.stdout), result.stdout[-2000:]
