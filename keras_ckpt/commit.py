@@ -17,11 +17,11 @@ from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, FormatVersionError
 from keras_ckpt.files import PRIVATE, Folder, UnfinishedError
 from keras_ckpt.listing import scan
-from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
 STATE_FILE = "checkpoint"
 _STATE_LIMIT = 1 << 24
-_NO_FILE = (errno.ENOENT, errno.EFBIG, errno.EINVAL, errno.ELOOP)
+_NO_FILE = (errno.ENOENT, errno.EFBIG, errno.EINVAL, errno.ELOOP, errno.ENXIO)
 """What `Folder.read` says of what is not there, too big, no file, or a link. Any other error may pass."""
 
 
@@ -188,12 +188,7 @@ def _roll_forward(folder: Folder, stage: Folder) -> None:
     for file in record.files:
         # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
         holder = stage if folder.exists(names[0]) or stage.exists(file.name) else folder
-        try:
-            if holder.digest(file.name) != (file.size, file.digest.lower()):
-                return
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                raise
+        if not _holds(holder, file):
             return
     for name in stage.names():
         stage.sync_file(name)
@@ -207,11 +202,24 @@ def _refuse_foreign(
 ) -> None:
     ours = {file.name for each in earlier if each for file in each.files}
     for file in record.files:
-        if file.name not in ours and stage.exists(file.name) and folder.exists(file.name):
+        if file.name in ours or not stage.exists(file.name) or not folder.exists(file.name):
+            continue
+        # The same bytes are what a crash in the middle of a rename may leave.
+        if not _holds(folder, file):
             raise DirectoryNotEmptyError(
                 f"{folder.path} has a file {file.name} that belongs to no checkpoint of this package. It is left "
                 "alone: move it away, or save into another directory."
             )
+
+
+def _holds(folder: Folder, file: CheckpointFile) -> bool:
+    """Whether a file is there with the bytes that a sidecar says."""
+    try:
+        return folder.digest(file.name) == (file.size, file.digest.lower())
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        return False
 
 
 def _read(folder: Folder, name: str) -> CheckpointRecord | None:

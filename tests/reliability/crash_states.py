@@ -24,6 +24,7 @@ Snapshot: TypeAlias = "dict[str, bytes | Snapshot]"
 Choice = TypeVar("Choice")
 
 ROOT = 0
+IN_ORDER, IN_ANY_ORDER, RENAMES_IN_TWO = "in order", "in any order", "renames in two"
 
 
 class Operation(NamedTuple):
@@ -124,11 +125,12 @@ def _site(frame: types.FrameType) -> str:
 
 
 class Change(NamedTuple):
-    """A change to directories; a rename is one."""
+    """A change to directories; a rename is one, or two of which the second needs the first."""
 
     inode: int
     removed: Place | None
     added: Place | None
+    needed: Place | None = None
 
     @property
     def anchor(self) -> int:
@@ -136,6 +138,8 @@ class Change(NamedTuple):
         return (self.added or self.removed)[0]
 
     def apply(self, tree: Tree) -> Tree:
+        if self.needed and tree.get(self.needed) != self.inode:
+            return tree
         tree = dict(tree)
         if self.removed and tree.get(self.removed) == self.inode:
             del tree[self.removed]
@@ -151,13 +155,14 @@ class Disk:
 
     Args:
         start: What is on it, durably.
-        ordered: Whether changes to directories reach it in their order, and all of them by any sync, as where
-            there is a journal. Otherwise each reaches it by a sync of its directory, and before that any of them may.
+        order: `IN_ORDER` if changes to directories reach it in their order, and all of them by any sync, as where there
+            is a journal. `IN_ANY_ORDER` if each reaches it by a sync of its directory, and before that any of them
+            may. `RENAMES_IN_TWO` if, besides, the old name of what is renamed goes by a sync of its own directory.
         dropped: The site of a sync that is left out.
     """
 
-    def __init__(self, start: Snapshot, *, ordered: bool, dropped: str = "") -> None:
-        self.ordered = ordered
+    def __init__(self, start: Snapshot, order: str, *, dropped: str = "") -> None:
+        self.order = order
         self.dropped = dropped
         self.numbers = itertools.count(ROOT + 1)
         self.contents: dict[int, bytes] = {}
@@ -180,8 +185,13 @@ class Disk:
                 self.contents[inode] += operation.data
                 self.unsynced.add(inode)
             case Operation("rename", path, target):
-                place = self._place(path)
-                self._change(self.written[place], place, self._place(target))
+                old, new = self._place(path), self._place(target)
+                inode = self.written[old]
+                if self.order == RENAMES_IN_TWO:
+                    self._change(inode, None, new)
+                    self._change(inode, old, None, needed=new)
+                else:
+                    self._change(inode, old, new)
             case Operation("unlink" | "rmdir", path):
                 place = self._place(path)
                 self._change(self.written[place], place, None)
@@ -215,21 +225,22 @@ class Disk:
             folder = self.written[folder, parent]
         return folder, name
 
-    def _change(self, inode: int, removed: Place | None, added: Place | None) -> None:
-        change = Change(inode, removed, added)
+    def _change(self, inode: int, removed: Place | None, added: Place | None, needed: Place | None = None) -> None:
+        change = Change(inode, removed, added, needed)
         self.written = change.apply(self.written)
         self.changes.append((change, False))
 
     def _sync(self, inode: int) -> None:
         self.unsynced.discard(inode)
-        self.changes = [(change, done or self.ordered or change.anchor == inode) for change, done in self.changes]
+        journal = self.order == IN_ORDER
+        self.changes = [(change, done or journal or change.anchor == inode) for change, done in self.changes]
         while self.changes and self.changes[0][1]:
             self.durable = self.changes.pop(0)[0].apply(self.durable)
 
     def _trees(self, limit: int, chance: random.Random) -> list[Tree]:
         trees = [self.durable]
         for change, done in self.changes:
-            if self.ordered:
+            if self.order == IN_ORDER:
                 trees.append(change.apply(trees[-1]))
                 continue
             changed = [change.apply(tree) for tree in trees]

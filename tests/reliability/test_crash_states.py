@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import random
@@ -16,15 +17,26 @@ from typing import NamedTuple
 import pytest
 
 from conftest import Filler
-from keras_ckpt import files
+from keras_ckpt import commit, files
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.errors import DamagedCheckpointError, DiskFullError
 from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.listing import check_files
 from keras_ckpt.policies import LatestN, PreservationPolicy
 from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.writer import Writer
-from reliability.crash_states import Disk, Operation, Recorder, Snapshot, key, make, read
+from reliability.crash_states import (
+    IN_ANY_ORDER,
+    IN_ORDER,
+    RENAMES_IN_TWO,
+    Disk,
+    Operation,
+    Recorder,
+    Snapshot,
+    key,
+    make,
+    read,
+)
 
 FOREIGN = {
     "notes.txt": b"mine",
@@ -96,6 +108,16 @@ class Run:
             writer.close()
             assert record in list(self.runs)
 
+    def save_without_a_state_file(self, step: int) -> None:
+        def full(*arguments: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        writer, write = Writer(self.runs), self._payload(b"", 1)
+        with self._action(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commit, "write_state", full)
+            with pytest.raises(DiskFullError, match="is saved"):
+                writer.save(write, step=step, run_id="run", batch=0)
+
     def prune(self, keep: PreservationPolicy) -> None:
         with self._action():
             assert self.runs.prune(keep)
@@ -136,6 +158,11 @@ class Run:
 def saves_with_pruning(run: Run) -> None:
     for step in (10, 20, 30):
         run.save(step, LatestN(1))
+
+
+def save_without_a_state_file(run: Run) -> None:
+    run.save(10)
+    run.save_without_a_state_file(20)
 
 
 def step_saved_again(run: Run) -> None:
@@ -210,6 +237,7 @@ class Workload(NamedTuple):
 
 WORKLOADS = {
     "saves with pruning": Workload(saves_with_pruning),
+    "a save without a state file": Workload(save_without_a_state_file),
     "a step saved again": Workload(step_saved_again),
     "a step saved again in other files": Workload(step_saved_again_in_other_files),
     "a step saved again under another name": Workload(step_saved_again_under_another_name),
@@ -350,9 +378,9 @@ class Harness:
         self.limit = limit
         self.chance = random.Random(name)
 
-    def crash(self, recording: Recording, *, ordered: bool, first: int = 0, dropped: str = "") -> None:
+    def crash(self, recording: Recording, order: str, first: int = 0, dropped: str = "") -> None:
         """A crash after each operation from the first on."""
-        disk = Disk(recording.start, ordered=ordered, dropped=dropped)
+        disk = Disk(recording.start, order, dropped=dropped)
         for moment, operation in enumerate([None, *recording.log]):
             if operation:
                 disk.replay(operation)
@@ -362,9 +390,9 @@ class Harness:
             if dropped and self.examiner.wrong:
                 return
 
-    def crash_in_recovery(self, number: int, *, ordered: bool) -> None:
+    def crash_in_recovery(self, number: int, order: str) -> None:
         """A crash, and another while the first one is recovered from, for a number of the first."""
-        disk = Disk(self.recording.start, ordered=ordered)
+        disk = Disk(self.recording.start, order)
         states = []
         for moment, operation in enumerate(self.recording.log, 1):
             disk.replay(operation)
@@ -372,54 +400,54 @@ class Harness:
         for state, promise in self.chance.sample(states, min(number, len(states))):
             make(state, self.path)
             log = record(self.path, Run.recover).log
-            self.crash(Recording(state, log, [(0, promise)]), ordered=ordered)
+            self.crash(Recording(state, log, [(0, promise)]), order=order)
 
-    def kill_and_cut(self, number: int, *, ordered: bool) -> None:
+    def kill_and_cut(self, number: int, order: str) -> None:
         """A kill, and a power cut during recovery: what the killed process did is visible, but need not be durable."""
         moments = range(1, len(self.recording.log) + 1)
         for moment in sorted(self.chance.sample(moments, min(number, len(moments)))):
             done = self.recording.log[:moment]
-            disk = Disk(self.recording.start, ordered=ordered)
+            disk = Disk(self.recording.start, order)
             for operation in done:
                 disk.replay(operation)
             make(disk.whole(), self.path)
             log = done + record(self.path, Run.recover).log
             promise = self.recording.promise(moment)
-            self.crash(Recording(self.recording.start, log, [(0, promise)]), ordered=ordered, first=moment + 1)
+            self.crash(Recording(self.recording.start, log, [(0, promise)]), order=order, first=moment + 1)
 
 
-@pytest.fixture(params=["in any order", "in order"])
-def ordered(request: pytest.FixtureRequest) -> bool:
-    """Whether changes to directories reach the disk in their order, as where there is a journal."""
-    return request.param == "in order"
+@pytest.fixture(params=[IN_ANY_ORDER, IN_ORDER, RENAMES_IN_TWO])
+def order(request: pytest.FixtureRequest) -> str:
+    """In which order changes to directories reach the disk."""
+    return request.param
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_crash_leaves_what_was_acknowledged_and_nothing_else(memory, tally, name, ordered) -> None:
+def test_a_crash_leaves_what_was_acknowledged_and_nothing_else(memory, tally, name, order) -> None:
     """At any moment, whatever of it was on disk: what is visible is whole, and recovery tidies up."""
     harness = Harness(memory, name, tally, limit=20_000)  # all there are
 
-    harness.crash(harness.recording, ordered=ordered)
+    harness.crash(harness.recording, order)
 
     assert not harness.examiner.wrong, tally
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_crash_of_the_recovery_is_recovered_from(memory, tally, long, name, ordered) -> None:
+def test_a_crash_of_the_recovery_is_recovered_from(memory, tally, long, name, order) -> None:
     """The same is there after a second crash, in the middle of seeing to the first."""
     harness = Harness(memory, name, tally, limit=256 if long else 16)
 
-    harness.crash_in_recovery(400 if long else 12, ordered=ordered)
+    harness.crash_in_recovery(400 if long else 12, order=order)
 
     assert not harness.examiner.wrong, tally
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_power_cut_after_a_kill_loses_nothing(memory, tally, long, name, ordered) -> None:
+def test_a_power_cut_after_a_kill_loses_nothing(memory, tally, long, name, order) -> None:
     """The next process does not rely on anything that the killed one had not made durable."""
     harness = Harness(memory, name, tally, limit=256 if long else 8)
 
-    harness.kill_and_cut(400 if long else 10, ordered=ordered)
+    harness.kill_and_cut(400 if long else 10, order=order)
 
     assert not harness.examiner.wrong, tally
 
@@ -430,20 +458,16 @@ SYNCS = {
     "_stage: stage.sync() #1": "a step saved again",
     "publish: private.sync() #1": "a step saved again",
     "publish: folder.sync() #1": "a save over a leftover pin",
+    "publish: folder.sync() #2": "a save without a state file",
     "withdraw: trash.sync() #1": "an explicit prune",
+    "withdraw: folder.sync() #1": "an explicit prune",
     "_empty_trash: folder.sync() #1": "an explicit prune",
     "replace: scratch.create(name, data) #1": "metrics added",
     "replace: self.sync() #1": "metrics added",
     "unpin: folder.sync() #1": "pins and prunes",
     "folder: self.sync() #1": "a prune of a copy",
 }
-"""Each sync, and a workload that needs it.
-
-Two have no such workload here. The second one in `publish` comes before the sync of the state file, which makes the
-sidecar's name durable too; it is needed where that file cannot be written, and a prune goes on without it. The one of
-the directory in `withdraw` follows that of the trash, by which a rename that is one change is durable already; a file
-system that writes the two names of a rename apart needs both.
-"""
+"""Each sync, and a workload that needs it."""
 
 
 @pytest.mark.parametrize("site", SYNCS)
@@ -453,6 +477,6 @@ def test_no_sync_can_be_left_out(memory, site) -> None:
     harness = Harness(memory, SYNCS[site], tally, limit=64)
     assert site in {operation.site for operation in harness.recording.log}
 
-    harness.crash(harness.recording, ordered=False, dropped=site)
+    harness.crash(harness.recording, RENAMES_IN_TWO, dropped=site)
 
     assert harness.examiner.wrong

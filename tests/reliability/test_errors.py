@@ -23,7 +23,7 @@ from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointError
 from keras_ckpt.policies import LatestN
 from keras_ckpt.writer import Writer
-from reliability.crash_states import Disk, Snapshot, make, read
+from reliability.crash_states import IN_ORDER, Disk, Snapshot, make, read
 from reliability.test_crash_states import FOREIGN, WORKLOADS, Checkpoint, Examiner, Promise, copy, memory, perform, seen
 
 __all__ = ["memory"]
@@ -194,7 +194,7 @@ def test_an_error_at_any_call_loses_nothing(memory, tally, long, name) -> None:
 def test_an_error_in_a_recovery_loses_nothing(memory, tally, long, name) -> None:
     """Wherever the process before was killed, and whatever fails then: the next start recovers."""
     recording = perform(WORKLOADS[name], memory / "run")
-    disk = Disk(recording.start, ordered=True)
+    disk = Disk(recording.start, IN_ORDER)
     for moment, operation in enumerate(recording.log, 1):
         disk.replay(operation)
         if moment % (1 if long else 15) == 0:
