@@ -1,6 +1,7 @@
 """The directory: read anew each time, planned before anything is removed, and never robbed of what it cannot trust."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import pytest
 
 import keras_ckpt
 from conftest import history, payload
-from keras_ckpt import commit
+from keras_ckpt import commit, files
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import (
     CheckpointNotFoundError,
@@ -640,3 +641,48 @@ def test_nothing_is_removed_in_favour_of_what_is_damaged(filler) -> None:
         runs.prune(plan)
 
     assert [record.step for record in runs] == [1, 2]
+
+
+@pytest.mark.parametrize("change", ["save", "pin", "unpin", "add_metrics", "prune", "recover"])
+def test_what_is_visible_changes_under_the_mutex(filler, monkeypatch, change) -> None:
+    """Whatever is put into the directory or taken from it, nobody else does so meanwhile."""
+    runs = filler.save("1 2")
+    runs.pin(1)
+    held = []
+
+    def locked() -> bool:
+        with open(f"{runs.path}/.keras_ckpt/mutex") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+    def noting(name: str):
+        original = getattr(os, name)
+
+        def call(*arguments, **named):
+            held.append(locked())
+            return original(*arguments, **named)
+
+        return call
+
+    changes = {
+        "save": lambda: Writer(runs, LatestN(1)).save(payload(), step=3),
+        "pin": lambda: runs.pin(2),
+        "unpin": lambda: runs.unpin(1),
+        "add_metrics": lambda: runs.add_metrics(2, loss=1),
+        "prune": lambda: runs.prune(LatestN(1)),
+        "recover": lambda: Writer(runs).open(),
+    }
+    if change == "prune":
+        runs.unpin(1)
+    if change == "recover":
+        os.rename(f"{runs.path}/ckpt-2.json", f"{runs.path}/.keras_ckpt/trash/ckpt-2.json")
+    with monkeypatch.context() as patch:
+        for name in ("rename", "unlink"):
+            patch.setattr(files.os, name, noting(name))
+        changes[change]()
+
+    assert held
+    assert all(held)

@@ -98,7 +98,7 @@ MUTANTS = {
         "files",
         "            fcntl.flock(descriptor, fcntl.LOCK_EX)\n            yield\n",
         "            yield\n",
-        "reliability/test_concurrency.py::test_pins_and_metrics_of_others_are_kept_while_one_writes",
+        "test_directory.py::test_what_is_visible_changes_under_the_mutex",
     ),
     "no writer's lock": Mutant(
         "files",
