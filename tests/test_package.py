@@ -69,7 +69,7 @@ def imported(code: str) -> set[str]:
         "runs.pin(10), runs.unpin(10), runs.add_metrics(10, x=1.0), runs.best('loss', 'min')\n"
         "print(runs.plan(kc.BestN(1, 'loss', 'min') | kc.EveryNHours(1)))\nruns.prune(kc.LatestN(1)), runs.clear()",
         "from click.testing import CliRunner\nfrom keras_ckpt.cli import main\n"
-        "for command in (['ls'], ['ls', '--json'], ['best']):\n"
+        "for command in (['ls'], ['ls', '--json'], ['best'], ['verify']):\n"
         "    assert CliRunner().invoke(main, [*command, {path!r}]).exit_code == 0\n",
     ],
 )

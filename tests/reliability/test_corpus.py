@@ -23,10 +23,11 @@ import pytest
 from blake3 import blake3
 
 import keras_ckpt as kc
-from conftest import payload, somebody_else
+from conftest import Filler, payload, somebody_else
 from keras_ckpt import restoring
 from keras_ckpt.files import Folder
 from keras_ckpt.listing import examine
+from keras_ckpt.policies import LatestN
 from keras_ckpt.record import CheckpointFile, CheckpointRecord, encode
 from keras_ckpt.source import Source
 from keras_ckpt.writer import Writer
@@ -524,3 +525,43 @@ def test_42_what_may_not_be_read_is_damaged(filler) -> None:
 
     assert [record.step for record in listing.records] == [1, 3]
     assert "Permission denied" in str(listing.damaged["ckpt-2"])
+
+
+NAMES = [
+    *(
+        "[1]",
+        "*",
+        "?",
+        "\\",
+        "{a,b}",
+        "%d",
+        "$(x)",
+        "~",
+        "-rf",
+        " ",
+        "\t",
+        "new\nline",
+        "\u2028",
+        "e\u0301",
+        "\u200fx",
+        "😀",
+    ),
+    *("x" * 255, "é" * 127, os.fsdecode(b"\xff\xfe"), "{epoch}", "a.keras.d", "..."),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_directory_may_have_any_name(tmp_path, name) -> None:
+    """And be reached by a link: saving, pinning, pruning and verifying, beside one that a pattern would match."""
+    sibling = Filler(tmp_path / "1").save("1")
+    (tmp_path / "link").symlink_to(name, target_is_directory=True)
+    (tmp_path / name).mkdir()
+    runs = Filler(tmp_path / "link").save("1 2 3", LatestN(2))
+    runs.pin(2)
+    runs.prune(LatestN(1))
+
+    found = kc.CheckpointDirectory(tmp_path / name)
+    assert [record.step for record in found] == [2, 3]
+    assert found.verify().ok
+    assert b"2 checkpoints" in str(found).encode()
+    assert [record.step for record in sibling] == [1]
