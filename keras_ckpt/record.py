@@ -6,6 +6,7 @@ altered sidecar is found; the README's section "Sidecar format" is the norm.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time as clock
@@ -196,8 +197,6 @@ def _refuse_twice(data: bytes, record: CheckpointRecord) -> None:
     # Counting quotes costs a tenth of reading every name, and finds whatever is not as this package writes it.
     if data.count(b'"') == _encode(record).count(b'"') + _MORE_QUOTES:
         return
-    import json
-
     try:
         json.loads(data, object_pairs_hook=_pairs)
     except _UNREADABLE as error:

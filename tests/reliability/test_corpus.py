@@ -334,12 +334,11 @@ def test_47_what_is_no_run_is_refused(run, tmp_path, model) -> None:
 def test_49_a_hundred_thousand_checkpoints_are_listed(tmp_path, long) -> None:
     """Five thousand in the short form."""
     count = 100_000 if long else 5_000
-    (tmp_path / "ckpt.index").touch()
     for step in range(1, count + 1):
         name = f"ckpt-{step}"
         files = (CheckpointFile(f"{name}.index", 0, f"blake3:{'0' * 64}"),)
         (tmp_path / f"{name}.json").write_bytes(encode(CheckpointRecord(sequence=step, step=step, files=files)))
-        os.link(tmp_path / "ckpt.index", tmp_path / files[0].name)
+        (tmp_path / files[0].name).touch()
     runs = kc.CheckpointDirectory(tmp_path)
 
     assert len(runs) == count
