@@ -37,8 +37,8 @@ class Decision(NamedTuple):
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class PrunePlan:
+@dataclasses.dataclass(frozen=True, repr=False)
+class PrunePlan(tables.Shown):
     """What a policy would keep and remove, and why; nothing is removed before `CheckpointDirectory.prune(plan)`.
 
     Example:
@@ -68,20 +68,12 @@ class PrunePlan:
     def removed(self) -> tuple[CheckpointRecord, ...]:
         return tuple(decision.record for decision in self.decisions if not decision.kept)
 
-    def __str__(self) -> str:
-        return tables.text(self._table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._table())
-
     def _table(self) -> tables.Table:
         return tables.of_plan(self.policy, self.decisions, self.listing)
 
 
-@dataclasses.dataclass(frozen=True)
-class Verification:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Verification(tables.Shown):
     """What `CheckpointDirectory.verify` found.
 
     Attributes:
@@ -95,19 +87,11 @@ class Verification:
         """Whether nothing is damaged."""
         return not self.listing.damaged
 
-    def __str__(self) -> str:
-        return tables.text(self._table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._table())
-
     def _table(self) -> tables.Table:
         return tables.of_verification(_shown(self.listing.path), self.listing)
 
 
-class CheckpointDirectory:
+class CheckpointDirectory(tables.Shown):
     """The checkpoints of one run.
 
     Iterating gives the records, oldest first; `directory[120]` is that of step 120. What is there is read from
@@ -320,12 +304,6 @@ class CheckpointDirectory:
             remove(folder, listing, listing.records)
             del lock
         return [record.step for record in listing.records]
-
-    def __repr__(self) -> str:
-        return tables.text(self._table())
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._table())
 
     def _table(self) -> tables.Table:
         return tables.of_directory(_shown(self.path), self.listing())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import io
@@ -25,6 +26,20 @@ class Table:
     words: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+
+
+class Shown(abc.ABC):
+    """What is a table, printed and in a notebook."""
+
+    @abc.abstractmethod
+    def _table(self) -> Table:
+        """The table."""
+
+    def __repr__(self) -> str:
+        return text(self._table())
+
+    def _repr_html_(self) -> str:
+        return html(self._table())
 
 
 def of_directory(path: str, listing: Listing) -> Table:
