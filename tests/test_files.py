@@ -9,8 +9,10 @@ import sys
 import pytest
 
 from conftest import HOLD
+from keras_ckpt import files
 from keras_ckpt.errors import DirectoryInUseError
 from keras_ckpt.files import PRIVATE, Folder, lasting_tensorflow_path, remove_unused
+from reliability.crash_states import Recorder
 
 
 def test_a_second_process_is_refused_with_the_holders_name(tmp_path, holder) -> None:
@@ -125,10 +127,19 @@ def test_a_directory_that_is_a_file_is_refused(tmp_path) -> None:
         Folder(tmp_path / "file")
 
 
-def test_missing_parents_are_made(tmp_path) -> None:
-    """A run may be named a/b/c at once."""
+def test_missing_parents_are_made(tmp_path, monkeypatch) -> None:
+    """A run may be named a/b/c at once; each is durably named in the one above before the next is made."""
+    recorder = Recorder(tmp_path)
+    monkeypatch.setattr(files, "os", recorder)
+
     with Folder(tmp_path / "a" / "b" / "c", create=True):
         assert (tmp_path / "a" / "b" / "c").is_dir()
+
+    assert [(kind, path) for kind, path, *_ in recorder.log] == [
+        *(("mkdir", "a"), ("sync", ".")),
+        *(("mkdir", "a/b"), ("sync", "a")),
+        *(("mkdir", "a/b/c"), ("sync", "a/b")),
+    ]
 
 
 def test_an_unused_directory_is_removed_and_a_used_one_is_not(tmp_path) -> None:

@@ -87,6 +87,18 @@ MUTANTS = {
         "            pass\n",
         "reliability/test_crash_states.py::test_a_power_cut_after_a_kill_loses_nothing",
     ),
+    "a roll forward of what is not synced": Mutant(
+        "commit",
+        "    for name in stage.names():\n        stage.sync_file(name)\n    stage.sync()\n",
+        "",
+        "reliability/test_crash_states.py::test_a_power_cut_after_a_kill_loses_nothing",
+    ),
+    "a directory that is not durably named": Mutant(
+        "files",
+        "    with Folder(parent) as folder:\n        folder.sync()\n",
+        "",
+        "test_files.py::test_missing_parents_are_made",
+    ),
     "a sync that is tried once more": Mutant(
         "files",
         "        descriptor, _ = self._open_regular(name)\n        try:\n            os.fsync(descriptor)\n",
