@@ -81,6 +81,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 "Build it before fit(): model.build(input_shape), or call it on a batch of data."
             )
         _refuse_what_is_no_backup(self.directory)
+        if os.path.isdir(self.backup_dir):
+            # A backup that was complete when its process died is one.
+            Writer(self.directory).open()
         if self.directory.listing():
             step = restore(self.model, self.directory).step
             _begin_with(self.model, self.directory[step].metadata[_INITIAL_EPOCH] if step is not None else None)

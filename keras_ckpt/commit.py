@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Container, Iterable, Sequence
 
 from keras_ckpt import record as sidecars
-from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, FormatVersionError
+from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, DirectoryNotEmptyError, FormatVersionError
 from keras_ckpt.files import PRIVATE, Folder, UnfinishedError
 from keras_ckpt.listing import scan
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
@@ -44,7 +44,8 @@ def publish(
     """
     sidecar = f"{record.name}.json"
     previous = _read(folder, sidecar)
-    if previous is None:
+    if previous is None or not _is_whole(folder, previous):
+        previous = None
         _set_damaged_aside(folder, record.name)
     with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
@@ -162,6 +163,7 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
     """Moves a checkpoint whose sidecar cannot be read out of the way of the one that is saved in its place."""
     try:
         sidecars.decode(folder.read(f"{name}.json", sidecars.SIZE_LIMIT), name)
+        raise DamagedCheckpointError("a file of it is missing, or of another size")
     except FileNotFoundError:
         return
     except FormatVersionError as error:
@@ -183,7 +185,8 @@ def _roll_forward(folder: Folder, stage: Folder) -> None:
     if record is None:
         return
     superseded = [each for each in scan(folder).records if each.step == record.step]
-    if any(each.pinned or each.sequence >= record.sequence for each in superseded):
+    pinned = folder.exists(names[0]) and folder.exists(f"{record.name}.keep")
+    if pinned or any(each.pinned or each.sequence >= record.sequence for each in superseded):
         return  # it was pinned, or saved again before the removal of this stage had reached the disk
     for file in record.files:
         # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
@@ -210,6 +213,14 @@ def _refuse_foreign(
                 f"{folder.path} has a file {file.name} that belongs to no checkpoint of this package. It is left "
                 "alone: move it away, or save into another directory."
             )
+
+
+def _is_whole(folder: Folder, record: CheckpointRecord) -> bool:
+    """Whether the files of a checkpoint are there with their sizes."""
+    try:
+        return all(folder.size(file.name) == file.size for file in record.files)
+    except FileNotFoundError:
+        return False
 
 
 def _holds(folder: Folder, file: CheckpointFile) -> bool:

@@ -224,6 +224,11 @@ class CheckpointDirectory(tables.Shown):
                 for record in listing.records
                 if (record.run_id, record.sequence, record.step) in planned and not record.pinned
             ]
+            if doomed and len(doomed) == len(listing.records):
+                raise PlanError(
+                    f"Nothing was removed: what the plan keeps is not in {self.path} any more, so that none of the "
+                    f"{len(doomed)} checkpoints would be left. Plan again."
+                )
             remove(folder, listing, doomed)
         return [record.step for record in doomed]
 
@@ -296,9 +301,12 @@ class CheckpointDirectory(tables.Shown):
         """
         if not os.path.lexists(self.path):
             return []
-        with self._change() as (folder, listing):
+        with self._change() as (folder, before):
             lock = folder.lock()
-            listing.refuse_newer()
+            before.refuse_newer()
+            # What a process that died had complete would come back with the next writer.
+            commit.recover(folder)
+            listing = examine(folder)
             if pinned := [record.step for record in listing.records if record.pinned]:
                 raise PlanError(f"{self.path} has pinned checkpoints: {pinned}. Nothing was removed; unpin them first.")
             remove(folder, listing, listing.records)

@@ -15,6 +15,7 @@ import shutil
 import socket
 import stat
 import sys
+import threading
 import time
 import uuid
 import weakref
@@ -200,7 +201,7 @@ class Folder:
     def held(self, names: Iterable[str]) -> Iterator[Folder]:
         """Files as they are now: a folder of them, whoever removes, replaces or swaps them here meanwhile.
 
-        Only where there is a `/proc`; elsewhere it is this folder itself.
+        Only where there is a `/proc`, and a directory for temporary files; elsewhere it is this folder itself.
         """
         if not os.path.isdir("/proc/self/fd"):
             yield self
@@ -210,7 +211,10 @@ class Folder:
             for name in names:
                 descriptors[name], _ = self._open_regular(name)
                 stack.callback(os.close, descriptors[name])
-            yield stack.enter_context(_Held(self.path, descriptors))
+            held: Folder = self
+            with contextlib.suppress(OSError):
+                held = stack.enter_context(_Held(self.path, _links(stack, descriptors), descriptors))
+            yield held
 
     @contextlib.contextmanager
     def scratch(self, purpose: str) -> Iterator[Folder]:
@@ -254,7 +258,7 @@ class Folder:
         """
         with self.folder(PRIVATE, create=True) as private:
             descriptor = private.open_lock("lock")
-        with contextlib.ExitStack() as failed:
+        with _one_at_a_time, contextlib.ExitStack() as failed:
             failed.callback(os.close, descriptor)
             status = os.fstat(descriptor)
             identity = (status.st_dev, status.st_ino)
@@ -270,7 +274,7 @@ class Folder:
                 ) from None
             _write_holder(descriptor)
             failed.pop_all()
-        lock = _locks[identity] = WriterLock(descriptor)
+            lock = _locks[identity] = WriterLock(descriptor)
         return lock
 
     def open_lock(self, name: str) -> int:
@@ -295,19 +299,10 @@ class Folder:
 class _Held(Folder):
     """Open files, and for TensorFlow a folder of links to them."""
 
-    def __init__(self, path: str, descriptors: Mapping[str, int]) -> None:
-        import tempfile
-
-        self._links = tempfile.mkdtemp(prefix="keras_ckpt-")
-        super().__init__(self._links)
+    def __init__(self, path: str, links: str, descriptors: Mapping[str, int]) -> None:
+        super().__init__(links)
         self.path = path
         self._descriptors = descriptors
-        for name, descriptor in descriptors.items():
-            os.symlink(f"/proc/self/fd/{descriptor}", name, dir_fd=self.descriptor)
-
-    def close(self) -> None:
-        super().close()
-        shutil.rmtree(self._links)
 
     def size(self, name: str) -> int:
         if name not in self._descriptors:
@@ -318,6 +313,16 @@ class _Held(Folder):
         size = self.size(name)
         # Opened anew, for an offset of its own.
         return os.open(f"/proc/self/fd/{self._descriptors[name]}", os.O_RDONLY | os.O_CLOEXEC), size
+
+
+def _links(stack: contextlib.ExitStack, descriptors: Mapping[str, int]) -> str:
+    """A directory of links to open files, for as long as the stack is."""
+    import tempfile
+
+    path = stack.enter_context(tempfile.TemporaryDirectory(prefix="keras_ckpt-"))
+    for name, descriptor in descriptors.items():
+        os.symlink(f"/proc/self/fd/{descriptor}", os.path.join(path, name))
+    return path
 
 
 class WriterLock:
@@ -339,6 +344,7 @@ class WriterLock:
         self._close()
 
 
+_one_at_a_time = threading.RLock()
 _locks: weakref.WeakValueDictionary[tuple[int, int], WriterLock] = weakref.WeakValueDictionary()
 
 
@@ -358,8 +364,10 @@ def _write_holder(descriptor: int) -> None:
         "command": " ".join(sys.argv)[:500],
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, msgspec.json.encode(holder) + b"\n", 0)
+    # Only for the message that another process gets; a full disk is no reason not to train.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, msgspec.json.encode(holder) + b"\n", 0)
 
 
 def _read_holder(descriptor: int) -> str:
@@ -400,9 +408,12 @@ _lasting: dict[str, Folder] = {}
 
 def remove_unused(path: str) -> None:
     """Removes a directory that holds nothing but the package's private folder, and that with it."""
-    with contextlib.suppress(FileNotFoundError):
+    # One that stays, because it is a link or its parent cannot be written, does no harm.
+    with contextlib.suppress(OSError):
         with Folder(path) as folder:
             if folder.names() != [PRIVATE]:
                 return
+            lock = folder.lock()
             folder.remove_folder(PRIVATE)
+            del lock
         os.rmdir(path)

@@ -77,7 +77,7 @@ class Session:
             if self._on_full_disk == "raise":
                 raise
             self.missed += 1
-            warnings.warn(f"{error} Training goes on without this checkpoint.", stacklevel=2)
+            warnings.warn(f"{error} Training goes on.", stacklevel=2)
             return None
 
     def close(self) -> None:

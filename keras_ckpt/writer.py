@@ -128,7 +128,7 @@ class Writer:
                     record = _stage(stage, candidate, write, began)
                     with folder.mutex():
                         listing = examine(folder)
-                        if _pinned(listing, step):
+                        if _pinned(listing, step) or _pinned_and_damaged(folder, listing, step):
                             return None
                         if listing.sequence >= record.sequence:
                             raise OSError(errno.EIO, "a sidecar could not be read, so the order of saving is not known")
@@ -159,8 +159,12 @@ class Writer:
     def retain(self, folder: Folder, listing: Listing) -> None:
         """Removes what the policy does not keep. The caller holds the mutex, and listed the directory under it."""
         doomed = [] if listing.newer else self.unkept(listing.records)
-        with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
-            remove(folder, listing, doomed)
+        try:
+            with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
+                remove(folder, listing, doomed)
+        except DiskFullError as error:
+            # The next save tries again.
+            warnings.warn(str(error), stacklevel=2)
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
         """Those that the policy does not keep and nobody pinned, oldest first."""
@@ -259,6 +263,17 @@ def _pinned(listing: Listing, step: int) -> bool:
             stacklevel=2,
         )
     return bool(pinned)
+
+
+def _pinned_and_damaged(folder: Folder, listing: Listing, step: int) -> bool:
+    names = [name for name in listing.damaged if sidecars.step_in(name) == step and folder.exists(f"{name}.keep")]
+    for name in names:
+        warnings.warn(
+            f"{name} in {folder.path} is pinned and damaged, so step {step} is not saved over what is left of it: "
+            f"{listing.damaged[name]}. Move its files away, or go on in another directory.",
+            stacklevel=2,
+        )
+    return bool(names)
 
 
 def _plain(text: str) -> str:

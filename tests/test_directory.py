@@ -686,3 +686,30 @@ def test_what_is_visible_changes_under_the_mutex(filler, monkeypatch, change) ->
 
     assert held
     assert all(held)
+
+
+def test_a_plan_whose_kept_ones_are_gone_removes_nothing(filler) -> None:
+    """Somebody else pruned by another policy in between, and together they would leave none."""
+    runs = filler.save("10:0.1 20:0.2 30:0.3")
+    plan = runs.plan(LatestN(1))
+    runs.prune(BestN(1, "loss", "min"))
+
+    with pytest.raises(PlanError, match=r"Nothing was removed: .*not in .* any more"):
+        runs.prune(plan)
+
+    assert [record.step for record in runs] == [10]
+
+
+def test_what_a_dead_process_had_complete_does_not_come_back_after_clearing(filler) -> None:
+    """It would be a checkpoint of the run that was cleared."""
+    runs = filler.save("10 20")
+    with Folder(runs.path) as folder, folder.folder(".keras_ckpt") as private:
+        stage = private.folder("stage-0", create=True)
+        for name in ("ckpt-20.index", "ckpt-20.data-00000-of-00001", "ckpt-20.json"):
+            folder.move(name, stage)
+        stage.close()
+
+    assert runs.clear() == [10, 20]
+
+    Writer(runs).open()
+    assert list(runs) == []

@@ -1,10 +1,12 @@
 """The file system beneath: locks, replacing, and names of any kind. What needs a second process uses one."""
 
+import concurrent.futures
 import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -166,3 +168,34 @@ def test_a_path_for_tensorflow_leads_to_the_directory(tmp_path, name) -> None:
 
     assert pathlib.Path(path).read_text() == "here"
     assert not set(path) & set("*?[\\")
+
+
+def test_files_are_held_where_there_is_room_for_links(tmp_path, monkeypatch) -> None:
+    """Without a directory for temporary files they are read where they are, and nothing is left open."""
+    (tmp_path / "a").write_bytes(b"1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    before = os.listdir("/proc/self/fd")
+
+    with Folder(tmp_path) as folder, folder.held(["a"]) as held:
+        assert held is folder
+
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_an_unused_directory_that_is_a_link_stays(tmp_path) -> None:
+    """It is no error at the end of a training that it cannot be removed."""
+    (tmp_path / "run" / PRIVATE).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("run", target_is_directory=True)
+
+    remove_unused(str(tmp_path / "link"))
+
+    assert (tmp_path / "run").is_dir()
+
+
+def test_two_threads_have_the_same_lock(tmp_path) -> None:
+    """Neither is refused because of the other."""
+    with Folder(tmp_path) as folder, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(50):
+            locks = list(pool.map(lambda _: folder.lock(), range(8)))
+            assert len(set(map(id, locks))) == 1
+            del locks

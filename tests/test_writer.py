@@ -492,3 +492,44 @@ def test_writing_raises_no_warning_by_itself(filler) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         filler.save("10 20 30", keep=EveryNSteps(20) | LatestN(1))
+
+
+def test_a_pinned_checkpoint_that_is_damaged_is_not_saved_over(filler) -> None:
+    """What is left of it may be all that there is of the model in production."""
+    runs = filler.save("10 20")
+    runs.pin(10, "in production")
+    data = pathlib.Path(runs.path) / "ckpt-10.data-00000-of-00001"
+    data.write_bytes(b"")
+
+    with pytest.warns(UserWarning, match="pinned and damaged"):
+        assert Writer(runs).save(payload(), step=10) is None
+
+    assert data.read_bytes() == b""
+    assert list(runs.listing().damaged) == ["ckpt-10"]
+
+
+def test_a_checkpoint_with_a_cut_file_makes_way_as_well(filler) -> None:
+    """Its sidecar is whole; what is left of it is moved aside, not removed."""
+    runs = filler.save("10")
+    pathlib.Path(f"{runs.path}/ckpt-10.data-00000-of-00001").write_bytes(b"1")
+
+    with pytest.warns(UserWarning, match="ckpt-10 is damaged"):
+        filler.save("10")
+
+    assert verify(runs) == [10]
+    aside = next(pathlib.Path(runs.path, PRIVATE).glob("damaged-*"))
+    assert (aside / "ckpt-10.data-00000-of-00001").read_bytes() == b"1"
+
+
+def test_a_saved_checkpoint_without_a_state_file_is_saved(filler, monkeypatch) -> None:
+    """There was room for the one and not for the other; the user hears of it, and the next save writes it."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "write_state", full)
+        with pytest.warns(UserWarning, match="is saved, but older ones could not be removed"):
+            assert Writer(filler.runs).save(payload(), step=10)
+
+    assert verify(filler.runs) == [10]
