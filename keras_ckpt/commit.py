@@ -193,6 +193,10 @@ def _roll_forward(folder: Folder, stage: Folder) -> None:
         holder = stage if folder.exists(names[0]) or stage.exists(file.name) else folder
         if not _holds(holder, file):
             return
+        if holder is stage and not folder.exists(names[0]) and _holds(folder, file):
+            # A crash in the middle of a rename may leave both names.
+            folder.sync_file(file.name)
+            stage.remove(file.name)
     for name in stage.names():
         stage.sync_file(name)
     stage.sync()
@@ -205,10 +209,7 @@ def _refuse_foreign(
 ) -> None:
     ours = {file.name for each in earlier if each for file in each.files}
     for file in record.files:
-        if file.name in ours or not stage.exists(file.name) or not folder.exists(file.name):
-            continue
-        # The same bytes are what a crash in the middle of a rename may leave.
-        if not _holds(folder, file):
+        if file.name not in ours and stage.exists(file.name) and folder.exists(file.name):
             raise DirectoryNotEmptyError(
                 f"{folder.path} has a file {file.name} that belongs to no checkpoint of this package. It is left "
                 "alone: move it away, or save into another directory."

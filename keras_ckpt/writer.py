@@ -159,12 +159,8 @@ class Writer:
     def retain(self, folder: Folder, listing: Listing) -> None:
         """Removes what the policy does not keep. The caller holds the mutex, and listed the directory under it."""
         doomed = [] if listing.newer else self.unkept(listing.records)
-        try:
-            with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
-                remove(folder, listing, doomed)
-        except DiskFullError as error:
-            # The next save tries again.
-            warnings.warn(str(error), stacklevel=2)
+        with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
+            remove(folder, listing, doomed)
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
         """Those that the policy does not keep and nobody pinned, oldest first."""

@@ -11,7 +11,7 @@ import pytest
 from conftest import Filler, history, payload, somebody_else
 from keras_ckpt import commit, files
 from keras_ckpt import record as sidecars
-from keras_ckpt.errors import DirectoryNotEmptyError, FormatVersionError, SaveError
+from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError, FormatVersionError, SaveError
 from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.listing import check_files
 from keras_ckpt.policies import BestN, EveryNSteps, LatestN
@@ -529,7 +529,7 @@ def test_a_saved_checkpoint_without_a_state_file_is_saved(filler, monkeypatch) -
 
     with monkeypatch.context() as patch:
         patch.setattr(commit, "write_state", full)
-        with pytest.warns(UserWarning, match="is saved, but older ones could not be removed"):
-            assert Writer(filler.runs).save(payload(), step=10)
+        with pytest.raises(DiskFullError, match="is saved, but older ones could not be removed"):
+            Writer(filler.runs).save(payload(), step=10)
 
     assert verify(filler.runs) == [10]

@@ -19,7 +19,7 @@ import pytest
 from conftest import Filler
 from keras_ckpt import commit, files
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.errors import DamagedCheckpointError, DiskFullError, SaveError
 from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.listing import check_files
 from keras_ckpt.policies import LatestN, PreservationPolicy
@@ -115,8 +115,8 @@ class Run:
         writer, write = Writer(self.runs), self._payload(b"", 1)
         with self._action(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(commit, "write_state", full)
-            with pytest.warns(UserWarning, match="is saved"):
-                assert writer.save(write, step=step, run_id="run", batch=0)
+            with pytest.raises(DiskFullError, match="is saved"):
+                writer.save(write, step=step, run_id="run", batch=0)
 
     def prune(self, keep: PreservationPolicy) -> None:
         with self._action():
@@ -477,6 +477,6 @@ def test_no_sync_can_be_left_out(memory, site) -> None:
     harness = Harness(memory, SYNCS[site], tally, limit=64)
     assert site in {operation.site for operation in harness.recording.log}
 
-    harness.crash(harness.recording, RENAMES_IN_TWO, dropped=site)
-
-    assert harness.examiner.wrong
+    with contextlib.suppress(SaveError):  # the recovery may say itself that something is wrong
+        harness.crash(harness.recording, RENAMES_IN_TWO, dropped=site)
+        assert harness.examiner.wrong
