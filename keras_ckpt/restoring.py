@@ -257,6 +257,8 @@ def _put_back(
 def _is_finite(value: tf.Tensor) -> bool:
     if not value.dtype.is_floating:
         return True
+    if value.dtype.size == 1:
+        value = tf.cast(value, tf.float32)  # TensorFlow has no arithmetic for float8
     # A sum is the cheapest pass over the values; one that overflows proves nothing.
     return bool(tf.math.is_finite(tf.reduce_sum(value))) or bool(tf.reduce_all(tf.math.is_finite(value)))
 

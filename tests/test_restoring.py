@@ -562,3 +562,26 @@ def test_digests_need_not_be_checked(runs, model) -> None:
     with pytest.raises(kc.DamagedCheckpointError):
         kc.restore(other, record, check_digests=False)
     assert same(model, other)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "float64", "int8"])
+def test_weights_of_any_type_come_back(tmp_path, dtype) -> None:
+    """TensorFlow cannot add up float8, which is no reason not to restore it."""
+
+    class Scaled(keras.layers.Layer):
+        def build(self, shape) -> None:
+            def zeros(shape, dtype) -> tf.Tensor:
+                return tf.cast(tf.zeros(shape), dtype)
+
+            self.scale = self.add_weight(shape=(3,), dtype=dtype, initializer=zeros, name="scale", trainable=False)
+
+        def call(self, x):
+            return x
+
+    model, other = (keras.Sequential([keras.Input((4,)), Scaled()]) for _ in range(2))
+    model.layers[0].scale.assign(tf.cast([1.0, 2.0, 3.0], dtype))
+    kc.CheckpointManager(ModelState(model), tmp_path).save()
+
+    kc.restore(other, tmp_path)
+
+    assert tf.cast(other.layers[0].scale.value, "float32").numpy().tolist() == [1.0, 2.0, 3.0]
