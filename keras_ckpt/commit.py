@@ -66,21 +66,20 @@ def publish(
         stage.move(sidecar, folder)
         folder.sync()
     except Exception as error:
-        taken_back = _take_back(folder, stage, [sidecar, *staged])
-        if earlier or not taken_back:
-            raise UnfinishedError(*error.args) from error
-        raise
+        if _take_back(folder, stage, [sidecar, *staged], earlier):
+            raise
+        raise UnfinishedError(*error.args) from error
 
 
-def _take_back(folder: Folder, stage: Folder, names: Iterable[str]) -> bool:
-    """Moves back what was moved of a stage; says whether that went well."""
+def _take_back(folder: Folder, stage: Folder, names: Iterable[str], earlier: Iterable[CheckpointRecord]) -> bool:
+    """Moves back what was moved of a stage; says whether all is as it was before."""
     try:
         for name in names:
             if not stage.exists(name):
                 folder.move(name, stage)
+        return all(folder.exists(f"{record.name}.json") for record in earlier)
     except OSError:
         return False
-    return True
 
 
 def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:

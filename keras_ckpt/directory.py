@@ -354,7 +354,8 @@ def _naming(path: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
+        error.filename = os.path.join(path, error.filename) if isinstance(error.filename, str) else path
+        raise
 
 
 def _shown(path: str) -> str:
@@ -390,7 +391,7 @@ def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkp
 
 def _refuse_damaged(plan: PrunePlan) -> None:
     """Refuses to remove anything in favour of a checkpoint that is not what was written."""
-    with Folder(plan.listing.path) as folder:
+    with _naming(plan.listing.path), Folder(plan.listing.path) as folder:
         for record in plan.kept:
             try:
                 check(folder, record)

@@ -134,7 +134,7 @@ class Folder:
         descriptor, _ = self._open_regular(name)
         try:
             hasher, size, buffer = blake3(), 0, memoryview(bytearray(_CHUNK))
-            while count := os.readv(descriptor, [buffer]):
+            while count := _read_into(descriptor, buffer, name):
                 hasher.update(buffer[:count])
                 size += count
                 if advance is not None:
@@ -234,7 +234,9 @@ class Folder:
                 except Exception:
                     private.remove_folder(name)
                     raise
-            private.remove_folder(name)
+            # What stays is swept at the next start; it is no reason to call what was done undone.
+            with contextlib.suppress(OSError):
+                private.remove_folder(name)
 
     @contextlib.contextmanager
     def mutex(self) -> Iterator[None]:
@@ -294,6 +296,14 @@ class Folder:
             os.close(descriptor)
             raise
         return descriptor, status.st_size
+
+
+def _read_into(descriptor: int, buffer: memoryview, name: str) -> int:
+    try:
+        return os.readv(descriptor, [buffer])
+    except OSError as error:
+        error.filename = name
+        raise
 
 
 class _Held(Folder):
@@ -398,12 +408,15 @@ def lasting_tensorflow_path(directory: str, name: str) -> str:
     plain = os.path.join(directory, name)
     if not set(plain) & set("*?[\\"):
         return plain
-    if directory not in _lasting:
-        _lasting[directory] = Folder(directory)
-    return _lasting[directory].tensorflow_path(name)
+    folder = Folder(directory)
+    status = os.fstat(folder.descriptor)
+    lasting = _lasting.setdefault((status.st_dev, status.st_ino), folder)
+    if lasting is not folder:
+        folder.close()
+    return lasting.tensorflow_path(name)
 
 
-_lasting: dict[str, Folder] = {}
+_lasting: dict[tuple[int, int], Folder] = {}
 
 
 def remove_unused(path: str) -> None:

@@ -16,6 +16,8 @@ from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedC
 from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.record import CheckpointRecord
 
+_NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What a process has run out of says nothing of a file."""
 PIN_LIMIT = 4096
 """The greatest size of a pin's reason in bytes."""
 
@@ -208,6 +210,8 @@ def check_files(
         try:
             size, digest = folder.digest(file.name, advance) if digests else (folder.size(file.name), None)
         except OSError as error:
+            if error.filename != file.name:
+                raise  # of whoever was told of the progress
             raise _unreadable(error) from error
         if size != file.size:
             raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
@@ -290,7 +294,9 @@ def _read_pin(folder: Folder, name: str, present: set[str]) -> str | None:
         return ""
 
 
-def _unreadable(error: OSError) -> CheckpointError:
+def _unreadable(error: OSError) -> Exception:
+    if error.errno in _NOTHING_LEFT:
+        return error
     return DamagedCheckpointError(f"it cannot be read: {error}")
 
 

@@ -231,25 +231,33 @@ class CheckpointManager(tf.train.CheckpointManager):
         Raises:
             DamagedCheckpointError: It cannot be read, or all that there are, are damaged.
         """
-        name = self._latest()
+        while (name := self._latest()) is not None:
+            self._tell_of_damaged(name)
+            try:
+                self._restore(name)
+            except (FileNotFoundError, tf.errors.NotFoundError):
+                if self._latest() == name:
+                    raise
+                continue  # pruned meanwhile, in favour of another
+            if self._interval is not None:
+                self._last_step = _integer(self._step_counter)
+            return os.path.join(self._directory, name)
         self._tell_of_damaged(name)
-        if name is None:
-            if self._init_fn is not None:
-                self._init_fn()
-            return None
+        if self._init_fn is not None:
+            self._init_fn()
+        return None
+
+    def sync(self) -> None:
+        """Waits for saves that are under way."""
+        self._checkpoint.sync()
+
+    def _restore(self, name: str) -> None:
         try:
             with Folder(self._directory) as folder, opened(folder, name) as (_, files):
                 check_index(files, name)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{os.path.join(self._directory, name)} cannot be trusted: {error}") from error
         self._checkpoint.restore(lasting_tensorflow_path(self._directory, name))
-        if self._interval is not None:
-            self._last_step = _integer(self._step_counter)
-        return os.path.join(self._directory, name)
-
-    def sync(self) -> None:
-        """Waits for saves that are under way."""
-        self._checkpoint.sync()
 
     def _latest(self) -> str | None:
         listing = self._writer.directory.listing()

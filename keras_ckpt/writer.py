@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import time
 import uuid
@@ -43,6 +44,9 @@ class Writer:
         keep: What stays, asked before each save and after it; `None` keeps all.
         only: What a new checkpoint must satisfy besides to be written at all.
         base: What the names of the checkpoints begin with.
+
+    Raises:
+        ValueError: The directory is `/`, or the user's home.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Writer:
         only: PreservationPolicy | None = None,
         base: str = "ckpt",
     ) -> None:
+        if os.path.realpath(target.path) in {"/", os.path.realpath(os.path.expanduser("~"))}:
+            raise ValueError(f"{target.path} is no directory of one run's own: name one in it, such as runs/digits.")
         self.directory = target
         self.keep = keep
         self.only = only

@@ -594,6 +594,35 @@ def test_verify_tells_the_whole_from_the_damaged(filler) -> None:
     assert len({total for _, total in seen}) == 1
 
 
+def test_an_error_of_the_one_who_is_told_of_the_progress_is_no_damage(filler) -> None:
+    """Such as a terminal that was closed."""
+    filler.save("10:1 20:2")
+
+    def closed(done: int, total: int) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        filler.runs.verify(closed)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_a_process_has_run_out_of_is_no_damage(filler, monkeypatch, number) -> None:
+    """The same checkpoint is whole in a moment; going back to another would be wrong."""
+    filler.save("10:1 20:2")
+    opening = os.open
+
+    def scarce(path, *rest, **named):
+        if str(path).endswith(".json"):
+            raise OSError(number, os.strerror(number), path)
+        return opening(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", scarce)
+
+    with pytest.raises(OSError, match=r"ckpt-\d+\.json") as caught:
+        filler.runs.latest()
+    assert caught.value.errno == number
+
+
 def test_verify_changes_nothing(filler) -> None:
     """Not even a lock is left in a copy that has none; nor does it wait for the one who writes."""
     runs = filler.save("1 2")

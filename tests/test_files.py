@@ -1,9 +1,11 @@
 """The file system beneath: locks, replacing, and names of any kind. What needs a second process uses one."""
 
 import concurrent.futures
+import errno
 import multiprocessing
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -199,3 +201,25 @@ def test_two_threads_have_the_same_lock(tmp_path) -> None:
             locks = list(pool.map(lambda _: folder.lock(), range(8)))
             assert len(set(map(id, locks))) == 1
             del locks
+
+
+def test_a_lasting_path_leads_to_a_directory_that_was_made_anew(tmp_path) -> None:
+    """A notebook may remove a run and train it again."""
+    for text in ("first", "second"):
+        (tmp_path / "run[1]").mkdir()
+        (tmp_path / "run[1]" / "file").write_text(text)
+        assert pathlib.Path(lasting_tensorflow_path(str(tmp_path / "run[1]"), "file")).read_text() == text
+        shutil.rmtree(tmp_path / "run[1]")
+
+
+def test_work_that_is_done_is_no_failure_if_its_leftovers_stay(tmp_path, monkeypatch) -> None:
+    """They are swept at the next start."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    with Folder(tmp_path) as folder:
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        folder.replace("file", b"new")
+
+    assert (tmp_path / "file").read_bytes() == b"new"

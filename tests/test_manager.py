@@ -417,6 +417,24 @@ def test_files_of_another_checkpoint_are_not_restored(ours) -> None:
     assert int(ours.value) == 7
 
 
+def test_what_is_pruned_while_it_is_restored_gives_way_to_the_next(ours, monkeypatch) -> None:
+    """Another process saves and prunes between the check and TensorFlow's reading."""
+    ours.manager(1).save()
+    reader = Setup(kc.CheckpointManager, ours.directory)
+    restoring = reader.checkpoint.restore
+
+    def late(path):
+        if path.endswith("ckpt-1"):
+            ours.value.assign(2)
+            ours.manager(1).save()
+        return restoring(path)
+
+    monkeypatch.setattr(reader.checkpoint, "restore", late)
+
+    assert reader.manager(1).restore_or_initialize() == ours.prefixes("ckpt-2")[0]
+    assert int(reader.value) == 2
+
+
 def test_a_negative_number_is_refused(ours) -> None:
     """Names have none."""
     with pytest.raises(ValueError, match="checkpoint_number=-1"):

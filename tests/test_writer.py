@@ -533,3 +533,21 @@ def test_a_saved_checkpoint_without_a_state_file_is_saved(filler, monkeypatch) -
             Writer(filler.runs).save(payload(), step=10)
 
     assert verify(filler.runs) == [10]
+
+
+def test_a_step_that_could_not_be_withdrawn_is_untouched_when_it_is_saved_again(filler, monkeypatch) -> None:
+    """Nothing was done yet, so nothing is left to be finished."""
+    writer = Writer(filler.runs)
+    before = writer.save(payload(b"first"), step=1)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(SaveError, match="What was there before is untouched"):
+            writer.save(payload(b"second"), step=1)
+
+    assert leftovers(filler.runs) == []
+    assert verify(filler.runs) == [1]
+    assert filler.runs[1] == before

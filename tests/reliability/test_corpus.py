@@ -320,10 +320,13 @@ def test_38_weights_that_are_no_numbers_are_warned_of(tmp_path) -> None:
 
 
 def test_47_what_is_no_run_is_refused(run, tmp_path, model) -> None:
-    """A file, a directory of another library, one that is not there."""
+    """The root, the home, a file, a directory of another library, one that is not there."""
     (tmp_path / "orbax" / "0").mkdir(parents=True)
     (tmp_path / "orbax" / "0" / "_CHECKPOINT_METADATA").write_text("{}")
 
+    for path in ("/", os.path.expanduser("~")):
+        with pytest.raises(ValueError, match="name one in it"):
+            fit(model, kc.ModelCheckpoint(path))
     with pytest.raises(NotADirectoryError, match="this is a file"):
         kc.CheckpointDirectory(run / DATA).latest()
     for path in ("orbax", "orbax/0", "not/there"):
