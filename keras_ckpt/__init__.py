@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from keras_ckpt.backup_and_restore import BackupAndRestore as BackupAndRestore
+    from keras_ckpt.data import ResumableDataset as ResumableDataset
     from keras_ckpt.directory import CheckpointDirectory as CheckpointDirectory
     from keras_ckpt.directory import PrunePlan as PrunePlan
     from keras_ckpt.errors import CheckpointError as CheckpointError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "backup_and_restore": ("BackupAndRestore",),
+    "data": ("ResumableDataset",),
     "directory": ("CheckpointDirectory", "PrunePlan"),
     "errors": (
         "CheckpointError",

@@ -2,53 +2,70 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import keras
 
 from keras_ckpt import files
+from keras_ckpt.callback_states import CallbackStates, keep_csv_logs
+from keras_ckpt.data import ResumableDataset
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError, PlanError
 from keras_ckpt.policies import LatestN
 from keras_ckpt.record import CheckpointRecord
-from keras_ckpt.restoring import restore
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.session import OnFullDisk, Session, checked_on_full_disk
+from keras_ckpt.training import INITIAL_EPOCH, Training
 from keras_ckpt.writer import Writer
 
 Logs = Mapping[str, Any] | None
 
-_INITIAL_EPOCH = "initial_epoch"
-"""In the metadata of a backup: the epoch of `fit` to begin with."""
-
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """Backs a training up, so that the same script, run again after a crash, goes on where it was.
+    """Backs a training up, so that the same script, run again after a crash, ends as if there had been none.
 
-    At the beginning of `fit` the model is restored from the backup, if there is one, and training begins with the
-    epoch that was under way. After `fit` the backup is removed; nothing else in the directory is.
+    A backup holds all that decides the rest of the run: the model with its optimizer, seeds and metrics, the history,
+    the states of the other callbacks, the global generators of random numbers, and the place in the data. At the
+    beginning of `fit` it is put back, if there is one. After `fit` it is removed; nothing else in the directory is.
+
+    The place in the data is known if they are a `ResumableDataset`, given here and to `fit`. Without it the epoch that
+    was under way begins again at its first batch, on the newest weights.
+
+    Where the process is asked to end, by SIGTERM, SIGUSR1 or Ctrl-C, the batch under way is finished and backed up
+    before. In a `with` statement that is so for an error too.
 
     Example:
 
     ```python
-    backup = keras_ckpt.BackupAndRestore("runs/digits/backup", save_freq=50)
-    model.fit(x, y, epochs=30, callbacks=[backup])
+    data = keras_ckpt.ResumableDataset(x, y, batch_size=64, shuffle=True)
+    with keras_ckpt.BackupAndRestore("runs/digits/backup", save_freq=50, data=data) as backup:
+        model.fit(data, epochs=30, shuffle=False, callbacks=[backup])
     ```
 
+    Other callbacks may have `get_state()` and `set_state(state)`, of plain values and NumPy arrays. Of one that has
+    not, those of its attributes are saved that changed since `fit` was called and are such values, generators of random
+    numbers, variables or metrics; what cannot be saved is named once.
+
+    Not put back are a validation by a Python generator, and a batch in the middle of which an error came up.
+
     Args:
-        backup_dir: The directory of the backup.
+        backup_dir: The directory of the backup, one for each `fit`.
         save_freq: As in `ModelCheckpoint`.
         double_checkpoint: Whether to keep the two last backups instead of one.
-        delete_checkpoint: Whether to remove the backup at the end of `fit`.
+        delete_checkpoint: Whether to remove the backup at the end of `fit`. If not, the same script run once more
+            trains nothing.
+        data: The `ResumableDataset` that `fit` trains on.
         on_full_disk: As in `ModelCheckpoint`.
+        exit_code: With what the process ends when a signal asked it to; `None` leaves that to what had the signal
+            before, so that it is as usual.
 
     Raises:
         ValueError, TypeError: A wrong argument, or a model that is not built.
-        MismatchError: The backup does not fit the model.
+        MismatchError: The backup does not fit the model, or the data.
         DirectoryInUseError: Before the first batch: another process trains with this backup.
         SaveError: The backup could not be saved. The one before is untouched.
     """
@@ -60,82 +77,146 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         double_checkpoint: bool = False,
         delete_checkpoint: bool = True,
         *,
+        data: ResumableDataset | None = None,
         on_full_disk: OnFullDisk = "warn",
+        exit_code: int | None = None,
     ) -> None:
         keras.callbacks.Callback.__init__(self)
+        if data is not None and not isinstance(data, ResumableDataset):
+            raise TypeError(
+                f"BackupAndRestore expected a ResumableDataset. Received: data={data!r:.200}. Wrap the data, and give "
+                "the ResumableDataset to fit() as well."
+            )
         self.directory = CheckpointDirectory(backup_dir)
         self.backup_dir = self.directory.path
         self.save_freq = save_freq
         self.double_checkpoint = double_checkpoint
         self.delete_checkpoint = delete_checkpoint
+        self.data = data
         self.on_full_disk = checked_on_full_disk(on_full_disk)
+        self.exit_code = exit_code
         self._schedule = SaveSchedule(save_freq)
-        self._session: Session | None = None
-        self._epoch = 0
+        self._callbacks: keras.callbacks.CallbackList | None = None
+        self._training: Training | None = None
+        self._states = CallbackStates([])
+        self._kept_logs: list[keras.callbacks.CSVLogger] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        training, self._training = self._training, None
+        if training is not None:  # no on_train_end came
+            training.end_by_error()
+
+    def set_params(self, params: Any) -> None:
+        super().set_params(params)
+        self._callbacks = _list_of(self)
+        if self._callbacks is not None:
+            # To be the last, and see what the others have done. The loop that is under way has the old list.
+            others = [each for each in self._callbacks.callbacks if each is not self]
+            self._callbacks.callbacks = [*others, self]
+            self._states = CallbackStates(
+                each for each in others if not isinstance(each, keras.callbacks.BackupAndRestore)
+            )
+            if self.directory.listing():
+                self._kept_logs = keep_csv_logs(others)
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        self._session = None
         if not self.model.built:
             raise ValueError(
                 f"BackupAndRestore needs a built model, or it could not restore {self.model.name!r} after a crash. "
                 "Build it before fit(): model.build(input_shape), or call it on a batch of data."
             )
+        if self.data is not None and _argument_of_fit("steps_per_epoch") is not None:
+            raise ValueError(
+                "fit() was given steps_per_epoch, with which Keras goes on with what is left of an epoch in the next. "
+                f"A ResumableDataset has {len(self.data)} batches an epoch: leave steps_per_epoch out."
+            )
         _refuse_what_is_no_backup(self.directory)
         if os.path.isdir(self.backup_dir):
             # A backup that was complete when its process died is one.
             Writer(self.directory).open()
-        if self.directory.listing():
-            step = restore(self.model, self.directory).step
-            _begin_with(self.model, self.directory[step].metadata[_INITIAL_EPOCH] if step is not None else None)
+        if self._training is not None:
+            self._training.leave()  # an error ended it
+        for logger in self._kept_logs:
+            logger.append = False
+        self._kept_logs = []
+        self._schedule.start()
+        self._training = Training(
+            self, self._callbacks, self._states, self.directory, self.data, self._open_session, self.exit_code
+        )
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        # fit has read it; left there, it would hold for the next fit too.
-        _begin_with(self.model, None)
-        self._epoch = epoch
-        if self._session is None and not len(self.directory):
-            # A crash before the first save is due must not leave another callback's checkpoints without their run.
-            optimizer = self.model.optimizer
-            if optimizer is not None and not optimizer.built:
-                optimizer.build(self.model.trainable_variables)
-            self._save("begin", time.perf_counter(), epoch)
-        self._current()
+        self._current().epoch_begin(epoch)
+
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
+        self._current().batch_begin()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        began = time.perf_counter()
-        if reason := self._current().batch_end(batch):
-            self._save(reason, began, self._epoch)
+        self._current().batch_end(batch, logs)
+
+    def on_test_begin(self, logs: Logs = None) -> None:
+        if self._training is not None:
+            self._training.validation_begin()
+
+    def on_test_batch_end(self, batch: int, logs: Logs = None) -> None:
+        if self._training is not None:
+            self._training.answer()
+
+    def on_predict_batch_end(self, batch: int, logs: Logs = None) -> None:
+        if self._training is not None:
+            self._training.answer()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        began = time.perf_counter()
-        if reason := self._current().epoch_end():
-            self._save(reason, began, epoch + 1)
+        self._current().epoch_end(epoch, logs, keep=not self.delete_checkpoint)
 
     def on_train_end(self, logs: Logs = None) -> None:
-        _begin_with(self.model, None)
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-        if self.delete_checkpoint:
+        training, self._training = self._current(), None
+        if not training.end():
+            warnings.warn(
+                "Training was stopped because its loss is not a finite number. The backup of before stays in "
+                f"{self.backup_dir}: the same script goes on from it, and CheckpointDirectory.clear() removes it.",
+                stacklevel=2,
+            )
+        elif self.delete_checkpoint:
+            training.forget()
             try:
                 self.directory.clear()
                 files.remove_unused(self.backup_dir)
             except PlanError as error:
                 warnings.warn(f"The backup stays: {error}", stacklevel=2)
+        training.leave()
 
-    def _save(self, reason: str, began: float, initial_epoch: int) -> None:
-        self._current().save(began, reason=reason, metadata={_INITIAL_EPOCH: initial_epoch})
+    def _current(self) -> Training:
+        if self._training is None:
+            raise RuntimeError("BackupAndRestore was not told that training begins: on_train_begin() comes first.")
+        return self._training
 
-    def _current(self) -> Session:
-        if self._session is None:
-            writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
-            self._session = Session(self, writer, self._schedule, self.on_full_disk)
-        return self._session
+    def _open_session(self) -> Session:
+        writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
+        return Session(self, writer, self._schedule, self.on_full_disk)
 
 
-def _begin_with(model: keras.Model, epoch: int | None) -> None:
-    """Tells `fit` with which epoch to begin, between its `on_train_begin` and its first epoch."""
-    # Keras's own BackupAndRestore has no other way.
-    model._initial_epoch = epoch  # noqa: SLF001
+def _list_of(callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList | None:
+    """The list of callbacks that is calling this one; Keras tells a callback nothing of the others."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _argument_of_fit(name: str) -> Any:
+    """An argument of the `fit` that is calling; Keras tells a callback nothing of it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "fit" and name in frame.f_locals:
+            return frame.f_locals[name]
+        frame = frame.f_back
+    return None
 
 
 def _refuse_what_is_no_backup(directory: CheckpointDirectory) -> None:
@@ -156,5 +237,5 @@ def _refuse_what_is_no_backup(directory: CheckpointDirectory) -> None:
 
 
 def _is_backup(record: CheckpointRecord) -> bool:
-    epoch = record.metadata.get(_INITIAL_EPOCH)
+    epoch = record.metadata.get(INITIAL_EPOCH)
     return isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0

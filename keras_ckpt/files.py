@@ -419,6 +419,13 @@ def lasting_tensorflow_path(directory: str, name: str) -> str:
 _lasting: dict[tuple[int, int], Folder] = {}
 
 
+def cut(path: str, size: int) -> None:
+    """Takes away what was written into a log since it had a size."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.getsize(path) > size:
+            os.truncate(path, size)
+
+
 def remove_unused(path: str) -> None:
     """Removes a directory that holds nothing but the package's private folder, and that with it."""
     # One that stays, because it is a link or its parent cannot be written, does no harm.

@@ -119,8 +119,33 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return None
         return min(known) if mode == "min" else max(known)
 
+    def get_state(self) -> dict[str, Any]:
+        """What a run that is gone on with by another process needs of this callback, beside what is on disk."""
+        return {
+            "pending": self._pending,
+            "due": self._due,
+            "epochs": self._epochs,
+            "warned": self._warned,
+            "elapsed": self._schedule.elapsed(),
+            "batch": self._session.progress.position.batch if self._session else 0,
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another process was: what `get_state` gave there."""
+        self._pending = state["pending"]
+        self._due = state["due"]
+        self._epochs = state["epochs"]
+        self._warned = state["warned"]
+        self._schedule.resume(state["elapsed"])
+        if self._session is not None:
+            self._session.progress.resume(state["batch"])
+
     def on_train_begin(self, logs: Logs = None) -> None:
         self._session = None
+        self._pending = None
+        self._due = 0
+        self._epochs = 0
+        self._schedule.start()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._current()
@@ -164,9 +189,6 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         """The fit under way, begun with its first epoch: in `on_train_begin` another callback may yet restore."""
         if self._session is None:
             self._ranking = self._resolve()
-            self._pending = None
-            self._due = 0
-            self._epochs = 0
             writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
             self._session = Session(self, writer, self._schedule, self.on_full_disk, self.save_weights_only)
         return self._session

@@ -71,6 +71,15 @@ class Progress:
         self._iterations = _iterations(model)
         set_position(model, self.position)
 
+    def resume(self, batch: int) -> None:
+        """Goes on in the middle of an epoch.
+
+        Args:
+            batch: How many of its batches are done.
+        """
+        self._last_batch = batch - 1
+        self._move(batch=batch)
+
     def batch_end(self, batch: int) -> Position:
         """Counts what ran since the last call.
 

@@ -10,14 +10,16 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_ckpt import commit, state
+from keras_ckpt.bundle import check_index
 from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.document import decode
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError, MismatchError
 from keras_ckpt.files import Folder
 from keras_ckpt.listing import check_files, held, read_record, unmanaged
@@ -113,11 +115,31 @@ def restore(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "
             "model.build(input_shape), or call it on a batch of data."
         )
+    return _restore(model, checkpoint, strict, check_digests, lambda files, name: None)[0]
+
+
+def restore_backup(model: keras.Model, directory: CheckpointDirectory) -> tuple[RestoreReport, Any]:
+    """As `restore`, of a backup of `BackupAndRestore`.
+
+    Returns:
+        The report, and what the backup holds beside the model; `None` if it is of a version that held no more.
+    """
+    return _restore(model, directory, True, True, _document)
+
+
+def _restore(
+    model: keras.Model,
+    checkpoint: object,
+    strict: bool,
+    check_digests: bool,
+    read: Callable[[Folder, str], Any],
+) -> tuple[RestoreReport, Any]:
+    """Restores, and reads something else of the very same files."""
     expected = checkpoint if isinstance(checkpoint, CheckpointRecord) else None
     for _ in range(_ATTEMPTS):
         directory, names = _locate(checkpoint)
         try:
-            return _restore_first(model, directory, names, expected, strict, check_digests)
+            return _restore_first(model, directory, names, expected, strict, check_digests, read)
         except FileNotFoundError as error:
             # Pruned, or saved anew, between two looks; what is there now is another list.
             gone = error
@@ -131,18 +153,34 @@ def _restore_first(
     expected: CheckpointRecord | None,
     strict: bool,
     check_digests: bool,
-) -> RestoreReport:
+    read: Callable[[Folder, str], Any],
+) -> tuple[RestoreReport, Any]:
     """Restores the first of the checkpoints that is not damaged."""
     for name, older in itertools.zip_longest(names, names[1:]):
         try:
             with Folder(directory) as folder, opened(folder, name, expected, check_digests) as (record, files):
-                return _put_back(model, files, name, record, strict)
+                others = read(files, name)
+                return _put_back(model, files, name, record, strict), others
         except (DamagedCheckpointError, FormatVersionError) as error:
             message = f"{os.path.join(directory, name)} cannot be trusted: {error}"
             if older is None or isinstance(error, FormatVersionError):
                 raise type(error)(message) from error
             warnings.warn(f"{message}. Going back to {older}.", stacklevel=3)
     raise CheckpointNotFoundError(f"There is no checkpoint in {directory}.")
+
+
+def _document(files: Folder, name: str) -> Any:
+    try:
+        check_index(files, name)
+        reader = tf.train.load_checkpoint(files.tensorflow_path(name))
+        if not reader.has_tensor(state.TRAINING_KEY):
+            return None
+        prefix = f"{state.TRAINING_KEY}/"
+        keys = [key for key in reader.get_variable_to_shape_map() if key.startswith(prefix)]
+        arrays = {int(key.removeprefix(prefix)): reader.get_tensor(key) for key in keys}
+        return decode(reader.get_tensor(state.TRAINING_KEY).decode(), arrays)
+    except Exception as error:
+        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
 
 
 def _locate(checkpoint: object) -> tuple[str, list[str]]:
@@ -243,7 +281,7 @@ def _put_back(
         values = source.read(report.matched)
     except Exception as error:
         raise DamagedCheckpointError(f"it cannot be read: {error}") from error
-    if spoiled := [each for each, value in values.items() if each.startswith("model/") and not _is_finite(value)]:
+    if spoiled := [each for each, value in values.items() if each.startswith("model/") and not is_finite(value)]:
         # Before anything changes, so that who makes warnings errors keeps the model as it is.
         warnings.warn(f"{prefix} has NaN or infinity in {', '.join(_shortened(spoiled))}", stacklevel=4)
     for each, value in values.items():
@@ -254,7 +292,8 @@ def _put_back(
     return report
 
 
-def _is_finite(value: tf.Tensor) -> bool:
+def is_finite(value: tf.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor."""
     if not value.dtype.is_floating:
         return True
     if value.dtype.size == 1:

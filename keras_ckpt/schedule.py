@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 SaveFreq = Literal["epoch"] | int | datetime.timedelta
@@ -43,6 +43,17 @@ class SaveSchedule:
     def start(self) -> None:
         """Begins to measure time."""
         self._last = [self._clock()] * len(self.intervals)
+
+    def elapsed(self) -> list[float]:
+        """The seconds since the last save of each interval."""
+        now = self._clock()
+        return [now - last for last in self._last]
+
+    def resume(self, elapsed: Sequence[float]) -> None:
+        """Goes on with what `elapsed` gave in another process, unless the intervals are others."""
+        if len(elapsed) == len(self._last):
+            now = self._clock()
+            self._last = [now - seconds for seconds in elapsed]
 
     def after_batches(self, before: int, after: int) -> str | None:
         """Whether a save is due after training went from step `before` to step `after`.

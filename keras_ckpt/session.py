@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
 import keras
@@ -57,7 +58,6 @@ class Session:
             # A notebook keeps the error, and with it whatever has a reference here.
             writer.close()
             raise
-        schedule.start()
 
     def batch_end(self, batch: int) -> str | None:
         """Counts what ran, and says what made a save due if one is."""
@@ -69,10 +69,21 @@ class Session:
         self.progress.epoch_end()
         return self._schedule.after_epoch()
 
-    def save(self, began: float, **facts: Any) -> CheckpointRecord | None:
-        """Saves the model where it is now, unless that would not be kept, or there is no room for it."""
+    def snapshot(self, others: Mapping[str, Any]) -> Callable[[str], None]:
+        """The model as it is now, with more to write beside it: a function for `save`."""
+        self._state.save_counter.assign(self.progress.position.step)
+        return self._state.snapshot(others)
+
+    def save(self, began: float, write: Callable[[str], object] | None = None, **facts: Any) -> CheckpointRecord | None:
+        """Saves the model, unless that would not be kept, or there is no room for it.
+
+        Args:
+            began: When training began to wait for it, by `time.perf_counter`.
+            write: What to write, a snapshot; defaults to the model as it is now.
+            **facts: More fields of the record.
+        """
         try:
-            return self._save(began, **facts)
+            return self._save(began, write, **facts)
         except DiskFullError as error:
             if self._on_full_disk == "raise":
                 raise
@@ -83,17 +94,18 @@ class Session:
     def close(self) -> None:
         self._writer.close()
 
-    def _save(self, began: float, **facts: Any) -> CheckpointRecord | None:
+    def _save(self, began: float, write: Callable[[str], object] | None, **facts: Any) -> CheckpointRecord | None:
         position = self.progress.position
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
-        newest = self._writer.directory.latest() if position.batch == 0 else None
+        newest = self._writer.directory.latest() if position.batch == 0 and write is None else None
         if newest and newest.step == position.step and same_values(self._state, newest):
             # The epoch's last batch was saved already; what is new is what was measured since.
             return self._writer.amend(newest, **facts)
         facts |= {"time": time.time(), "versions": state.versions()}
         # Whoever goes on with TensorFlow's own manager numbers on from here.
         self._state.save_counter.assign(position.step)
-        return self._writer.save(self._state.write, step=position.step, size=self._state.size(), began=began, **facts)
+        write = write or self._state.write
+        return self._writer.save(write, step=position.step, size=self._state.size(), began=began, **facts)
 
 
 def checked_on_full_disk(value: object) -> OnFullDisk:

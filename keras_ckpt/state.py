@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -32,6 +32,8 @@ SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 NAMES_KEY = "_KERAS_CKPT_NAMES"
 """The key of a string that marks a checkpoint whose names are those of this module."""
+TRAINING_KEY = "_KERAS_CKPT_TRAINING"
+"""The key of what a backup holds beside the model: a string of JSON, and with `/0`, `/1` and so on the arrays in it."""
 
 
 class ModelState(tf.train.Checkpoint):
@@ -81,18 +83,35 @@ class ModelState(tf.train.Checkpoint):
             OSError: The disk is full.
         """
         prefix = os.fspath(file_prefix)
+        self.snapshot()(prefix)
+        return prefix
+
+    def snapshot(self, others: Mapping[str, Any] = {}) -> Callable[[str], None]:
+        """Holds the values that the variables have now; they cost memory only where a variable changes since.
+
+        Args:
+            others: More to write, by key; values that TensorFlow has a tensor for.
+
+        Returns:
+            A function that writes them with a prefix, later.
+        """
         variables = {f"{name}{SUFFIX}": variable for name, variable in self.names().items()}
         variables[f"save_counter{SUFFIX}"] = self.save_counter
         keys = {id(variable): key for key, variable in variables.items()}
+        values = {key: value_of(variable).read_value() for key, variable in variables.items()}
         texts = {GRAPH_KEY: _object_graph(self, keys).SerializeToString(), NAMES_KEY: b"1"}
-        with plain_errors():
-            tf.raw_ops.SaveV2(
-                prefix=prefix,
-                tensor_names=[*variables, *texts],
-                shape_and_slices=[""] * (len(variables) + len(texts)),
-                tensors=[*map(value_of, variables.values()), *map(tf.constant, texts.values())],
-            )
-        return prefix
+        values |= {key: tf.convert_to_tensor(value) for key, value in {**texts, **others}.items()}
+
+        def write(prefix: str) -> None:
+            with plain_errors():
+                tf.raw_ops.SaveV2(
+                    prefix=prefix,
+                    tensor_names=list(values),
+                    shape_and_slices=[""] * len(values),
+                    tensors=list(values.values()),
+                )
+
+        return write
 
 
 @contextlib.contextmanager
@@ -122,6 +141,9 @@ def names(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
     found += [(f"model/{path}", each) for path, each in _tracked(model).items() if isinstance(each, tf.Variable)]
     if not weights_only:
+        states = _states(layers)
+        paths_of_states = _numbered([_segments(variable)[-2:] for variable in states], _automatic_names(layers))
+        found += [(f"states/{path}", variable) for path, variable in zip(paths_of_states, states, strict=True)]
         references = _references(weights, paths)
         for prefix, optimizer in optimizers(model).items():
             found += _optimizer_variables(prefix, optimizer, references)
@@ -282,6 +304,13 @@ def _owned(variable: keras.Variable) -> tuple[str, ...]:
 def _layers(model: keras.Model) -> list[Any]:
     # No public name gives the layers inside of layers that are not models.
     return list(model._flatten_layers(include_self=True, recursive=True))  # noqa: SLF001
+
+
+def _states(layers: Iterable[Any]) -> list[Any]:
+    """What stateful recurrent layers carry from batch to batch, which Keras does not count among their variables."""
+    stateful = [layer for layer in layers if getattr(layer, "stateful", False)]
+    found = [each for layer in stateful for each in keras.tree.flatten(getattr(layer, "states", None) or ())]
+    return list({id(each): each for each in found}.values())  # a layer and the one that runs it have the same
 
 
 def _inner_optimizers(optimizer: Any) -> list[Any]:

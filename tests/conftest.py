@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -108,9 +109,9 @@ def somebody_else() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Each harness in tests/reliability has a short form, which runs with the suite, and a long form."""
-    parser.addoption("--long", action="store_true", help="run the long form of the reliability harnesses")
-    parser.addoption("--log", help="a file to add the counts of the reliability harnesses to, a line of JSON a run")
+    """Each harness in tests/reliability and tests/resume has a short form, for the suite, and a long form."""
+    parser.addoption("--long", action="store_true", help="run the long form of the harnesses")
+    parser.addoption("--log", help="a file to add the counts of the harnesses to, a line of JSON a run")
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def tally(request: pytest.FixtureRequest, record_property):
 
     `trials` is what was tried. `acknowledged` checkpoints were said to be saved; `lost` ones of them are gone without
     having been pruned; `invalid` ones are visible and not what was written. `leftovers` of a process that died were not
-    cleaned up by the next.
+    cleaned up by the next. `differing` runs ended otherwise than the one that nobody disturbed.
     """
     counts = collections.Counter(trials=0, lost=0, invalid=0)
     yield counts
@@ -134,11 +135,12 @@ def tally(request: pytest.FixtureRequest, record_property):
     assert not counts["lost"], counts
     assert not counts["invalid"], counts
     assert not counts["leftovers"], counts
+    assert not counts["differing"], counts
 
 
 def counts_of(report: object) -> dict[str, object] | None:
     """What a harness counted, or why it did not run; `None` for any other test."""
-    if not isinstance(report, pytest.TestReport) or "tests/reliability/" not in report.nodeid:
+    if not isinstance(report, pytest.TestReport) or not re.search("tests/(reliability|resume)/", report.nodeid):
         return None
     if report.skipped:
         return {"not run": report.longrepr[2]}
@@ -153,7 +155,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     harnesses = {report.nodeid.rpartition("/")[2]: counts for report in reports if (counts := counts_of(report))}
     if not harnesses:
         return
-    terminalreporter.section("reliability")
+    terminalreporter.section("harnesses")
     for test, counts in sorted(harnesses.items()):
         terminalreporter.line(f"{test}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     if path := config.getoption("--log"):

@@ -1,0 +1,424 @@
+"""One `fit` that is backed up: what decides the rest of it, taken at a moment and put back in another process."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_ckpt import seeds
+from keras_ckpt.callback_states import CallbackStates
+from keras_ckpt.data import ResumableDataset
+from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.document import UnplainError, encode
+from keras_ckpt.epoch_rest import EpochRest
+from keras_ckpt.errors import CheckpointError, FormatVersionError
+from keras_ckpt.restoring import is_finite, restore_backup
+from keras_ckpt.session import Session
+from keras_ckpt.signals import SignalWatch
+from keras_ckpt.state import TRAINING_KEY
+
+Logs = Mapping[str, Any] | None
+
+_VERSION = 1
+"""Of what a backup holds beside the model."""
+ENDED = "ended"
+"""In the metadata of a backup: how many fits with a backup in this directory had ended in its process."""
+_ended: collections.Counter[str] = collections.Counter()
+INITIAL_EPOCH = "initial_epoch"
+"""In the metadata of a backup: the epoch of `fit` to begin with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in `fit` a training is.
+
+    Attributes:
+        epoch: The epoch that is under way, or that comes next.
+        batch: How many of its batches are done.
+    """
+
+    epoch: int
+    batch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moment:
+    """A training as it was at a place, and what writes it."""
+
+    place: _Place
+    write: Callable[[str], None]
+
+
+class Training:
+    """One `fit` that is backed up. To be made when the other callbacks have begun the training.
+
+    Args:
+        callback: The callback that backs it up, the last of the list.
+        callbacks: The list that `fit` calls, `None` if a loop of somebody's own calls the callback.
+        states: Those of the other callbacks.
+        directory: Where the backup is.
+        data: What `fit` trains on, if it is to be gone on with within an epoch.
+        open_session: Makes the session that saves.
+        exit_code: With what the process ends after a signal; `None` leaves it as usual.
+    """
+
+    def __init__(
+        self,
+        callback: keras.callbacks.Callback,
+        callbacks: keras.callbacks.CallbackList | None,
+        states: CallbackStates,
+        directory: CheckpointDirectory,
+        data: ResumableDataset | None,
+        open_session: Callable[[], Session],
+        exit_code: int | None,
+    ) -> None:
+        params = callback.params or {}
+        self._model = callback.model
+        self._callbacks = callbacks
+        self._directory = directory
+        self._data = data
+        self._exit_code = exit_code
+        self._steps: int | None = params.get("steps")
+        self._epochs: int | None = params.get("epochs")
+        self._states = states
+        self._watch = SignalWatch(self._under_way)
+        self._place = _Place(0)
+        self._pass = 0
+        self._trains_on_data = False
+        self._logs: dict[str, Any] = {}
+        self._due: str | None = None
+        self._held: _Moment | None = None
+        self._go_on: Callable[[], None] | None = None
+        # Whether nobody is in the middle of changing the state, and whether it changed since it was saved.
+        self._whole = self._changed = False
+        self._told: set[str] = set()
+        others = callbacks.callbacks if callbacks is not None else []
+        self._ends_with_nan = any(isinstance(each, keras.callbacks.TerminateOnNaN) for each in others)
+        if data is not None:
+            self._check(data)
+        resumes = bool(directory.listing())
+        if resumes:
+            self._resume()
+        self._session = open_session()
+        if not resumes:
+            # A crash before the first save is due must not leave another callback's checkpoints without their run.
+            optimizer = self._model.optimizer
+            if optimizer is not None and not optimizer.built:
+                optimizer.build(self._model.trainable_variables)
+            self._save("begin", time.perf_counter(), self._now())
+        self._watch.start()
+
+    def epoch_begin(self, epoch: int) -> None:
+        """The other callbacks have begun an epoch."""
+        self._forget_the_beginning()
+        self._place = _Place(epoch)
+        if self._data is not None:
+            self._pass = self._data.passes
+        if self._go_on is not None:
+            self._go_on()
+            self._go_on = None
+
+    def batch_begin(self) -> None:
+        self._whole = False
+        self._held = None  # it would cost the memory of what the batch changes
+
+    def validation_begin(self) -> None:
+        """Other callbacks may have changed the model for it; what is held is from before."""
+        self._whole = False
+
+    def batch_end(self, batch: int, logs: Logs) -> None:
+        """The other callbacks have ended a batch, or the last of an execution of several."""
+        began = time.perf_counter()
+        self._logs = dict(logs or {})
+        reason = self._session.batch_end(batch)
+        self._place = _Place(self._place.epoch, self._session.progress.position.batch)
+        self._whole = self._changed = True
+        if self._data is not None and not self._trains_on_data:
+            self._check_that_it_is_read(self._data)
+        if self._place.batch == self._steps:
+            # The epoch's end saves what is due. Until then this is the last state that is whole.
+            self._due = reason
+            self._held = self._now()
+        elif reason:
+            self._save(reason, began, self._now())
+        self.answer()
+
+    def epoch_end(self, epoch: int, logs: Logs, keep: bool) -> None:
+        """The other callbacks have ended an epoch.
+
+        Args:
+            epoch: Its index.
+            logs: Its logs.
+            keep: Whether the last state of the training is to be saved in any case.
+        """
+        began = time.perf_counter()
+        self._logs = dict(logs or {})
+        reasons = [reason for reason in (self._due, self._session.epoch_end()) if reason]
+        last = self._model.stop_training or epoch + 1 == self._epochs
+        if last and keep:
+            reasons = reasons or ["end"]
+        self._held = self._due = None
+        self._place = _Place(epoch + 1)
+        self._whole = self._changed = True
+        if reasons:
+            self._save(", ".join(reasons), began, self._now())
+        self.answer()
+        # Other callbacks begin the next epoch, or end the training, before this one hears of it.
+        self._whole = False
+        self._held = self._now() if self._changed else None
+
+    def answer(self) -> None:
+        """Answers a signal that came, if one did, and saves the training before."""
+        if self._watch.caught is not None:
+            self._save_last(self._watch.caught.name)
+            if newest := self._directory.latest():
+                print(f"\n{self._watch.caught.name}: backed up at step {newest.step} in {self._directory.path}")
+            self._watch.answer(self._exit_code)
+
+    def end(self) -> bool:
+        """The training has ended; says whether it ended well."""
+        self._forget_the_beginning()
+        self._session.close()
+        return not self._is_broken()
+
+    def forget(self) -> None:
+        """The backup is to be removed, and a later one in its place is of another training."""
+        _ended[self._directory.path] += 1
+
+    def leave(self) -> None:
+        """Ends the watch, and lets a signal that came at the last moment have its effect."""
+        self._watch.answer(self._exit_code)
+        self._watch.stop()
+
+    def end_by_error(self) -> None:
+        """An error has ended the training: saves what is whole of it."""
+        self._forget_the_beginning()
+        try:
+            self._save_last("error")
+        except CheckpointError as error:
+            warnings.warn(str(error), stacklevel=3)
+        finally:
+            self._session.close()
+            self.leave()
+
+    def _check(self, data: ResumableDataset) -> None:
+        if self._steps != len(data):
+            number = "a number that is not known of" if self._steps is None else self._steps
+            raise ValueError(
+                f"fit() has {number} batches an epoch, the ResumableDataset that BackupAndRestore was given has "
+                f"{len(data)}. Give fit() that one itself, not what map() or batch() make of it, and neither "
+                "steps_per_epoch nor class_weight beside it; ResumableDataset takes a class_weight."
+            )
+
+    def _check_that_it_is_read(self, data: ResumableDataset) -> None:
+        if data.passes == self._pass:
+            raise ValueError(
+                "fit() does not train on the ResumableDataset that BackupAndRestore was given. Give both the same one: "
+                "model.fit(data, ..., callbacks=[keras_ckpt.BackupAndRestore(..., data=data)])."
+            )
+        self._trains_on_data = True
+
+    def _resume(self) -> None:
+        """Puts back what is in the backup, as far as it is not to be put back within the epoch once more."""
+        report, document = restore_backup(self._model, self._directory)
+        record = self._directory[report.step or 0]
+        begin = record.metadata[INITIAL_EPOCH]
+        if document is None:
+            self._begin_with(begin)
+            return
+        if document["version"] > _VERSION:
+            raise FormatVersionError(
+                f"{record.prefix} was saved by a newer version of keras_ckpt, {record.versions.get('keras_ckpt')}: go "
+                "on with that one."
+            )
+        if record.metadata.get(ENDED) != _ended[self._directory.path]:
+            self._warn_of_another_fit(record.metadata.get(ENDED))
+        restored = self._states.put_back(document["callbacks"])
+        seeds.set_state(document["seeds"])
+        lost = [*self._states.strangers(document["callbacks"]), *document["unsaved"]]
+        # Fewer epochs may be asked for than are done.
+        past = self._epochs is not None and begin >= self._epochs
+        batch = 0 if past else document["batch"]
+        if batch and not self._can_go_on_within(document):
+            self._warn_of_the_epoch(begin, batch)
+            batch = 0
+        if self._data is not None and document["data"] is not None:
+            self._data.set_state(document["data"], batch if batch != self._steps else 0)
+            restored.append("place in the data")
+        if batch and self._callbacks is not None and self._steps is not None:
+            self._go_on = functools.partial(self._go_on_within, document, self._callbacks, self._steps)
+        ended = past or (document["stopped"] and not document["batch"])
+        self._begin_with(self._epochs if ended else begin)
+        self._warn_of_other_settings(document["settings"])
+        print(
+            f"Found {record.prefix}; "
+            + ("nothing is left to train after " if ended else "going on from ")
+            + f"step {record.step}"
+            + (f", epoch {min(begin + 1, self._epochs)} of {self._epochs}" if self._epochs and record.step else "")
+            + (f", after batch {batch} of {self._steps}" if batch else "")
+            + f"; restored: {', '.join(['model', 'random numbers', *restored])}"
+            + (f"; not restored: {', '.join(lost)}" if lost else "")
+        )
+
+    def _begin_with(self, epoch: int | None) -> None:
+        """Tells `fit` with which epoch to begin, which it reads before its first one."""
+        # Keras's own BackupAndRestore has no other way.
+        self._model._initial_epoch = epoch  # noqa: SLF001
+        if self._callbacks is not None:
+            # Left there, it would hold for the next fit too, if another callback has an error in the first epoch.
+            self._callbacks.on_epoch_begin = self._first_epoch_begin
+
+    def _first_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self._forget_the_beginning()
+        if self._callbacks is not None:
+            self._callbacks.on_epoch_begin(epoch, logs)
+
+    def _forget_the_beginning(self) -> None:
+        self._model._initial_epoch = None  # noqa: SLF001
+        if self._callbacks is not None:
+            vars(self._callbacks).pop("on_epoch_begin", None)
+
+    def _warn_of_other_settings(self, before: Mapping[str, Any]) -> None:
+        now = _settings(self._model)
+        if other := [f"{name} {now[name]}, {before[name]} before" for name in now if before[name] != now[name]]:
+            warnings.warn(
+                f"What is computed from here on may differ in the last bits: {'; '.join(other)}.", stacklevel=5
+            )
+
+    def _can_go_on_within(self, document: Any) -> bool:
+        if self._callbacks is None or self._steps is None or document["steps"] != self._steps:
+            return False
+        nothing_left = document["batch"] == self._steps or document["stopped"]
+        return nothing_left or (self._data is not None and document["data"] is not None)
+
+    def _warn_of_another_fit(self, number: object) -> None:
+        warnings.warn(
+            f"When the backup in {self._directory.path} was saved, {number} trainings with that directory had ended in "
+            f"the process, and here it is {_ended[self._directory.path]}. If the script trains more than once, give "
+            "each fit() a backup_dir of its own, or one training is taken for the other.",
+            stacklevel=5,
+        )
+
+    def _warn_of_the_epoch(self, epoch: int, batch: int) -> None:
+        warnings.warn(
+            f"Epoch {epoch + 1} begins again at its first batch, on weights that have already seen {batch} of its "
+            "batches, because the place in the data is not known. To go on exactly, wrap the data, data = "
+            "keras_ckpt.ResumableDataset(x, y, ...), and give it to fit(data) and to BackupAndRestore(..., data=data).",
+            stacklevel=5,
+        )
+
+    def _go_on_within(self, document: Any, callbacks: keras.callbacks.CallbackList, steps: int) -> None:
+        """Puts everything back once more: the other callbacks have begun the epoch a second time."""
+        batch = document["batch"]
+        self._build_metrics()
+        report, _ = restore_backup(self._model, self._directory)
+        if batch < steps and any(name.startswith("metrics/") for name in report.unexpected):
+            warnings.warn(
+                "The metrics of the epoch under way begin anew: they are made in its first step.", stacklevel=4
+            )
+        self._states.put_back(document["callbacks"])
+        seeds.set_state(document["seeds"])
+        self._session.progress.resume(batch)
+        self._place = _Place(self._place.epoch, batch)
+        self._logs = document["logs"]
+        self._due = document["due"]
+        self._model.stop_training = document["stopped"]
+        trained = batch == steps or document["stopped"]
+        if trained:
+            self._held = self._now()
+        EpochRest(callbacks, batch, steps, self._logs if trained else None)
+
+    def _build_metrics(self) -> None:
+        """Makes the variables that metrics have from their first batch on, by a look at a step that is not taken."""
+        if self._data is not None:
+            with contextlib.suppress(Exception):  # it is somebody else's, and may not be one that TensorFlow can trace
+                tf.function(self._model.train_step).get_concrete_function(self._data.element_spec)
+
+    def _now(self) -> _Moment:
+        callbacks = self._states.take()
+        if new := [name for name in self._states.unsaved if name not in self._told]:
+            self._told.update(new)
+            warnings.warn(
+                f"These attributes of callbacks cannot be backed up: {', '.join(new)}. After a restart they are as "
+                "the script makes them. Give the class get_state() and set_state(state), of plain values and arrays.",
+                stacklevel=6,
+            )
+        data = self._data.get_state() if self._data is not None else None
+        if data and 0 < self._place.batch < (self._steps or 0):
+            data["pass"] = self._pass
+        text, arrays = encode(
+            {
+                "version": _VERSION,
+                "callbacks": callbacks,
+                "unsaved": self._states.unsaved,
+                "seeds": seeds.get_state(),
+                "data": data,
+                "logs": {name: value for name, value in self._logs.items() if _is_plain(value)},
+                "due": self._due,
+                "steps": self._steps,
+                "batch": self._place.batch,
+                "stopped": bool(self._model.stop_training),
+                "settings": _settings(self._model),
+            }
+        )
+        # Copies: a callback may go on to change what it holds.
+        copies = {f"{TRAINING_KEY}/{index}": array.copy() for index, array in enumerate(arrays)}
+        return _Moment(self._place, self._session.snapshot({TRAINING_KEY: text, **copies}))
+
+    def _save(self, reason: str, began: float, moment: _Moment) -> None:
+        if self._is_broken() or (self._ends_with_nan and not self._is_finite()):
+            return  # the backup before is worth more
+        metadata = {INITIAL_EPOCH: moment.place.epoch, ENDED: _ended[self._directory.path]}
+        if self._session.save(began, moment.write, reason=reason, metadata=metadata):
+            self._changed = False
+
+    def _save_last(self, reason: str) -> None:
+        began = time.perf_counter()
+        if self._changed and (self._held or self._whole):
+            self._save(reason, began, self._held or self._now())
+
+    def _is_finite(self) -> bool:
+        return all(is_finite(each.value) for each in self._model.trainable_variables)
+
+    def _is_broken(self) -> bool:
+        """Whether the training was stopped because of a loss that is not finite."""
+        loss = self._logs.get("loss", 0.0)
+        return bool(self._model.stop_training) and isinstance(loss, float) and not math.isfinite(loss)
+
+    def _under_way(self, frame: FrameType | None) -> bool:
+        while frame is not None:
+            if self._callbacks is None or any(value is self._callbacks for value in frame.f_locals.values()):
+                return True
+            frame = frame.f_back
+        return False
+
+
+def _settings(model: keras.Model) -> dict[str, Any]:
+    """What decides the last bits of a result."""
+    return {
+        "TensorFlow": tf.__version__,
+        "Keras": keras.__version__,
+        "processors": os.cpu_count(),
+        "threads of an operation": tf.config.threading.get_intra_op_parallelism_threads(),
+        "jit_compile": bool(model.jit_compile),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        encode(value)
+    except UnplainError:
+        return False
+    return True

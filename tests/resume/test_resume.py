@@ -1,0 +1,70 @@
+"""A run that is killed and begun again ends, to the bit, where the run ends that nobody disturbs."""
+
+import random
+import signal
+
+import pytest
+
+from resume import script, trials
+
+
+@pytest.fixture(scope="module")
+def station():
+    """The process from which those are forked that train; it has TensorFlow loaded."""
+    with trials.prepared() as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def whole(station):
+    """What each undisturbed run ends with."""
+    results = {}
+
+    def of(name: str) -> dict[str, str]:
+        if name not in results:
+            results[name] = station.submit(trials.whole, name).result()
+        return results[name]
+
+    return of
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    return [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
+
+
+@pytest.mark.parametrize("name", script.ROWS)
+def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, tally, long, name) -> None:
+    """At each of its batches in turn in the long form; the callback stands at another place in the list each time."""
+    last = script.ROWS[name].executions
+    points = range(1, last + 1) if long else (1, random.randrange(2, last), last)
+    for place, at in enumerate(points):
+        found = station.submit(trials.killed, name, at, place).result()
+        different = differing(found, whole(name))
+        tally.update(trials=1, differing=bool(different))
+        assert not different, (at, place)
+
+
+@pytest.mark.parametrize("name", ["Arrays", "Pipeline", "Generated"])
+def test_a_run_that_is_killed_ten_times_ends_as_if_it_were_not(station, whole, tally, long, name) -> None:
+    """At random moments: in a batch, in a save, while the model is compiled."""
+    for seed in range(10 if long else 1):
+        found = station.submit(trials.killed_often, name, 10, seed).result()
+        different = differing(found, whole(name))
+        tally.update(trials=1, kills=10, differing=bool(different))
+        assert not different, seed
+
+
+CODES = {signal.SIGTERM: -signal.SIGTERM, signal.SIGUSR1: -signal.SIGUSR1, signal.SIGINT: 130}
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize("name", ["Arrays", "Pipeline"])
+def test_a_run_that_is_asked_to_end_has_all_that_it_trained(station, whole, tally, long, name, number) -> None:
+    """At random moments, in validation and between epochs too; the exit code is the usual one."""
+    for seed in range(17 if long else 4):
+        found, code, complete = station.submit(trials.signalled, name, number, seed).result()
+        different = differing(found, whole(name))
+        tally.update(trials=1, differing=bool(different), incomplete=not complete, ended_before=code == 0)
+        assert not different, (seed, code)
+        assert complete, seed
+        assert code in (0, CODES[number]), seed

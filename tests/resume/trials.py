@@ -1,0 +1,142 @@
+"""Processes that run the script, and are killed or asked to end; in a station, from which they are forked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pathlib
+import random
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from keras_ckpt.directory import CheckpointDirectory
+from reliability.trainer import station
+from resume import script
+
+_forks = multiprocessing.get_context("fork")
+
+
+def prepared():
+    """A station that has loaded TensorFlow."""
+    return station(script.prepare)
+
+
+class Process:
+    """A process that runs the script."""
+
+    def __init__(self, name: str, path: str, seed: int, place: int = 0, kill_at: int = 0) -> None:
+        self._ours, theirs = _forks.Pipe()
+        self._process = _forks.Process(target=_run, args=(theirs, name, path, seed, place, kill_at), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.result: dict[str, str] | None = None
+        self.trained = 0
+
+    def listen(self, until: Callable[[str], bool] = lambda what: False, seconds: float | None = None) -> None:
+        """Hears what happens, to the end of the process, of the time, or until something."""
+        end = None if seconds is None else time.monotonic() + seconds
+        try:
+            while self._ours.poll(None if end is None else max(0, end - time.monotonic())):
+                what, number = self._ours.recv()
+                self.trained += what == "batch"
+                if what == "result":
+                    self.result = number
+                if until(what):
+                    return
+        except (EOFError, ConnectionResetError):
+            return
+
+    def send(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def end(self) -> int:
+        """Waits for the end, and gives the exit code."""
+        self.listen()
+        self._process.join()
+        return self._process.exitcode
+
+
+def _run(theirs: Connection, name: str, path: str, seed: int, place: int, kill_at: int) -> None:
+    trained = 0
+
+    def tell(what: str, number: int) -> None:
+        nonlocal trained
+        trained += what == "batch"
+        theirs.send((what, number))
+        if kill_at and trained == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        theirs.send(("result", script.run(name, path, seed, place, tell)))
+    except KeyboardInterrupt:
+        os._exit(130)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        os._exit(1)
+
+
+def whole(name: str) -> dict[str, str]:
+    """What the run ends with that nobody disturbs."""
+    with tempfile.TemporaryDirectory() as path:
+        return _finished(Process(name, path, 0))
+
+
+def killed(name: str, at: int, place: int) -> dict[str, str]:
+    """What a run ends with that was killed at the end of a batch of its first process, and begun again."""
+    with tempfile.TemporaryDirectory() as path:
+        first = Process(name, path, 0, place, at)
+        assert first.end() == -signal.SIGKILL
+        return _finished(Process(name, path, at, place))
+
+
+def killed_often(name: str, times: int, seed: int) -> dict[str, str]:
+    """What a run ends with that was killed at random moments, one after another, and begun again each time."""
+    moments = random.Random(seed)
+    with tempfile.TemporaryDirectory() as path:
+        for number in range(times):
+            process = Process(name, path, number)
+            # Once something was trained there is something to go on from; until then nothing is drawn anew.
+            process.listen(until=lambda what: what == "begin")
+            process.listen(seconds=moments.uniform(0, 1))
+            process.send(signal.SIGKILL)
+            if process.end() == 0:
+                break
+        else:
+            process = Process(name, path, times)
+        return process.result or _finished(process)
+
+
+def signalled(name: str, number: int, seed: int) -> tuple[dict[str, str], int, bool]:
+    """What a run ends with that was asked to end at a random moment, and begun again.
+
+    Returns:
+        That, the exit code of the process that was asked, and whether its backup has all that it had trained.
+    """
+    moments = random.Random(seed)
+    with tempfile.TemporaryDirectory() as path:
+        process = Process(name, path, 0)
+        process.listen(until=lambda what: what == "begin")
+        kind = moments.choice(["begin", "batch", "validation", "epoch", "time"])
+        if kind == "time":
+            process.listen(seconds=moments.uniform(0, 1))
+        elif kind != "begin":
+            count = moments.randrange(1, 10)
+            for _ in range(count):
+                process.listen(until=lambda what: what == kind)
+        process.send(number)
+        code = process.end()
+        if code == 0:
+            return process.result or {}, code, True
+        newest = CheckpointDirectory(pathlib.Path(path, "backup")).latest()
+        complete = newest is not None and newest.step >= process.trained
+        return _finished(Process(name, path, 1)), code, complete
+
+
+def _finished(process: Process) -> dict[str, str]:
+    code = process.end()
+    assert process.result is not None, f"the script ended with {code}"
+    return process.result

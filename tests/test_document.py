@@ -1,0 +1,81 @@
+"""Plain values become JSON and arrays, and come back as they were."""
+
+import collections
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_ckpt.document import UnplainError, decode, encode
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+keys = st.text() | st.integers() | st.tuples(st.integers())
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(keys, inner)
+        | st.lists(inner).map(lambda items: collections.deque(items, 5))
+    ),
+    max_leaves=20,
+)
+
+
+def round_trip(value):
+    text, arrays = encode(value)
+    return decode(text, dict(enumerate(arrays)))
+
+
+@given(values)
+def test_values_come_back_as_they_were(value) -> None:
+    """Types, order, and NaN among them."""
+    assert repr(round_trip(value)) == repr(value)
+
+
+def test_sets_come_back() -> None:
+    """In whatever order."""
+    assert round_trip({3, 19, "a"}) == {3, 19, "a"}
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8", "uint32", "bool", "complex64", ml_dtypes.bfloat16])
+def test_arrays_come_back_to_the_bit(kind) -> None:
+    """Of any type that a variable may have, and may be changed."""
+    array = np.arange(6).reshape(2, 3).astype(kind)
+
+    (back,) = round_trip([array])
+
+    assert (back.dtype, back.shape, back.tobytes()) == (array.dtype, array.shape, array.tobytes())
+    back[0] = 1
+
+
+def test_scalars_of_numpy_stay_such() -> None:
+    """A best value that is one is compared as one."""
+    back = round_trip({"best": np.float32(0.1), "none": np.float64(math.nan)})
+
+    assert type(back["best"]) is np.float32
+    assert back["best"] == np.float32(0.1)
+    assert math.isnan(back["none"])
+
+
+def test_what_is_in_itself_is_not_plain() -> None:
+    """It has no end."""
+    value = []
+    value.append(value)
+
+    with pytest.raises(UnplainError, match="in itself"):
+        encode(value)
+
+
+class Sub(dict):
+    """May hold more than a dict."""
+
+
+@pytest.mark.parametrize("value", [object(), print, Sub(), np.array(["a"]), np.array([object()]), b"bytes"])
+def test_what_is_not_plain_is_named(value) -> None:
+    """With its place."""
+    with pytest.raises(UnplainError, match=r"\[1\] is of type"):
+        encode([0, value])

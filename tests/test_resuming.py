@@ -1,0 +1,487 @@
+"""What a backup holds beside the model, what the user is told, and how a training ends that does not end well."""
+
+import collections
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ckpt as kc
+from keras_ckpt import seeds, training
+from models import X, Y, dense_model, same
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture
+def backup(tmp_path) -> pathlib.Path:
+    return tmp_path / "backup"
+
+
+def data() -> kc.ResumableDataset:
+    """Ten batches."""
+    return kc.ResumableDataset(X, Y, batch_size=4, shuffle=True, seed=1)
+
+
+def train(backup: kc.BackupAndRestore, *callbacks: keras.callbacks.Callback, model=None, epochs=3, **options):
+    """Trains a model that always begins alike, and gives it."""
+    if model is None:
+        keras.utils.set_random_seed(1)
+        model = dense_model(run_eagerly=False)
+    options = {"validation_data": (X, Y), "shuffle": False, "verbose": 0, **options}
+    model.fit(backup.data, epochs=epochs, callbacks=[backup, *callbacks], **options)
+    return model
+
+
+class Fails(keras.callbacks.Callback):
+    """Raises at a moment, once."""
+
+    def __init__(self, where: str, which: int) -> None:
+        super().__init__()
+        setattr(self, where, self._fail)
+        self._left = which
+
+    def get_state(self) -> None:
+        """It has none."""
+
+    def set_state(self, state: None) -> None:
+        """It has none."""
+
+    def _fail(self, *_: object, **__: object) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize(
+    ("where", "which", "step"),
+    [
+        ("on_train_batch_begin", 14, 13),
+        ("on_train_batch_end", 14, 13),
+        ("on_test_batch_end", 2, 10),
+        ("on_epoch_end", 2, 20),
+        ("on_epoch_begin", 3, 20),
+        ("on_train_end", 1, 30),
+    ],
+)
+def test_an_error_within_a_with_statement_loses_nothing_that_is_whole(backup, where, which, step) -> None:
+    """The last whole state is saved, the error goes on, and the next process ends as if there had been none."""
+    whole = train(kc.BackupAndRestore(backup, data=data()))
+
+    with pytest.raises(RuntimeError, match="injected"), kc.BackupAndRestore(backup, save_freq=13, data=data()) as each:
+        train(each, Fails(where, which))
+    assert kc.CheckpointDirectory(backup).latest().step == step
+    again = train(kc.BackupAndRestore(backup, data=data()))
+
+    assert same(whole, again)
+
+
+def test_the_line_at_a_restart_says_what_was_found(backup, capsys) -> None:
+    """The step, the epoch, the batch, what was restored, and what was not."""
+
+    class Extra(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            self.count = batch
+
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, save_freq=4, data=data()), Extra(), Fails("on_train_batch_end", 14))
+    capsys.readouterr()
+
+    train(kc.BackupAndRestore(backup, data=data()), keras.callbacks.EarlyStopping(patience=9))
+
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == (
+        f"Found {backup}/ckpt-12; going on from step 12, epoch 2 of 3, after batch 2 of 10; restored: model, random "
+        "numbers, History, place in the data; not restored: Extra"
+    )
+
+
+def test_a_finished_run_trains_nothing_and_says_so(backup, capsys) -> None:
+    """With delete_checkpoint=False; the history and the weights are those of the run."""
+    first = train(kc.BackupAndRestore(backup, 7, delete_checkpoint=False, data=data()))
+    again = train(kc.BackupAndRestore(backup, 7, delete_checkpoint=False, data=data()))
+
+    assert "nothing is left to train after step 30, epoch 3 of 3" in capsys.readouterr().out
+    assert same(first, again)
+    assert again.history.history == first.history.history
+
+
+def test_a_finished_run_goes_on_if_more_epochs_are_asked_for(backup) -> None:
+    """As if they had been asked for at once."""
+    whole = train(kc.BackupAndRestore(backup, data=data()), epochs=5)
+    train(kc.BackupAndRestore(backup, delete_checkpoint=False, data=data()))
+
+    assert same(whole, train(kc.BackupAndRestore(backup, data=data()), epochs=5))
+
+
+def test_a_run_that_stopped_early_stays_stopped(backup) -> None:
+    """Even if the process died before its end was known."""
+    stops = [keras.callbacks.EarlyStopping("loss", min_delta=9.0, patience=0, restore_best_weights=True) for _ in "123"]
+    whole = train(kc.BackupAndRestore(backup, data=data()), stops[0], epochs=9)
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), stops[1], Fails("on_train_end", 1), epochs=9)
+
+    again = train(kc.BackupAndRestore(backup, data=data()), stops[2], epochs=9)
+
+    assert len(again.history.epoch) == len(whole.history.epoch) < 9
+    assert same(whole, again)
+
+
+def test_a_stop_because_of_nan_is_no_success(backup) -> None:
+    """The backup of before stays, and is not saved over."""
+
+    class Spoils(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            if batch == 5:  # a backup is due here, and the loss does not show it yet
+                self.model.layers[0].kernel.assign(np.full((4, 3), np.nan))
+
+    with pytest.warns(UserWarning, match=r"its loss is not a finite number\. The backup of before stays"):
+        train(kc.BackupAndRestore(backup, 3, data=data()), Spoils(), keras.callbacks.TerminateOnNaN())
+
+    assert [record.step for record in kc.CheckpointDirectory(backup)] == [3]
+
+
+def test_attributes_of_a_callback_that_changed_are_its_state(backup) -> None:
+    """Those that the script gives another value are not overwritten by the old script's."""
+
+    class Mine(keras.callbacks.Callback):
+        def __init__(self, patience: int) -> None:
+            super().__init__()
+            self.patience = patience
+            self.seen = []
+            self.total = np.zeros(2)
+
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            self.seen.append(batch)
+            self.total += batch
+
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, 4, data=data()), Mine(3), Fails("on_train_batch_end", 14))
+    mine = Mine(5)
+    train(kc.BackupAndRestore(backup, 4, data=data()), mine)
+
+    assert mine.patience == 5
+    assert mine.seen == [*range(10)] * 3
+    assert mine.total.tolist() == [3 * 45] * 2
+
+
+def test_what_cannot_be_saved_of_a_callback_is_named_once(backup) -> None:
+    """And the rest of it is saved."""
+
+    class Client(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            self.lock = threading.Lock()
+
+    with pytest.warns(UserWarning, match=r"cannot be backed up: Client\.lock\. .*Give the class get_state") as caught:
+        train(kc.BackupAndRestore(backup, 4, data=data()), Client())
+
+    assert len(caught) == 1
+
+
+def test_a_state_that_is_not_plain_is_named_and_harms_nothing(backup) -> None:
+    """What get_state() gives has to be plain."""
+
+    class Wrong(keras.callbacks.Callback):
+        def get_state(self) -> object:
+            return {"lock": threading.Lock()}
+
+        def set_state(self, state: object) -> None:
+            raise AssertionError("there is none")
+
+    with pytest.warns(UserWarning, match=r"cannot be backed up: Wrong\.get_state\(\)\['lock'\]"):
+        train(kc.BackupAndRestore(backup, 4, data=data()), Wrong())
+
+
+def test_a_backup_of_a_newer_version_is_refused(backup, monkeypatch) -> None:
+    """What it means is not known."""
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
+    monkeypatch.setattr(training, "_VERSION", 0)
+
+    with pytest.raises(kc.FormatVersionError, match=r"ckpt-10 was saved by a newer version of keras_ckpt, \d"):
+        train(kc.BackupAndRestore(backup, data=data()))
+
+
+def test_other_settings_are_named(backup) -> None:
+    """The last bits depend on them."""
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
+    other = dense_model(run_eagerly=False, jit_compile=True)
+
+    with pytest.warns(UserWarning, match="may differ in the last bits: jit_compile True, False before"):
+        train(kc.BackupAndRestore(backup, data=data()), model=other)
+
+
+def test_what_changes_in_its_place_is_saved_too(backup) -> None:
+    """Dicts of any kind, generators, variables, metrics; and what the script holds as well stays the script's."""
+    seen = []
+
+    class Mine(keras.callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts = collections.defaultdict(int)
+            self.generator = np.random.default_rng(1)
+            self.variable = keras.Variable(0.0)
+            self.mean = keras.metrics.Mean()
+            self.seen = seen
+
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            self.counts[batch] += 1
+            self.variable.assign_add(self.generator.random())
+            self.mean.update_state(batch)
+            self.seen.append(batch)
+
+    def facts(mine: Mine) -> list[str]:
+        return list(map(repr, (dict(mine.counts), mine.variable.numpy(), mine.mean.result().numpy(), seen)))
+
+    whole = Mine()
+    train(kc.BackupAndRestore(backup, data=data()), whole)
+    expected = facts(whole)
+    seen.clear()
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, 4, data=data()), Mine(), Fails("on_train_batch_end", 14))
+    seen.clear()
+    again = Mine()
+    train(kc.BackupAndRestore(backup, 4, data=data()), again)
+
+    assert facts(again) == expected
+
+
+def test_two_callbacks_of_a_class_are_told_apart(backup) -> None:
+    """By what they monitor, in whatever order they come."""
+
+    def stops() -> list[keras.callbacks.EarlyStopping]:
+        return [keras.callbacks.EarlyStopping(monitor, patience=9) for monitor in ("loss", "val_loss")]
+
+    first, second = stops()
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), first, second, Fails("on_train_batch_end", 14))
+    best = first.best, second.best
+    first, second = stops()
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), second, first, Fails("on_train_batch_end", 2))
+
+    assert (first.best, second.best) == best
+
+
+def test_fewer_epochs_than_are_done_train_nothing(backup, capsys) -> None:
+    """And leave the data where a next fit begins."""
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, 4, data=data()), Fails("on_train_batch_end", 26))
+    each = kc.BackupAndRestore(backup, 4, data=data())
+
+    model = train(each, epochs=2)
+
+    assert "nothing is left to train after step 24, epoch 2 of 2" in capsys.readouterr().out
+    assert len(list(each.data)) == 10
+    assert len(model.history.epoch) == 2
+
+
+def test_steps_per_epoch_is_refused(backup) -> None:
+    """Keras would go on with the rest of a resumed epoch in the next."""
+    with pytest.raises(ValueError, match="leave steps_per_epoch out"):
+        train(kc.BackupAndRestore(backup, data=data()), steps_per_epoch=10)
+
+
+def test_a_backup_of_another_fit_of_the_script_is_not_taken_without_a_word(backup) -> None:
+    """A script that trains twice needs two directories."""
+    each = kc.BackupAndRestore(backup, data=data())
+    train(each)
+    with pytest.raises(RuntimeError):
+        train(each, Fails("on_train_batch_end", 14))
+    training._ended.clear()  # as in a new process
+
+    with pytest.warns(UserWarning, match="1 trainings with that directory had ended in the process, and here it is 0"):
+        train(kc.BackupAndRestore(backup, data=data()))
+
+
+def test_a_stateful_layer_goes_on_in_its_state(backup) -> None:
+    """Keras does not count it among the variables."""
+
+    def run(*callbacks: keras.callbacks.Callback) -> keras.Model:
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input(batch_shape=(4, 2, 2))
+        model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.LSTM(3, stateful=True)(inputs)))
+        model.compile("sgd", "mse")
+        batches = kc.ResumableDataset(X.reshape(-1, 2, 2), Y, batch_size=4)
+        each = kc.BackupAndRestore(backup, 4, data=batches)
+        model.fit(batches, epochs=3, shuffle=False, verbose=0, callbacks=[each, *callbacks])
+        return model
+
+    whole = run()
+    with pytest.raises(RuntimeError):
+        run(Fails("on_train_batch_end", 14))
+
+    assert same(whole, run())
+
+
+def test_metrics_of_a_step_of_ones_own_go_on(backup) -> None:
+    """They are made by a look at the step, whatever it does with its data."""
+
+    class Own(keras.Sequential):
+        def train_step(self, batch):
+            return super().train_step((batch["x"], batch["y"]))
+
+    def run(*callbacks: keras.callbacks.Callback) -> keras.callbacks.History:
+        keras.utils.set_random_seed(1)
+        model = Own([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse", metrics=["mae"])
+        batches = kc.ResumableDataset({"x": X, "y": Y}, batch_size=4)
+        each = kc.BackupAndRestore(backup, 4, data=batches)
+        return model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=[each, *callbacks])
+
+    whole = run()
+    with pytest.raises(RuntimeError):
+        run(Fails("on_train_batch_end", 14))
+
+    assert run().history == whole.history
+
+
+def test_the_epoch_to_begin_with_does_not_outlive_an_error_in_the_first_epoch(backup) -> None:
+    """Nor does it hold for a fit without this callback."""
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 24))
+    model = dense_model(run_eagerly=False)
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), Fails("on_epoch_begin", 1), model=model)
+
+    assert model.fit(X, Y, epochs=2, verbose=0).epoch == [0, 1]
+
+
+def test_the_initial_epoch_of_a_fit_is_its_own(backup) -> None:
+    """A second fit of the process begins where it is told to."""
+    each = kc.BackupAndRestore(backup, data=data())
+    model = train(each)
+
+    history = train(each, model=model, epochs=5, initial_epoch=3).history
+
+    assert history.epoch == [3, 4]
+
+
+def test_without_the_main_thread_there_is_a_warning(backup) -> None:
+    """Python lets signals be watched only there."""
+    failed = []
+
+    def run() -> None:
+        with pytest.warns(UserWarning, match="not in the main thread"):
+            train(kc.BackupAndRestore(backup, data=data()))
+        failed.append(False)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+    assert failed == [False]
+
+
+def test_what_answered_signals_before_does_so_after(backup) -> None:
+    """After a fit that ended well, and at the first signal after one that an error ended."""
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        train(kc.BackupAndRestore(backup, data=data()))
+        ours = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(RuntimeError):
+            train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGTERM) == ours == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_handler_that_lets_the_training_go_on_is_called_after_the_backup(backup) -> None:
+    """As that of a scheduler may."""
+    saved = []
+    before = signal.signal(
+        signal.SIGUSR1, lambda number, frame: saved.append(kc.CheckpointDirectory(backup).latest().step)
+    )
+
+    class Signals(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None) -> None:
+            if batch == 4:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    try:
+        history = train(kc.BackupAndRestore(backup, data=data()), Signals()).history
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert saved == [5, 15, 25]
+    assert len(history.epoch) == 3
+
+
+PROGRAM = """
+import os, signal, sys
+import keras
+import keras_ckpt as kc
+from test_resuming import data, train
+
+class Signals(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        for _ in range(int(sys.argv[2])):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+backup = kc.BackupAndRestore(sys.argv[1], save_freq=1000, data=data(), exit_code=eval(sys.argv[3]))
+train(backup, Signals())
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "exit_code", "code", "steps"),
+    [(1, None, -signal.SIGTERM, [1]), (1, 75, 75, [1]), (2, None, -signal.SIGTERM, [0])],
+    ids=["one", "one with an exit code", "two"],
+)
+def test_a_signal_ends_the_process_after_the_batch_and_a_second_at_once(
+    backup, monkeypatch, signals, exit_code, code, steps
+) -> None:
+    """With the usual exit code, or that which is asked for."""
+    monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE}")
+
+    ended = subprocess.run([sys.executable, "-c", PROGRAM, backup, str(signals), repr(exit_code)], check=False)
+
+    assert ended.returncode == code
+    assert [record.step for record in kc.CheckpointDirectory(backup)] == steps
+
+
+def test_every_global_generator_is_put_back() -> None:
+    """Python's, NumPy's, TensorFlow's and Keras's; the last has no public name."""
+    import random
+
+    import tensorflow as tf
+
+    def draw() -> list[object]:
+        generator = tf.random.get_global_generator()
+        found = random.random(), np.random.rand(), generator.uniform((2,)).numpy(), keras.random.uniform((2,)).numpy()
+        return list(map(repr, found))
+
+    state = seeds.get_state()
+    expected = draw()
+    keras.utils.set_random_seed(5)
+    seeds.set_state(state)
+
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_callback_stands_last_wherever_it_is_in_the_list(backup, place) -> None:
+    """Keras has no public way to see the other callbacks, so this depends on how it calls them."""
+    seen = []
+
+    class Sees(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None) -> None:
+            seen.append([type(each).__name__ for each in ours._callbacks.callbacks])
+
+    ours = kc.BackupAndRestore(backup, data=data())
+    callbacks = [Sees(), keras.callbacks.EarlyStopping("loss")]
+    callbacks.insert(place, ours)
+    dense_model().fit(ours.data, shuffle=False, verbose=0, callbacks=callbacks)
+
+    assert seen == [["Sees", "EarlyStopping", "History", "BackupAndRestore"]]
+    assert len(callbacks) == 3
