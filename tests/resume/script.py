@@ -158,6 +158,16 @@ class Generated(Row):
         return {"steps_per_execution": 4}
 
 
+class GeneratedByBatch(Generated):
+    """The same, a batch an execution."""
+
+    save_freq = 3
+    executions = EPOCHS * BATCHES
+
+    def compile_options(self) -> dict[str, Any]:
+        return {}
+
+
 class MixedPrecision(Row):
     """Half the bits, a scaled loss, accumulated gradients, a function that makes the pipeline, a log in CSV."""
 
@@ -219,7 +229,16 @@ class Stops(Row):
 
 ROWS = {
     row.__name__: row
-    for row in (Arrays, ArraysSavedAtEveryBatch, Pipeline, Generated, MixedPrecision, NotValidated, Stops)
+    for row in (
+        Arrays,
+        ArraysSavedAtEveryBatch,
+        Pipeline,
+        Generated,
+        GeneratedByBatch,
+        MixedPrecision,
+        NotValidated,
+        Stops,
+    )
 }
 
 
