@@ -70,6 +70,8 @@ def _run(theirs: Connection, name: str, path: str, seed: int, place: int, kill_a
         if kill_at and trained == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    # A shell that runs something in the background lets it ignore this one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         theirs.send(("result", script.run(name, path, seed, place, tell)))
     except KeyboardInterrupt:
@@ -120,17 +122,15 @@ def signalled(name: str, number: int, seed: int) -> tuple[dict[str, str], int, b
     with tempfile.TemporaryDirectory() as path:
         process = Process(name, path, 0)
         process.listen(until=lambda what: what == "begin")
-        kind = moments.choice(["begin", "batch", "validation", "epoch", "time"])
+        kind, most = moments.choice([("begin", 0), ("batch", 55), ("validation", 12), ("epoch", 2), ("time", 0)])
+        for _ in range(moments.randint(1, most) if most else 0):
+            process.listen(until=lambda what: what == kind)
         if kind == "time":
-            process.listen(seconds=moments.uniform(0, 1))
-        elif kind != "begin":
-            count = moments.randrange(1, 10)
-            for _ in range(count):
-                process.listen(until=lambda what: what == kind)
+            process.listen(seconds=moments.uniform(0, 0.5))
         process.send(number)
         code = process.end()
         if code == 0:
-            return process.result or {}, code, True
+            return process.result or {}, code, False
         newest = CheckpointDirectory(pathlib.Path(path, "backup")).latest()
         complete = newest is not None and newest.step >= process.trained
         return _finished(Process(name, path, 1)), code, complete
