@@ -85,8 +85,7 @@ class ResumableDataset(tf.data.Dataset):
         self._seed = tf.Variable(random.getrandbits(31) if seed is None else seed, dtype=tf.int64, trainable=False)
         self._next = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
         self._source = _source(x, y, sample_weight, batch_size, shuffle, self._seed)
-        self._first: Any = None
-        self._fingerprint = 0
+        self._fingerprint: int | None = None
         weigh = _weigher(class_weight) if class_weight else None
 
         @_plain
@@ -116,19 +115,13 @@ class ResumableDataset(tf.data.Dataset):
         """How many passes were begun: the number of the next."""
         return int(self._next[0])
 
-    def first_batch(self) -> Any:
-        """A batch as the model gets it, to build a model with. It is the same in each process, and taken once."""
-        if self._first is None:
-            before = self._next.read_value()
-            self._first = next(iter(self.take(1)))
-            if self._source.repeatable:
-                self._next.assign(before)
-            self._fingerprint = self._source.fingerprint(self._first)
-        return self._first
-
     def get_state(self) -> dict[str, Any]:
-        """What another process needs to go on: plain numbers and strings. The first call takes `first_batch`."""
-        self.first_batch()
+        """What another process needs to go on: plain numbers and strings.
+
+        The first call reads a batch, by which the data are known again. Of what cannot go back that begins a pass.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._take_fingerprint()
         return {
             "kind": self._source.kind,
             "batches": self._source.count,
@@ -163,6 +156,13 @@ class ResumableDataset(tf.data.Dataset):
         """Says which pass comes next, and with which of its batches it begins."""
         self._source.go_to(self.passes, number)
         self._next.assign([number, batch])
+
+    def _take_fingerprint(self) -> int:
+        before = self._next.read_value()
+        first = next(iter(self.take(1)))
+        if self._source.repeatable:
+            self._next.assign(before)
+        return self._source.fingerprint(first)
 
     def _inputs(self) -> list[tf.data.Dataset]:
         return [self._passes]
@@ -291,7 +291,7 @@ class _Function(_Source):
         self.count = _known_length(first)
         self._spec = first.element_spec
         # What TensorFlow reads from must not be taken away by Python.
-        self._made_last: collections.deque[tf.data.Dataset] = collections.deque(maxlen=4)
+        self._recent: collections.deque[tf.data.Dataset] = collections.deque(maxlen=4)
 
     def batches(self, number: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
         def make(number: tf.Tensor) -> tf.Tensor:
@@ -301,7 +301,7 @@ class _Function(_Source):
                     f"Each pass expected {self.count} batches, as the first has. Received: {_known_length(made)} in "
                     f"pass {int(number)}"
                 )
-            self._made_last.append(made)
+            self._recent.append(made)
             return tf.data.experimental.to_variant(made)
 
         variant = tf.py_function(make, [number], tf.variant)

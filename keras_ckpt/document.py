@@ -47,7 +47,7 @@ def _encoded(value: Any, where: str, arrays: list[np.ndarray]) -> Any:
         return value
     if kind is list:
         return [_encoded(each, f"{where}[{index}]", arrays) for index, each in enumerate(value)]
-    if kind in _BUILDERS and not isinstance(value, np.ndarray):
+    if kind in _BUILDERS:
         more = [value.maxlen] if kind is collections.deque else []
         return {kind.__name__: _parts(value, where, arrays), "more": more}
     if kind in _GENERATORS:
@@ -92,7 +92,10 @@ def _python_generator(state: Any) -> random.Random:
 
 
 def _numpy_generator(state: Any) -> np.random.Generator:
-    generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
+    kind = getattr(np.random, state["bit_generator"])
+    if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):  # a file must not choose what runs
+        raise TypeError(f"{kind!r} is no generator of NumPy's")
+    generator = np.random.Generator(kind())
     generator.bit_generator.state = state
     return generator
 

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import random
 
 import ml_dtypes
 import numpy as np
@@ -68,6 +69,24 @@ def test_what_is_in_itself_is_not_plain() -> None:
 
     with pytest.raises(UnplainError, match="in itself"):
         encode(value)
+
+
+def test_a_file_does_not_choose_what_runs() -> None:
+    """A name in it is of a generator, or refused."""
+    text, arrays = encode(np.random.default_rng(1))
+
+    with pytest.raises(TypeError, match="no generator"):
+        decode(text.replace('"PCG64"', '"seed"'), dict(enumerate(arrays)))
+
+
+@pytest.mark.parametrize("make", [np.random.default_rng, np.random.RandomState, random.Random])
+def test_generators_go_on_where_they_were(make) -> None:
+    """Each kind, with what it draws next."""
+    generator = make(1)
+    generator.random()
+    back = round_trip(generator)
+
+    assert [back.random() for _ in range(3)] == [generator.random() for _ in range(3)]
 
 
 class Sub(dict):
