@@ -21,7 +21,7 @@ def get_state() -> dict[str, Any]:
     # Python's last: where Keras's is made only now, it is made of a number that is drawn from Python's.
     return {
         "keras": np.asarray(global_seed_generator().state),
-        "tensorflow": tf.random.get_global_generator().state.numpy(),
+        "tensorflow": None if (generator := _tensorflows()) is None else generator.state.numpy(),
         "numpy": np.random.get_state(legacy=False),
         "python": random.getstate(),
     }
@@ -30,6 +30,14 @@ def get_state() -> dict[str, Any]:
 def set_state(state: Mapping[str, Any]) -> None:
     """Puts each generator where `get_state` found it."""
     global_seed_generator().state.assign(state["keras"])
-    tf.random.get_global_generator().state.assign(state["tensorflow"])
+    if (generator := _tensorflows()) is not None and state["tensorflow"] is not None:
+        generator.state.assign(state["tensorflow"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+def _tensorflows() -> tf.random.Generator | None:
+    try:
+        return tf.random.get_global_generator()
+    except RuntimeError:
+        return None  # operations are to be deterministic, and the script has not set one

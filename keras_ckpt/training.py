@@ -17,6 +17,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+# Whether operations are deterministic can be set by a public function, but not be asked for.
+from tensorflow.python.framework.config import is_op_determinism_enabled
+
 from keras_ckpt import seeds
 from keras_ckpt.callback_states import CallbackStates
 from keras_ckpt.data import ResumableDataset
@@ -292,7 +295,8 @@ class Training:
 
     def _warn_of_other_settings(self, before: Mapping[str, Any]) -> None:
         now = _settings(self._model)
-        if other := [f"{name} {now[name]}, {before[name]} before" for name in now if before[name] != now[name]]:
+        known = [name for name in now if name in before]
+        if other := [f"{name} {now[name]}, {before[name]} before" for name in known if before[name] != now[name]]:
             warnings.warn(
                 f"What is computed from here on may differ in the last bits: {'; '.join(other)}.", stacklevel=5
             )
@@ -412,6 +416,8 @@ def _settings(model: keras.Model) -> dict[str, Any]:
         "Keras": keras.__version__,
         "processors": os.cpu_count(),
         "threads of an operation": tf.config.threading.get_intra_op_parallelism_threads(),
+        "threads of operations": tf.config.threading.get_inter_op_parallelism_threads(),
+        "deterministic operations": is_op_determinism_enabled(),
         "jit_compile": bool(model.jit_compile),
     }
 

@@ -32,6 +32,6 @@ def test_the_notebook_names_no_path_of_a_machine(path) -> None:
     assert "/root/" not in text
 
 
-def test_there_are_three() -> None:
-    """Train and retain, inspect and restore, prune."""
-    assert len(NOTEBOOKS) == 3
+def test_there_are_four() -> None:
+    """Train and retain, inspect and restore, prune, interrupt and go on."""
+    assert len(NOTEBOOKS) == 4

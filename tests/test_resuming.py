@@ -11,6 +11,7 @@ import threading
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt import seeds, training
@@ -216,6 +217,59 @@ def test_other_settings_are_named(backup) -> None:
 
     with pytest.warns(UserWarning, match="may differ in the last bits: jit_compile True, False before"):
         train(kc.BackupAndRestore(backup, data=data()), model=other)
+
+
+def test_whether_operations_are_deterministic_is_stored(backup) -> None:
+    """It decides the last bits, and cannot be undone in a process: so another one turns it on."""
+    program = """
+import sys
+import keras
+import tensorflow as tf
+import keras_ckpt as kc
+from models import X, Y, dense_model
+
+if sys.argv[2] == "on":
+    keras.utils.set_random_seed(1)
+    tf.config.experimental.enable_op_determinism()
+backup = kc.BackupAndRestore(sys.argv[1], data=kc.ResumableDataset(X, Y, batch_size=4), delete_checkpoint=False)
+dense_model().fit(backup.data, epochs=int(sys.argv[3]), shuffle=False, verbose=0, callbacks=[backup])
+"""
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", program, backup, *arguments],
+            env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        for arguments in (("off", "1"), ("on", "2"))
+    ]
+
+    assert "may differ" not in told[0]
+    assert "may differ in the last bits: deterministic operations True, False before" in told[1]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras's variables, when TensorBoard reads them
+def test_tensorboard_goes_on_at_the_right_steps(backup, tmp_path) -> None:
+    """What it writes after a restart follows what it wrote before, batch by batch and epoch by epoch."""
+
+    def board() -> keras.callbacks.TensorBoard:
+        return keras.callbacks.TensorBoard(tmp_path / "logs", update_freq=1, write_graph=False)
+
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), board(), Fails("on_train_batch_end", 14))
+    train(kc.BackupAndRestore(backup, data=data()), board())
+
+    batches = _steps_told(tmp_path / "logs" / "train", "batch_loss")
+    assert batches == sorted([*range(1, 31), 11, 12, 13])  # the last three before the error were trained once more
+    assert _steps_told(tmp_path / "logs" / "train", "epoch_loss") == [0, 1, 2]
+
+
+def _steps_told(directory: pathlib.Path, tag: str) -> list[int]:
+    """The steps at which TensorBoard was told of something."""
+    records = tf.data.TFRecordDataset([str(file) for file in sorted(directory.iterdir())])
+    events = [tf.compat.v1.Event.FromString(record.numpy()) for record in records]
+    return sorted(event.step for event in events for value in event.summary.value if value.tag == tag)
 
 
 def test_what_changes_in_its_place_is_saved_too(backup) -> None:
