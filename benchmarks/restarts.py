@@ -1,7 +1,7 @@
 """How long it takes from the start of a process to its first new batch: of a fresh run, and of one that goes on far in.
 
-Run it from the top of the repository: `python benchmarks/restarts.py`. All figures come from one run, in turns; each is of
-a process of its own. The epoch has 110,000 batches of arrays.
+Run it from the top of the repository: `python benchmarks/restarts.py`. All figures come from one run, in turns;
+each is of a process of its own. The epoch has 110,000 batches of arrays.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def main() -> None:
 
 def run(path: str, stop: int) -> str:
     """A process that trains, to its first batch or until there is a backup at `stop`."""
-    return subprocess.run([sys.executable, "-c", SCRIPT, path, str(stop)], stdout=subprocess.PIPE, text=True).stdout
+    command = [sys.executable, "-c", SCRIPT, path, str(stop)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
