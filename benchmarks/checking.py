@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as name:
         path = pathlib.Path(name)
         runs = kc.CheckpointDirectory(path / "run")
-        Writer(runs).save(state.write, step=1)
+        Writer(runs).save(state.snapshot(), step=1)
         model.save_weights(path / "weights.weights.h5")
         actions: dict[str, Callable[[], object]] = {
             "restore, sizes only": lambda: kc.restore(model, runs, check_digests=False),

@@ -67,12 +67,14 @@ def main() -> None:
             model.save_weights(path / "plain.weights.h5")
 
         def ours(keep: int | None) -> Callable[[], object]:
-            return lambda: writers[keep].save(state.write, step=next(steps), epoch=1, batch=0, metrics={"loss": 0.5})
+            return lambda: writers[keep].save(
+                state.snapshot(), step=next(steps), epoch=1, batch=0, metrics={"loss": 0.5}
+            )
 
         actions: dict[str, Callable[[], object]] = {
             "Keras, .weights.h5": keras_plain,
             "Keras, .weights.h5, synced": keras_synced,
-            "this, to memory only": lambda: state.write(path / "bare"),
+            "this, without a sidecar": lambda: state.write(path / f"bare-{next(steps)}"),
             "this, saved": ours(None),
             "this, saved and pruned": ours(1),
         }

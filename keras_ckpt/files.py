@@ -7,9 +7,11 @@ What the package keeps for itself (locks, stages, trash) lies in a sub-folder, `
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import socket
@@ -29,6 +31,8 @@ from keras_ckpt.errors import DirectoryInUseError
 
 PRIVATE = ".keras_ckpt"
 _CHUNK = 1 << 20
+_BUFFER = 4 << 20
+_DIRECT = getattr(os, "O_DIRECT", 0)
 # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -145,13 +149,26 @@ class Folder:
 
     def create(self, name: str, data: bytes) -> None:
         """Writes a new file and makes its bytes durable; a file of that name is an error."""
+        with self.writing(name) as file:
+            file.write(memoryview(data))
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[NewFile]:
+        """A new file to write; at the end of the `with` statement its bytes are durable.
+
+        A file of that name is an error.
+        """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            # Leaving the inner statement waits for what is under way, so that the descriptor is not another file's.
+            with concurrent.futures.ThreadPoolExecutor(1, "keras_ckpt-write") as thread:
+                file = NewFile(descriptor, thread)
+                yield file
+                file.finish()
             os.fsync(descriptor)
+            if (size := os.fstat(descriptor).st_size) != file.size:
+                raise OSError(errno.EIO, f"{file.size} bytes were written, it has {size}", name)
         finally:
             os.close(descriptor)
 
@@ -296,6 +313,87 @@ class Folder:
             os.close(descriptor)
             raise
         return descriptor, status.st_size
+
+
+class NewFile:
+    """A file that is being written: while one part of it is digested another is on its way to the disk.
+
+    What is more than a buffer goes past the page cache where the file system can do that: it saves a copy, and the
+    sync at the end finds nothing left to do.
+
+    Attributes:
+        size: The bytes that were written.
+    """
+
+    def __init__(self, descriptor: int, thread: concurrent.futures.Executor) -> None:
+        self.size = 0
+        self._descriptor = descriptor
+        self._thread = thread
+        self._hasher = blake3()
+        self._buffer: mmap.mmap | None = None
+        self._other: mmap.mmap | None = None
+        self._filled = 0
+        self._under_way: concurrent.futures.Future[None] | None = None
+
+    @property
+    def digest(self) -> str:
+        """`"blake3:"` and the digest of all bytes in hexadecimal; to be asked for at the end."""
+        return f"blake3:{self._hasher.hexdigest()}"
+
+    def write(self, data: memoryview) -> None:
+        """Adds bytes."""
+        self.size += len(data)
+        while data:
+            if self._buffer is None:
+                self._buffer = mmap.mmap(-1, _BUFFER)
+            count = min(len(data), _BUFFER - self._filled)
+            self._buffer[self._filled : self._filled + count] = data[:count]
+            self._filled += count
+            data = data[count:]
+            if self._filled == _BUFFER:
+                self._pass_on(self._buffer)
+
+    def finish(self) -> None:
+        """Writes what is left."""
+        self._wait()
+        if self._buffer is not None:
+            rest = memoryview(self._buffer)[: self._filled]
+            self._hasher.update(rest)
+            if self._under_way is not None:
+                _write_through(self._descriptor, False)
+            _write_all(self._descriptor, rest)
+
+    def _pass_on(self, buffer: mmap.mmap) -> None:
+        """Has a full buffer written, and goes on with the other."""
+        self._hasher.update(buffer)
+        self._wait()
+        if self._under_way is None:
+            _write_through(self._descriptor, True)
+        self._under_way = self._thread.submit(_write_all, self._descriptor, memoryview(buffer))
+        self._buffer, self._other = self._other, buffer
+        self._filled = 0
+
+    def _wait(self) -> None:
+        if self._under_way is not None:
+            self._under_way.result()
+
+
+def _write_through(descriptor: int, through: bool) -> None:
+    """Says whether what is written next goes past the page cache."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    with contextlib.suppress(OSError):  # not every file system can
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT if through else flags & ~_DIRECT)
+
+
+def _write_all(descriptor: int, view: memoryview) -> None:
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except OSError as error:
+            # After a part was written, or on a file system that does not keep what it said, the cache has to help.
+            if error.errno != errno.EINVAL or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT:
+                raise
+            _write_through(descriptor, False)
 
 
 def _read_into(descriptor: int, buffer: memoryview, name: str) -> int:

@@ -24,7 +24,7 @@ from keras_ckpt.listing import Listing
 from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
 from keras_ckpt.record import Mode, as_metric, encodable_metadata, step_in
 from keras_ckpt.restoring import opened
-from keras_ckpt.writer import Writer
+from keras_ckpt.writer import Writer, by_prefix
 
 PRESERVED = "keep_checkpoint_every_n_hours"
 """The reason of a pin that the manager made."""
@@ -203,7 +203,7 @@ class CheckpointManager(tf.train.CheckpointManager):
                 self._checkpoint.write(prefix, options)
 
         record = self._writer.save(
-            write,
+            by_prefix(write),
             step=number,
             began=began,
             epoch=None if epoch is None else _integer(epoch),

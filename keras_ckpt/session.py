@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 import keras
@@ -17,7 +17,7 @@ from keras_ckpt.record import CheckpointRecord, step_in
 from keras_ckpt.restoring import same_values
 from keras_ckpt.schedule import SaveSchedule
 from keras_ckpt.tables import counted
-from keras_ckpt.writer import Writer
+from keras_ckpt.writer import Write, Writer
 
 OnFullDisk = Literal["warn", "raise"]
 
@@ -69,12 +69,12 @@ class Session:
         self.progress.epoch_end()
         return self._schedule.after_epoch()
 
-    def snapshot(self, others: Mapping[str, Any]) -> Callable[[str], None]:
+    def snapshot(self, others: Mapping[str, Any]) -> Write:
         """The model as it is now, with more to write beside it: a function for `save`."""
         self._state.save_counter.assign(self.progress.position.step)
         return self._state.snapshot(others)
 
-    def save(self, began: float, write: Callable[[str], object] | None = None, **facts: Any) -> CheckpointRecord | None:
+    def save(self, began: float, write: Write | None = None, **facts: Any) -> CheckpointRecord | None:
         """Saves the model, unless that would not be kept, or there is no room for it.
 
         Args:
@@ -94,7 +94,7 @@ class Session:
     def close(self) -> None:
         self._writer.close()
 
-    def _save(self, began: float, write: Callable[[str], object] | None, **facts: Any) -> CheckpointRecord | None:
+    def _save(self, began: float, write: Write | None, **facts: Any) -> CheckpointRecord | None:
         position = self.progress.position
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
         newest = self._writer.directory.latest() if position.batch == 0 and write is None else None
@@ -104,7 +104,7 @@ class Session:
         facts |= {"time": time.time(), "versions": state.versions()}
         # Whoever goes on with TensorFlow's own manager numbers on from here.
         self._state.save_counter.assign(position.step)
-        write = write or self._state.write
+        write = write or self._state.snapshot()
         return self._writer.save(write, step=position.step, size=self._state.size(), began=began, **facts)
 
 

@@ -15,8 +15,8 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -26,6 +26,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from keras_ckpt import __version__
+from keras_ckpt.files import Folder
+from keras_ckpt.snapshot import Snapshot
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 """What TensorFlow appends to a variable's name in a checkpoint."""
@@ -65,6 +67,7 @@ class ModelState(tf.train.Checkpoint):
             )
         super().__init__(model=model)
         self._weights_only = weights_only
+        self._plan: _Plan | None = None
 
     def names(self) -> dict[str, Any]:
         """The variables that it writes, by name."""
@@ -77,41 +80,67 @@ class ModelState(tf.train.Checkpoint):
         return sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in variables)
 
     def write(self, file_prefix: str | os.PathLike[str], options: Any = None) -> str:
-        """Writes the files of a checkpoint; see `tf.train.Checkpoint.write`.
+        """Writes the files of a checkpoint, durably, where there are none of that prefix.
 
         Raises:
-            OSError: The disk is full.
+            OSError: They cannot be written.
         """
         prefix = os.fspath(file_prefix)
-        self.snapshot()(prefix)
+        path, name = os.path.split(prefix)
+        with Folder(path or ".") as folder:
+            self.snapshot()(folder, name)
         return prefix
 
-    def snapshot(self, others: Mapping[str, Any] = {}) -> Callable[[str], None]:
-        """Holds the values that the variables have now; they cost memory only where a variable changes since.
+    def snapshot(self, others: Mapping[str, Any] = {}) -> Snapshot:
+        """The values that the variables have now.
 
         Args:
             others: More to write, by key; values that TensorFlow has a tensor for.
-
-        Returns:
-            A function that writes them with a prefix, later.
         """
+        plan = self._plan
+        if plan is None or not plan.holds(self.model):
+            plan = self._plan = self._new_plan()
+        return Snapshot(plan.variables, {GRAPH_KEY: plan.graph, NAMES_KEY: b"1", **others})
+
+    def _new_plan(self) -> _Plan:
+        kept = list(optimizers(self.model).values())
+        made_of = _made_of(self.model, kept)
         variables = {f"{name}{SUFFIX}": variable for name, variable in self.names().items()}
         variables[f"save_counter{SUFFIX}"] = self.save_counter
-        keys = {id(variable): key for key, variable in variables.items()}
-        values = {key: value_of(variable).read_value() for key, variable in variables.items()}
-        texts = {GRAPH_KEY: _object_graph(self, keys).SerializeToString(), NAMES_KEY: b"1"}
-        values |= {key: tf.convert_to_tensor(value) for key, value in {**texts, **others}.items()}
+        graph = _object_graph(self, {id(variable): key for key, variable in variables.items()})
+        values = {key: value_of(variable) for key, variable in variables.items()}
+        return _Plan(values, graph.SerializeToString(), kept, made_of)
 
-        def write(prefix: str) -> None:
-            with plain_errors():
-                tf.raw_ops.SaveV2(
-                    prefix=prefix,
-                    tensor_names=list(values),
-                    shape_and_slices=[""] * len(values),
-                    tensors=list(values.values()),
-                )
 
-        return write
+class _Plan(NamedTuple):
+    """What is written of a model, which takes longer to find out than to read, and seldom changes.
+
+    Attributes:
+        variables: By their keys.
+        graph: The object graph.
+        optimizers: The model's.
+        made_of: What the model was made of.
+    """
+
+    variables: Mapping[str, tf.Variable]
+    graph: bytes
+    optimizers: Sequence[Any]
+    made_of: Sequence[Any]
+
+    def holds(self, model: keras.Model) -> bool:
+        """Whether the model is made of the same things still."""
+        now = _made_of(model, self.optimizers)
+        # Those of before are held here, so that no other thing can have the identity of one that is gone.
+        return list(map(id, now)) == list(map(id, self.made_of))
+
+
+def _made_of(model: keras.Model, known: Iterable[Any]) -> list[Any]:
+    """The variables of a model and of its known optimizers, and what would show that there are more."""
+    layers = _layers(model)
+    attributes = (each for layer in layers for each in vars(layer).values())
+    found = [each for each in attributes if isinstance(each, tf.Variable | keras.optimizers.Optimizer)]
+    slots = [variable for optimizer in known for variable in optimizer.variables]
+    return [*layers, *found, *model.variables, *_states(layers), *slots, *model.metrics_variables]
 
 
 @contextlib.contextmanager

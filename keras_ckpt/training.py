@@ -31,6 +31,7 @@ from keras_ckpt.restoring import is_finite, restore_backup
 from keras_ckpt.session import Session
 from keras_ckpt.signals import SignalWatch
 from keras_ckpt.state import TRAINING_KEY
+from keras_ckpt.writer import Write
 
 Logs = Mapping[str, Any] | None
 
@@ -61,7 +62,7 @@ class _Moment:
     """A training as it was at a place, and what writes it."""
 
     place: _Place
-    write: Callable[[str], None]
+    write: Write
 
 
 class Training:

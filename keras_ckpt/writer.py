@@ -1,6 +1,6 @@
 """Saving one run's checkpoints into a directory: what is wanted, staged, committed and pruned.
 
-The payload is somebody else's: a function that writes files with a given prefix.
+The payload is somebody else's: a function that writes files into a folder.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _FULL = {
     errno.ENOSPC: "Free some space, or keep fewer checkpoints.",
     errno.EDQUOT: "Free some of the quota, or keep fewer checkpoints.",
 }
+Write = Callable[[Folder, str], Sequence[CheckpointFile]]
+"""Writes the files of a checkpoint of a name into a folder, durably, and says what they are."""
 _MENDS = _FULL | {
     errno.EACCES: "Make the directory writable for this user, or choose another.",
     errno.EROFS: "The file system is mounted read-only: choose another directory.",
@@ -92,7 +94,7 @@ class Writer:
 
     def save(
         self,
-        write: Callable[[str], object],
+        write: Write,
         *,
         step: int,
         size: int | None = None,
@@ -104,7 +106,7 @@ class Writer:
         After a crash there is the directory as it was or as it is afterwards, never anything between.
 
         Args:
-            write: Writes the checkpoint's files, whose names all begin with the prefix that it is given.
+            write: Writes the checkpoint's files, whose names all begin with its own.
             step: Its step; a checkpoint of that step which is there already is superseded.
             size: The bytes that it will need; defaults to those of the newest.
             began: When training began to wait for it, by `time.perf_counter`; defaults to now.
@@ -232,21 +234,29 @@ def _look_for_room(folder: Folder, size: int) -> None:
         raise OSError(errno.ENOSPC, f"{tables.size(size)} are needed, {tables.size(free)} are free")
 
 
-def _stage(
-    stage: Folder, candidate: CheckpointRecord, write: Callable[[str], object], began: float
-) -> CheckpointRecord:
+def by_prefix(write: Callable[[str], object]) -> Write:
+    """What a function writes that takes a prefix, as TensorFlow's do, and leaves the rest to the one who calls it."""
+
+    def write_files(stage: Folder, name: str) -> Sequence[CheckpointFile]:
+        write(stage.tensorflow_path(name))
+        names = sorted(stage.names())
+        if not names:
+            raise OSError(f"no files were written with the prefix {name}")
+        files = [CheckpointFile(each, *stage.digest(each)) for each in names]
+        for each in names:
+            stage.sync_file(each)
+        return files
+
+    return write_files
+
+
+def _stage(stage: Folder, candidate: CheckpointRecord, write: Write, began: float) -> CheckpointRecord:
     """Writes everything into the stage, durably, the sidecar last."""
     started = time.perf_counter()
-    write(stage.tensorflow_path(candidate.name))
-    names = sorted(stage.names())
-    if not names:
-        raise OSError(f"no files were written with the prefix {candidate.name}")
-    files = tuple(CheckpointFile(name, *stage.digest(name)) for name in names)
-    for name in names:
-        stage.sync_file(name)
+    files = write(stage, candidate.name)
     sealed = time.perf_counter()
     timings = {"write_ms": _milliseconds(started, sealed), "blocked_ms": _milliseconds(began, sealed)}
-    record = msgspec.structs.replace(candidate, files=files, timings=timings)
+    record = msgspec.structs.replace(candidate, files=tuple(files), timings=timings)
     stage.create(f"{record.name}.json", sidecars.encode(record))
     stage.sync()
     return record

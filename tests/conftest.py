@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,9 +20,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.files import Folder
 from keras_ckpt.policies import PreservationPolicy
-from keras_ckpt.record import CheckpointRecord
-from keras_ckpt.writer import Writer
+from keras_ckpt.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.writer import Write, Writer
 
 
 def history(text: str) -> list[CheckpointRecord]:
@@ -42,12 +43,17 @@ def steps(text: str) -> set[int]:
     return {int(word) for word in text.split()}
 
 
-def payload(content: bytes = b"weights") -> Callable[[str], None]:
-    """Writes the files of a checkpoint, as TensorFlow would."""
+def payload(content: bytes = b"weights", shards: int = 1) -> Write:
+    """Writes the files of a checkpoint, as many as TensorFlow would."""
 
-    def write(prefix: str) -> None:
-        pathlib.Path(f"{prefix}.data-00000-of-00001").write_bytes(content)
-        pathlib.Path(f"{prefix}.index").write_bytes(b"index of " + content)
+    def write(folder: Folder, name: str) -> list[CheckpointFile]:
+        data = {f"{name}.data-{shard:05}-of-{shards:05}": content for shard in range(shards)}
+        files = []
+        for each, part in {**data, f"{name}.index": b"index of " + content}.items():
+            with folder.writing(each) as file:
+                file.write(memoryview(part))
+            files.append(CheckpointFile(each, file.size, file.digest))
+        return files
 
     return write
 

@@ -536,7 +536,7 @@ def test_what_is_about_to_be_removed_is_not_restored_unchecked(runs, model) -> N
 def test_a_record_of_what_was_saved_anew_since_is_refused(runs, model) -> None:
     """Another checkpoint is no answer to a question for this one."""
     record = runs.latest()
-    Writer(runs).save(ModelState(model).write, step=record.step, run_id=record.run_id)
+    Writer(runs).save(ModelState(model).snapshot(), step=record.step, run_id=record.run_id)
 
     with pytest.raises(kc.CheckpointNotFoundError, match="was saved anew"):
         kc.restore(dense_model(), record)

@@ -15,7 +15,7 @@ from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError, FormatVersi
 from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.listing import check_files
 from keras_ckpt.policies import BestN, EveryNSteps, LatestN
-from keras_ckpt.writer import Writer
+from keras_ckpt.writer import Writer, by_prefix
 
 
 def leftovers(runs) -> list[str]:
@@ -62,8 +62,8 @@ def test_what_would_be_pruned_at_once_is_not_written(filler) -> None:
     filler.save("10:0.5")
     writer = Writer(filler.runs, BestN(1, "loss", "min"))
 
-    def unwanted(prefix: str) -> None:
-        raise AssertionError(prefix)
+    def unwanted(folder, name) -> None:
+        raise AssertionError(name)
 
     assert writer.save(unwanted, step=20, metrics={"loss": 0.6}, batch=0) is None
     assert verify(filler.runs) == [10]
@@ -137,9 +137,9 @@ def test_a_save_that_fails_changes_nothing(filler, number, mend) -> None:
     """The error names the directory and the reason, the others are whole, and the next save works."""
     filler.save("10 20")
 
-    def failing(prefix: str) -> None:
-        payload()(prefix)
-        raise OSError(number, os.strerror(number), prefix)
+    def failing(folder, name) -> None:
+        payload()(folder, name)
+        raise OSError(number, os.strerror(number), name)
 
     with pytest.raises(SaveError, match=f"Could not save step 30 into .*{os.strerror(number)}.*{mend}"):
         Writer(filler.runs, LatestN(1)).save(failing, step=30)
@@ -152,7 +152,7 @@ def test_a_save_that_fails_changes_nothing(filler, number, mend) -> None:
 def test_a_payload_that_writes_nothing_is_an_error(filler) -> None:
     """A checkpoint without files is none."""
     with pytest.raises(SaveError, match="no files"):
-        Writer(filler.runs).save(lambda prefix: None, step=1)
+        Writer(filler.runs).save(by_prefix(lambda prefix: None), step=1)
 
     assert len(filler.runs) == 0
 

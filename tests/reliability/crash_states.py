@@ -5,6 +5,7 @@ The model knows of each change whether it is durable. Of those that are not, a c
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import os
@@ -16,7 +17,7 @@ import types
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from keras_ckpt.files import PRIVATE
+from keras_ckpt.files import PRIVATE, Folder
 
 Place: TypeAlias = tuple[int, str]
 Tree: TypeAlias = dict[Place, int]
@@ -70,7 +71,7 @@ class Recorder:
 
     def fsync(self, descriptor: int) -> None:
         os.fsync(descriptor)
-        self._add("sync", _opened(descriptor), site=_site(sys._getframe(2)))
+        self._add("sync", _opened(descriptor), site=_site(sys._getframe(1)))
 
     def mkdir(self, path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         os.mkdir(path, mode, dir_fd=dir_fd)
@@ -117,8 +118,15 @@ def _opened(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
+_SYNCING = (Folder.create, Folder.writing.__wrapped__, Folder.sync_file, Folder.sync)
+"""Whoever calls these asks for the sync."""
+
+
 def _site(frame: types.FrameType) -> str:
     """The function and the line that asked for a sync; of equal lines of a function, which one it is."""
+    own = [function.__code__ for function in _SYNCING]
+    while frame.f_code.co_filename == contextlib.__file__ or frame.f_code in own:
+        frame = frame.f_back
     lines, first = inspect.getsourcelines(frame.f_code)
     texts = [line.strip() for line in lines[: frame.f_lineno - first + 1]]
     return f"{frame.f_code.co_name}: {texts[-1]} #{texts.count(texts[-1])}"

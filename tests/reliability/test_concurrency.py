@@ -52,7 +52,7 @@ writer = Writer(kc.CheckpointDirectory(path), kc.LatestN(1))
 def save(step):
     for variable in model.weights:
         variable.assign(np.full(variable.shape, step, variable.dtype))
-    writer.save(state.write, step=step, run_id="run")
+    writer.save(state.snapshot(), step=step, run_id="run")
 
 def read():
     counts = {"restores": 0, "mixed": 0, "errors": []}

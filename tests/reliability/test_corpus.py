@@ -355,14 +355,15 @@ def test_51_a_directory_that_goes_away_during_a_save_loses_no_more(filler, tmp_p
     runs = filler.save("1")
     elsewhere = tmp_path / "elsewhere"
 
-    def write_and_take_away(prefix: str) -> None:
-        payload()(prefix)
+    def write_and_take_away(folder, name):
+        written = payload()(folder, name)
         if how == "removed":
             shutil.rmtree(runs.path)
         else:
             os.rename(runs.path, elsewhere)
         if how == "replaced":
             os.mkdir(runs.path)
+        return written
 
     writer = Writer(runs)
     if how == "removed":
@@ -484,7 +485,7 @@ WORK = """
 import os, sys
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.policies import LatestN
-from keras_ckpt.writer import Writer
+from keras_ckpt.writer import Writer, by_prefix
 
 assert False, "assertions are to be off"
 os.umask(0o777)
@@ -497,7 +498,7 @@ def write(prefix):
 runs = CheckpointDirectory(sys.argv[1])
 writer = Writer(runs, LatestN(1))
 for step in (1, 2):
-    writer.save(write, step=step, metadata={"name": "ü"})
+    writer.save(by_prefix(write), step=step, metadata={"name": "ü"})
 runs.pin(2, "ü")
 assert runs.verify().ok
 print(str(runs).encode("ascii", "replace").decode(), [record.step for record in runs])

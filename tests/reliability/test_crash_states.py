@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import Filler
+from conftest import Filler, payload
 from keras_ckpt import commit, files
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DamagedCheckpointError, DiskFullError, SaveError
@@ -104,7 +104,7 @@ class Run:
     ) -> None:
         with self._action():
             writer = Writer(self.runs, keep, base=base)
-            record = writer.save(self._payload(f"{step} {content}".encode(), shards), step=step, run_id="run", batch=0)
+            record = writer.save(payload(f"{step} {content}".encode(), shards), step=step, run_id="run", batch=0)
             writer.close()
             assert record in list(self.runs)
 
@@ -112,7 +112,7 @@ class Run:
         def full(*arguments: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        writer, write = Writer(self.runs), self._payload(b"", 1)
+        writer, write = Writer(self.runs), payload(b"")
         with self._action(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(commit, "write_state", full)
             with pytest.raises(DiskFullError, match="is saved"):
@@ -136,15 +136,6 @@ class Run:
 
     def recover(self) -> None:
         Writer(self.runs).open()
-
-    def _payload(self, content: bytes, shards: int) -> Callable[[str], None]:
-        def write(prefix: str) -> None:
-            for suffix in ("index", *(f"data-{shard:05}-of-{shards:05}" for shard in range(shards))):
-                descriptor = self.recorder.open(f"{prefix}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-                self.recorder.write(descriptor, suffix.encode() + content)
-                os.close(descriptor)
-
-        return write
 
     @contextlib.contextmanager
     def _action(self) -> Iterator[None]:
@@ -323,7 +314,7 @@ class Examiner:
         self.tally["lost"] += promise.lost(there, recovered=True)
         self._count_leftovers(runs)
 
-        writer.save(lambda prefix: pathlib.Path(f"{prefix}.index").write_bytes(b"next"), step=99)
+        writer.save(payload(b"next"), step=99)
         self.tally["lost"] += len(there - self.visible(runs))
         self.tally["lost"] += 99 not in runs
         writer.close()
@@ -453,7 +444,7 @@ def test_a_power_cut_after_a_kill_loses_nothing(memory, tally, long, name, order
 
 
 SYNCS = {
-    "_stage: stage.sync_file(name) #1": "a save over a leftover pin",
+    "write: with folder.writing(each) as file: #1": "a save over a leftover pin",
     '_stage: stage.create(f"{record.name}.json", sidecars.encode(record)) #1': "a save over a leftover pin",
     "_stage: stage.sync() #1": "a step saved again",
     "publish: private.sync() #1": "a step saved again",

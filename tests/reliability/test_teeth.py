@@ -101,8 +101,8 @@ MUTANTS = {
     ),
     "a sync that is tried once more": Mutant(
         "files",
-        "        descriptor, _ = self._open_regular(name)\n        try:\n            os.fsync(descriptor)\n",
-        "        descriptor, _ = self._open_regular(name)\n        try:\n"
+        "                file.finish()\n            os.fsync(descriptor)\n",
+        "                file.finish()\n"
         "            with contextlib.suppress(OSError):\n                os.fsync(descriptor)\n",
         "reliability/test_errors.py::test_an_error_at_any_call_loses_nothing",
     ),

@@ -18,7 +18,7 @@ from conftest import payload
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.policies import PreservationPolicy
 from keras_ckpt.record import CheckpointRecord
-from keras_ckpt.writer import Writer
+from keras_ckpt.writer import Write, Writer
 
 Acknowledge = Callable[[CheckpointRecord], None]
 _forks = multiprocessing.get_context("fork")
@@ -42,7 +42,7 @@ class Noise:
     def prepare(self) -> None:
         """Nothing is needed."""
 
-    def write(self, step: int) -> Callable[[str], None]:
+    def write(self, step: int) -> Write:
         return payload(b"%d " % step + os.urandom(random.randrange(20_000)))
 
     def step_in(self, record: CheckpointRecord) -> int:
@@ -50,20 +50,20 @@ class Noise:
 
 
 class RealModel:
-    """Checkpoints of a small model that TensorFlow writes; its first bias is the step."""
+    """Checkpoints of a small model; its first bias is the step."""
 
     def prepare(self) -> None:
         """Loads TensorFlow and builds the model before trainers are forked, to be there in each."""
         _real_model()
 
-    def write(self, step: int) -> Callable[[str], object]:
+    def write(self, step: int) -> Write:
         import numpy as np
 
         model, state = _real_model()
         for variable in model.trainable_variables:
             variable.assign(np.random.default_rng().random(variable.shape))
         model.layers[0].bias.assign(np.full(3, step))
-        return state.write
+        return state.snapshot()
 
     def step_in(self, record: CheckpointRecord) -> int:
         import tensorflow as tf

@@ -1,0 +1,76 @@
+"""The values of variables at one moment, held while training goes on, and written later."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+# No public operation reads many variables in one call, and the calls are what a snapshot costs.
+from tensorflow.python.eager import context, execute
+
+from keras_ckpt.bundle_writer import Value, number_value, string_value, write_bundle
+from keras_ckpt.files import Folder
+from keras_ckpt.record import CheckpointFile
+
+
+class Snapshot:
+    """The values that variables have now. They cost memory only where a variable changes while this is held.
+
+    TensorFlow gives no copy of a variable's value but the value itself, and copies it before it changes a variable
+    whose value somebody holds.
+
+    Example:
+
+    ```python
+    snapshot = Snapshot({"weight": variable})
+    snapshot(folder, "ckpt-10")
+    ```
+
+    Args:
+        variables: By key, `tf.Variable`s.
+        others: More to write, by key: what TensorFlow has a tensor for.
+    """
+
+    def __init__(self, variables: Mapping[str, tf.Variable], others: Mapping[str, Any]) -> None:
+        values = dict(zip(variables, read(list(variables.values())), strict=True))
+        self.values: dict[str, tf.Tensor] = values | {key: tf.convert_to_tensor(each) for key, each in others.items()}
+
+    def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
+        """Writes them as a TensorFlow checkpoint of that name, durably."""
+        return write_bundle(folder, name, {key: _value(tensor) for key, tensor in self.values.items()})
+
+
+def read(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
+    """The values of variables, those of a device in one call."""
+    found: dict[int, tf.Tensor] = {}
+    devices: dict[str, list[int]] = collections.defaultdict(list)
+    for number, variable in enumerate(variables):
+        if isinstance(variable, tf.distribute.DistributedValues):
+            found[number] = variable.read_value()
+        else:
+            devices[variable.device].append(number)
+    for numbers in devices.values():
+        found |= zip(numbers, _read_together([variables[number] for number in numbers]), strict=True)
+    return [found[number] for number in range(len(variables))]
+
+
+def _read_together(variables: Sequence[tf.Variable]) -> Sequence[tf.Tensor]:
+    attributes = ("N", len(variables), "dtypes", [each.dtype.as_datatype_enum for each in variables])
+    handles = [each.handle for each in variables]
+    found: Sequence[tf.Tensor] = execute.execute(
+        b"_ReadVariablesOp", len(handles), handles, attributes, context.context()
+    )
+    return found
+
+
+def _value(tensor: tf.Tensor) -> Value:
+    # No copy, where the tensor is in the memory of the processor. NumPy has no scalars of types that are not its own.
+    array = np.asarray(tensor if tensor.shape.rank else tf.reshape(tensor, [1]))
+    shape = tuple(tensor.shape)
+    if tensor.dtype == tf.string:
+        return string_value(array.reshape(-1).tolist(), shape)
+    return number_value(tensor.dtype.as_datatype_enum, shape, array)

@@ -1,0 +1,196 @@
+"""What is written here in TensorFlow's format, TensorFlow reads, as if it had written it itself."""
+
+import errno
+import os
+import pathlib
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_ckpt import files
+from keras_ckpt.bundle import check_index
+from keras_ckpt.files import Folder
+from keras_ckpt.snapshot import Snapshot
+
+NUMBERS = [
+    tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool,
+    tf.int8, tf.int16, tf.int32, tf.int64, tf.uint8, tf.uint16, tf.uint32, tf.uint64,
+    tf.dtypes.experimental.float8_e4m3fn, tf.dtypes.experimental.float8_e5m2, tf.dtypes.experimental.int4,
+    tf.dtypes.experimental.uint4,
+]  # fmt: skip
+BUFFER = files._BUFFER
+
+
+def write(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1") -> list[str]:
+    """Writes a checkpoint, and gives the names of its files."""
+    with Folder(path) as folder:
+        written = Snapshot({}, tensors)(folder, name)
+        assert all(folder.digest(file.name) == (file.size, file.digest) for file in written)
+        assert check_index(folder, name) == tensors.keys()
+    return [file.name for file in written]
+
+
+def read_together(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1") -> list[tf.Tensor]:
+    """What TensorFlow reads, all in one operation, as a restore does."""
+    return tf.raw_ops.RestoreV2(
+        prefix=str(path / name),
+        tensor_names=list(tensors),
+        shape_and_slices=[""] * len(tensors),
+        dtypes=[tensor.dtype for tensor in tensors.values()],
+    )
+
+
+def content(tensor: tf.Tensor) -> bytes:
+    """All bits of a tensor."""
+    array = np.asarray(tf.reshape(tensor, [-1]))
+    return repr(array.tolist()).encode() if tensor.dtype == tf.string else array.tobytes()
+
+
+def native(path: pathlib.Path, tensors: dict[str, tf.Tensor]) -> None:
+    """The reference."""
+    tf.raw_ops.SaveV2(
+        prefix=str(path / "native-1"),
+        tensor_names=list(tensors),
+        shape_and_slices=[""] * len(tensors),
+        tensors=list(tensors.values()),
+    )
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0, 3), (3, 4, 5)], ids=str)
+def test_numbers_are_read_as_they_were(tmp_path, dtype, shape) -> None:
+    """Bit for bit, of every type, whatever the shape, and with the checksums that TensorFlow writes."""
+    size = int(np.prod(shape))
+    raw = np.random.default_rng(1).integers(0, 2 if dtype == tf.bool else 8, size, np.uint8)
+    # There is no cast from every type to every other.
+    between = tf.int8 if dtype.name.endswith("int4") else tf.float32
+    tensors = {"x": tf.cast(tf.cast(tf.reshape(tf.constant(raw), shape), between), dtype)}
+
+    write(tmp_path, tensors)
+    native(tmp_path, tensors)
+
+    (read,) = read_together(tmp_path, tensors)
+    assert (read.dtype, read.shape, content(read)) == (dtype, shape, content(tensors["x"]))
+    assert (tmp_path / "ckpt-1.data-00000-of-00001").read_bytes() == (
+        tmp_path / "native-1.data-00000-of-00001"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"a", b"\0\xff", b"x" * 127, b"x" * 128, b"y" * 100_000, [], [b"", b"a"], [[b"1", b"22"], [b"", b"4" * 300]]],
+    ids=lambda text: f"{np.shape(text)} {len(text)}",
+)
+def test_strings_are_read_as_they_were(tmp_path, text) -> None:
+    """Scalars and arrays of them, in the very bytes that TensorFlow writes."""
+    tensors = {"text": tf.constant(text, tf.string)}
+
+    write(tmp_path, tensors)
+    native(tmp_path, tensors)
+
+    assert content(read_together(tmp_path, tensors)[0]) == content(tensors["text"])
+    assert (tmp_path / "ckpt-1.data-00000-of-00001").read_bytes() == (
+        tmp_path / "native-1.data-00000-of-00001"
+    ).read_bytes()
+
+
+def test_an_array_of_negative_zeros_and_nans_keeps_its_bits(tmp_path) -> None:
+    """Also those of a NaN that nobody else makes."""
+    bits = np.array([0x80000000, 0x7FC00001, 0xFFC12345, 0x7F800000, 1], np.uint32)
+    tensors = {"x": tf.constant(bits.view(np.float32))}
+
+    write(tmp_path, tensors)
+
+    assert content(read_together(tmp_path, tensors)[0]) == bits.tobytes()
+
+
+def test_ten_thousand_variables(tmp_path) -> None:
+    """The index has many blocks then."""
+    tensors = {f"layer_{number}/weight/.ATTRIBUTES/VARIABLE_VALUE": tf.constant(number) for number in range(10_000)}
+
+    write(tmp_path, tensors)
+
+    assert [int(each) for each in read_together(tmp_path, tensors)] == list(range(10_000))
+    assert len(tf.train.list_variables(str(tmp_path / "ckpt-1"))) == 10_000
+
+
+@pytest.mark.parametrize("names", ["ä/ö", "x" * 4000, " ", "a\nb"])
+def test_names_of_any_kind(tmp_path, names) -> None:
+    """In UTF-8, long, and beside one that sorts before it."""
+    tensors = {names: tf.constant(1.0), "A": tf.constant(2.0)}
+
+    write(tmp_path, tensors)
+
+    assert [float(each) for each in read_together(tmp_path, tensors)] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("size", [BUFFER - 1, BUFFER, BUFFER + 1, 2 * BUFFER, 3 * BUFFER + 4095, 5 * BUFFER + 7])
+def test_more_than_a_buffer_is_written_whole(tmp_path, size) -> None:
+    """What goes past the page cache, and the rest that does not, is one file of the right bytes."""
+    raw = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    tensors = {"x": tf.constant(raw)}
+
+    write(tmp_path, tensors)
+
+    assert content(read_together(tmp_path, tensors)[0]) == raw.tobytes()
+    assert (tmp_path / "ckpt-1.data-00000-of-00001").read_bytes() == raw.tobytes()
+
+
+class Refuses:
+    """`os` for the file module; some calls of `write` fail, others write a part."""
+
+    def __init__(self, number: int, calls: set[int]) -> None:
+        self.number = number
+        self.calls = calls
+        self.done = 0
+
+    def __getattr__(self, name: str):
+        return getattr(os, name)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        self.done += 1
+        if self.done in self.calls:
+            raise OSError(self.number, os.strerror(self.number))
+        return os.write(descriptor, data[: len(data) // 2] if self.done == 2 else data)
+
+
+@pytest.mark.parametrize("calls", [{1}, {3}])
+def test_a_file_system_that_cannot_go_past_the_cache_is_written_through_it(tmp_path, monkeypatch, calls) -> None:
+    """It says so at the first write, or after one that was cut."""
+    raw = np.random.default_rng(1).integers(0, 256, 3 * BUFFER + 5, np.uint8)
+    monkeypatch.setattr(files, "os", Refuses(errno.EINVAL, calls))
+
+    write(tmp_path, {"x": tf.constant(raw)})
+
+    assert (tmp_path / "ckpt-1.data-00000-of-00001").read_bytes() == raw.tobytes()
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_an_error_of_the_disk_is_the_error_of_the_write(tmp_path, monkeypatch, call) -> None:
+    """Whichever part it hits, also the last; and no thread and no descriptor is left."""
+    monkeypatch.setattr(files, "os", Refuses(errno.ENOSPC, {call}))
+    opened, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, {"x": tf.zeros(3 * BUFFER + 5, tf.uint8)})
+
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (opened, threads)
+
+
+def test_a_changed_bit_is_found_by_tensorflow(tmp_path) -> None:
+    """The checksums are those that it checks."""
+    tensors = {"x": tf.range(1000)}
+    data, index = write(tmp_path, tensors)
+    for name in (data, index):
+        whole = bytearray((tmp_path / name).read_bytes())
+        whole[len(whole) // 3] ^= 4
+        (tmp_path / name).write_bytes(whole)
+
+        with pytest.raises((tf.errors.DataLossError, tf.errors.NotFoundError)):
+            read_together(tmp_path, tensors)
+
+        whole[len(whole) // 3] ^= 4
+        (tmp_path / name).write_bytes(whole)
+    assert content(read_together(tmp_path, tensors)[0]) == content(tensors["x"])

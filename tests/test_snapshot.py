@@ -1,0 +1,166 @@
+"""A snapshot is of one moment, whatever training does afterwards."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_ckpt.snapshot import read
+from keras_ckpt.state import ModelState, value_of
+
+BATCHES = 24
+ROWS = np.random.default_rng(0).integers(0, 500, (BATCHES * 8, 6))
+Y = np.random.default_rng(1).random((BATCHES * 8, 1)).astype("float32")
+OPTIMIZERS = {
+    "Adam": lambda: keras.optimizers.Adam(0.1),
+    "SGD": lambda: keras.optimizers.SGD(0.1),
+    "SGD with momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "Adagrad": lambda: keras.optimizers.Adagrad(0.1),
+    "AdamW with averages": lambda: keras.optimizers.AdamW(0.1, use_ema=True),
+    "Adam, accumulated": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2),
+}
+
+
+def embedding_model(optimizer: keras.optimizers.Optimizer, **options) -> keras.Model:
+    """A table of which a batch touches few rows, normalization, dropout."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            keras.layers.Embedding(500, 8),
+            keras.layers.Flatten(),
+            keras.layers.Dense(16),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile(optimizer, "mse", **options)
+    return model
+
+
+class Snapshots(keras.callbacks.Callback):
+    """Takes one after each batch, beside copies of all values, and looks at it again steps later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[tuple[dict[str, tf.Tensor], dict[str, bytes]]] = []
+        self.compared = 0
+        self.moved: set[str] = set()
+
+    def on_train_begin(self, logs=None) -> None:
+        self._state = ModelState(self.model)
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        copies = {name: value_of(each).numpy().tobytes() for name, each in self._state.names().items()}
+        self.taken.append((self._state.snapshot().values, copies))
+        if len(self.taken) > 3:
+            self.compare(*self.taken.pop(0))
+
+    def on_train_end(self, logs=None) -> None:
+        while self.taken:
+            self.compare(*self.taken.pop(0))
+
+    def compare(self, values: dict[str, tf.Tensor], copies: dict[str, bytes]) -> None:
+        now = self._state.names()
+        for name, copy in copies.items():
+            held = values[f"{name}/.ATTRIBUTES/VARIABLE_VALUE"].numpy().tobytes()
+            assert held == copy, name
+            self.compared += 1
+            if held != value_of(now[name]).numpy().tobytes():
+                self.moved.add(name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps_per_execution": 4}, {"jit_compile": True}, {"jit_compile": True, "steps_per_execution": 4}],
+    ids=["as it is", "four batches an execution", "XLA", "XLA, four batches an execution"],
+)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_later_step_shows_in_it(optimizer, options) -> None:
+    """In a real training, of weights, slots, averages, seeds and metrics alike."""
+    model = embedding_model(OPTIMIZERS[optimizer](), **options)
+    snapshots = Snapshots()
+
+    model.fit(ROWS, Y, batch_size=8, epochs=2, verbose=0, callbacks=[snapshots])
+
+    assert snapshots.compared > 100
+    # Each kind changes meanwhile, so that a torn one would show.
+    assert {
+        "model/embedding/embeddings",
+        "model/dense/kernel",
+        "model/batch_normalization/moving_mean",
+        "model/seed_generator/seed_generator_state",
+        "optimizer/iteration",
+        "metrics/loss/total",
+    } <= snapshots.moved
+
+
+def test_it_shares_the_memory_of_the_variables() -> None:
+    """That is why it costs no copy."""
+    variables = [tf.Variable(tf.ones(1000)) for _ in range(3)]
+
+    first, second = read(variables), read(variables)
+
+    for one, other in zip(first, second, strict=True):
+        assert np.shares_memory(np.asarray(one), np.asarray(other))
+
+
+def test_one_of_a_table_of_which_rows_are_changed_in_place_is_a_copy() -> None:
+    """TensorFlow changes such a variable without a look at who holds its value."""
+    table = tf.Variable(tf.zeros((4, 2)))
+    table.scatter_nd_update([[0]], [[1.0, 1.0]])
+    (before,) = read([table])
+
+    table.scatter_nd_update([[1]], [[2.0, 2.0]])
+
+    assert before.numpy().tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
+
+
+def test_variables_of_a_strategy_are_read_too() -> None:
+    """One copy of those that each device has."""
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        mirrored = tf.Variable([1.0, 2.0])
+    plain = tf.Variable([3.0])
+
+    assert [each.numpy().tolist() for each in read([mirrored, plain])] == [[1, 2], [3]]
+
+
+class Late(keras.Model):
+    """Makes variables and optimizers after its first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(1)
+        self.second = keras.optimizers.Adam()
+        self.another = None
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_what_a_model_is_given_later_is_in_the_next_one() -> None:
+    """Slots, metrics, and what is assigned to an attribute. Keras itself refuses layers that come so late."""
+    model = Late()
+    model.compile("adam", "mse", metrics=["mae"])
+    model.build((None, 2))
+    state = ModelState(model)
+    seen = [state.snapshot().values.keys()]
+
+    def new() -> set[str]:
+        seen.append(state.snapshot().values.keys())
+        names = seen[-1] - seen[-2]
+        assert {name.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE") for name in seen[-1]} >= state.names().keys()
+        return {name.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE") for name in names}
+
+    assert not new()
+    model.fit(np.zeros((4, 2)), np.zeros((4, 1)), verbose=0)
+    assert "optimizer/dense/kernel/momentum" in new()
+    model.second.build(model.trainable_variables)
+    assert "optimizer/second/dense/kernel/momentum" in new()
+    model.another = tf.Variable(1.0)
+    assert new() == {"model/another"}
+    assert not new()
