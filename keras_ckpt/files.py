@@ -7,6 +7,7 @@ What the package keeps for itself (locks, stages, trash) lies in a sub-folder, `
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures.thread
 import contextlib
 import errno
@@ -31,7 +32,7 @@ from keras_ckpt.errors import DirectoryInUseError
 
 PRIVATE = ".keras_ckpt"
 _CHUNK = 1 << 20
-_BUFFER = 4 << 20
+_BUFFER, _BUFFERS = 4 << 20, 3
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -331,9 +332,8 @@ class NewFile:
         self._thread = thread
         self._hasher = blake3()
         self._buffer: mmap.mmap | None = None
-        self._other: mmap.mmap | None = None
         self._filled = 0
-        self._under_way: concurrent.futures.Future[None] | None = None
+        self._under_way: collections.deque[tuple[concurrent.futures.Future[None], mmap.mmap]] = collections.deque()
 
     @property
     def digest(self) -> str:
@@ -345,7 +345,7 @@ class NewFile:
         self.size += len(data)
         while data:
             if self._buffer is None:
-                self._buffer = mmap.mmap(-1, _BUFFER)
+                self._buffer = self._written() if len(self._under_way) == _BUFFERS else mmap.mmap(-1, _BUFFER)
             count = min(len(data), _BUFFER - self._filled)
             self._buffer[self._filled : self._filled + count] = data[:count]
             self._filled += count
@@ -355,27 +355,27 @@ class NewFile:
 
     def finish(self) -> None:
         """Writes what is left."""
-        self._wait()
-        if self._buffer is not None:
-            rest = memoryview(self._buffer)[: self._filled]
-            self._hasher.update(rest)
-            if self._under_way is not None:
-                _write_through(self._descriptor, False)
-            _write_all(self._descriptor, rest)
+        rest = memoryview(self._buffer or b"")[: self._filled]
+        self._hasher.update(rest)
+        if self._under_way:
+            while self._under_way:
+                self._written()
+            _write_through(self._descriptor, False)
+        _write_all(self._descriptor, rest)
 
     def _pass_on(self, buffer: mmap.mmap) -> None:
-        """Has a full buffer written, and goes on with the other."""
-        self._hasher.update(buffer)
-        self._wait()
-        if self._under_way is None:
+        """Has a full buffer written, and goes on with another."""
+        if not self._under_way:
             _write_through(self._descriptor, True)
-        self._under_way = self._thread.submit(_write_all, self._descriptor, memoryview(buffer))
-        self._buffer, self._other = self._other, buffer
-        self._filled = 0
+        self._under_way.append((self._thread.submit(_write_all, self._descriptor, memoryview(buffer)), buffer))
+        self._hasher.update(buffer)
+        self._buffer, self._filled = None, 0
 
-    def _wait(self) -> None:
-        if self._under_way is not None:
-            self._under_way.result()
+    def _written(self) -> mmap.mmap:
+        """The buffer that was passed on first, when it is written."""
+        writing, buffer = self._under_way.popleft()
+        writing.result()
+        return buffer
 
 
 def _write_through(descriptor: int, through: bool) -> None:

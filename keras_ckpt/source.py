@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import concurrent.futures
+import itertools
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,6 +16,9 @@ from keras_ckpt import state
 from keras_ckpt.bundle import check_index
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.files import Folder
+
+_LITTLE = 16 << 20
+"""So many bytes are read before another thread would have begun."""
 
 
 class Source:
@@ -62,8 +69,20 @@ class Source:
 
     def read(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
         """Reads variables, all before any is used; TensorFlow checks each one's checksum."""
-        if not names:
+        groups = _of_equal_size({name: self._size(name) for name in names}, os.cpu_count() or 1)
+        if not groups:
             return {}
+        with concurrent.futures.ThreadPoolExecutor(len(groups), "keras_ckpt-read") as threads:
+            found = dict(itertools.chain.from_iterable(threads.map(self._read_together, groups)))
+        return {name: found[name] for name in names}
+
+    def _size(self, name: str) -> int:
+        """The bytes of a variable; of one of strings, something like it."""
+        key = self.keys[name]
+        return math.prod(self._shapes[key]) * int(self._dtypes[key].size)
+
+    def _read_together(self, names: Sequence[str]) -> Iterable[tuple[str, tf.Tensor]]:
+        """TensorFlow reads those of one call one after another."""
         keys = [self.keys[name] for name in names]
         tensors = tf.raw_ops.RestoreV2(
             prefix=self._path,
@@ -71,7 +90,20 @@ class Source:
             shape_and_slices=[""] * len(keys),
             dtypes=[self._dtypes[key] for key in keys],
         )
-        return dict(zip(names, tensors, strict=True))
+        return zip(names, tensors, strict=True)
+
+
+def _of_equal_size(sizes: Mapping[str, int], number: int) -> list[list[str]]:
+    """At most so many groups, as equal as the greatest of them lets them be; one if there is little in all."""
+    if sum(sizes.values()) < _LITTLE:
+        number = 1
+    groups: list[list[str]] = [[] for _ in range(number)]
+    filled = [0] * number
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        least = filled.index(min(filled))
+        groups[least].append(name)
+        filled[least] += sizes[name]
+    return [group for group in groups if group]
 
 
 def _keys_by_graph(path: str, reader: Any, model: keras.Model, named: Mapping[str, str]) -> dict[str, str]:

@@ -109,7 +109,7 @@ class ModelState(tf.train.Checkpoint):
         variables[f"save_counter{SUFFIX}"] = self.save_counter
         graph = _object_graph(self, {id(variable): key for key, variable in variables.items()})
         values = {key: value_of(variable) for key, variable in variables.items()}
-        return _Plan(values, graph.SerializeToString(), kept, made_of)
+        return _Plan(values, graph.SerializeToString(), kept, made_of, list(map(id, made_of)))
 
 
 class _Plan(NamedTuple):
@@ -119,26 +119,28 @@ class _Plan(NamedTuple):
         variables: By their keys.
         graph: The object graph.
         optimizers: The model's.
-        made_of: What the model was made of.
+        made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
+        identities: Theirs.
     """
 
     variables: Mapping[str, tf.Variable]
     graph: bytes
     optimizers: Sequence[Any]
     made_of: Sequence[Any]
+    identities: Sequence[int]
 
     def holds(self, model: keras.Model) -> bool:
         """Whether the model is made of the same things still."""
-        now = _made_of(model, self.optimizers)
-        # Those of before are held here, so that no other thing can have the identity of one that is gone.
-        return list(map(id, now)) == list(map(id, self.made_of))
+        return list(map(id, _made_of(model, self.optimizers))) == self.identities
 
 
 def _made_of(model: keras.Model, known: Iterable[Any]) -> list[Any]:
     """The variables of a model and of its known optimizers, and what would show that there are more."""
     layers = _layers(model)
-    attributes = (each for layer in layers for each in vars(layer).values())
-    found = [each for each in attributes if isinstance(each, tf.Variable | keras.optimizers.Optimizer)]
+    attributes = [each for layer in layers for each in vars(layer).values()]
+    # Asked once for each class, because TensorFlow's answer takes long.
+    kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, tf.Variable | keras.optimizers.Optimizer)}
+    found = [each for each in attributes if type(each) in kinds]
     slots = [variable for optimizer in known for variable in optimizer.variables]
     return [*layers, *found, *model.variables, *_states(layers), *slots, *model.metrics_variables]
 

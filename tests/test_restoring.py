@@ -585,3 +585,23 @@ def test_weights_of_any_type_come_back(tmp_path, dtype) -> None:
     kc.restore(other, tmp_path)
 
     assert tf.cast(other.layers[0].scale.value, "float32").numpy().tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["some of its variables small", "two great ones"])
+def test_a_great_model_comes_back_bit_for_bit(tmp_path, bias) -> None:
+    """It is read by several threads, each a part of the variables."""
+
+    def build() -> keras.Model:
+        layers = [keras.layers.Dense(1500, use_bias=bias), keras.layers.Dense(1500, use_bias=bias)]
+        return keras.Sequential([keras.Input((1500,)), *layers])
+
+    model, other = build(), build()
+    for index, variable in enumerate(model.variables):
+        variable.assign(keras.random.normal(variable.shape, seed=index))
+    kc.CheckpointManager(ModelState(model), tmp_path).save()
+
+    report = kc.restore(other, tmp_path)
+
+    assert report.matched == tuple(names(other))
+    for mine, theirs in zip(model.variables, other.variables, strict=True):
+        assert np.array_equal(mine.numpy(), theirs.numpy())
