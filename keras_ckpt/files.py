@@ -32,6 +32,7 @@ from keras_ckpt.errors import DirectoryInUseError
 
 PRIVATE = ".keras_ckpt"
 _CHUNK = 1 << 20
+# Of a file that is being written: one buffer is filled, one is on its way to the disk, one waits.
 _BUFFER, _BUFFERS = 4 << 20, 3
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
@@ -360,13 +361,13 @@ class NewFile:
         if self._under_way:
             while self._under_way:
                 self._written()
-            _write_through(self._descriptor, False)
+            _set_direct(self._descriptor, False)
         _write_all(self._descriptor, rest)
 
     def _pass_on(self, buffer: mmap.mmap) -> None:
         """Has a full buffer written, and goes on with another."""
         if not self._under_way:
-            _write_through(self._descriptor, True)
+            _set_direct(self._descriptor, True)
         self._under_way.append((self._thread.submit(_write_all, self._descriptor, memoryview(buffer)), buffer))
         self._hasher.update(buffer)
         self._buffer, self._filled = None, 0
@@ -378,11 +379,11 @@ class NewFile:
         return buffer
 
 
-def _write_through(descriptor: int, through: bool) -> None:
+def _set_direct(descriptor: int, direct: bool) -> None:
     """Says whether what is written next goes past the page cache."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     with contextlib.suppress(OSError):  # not every file system can
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT if through else flags & ~_DIRECT)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT if direct else flags & ~_DIRECT)
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
@@ -393,7 +394,7 @@ def _write_all(descriptor: int, view: memoryview) -> None:
             # After a part was written, or on a file system that does not keep what it said, the cache has to help.
             if error.errno != errno.EINVAL or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT:
                 raise
-            _write_through(descriptor, False)
+            _set_direct(descriptor, False)
 
 
 def _read_into(descriptor: int, buffer: memoryview, name: str) -> int:

@@ -19,6 +19,7 @@ from keras_ckpt.files import Folder
 
 _LITTLE = 16 << 20
 """So many bytes are read before another thread would have begun."""
+_THREADS = min(os.cpu_count() or 1, 8)
 
 
 class Source:
@@ -69,7 +70,7 @@ class Source:
 
     def read(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
         """Reads variables, all before any is used; TensorFlow checks each one's checksum."""
-        groups = _of_equal_size({name: self._size(name) for name in names}, os.cpu_count() or 1)
+        groups = _of_equal_size({name: self._size(name) for name in names}, _THREADS)
         if not groups:
             return {}
         with concurrent.futures.ThreadPoolExecutor(len(groups), "keras_ckpt-read") as threads:

@@ -100,7 +100,8 @@ class ModelState(tf.train.Checkpoint):
         plan = self._plan
         if plan is None or not plan.holds(self.model):
             plan = self._plan = self._new_plan()
-        return Snapshot(plan.variables, {GRAPH_KEY: plan.graph, NAMES_KEY: b"1", **others})
+        variables = {key: value_of(variable) for key, variable in plan.variables.items()}
+        return Snapshot(variables, {GRAPH_KEY: plan.graph, NAMES_KEY: b"1", **others})
 
     def _new_plan(self) -> _Plan:
         kept = list(optimizers(self.model).values())
@@ -108,8 +109,7 @@ class ModelState(tf.train.Checkpoint):
         variables = {f"{name}{SUFFIX}": variable for name, variable in self.names().items()}
         variables[f"save_counter{SUFFIX}"] = self.save_counter
         graph = _object_graph(self, {id(variable): key for key, variable in variables.items()})
-        values = {key: value_of(variable) for key, variable in variables.items()}
-        return _Plan(values, graph.SerializeToString(), kept, made_of, list(map(id, made_of)))
+        return _Plan(variables, graph.SerializeToString(), kept, made_of, list(map(id, made_of)))
 
 
 class _Plan(NamedTuple):
@@ -123,7 +123,7 @@ class _Plan(NamedTuple):
         identities: Theirs.
     """
 
-    variables: Mapping[str, tf.Variable]
+    variables: Mapping[str, Any]
     graph: bytes
     optimizers: Sequence[Any]
     made_of: Sequence[Any]

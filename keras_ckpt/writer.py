@@ -26,12 +26,13 @@ from keras_ckpt.listing import Listing, amend, examine
 from keras_ckpt.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
+Write = Callable[[Folder, str], Sequence[CheckpointFile]]
+"""Writes the files of a checkpoint of a name into a folder, durably, and says what they are."""
+
 _FULL = {
     errno.ENOSPC: "Free some space, or keep fewer checkpoints.",
     errno.EDQUOT: "Free some of the quota, or keep fewer checkpoints.",
 }
-Write = Callable[[Folder, str], Sequence[CheckpointFile]]
-"""Writes the files of a checkpoint of a name into a folder, durably, and says what they are."""
 _MENDS = _FULL | {
     errno.EACCES: "Make the directory writable for this user, or choose another.",
     errno.EROFS: "The file system is mounted read-only: choose another directory.",

@@ -164,3 +164,15 @@ def test_what_a_model_is_given_later_is_in_the_next_one() -> None:
     model.another = tf.Variable(1.0)
     assert new() == {"model/another"}
     assert not new()
+
+
+def test_a_variable_that_keeps_its_values_elsewhere_from_now_on_is_read_there() -> None:
+    """As where Keras makes it anew: the one before would be saved again and again, without a word."""
+    model = Late()
+    model.build((None, 2))
+    state = ModelState(model)
+    state.snapshot()
+
+    model.dense.kernel._value = tf.Variable([[1.0], [2.0]])
+
+    assert state.snapshot().values["model/dense/kernel/.ATTRIBUTES/VARIABLE_VALUE"].numpy().tolist() == [[1], [2]]
