@@ -60,6 +60,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             trains nothing.
         data: The `ResumableDataset` that `fit` trains on.
         on_full_disk: As in `ModelCheckpoint`.
+        save_on_background: As in `ModelCheckpoint`. A backup that a signal or an error asks for is waited for.
         exit_code: With what the process ends when a signal asked it to; `None` leaves that to what had the signal
             before, so that it is as usual.
 
@@ -79,6 +80,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         *,
         data: ResumableDataset | None = None,
         on_full_disk: OnFullDisk = "warn",
+        save_on_background: bool = True,
         exit_code: int | None = None,
     ) -> None:
         keras.callbacks.Callback.__init__(self)
@@ -94,6 +96,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self.delete_checkpoint = delete_checkpoint
         self.data = data
         self.on_full_disk = checked_on_full_disk(on_full_disk)
+        self.save_on_background = save_on_background
         self.exit_code = exit_code
         self._schedule = SaveSchedule(save_freq)
         self._callbacks: keras.callbacks.CallbackList | None = None
@@ -195,7 +198,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def _open_session(self) -> Session:
         writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
-        return Session(self, writer, self._schedule, self.on_full_disk)
+        return Session(self, writer, self._schedule, self.on_full_disk, self.save_on_background)
 
 
 def _list_of(callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList | None:

@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from keras_ckpt.errors import DamagedCheckpointError
@@ -50,10 +50,17 @@ _ITEM_SIZES = {
 _NUMBER, _BYTES = 0, 2
 _FIXED = {1: 8, 5: 4}
 
-_Fields = dict[int, list[int | bytes | None]]
+
+class _Fixed(NamedTuple):
+    """A number of four or eight bytes."""
+
+    value: int
 
 
-class _Entry(NamedTuple):
+_Fields = dict[int, list[int | bytes | _Fixed]]
+
+
+class Entry(NamedTuple):
     """What an index says of a variable.
 
     One that was saved in parts has no bytes, but `slices`: the start and the length of each part in each dimension.
@@ -65,18 +72,30 @@ class _Entry(NamedTuple):
     shard: int
     offset: int
     size: int
+    checksum: int
     slices: tuple[tuple[tuple[int, int], ...], ...]
 
 
-def check_index(folder: Folder, name: str) -> set[str]:
-    """Checks the index of a checkpoint, so that TensorFlow can read the checkpoint without a crash.
+class Index(NamedTuple):
+    """The index of a checkpoint.
+
+    Attributes:
+        entries: By key, those of parts too.
+        files: The names of the data files by their numbers.
+        variables: The names of the variables, as `tf.train.list_variables` has them.
+    """
+
+    entries: Mapping[bytes, Entry]
+    files: Mapping[int, str]
+    variables: Set[str]
+
+
+def read_index(folder: Folder, name: str) -> Index:
+    """Reads the index of a checkpoint, and checks it, so that TensorFlow can read the checkpoint without a crash.
 
     Args:
         folder: The directory of the checkpoint.
         name: The checkpoint's name, `"ckpt-10"`.
-
-    Returns:
-        The names of the variables, as `tf.train.list_variables` has them.
 
     Raises:
         DamagedCheckpointError: It is no index, or what it says cannot be so.
@@ -92,10 +111,10 @@ def check_index(folder: Folder, name: str) -> set[str]:
         _check_texts(folder, files, entries)
     except OSError as error:
         raise DamagedCheckpointError(f"its index or a data file cannot be read: {error}") from error
-    return _variables(entries)
+    return Index(entries, files, _variables(entries))
 
 
-def _decode(index: bytes) -> tuple[int, dict[bytes, _Entry]]:
+def _decode(index: bytes) -> tuple[int, dict[bytes, Entry]]:
     """The number of data files, and all entries by key."""
     entries = {}
     key = None
@@ -192,13 +211,13 @@ def _shards(header: bytes) -> int:
     return shards
 
 
-def _entry(message: bytes) -> _Entry:
+def _entry(message: bytes) -> Entry:
     fields = _fields(message)
     # A message that comes twice is joined, as TensorFlow does.
     shape = _shape(b"".join(_messages(fields, 2)))
     slices = tuple(_slice(each, shape) for each in _messages(fields, 7))
     dtype, shard, offset, size = (_number(fields, number) for number in (1, 3, 4, 5))
-    entry = _Entry(dtype, shape, shard, offset, size, slices)
+    entry = Entry(dtype, shape, shard, offset, size, _fixed(fields, 6), slices)
     if dtype not in _ITEM_SIZES and dtype not in (_STRING, _VARIANT):
         raise DamagedCheckpointError(f"has a type, {dtype}, that no variable has")
     if offset < 0 or size < 0:
@@ -242,7 +261,7 @@ def _slice(message: bytes, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return part
 
 
-def _check_places(entries: Mapping[bytes, _Entry], sizes: Mapping[int, int]) -> None:
+def _check_places(entries: Mapping[bytes, Entry], sizes: Mapping[int, int]) -> None:
     """Each variable has bytes of its own in a data file."""
     ends = dict.fromkeys(sizes, 0)
     placed = [(entry.shard, entry.offset, entry.size, key) for key, entry in entries.items() if not entry.slices]
@@ -255,7 +274,7 @@ def _check_places(entries: Mapping[bytes, _Entry], sizes: Mapping[int, int]) -> 
         ends[shard] = max(ends[shard], offset + size)
 
 
-def _check_texts(folder: Folder, files: Mapping[int, str], entries: Mapping[bytes, _Entry]) -> None:
+def _check_texts(folder: Folder, files: Mapping[int, str], entries: Mapping[bytes, Entry]) -> None:
     """The lengths of strings, which are in a data file, add up to what their entry says."""
     sizes = {_STRING: _strings_size, _VARIANT: _variants_size}
     for key, entry in entries.items():
@@ -272,7 +291,7 @@ def _check_texts(folder: Folder, files: Mapping[int, str], entries: Mapping[byte
             raise _refusal(key, error) from None
 
 
-def _strings_size(folder: Folder, file: str, entry: _Entry, count: int) -> int:
+def _strings_size(folder: Folder, file: str, entry: Entry, count: int) -> int:
     """The bytes of strings: first all lengths, then a checksum, then the strings."""
     lengths = folder.read_range(file, entry.offset, min(entry.size, 10 * count))
     at = total = 0
@@ -282,7 +301,7 @@ def _strings_size(folder: Folder, file: str, entry: _Entry, count: int) -> int:
     return at + _CHECKSUM + total
 
 
-def _variants_size(folder: Folder, file: str, entry: _Entry, count: int) -> int:
+def _variants_size(folder: Folder, file: str, entry: Entry, count: int) -> int:
     """The bytes of variants, such as the state of a dataset's iterator: each a length, a message, and a checksum."""
     size = 0
     for _ in range(count):
@@ -293,7 +312,7 @@ def _variants_size(folder: Folder, file: str, entry: _Entry, count: int) -> int:
     return size
 
 
-def _variables(entries: Mapping[bytes, _Entry]) -> set[str]:
+def _variables(entries: Mapping[bytes, Entry]) -> set[str]:
     """The names of the variables; those saved in parts are compared with the entries of these."""
     parts = set()
     for key, entry in entries.items():
@@ -330,13 +349,13 @@ def _refusal(key: bytes | None, reason: object) -> DamagedCheckpointError:
 
 
 def _fields(message: bytes) -> _Fields:
-    """The values of a Protocol Buffers message by the number of their field; `None` for one of four or eight bytes."""
+    """The values of a Protocol Buffers message by the number of their field."""
     fields: _Fields = {}
     at, end = 0, len(message)
     while at < end:
         tag, at = _varint(message, at)
         kind = tag & 7
-        value: int | bytes | None = None
+        value: int | bytes | _Fixed | None = None
         if kind == _NUMBER:
             value, at = _varint(message, at)
         elif kind == _BYTES:
@@ -344,8 +363,9 @@ def _fields(message: bytes) -> _Fields:
             at = begin + length
             value = message[begin:at]
         elif kind in _FIXED:
-            at += _FIXED[kind]
-        if at > end or (value is None and kind not in _FIXED) or not 0 < tag >> 3 < 1 << 29:
+            begin, at = at, at + _FIXED[kind]
+            value = _Fixed(int.from_bytes(message[begin:at], "little"))
+        if at > end or value is None or not 0 < tag >> 3 < 1 << 29:
             raise DamagedCheckpointError("is not a message as TensorFlow writes them")
         fields.setdefault(tag >> 3, []).append(value)
     return fields
@@ -357,6 +377,14 @@ def _number(fields: _Fields, field: int) -> int:
     if not isinstance(value, int):
         raise DamagedCheckpointError("is not a message as TensorFlow writes them")
     return value - (1 << 64) if value >> 63 else value
+
+
+def _fixed(fields: _Fields, field: int) -> int:
+    """The same of a number of four or eight bytes."""
+    value = fields.get(field, [_Fixed(0)])[-1]
+    if not isinstance(value, _Fixed):
+        raise DamagedCheckpointError("is not a message as TensorFlow writes them")
+    return value.value
 
 
 def _messages(fields: _Fields, field: int) -> list[bytes]:

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import google_crc32c
+import msgspec
 import numpy as np
 
-from keras_ckpt.files import Folder
+from keras_ckpt.bundle import Entry
+from keras_ckpt.files import Folder, NewFile
 from keras_ckpt.record import CheckpointFile
 
 _STRING = 7
@@ -29,13 +31,25 @@ class Value(NamedTuple):
         dtype: The number of its type in TensorFlow's `DataType`.
         shape: Its shape.
         data: Its bytes as they are in the data file, an array of `uint8`.
-        checksum: The CRC-32C that its entry has, if that is not the one of `data`.
+        checksum: The one that its entry has, `None` if that is the one of `data` and not known yet.
     """
 
     dtype: int
     shape: tuple[int, ...]
     data: np.ndarray
     checksum: int | None = None
+
+
+class Linked(NamedTuple):
+    """A data file of another checkpoint that is one of the new checkpoint's too.
+
+    Attributes:
+        file: What it is, under the name that it has in the folder so far.
+        entries: What of it is used, by key.
+    """
+
+    file: CheckpointFile
+    entries: Mapping[bytes, Entry]
 
 
 def number_value(dtype: int, shape: tuple[int, ...], array: np.ndarray) -> Value:
@@ -51,34 +65,68 @@ def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
     content = b"".join(texts)
     data = b"".join([*(_varint(len(text)) for text in texts), sealed, content])
     checksum = google_crc32c.extend(google_crc32c.value(lengths + sealed), content)
-    return Value(_STRING, shape, np.frombuffer(data, np.uint8), checksum)
+    return Value(_STRING, shape, np.frombuffer(data, np.uint8), _masked(checksum))
 
 
-def write_bundle(folder: Folder, name: str, values: Mapping[str, Value]) -> tuple[CheckpointFile, ...]:
+def checksum_of(value: Value) -> int:
+    """The checksum that the entry of a value has."""
+    if value.checksum is not None:
+        return value.checksum
+    checksum = 0
+    for piece in _pieces(value.data):
+        checksum = google_crc32c.extend(checksum, piece)
+    return _masked(checksum)
+
+
+def write_bundle(
+    folder: Folder, name: str, values: Mapping[bytes, Value], linked: Sequence[Linked] = ()
+) -> tuple[tuple[CheckpointFile, ...], dict[bytes, Entry]]:
     """Writes the files of a checkpoint, and makes them durable.
 
     Args:
         folder: Where to.
         name: The checkpoint's name, `"ckpt-10"`.
         values: What to write, by key.
+        linked: Files in the folder that have the rest; they are renamed.
 
     Returns:
-        The files, with their sizes and digests.
+        The files, with their sizes and digests, and the entries of the index by their keys.
     """
-    data, index = f"{name}.data-00000-of-00001", f"{name}.index"
-    entries = [(b"", _header())]
-    with folder.writing(data) as file:
-        for key, value in sorted((key.encode(), value) for key, value in values.items()):
-            offset, checksum = file.size, 0
-            for piece in _pieces(value.data):
-                file.write(piece.data)
-                if value.checksum is None:
-                    checksum = google_crc32c.extend(checksum, piece)
-            checksum = checksum if value.checksum is None else value.checksum
-            entries.append((key, _entry(value, offset, _masked(checksum))))
+    number = len(linked) + bool(values)
+    files: list[CheckpointFile] = []
+    entries: dict[bytes, Entry] = {}
+    for shard, link in enumerate(linked):
+        file = msgspec.structs.replace(link.file, name=data_file(name, shard, number))
+        folder.rename(link.file.name, file.name)
+        files.append(file)
+        entries |= {key: entry._replace(shard=shard) for key, entry in link.entries.items()}
+    if values:
+        data = data_file(name, len(linked), number)
+        with folder.writing(data) as new:
+            for key in sorted(values):
+                entries[key] = _written(new, values[key], len(linked))
+        files.append(CheckpointFile(data, new.size, new.digest))
+    index = f"{name}.index"
     with folder.writing(index) as table:
-        table.write(memoryview(_table(entries)))
-    return CheckpointFile(data, file.size, file.digest), CheckpointFile(index, table.size, table.digest)
+        encoded = ((key, _entry(entries[key])) for key in sorted(entries))
+        table.write(memoryview(_table([(b"", _header(number)), *encoded])))
+    return (*files, CheckpointFile(index, table.size, table.digest)), entries
+
+
+def data_file(name: str, shard: int, number: int) -> str:
+    """The name of one of so many data files of a checkpoint."""
+    return f"{name}.data-{shard:05d}-of-{number:05d}"
+
+
+def _written(file: NewFile, value: Value, shard: int) -> Entry:
+    """Writes a value; its entry."""
+    offset, checksum = file.size, 0
+    for piece in _pieces(value.data):
+        file.write(piece.data)
+        if value.checksum is None:
+            checksum = google_crc32c.extend(checksum, piece)
+    checksum = _masked(checksum) if value.checksum is None else value.checksum
+    return Entry(value.dtype, value.shape, shard, offset, len(value.data), checksum, ())
 
 
 def _pieces(data: np.ndarray) -> Iterator[np.ndarray]:
@@ -86,16 +134,17 @@ def _pieces(data: np.ndarray) -> Iterator[np.ndarray]:
     return (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
 
 
-def _header() -> bytes:
-    """A `BundleHeaderProto`: one data file, this machine's byte order, the format's first version."""
-    return _number(1, 1) + _message(3, _number(1, 1))
+def _header(shards: int) -> bytes:
+    """A `BundleHeaderProto`: the number of data files, this machine's byte order, the format's first version."""
+    return _number(1, shards) + _message(3, _number(1, 1))
 
 
-def _entry(value: Value, offset: int, checksum: int) -> bytes:
+def _entry(entry: Entry) -> bytes:
     """A `BundleEntryProto`."""
-    shape = b"".join(_message(2, _number(1, size)) for size in value.shape)
-    place = _number(4, offset) + _number(5, len(value.data)) + b"\x35" + struct.pack("<I", checksum)
-    return _number(1, value.dtype) + _message(2, shape) + place
+    shape = b"".join(_message(2, _number(1, size)) for size in entry.shape)
+    shard = _number(3, entry.shard) if entry.shard else b""
+    place = _number(4, entry.offset) + _number(5, entry.size) + b"\x35" + struct.pack("<I", entry.checksum)
+    return _number(1, entry.dtype) + _message(2, shape) + shard + place
 
 
 def _table(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:

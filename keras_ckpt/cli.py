@@ -263,7 +263,13 @@ def _facts(record: CheckpointRecord) -> dict[str, Any]:
     prefix = record.prefix
     if not prefix.isascii():  # a path may have bytes that are no text
         prefix = os.fsencode(prefix).decode(errors="replace")
-    return {"prefix": prefix, "size": record.size, "pin": record.pin, **members(record)}
+    return {
+        "prefix": prefix,
+        "size": record.size,
+        "size_shared": record.size_shared,
+        "pin": record.pin,
+        **members(record),
+    }
 
 
 def _reasons(listing: Listing) -> dict[str, str]:
@@ -276,7 +282,7 @@ def _plan_facts(plan: PrunePlan) -> dict[str, Any]:
             "step": decision.record.step,
             "kept": decision.kept,
             "reason": decision.reason,
-            "size": decision.record.size,
+            "size": decision.size,
         }
         for decision in plan.decisions
     )

@@ -21,20 +21,29 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from keras_ckpt import commit, tables
+from keras_ckpt import background, commit, tables
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import PIN_LIMIT, Listing, amend, check, examine, scan, verify
+from keras_ckpt.listing import PIN_LIMIT, Listing, amend, check, examine, freed, scan, taken, verify
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, selection
 from keras_ckpt.record import CheckpointRecord, Mode, as_metric
 
 
 class Decision(NamedTuple):
-    """What a plan means for one checkpoint, and why."""
+    """What a plan means for one checkpoint, and why.
+
+    Attributes:
+        record: The checkpoint.
+        kept: Whether it stays.
+        reason: Why.
+        size: Its bytes; of one that is removed, those that this frees after the ones before it are removed, because
+            what it shares with one that stays is not freed.
+    """
 
     record: CheckpointRecord
     kept: bool
     reason: str
+    size: int
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -96,7 +105,8 @@ class CheckpointDirectory(tables.Shown):
 
     Iterating gives the records, oldest first; `directory[120]` is that of step 120. What is there is read from
     disk each time. Iterating and `len` take the sidecars' word; whatever shows, chooses or removes looks at the
-    sizes of the files too. TensorFlow is not needed for any of it.
+    sizes of the files too. TensorFlow is not needed for any of it. In a process that trains, it waits for what is being
+    written.
 
     Example:
 
@@ -184,7 +194,8 @@ class CheckpointDirectory(tables.Shown):
         listing = self.listing()
         listing.refuse_newer()
         policy = _resolved(policy, listing, PlanError) if listing.records else policy
-        decisions = tuple(_decide(policy, listing.records))
+        with _naming(self.path):
+            decisions = tuple(_decide(policy, listing.records))
         if listing.records and not any(decision.kept for decision in decisions):
             raise PlanError(
                 f"{policy!r} would keep none of the {len(decisions)} checkpoints in {self.path}. "
@@ -314,15 +325,19 @@ class CheckpointDirectory(tables.Shown):
         return [record.step for record in listing.records]
 
     def _table(self) -> tables.Table:
-        return tables.of_directory(_shown(self.path), self.listing())
+        listing = self.listing()
+        with _naming(self.path):
+            return tables.of_directory(_shown(self.path), listing, taken(listing.records))
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
         """The open directory and what it holds, while nobody else changes it."""
+        background.wait()
         with _naming(self.path), Folder(self.path) as folder, folder.mutex():
             yield folder, examine(folder)
 
     def _read(self, reader: Callable[[Folder], Listing]) -> Listing:
+        background.wait()
         try:
             with _naming(self.path), Folder(self.path) as folder:
                 return reader(folder)
@@ -416,8 +431,11 @@ def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: typ
 
 def _decide(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> Iterator[Decision]:
     selected = [(repr(part), selection(part, records)) for part in policy.parts]
+    reasons: dict[CheckpointRecord, list[str]] = {}
     for record in records:
-        reasons = [name for name, steps in selected if record.step in steps]
+        reasons[record] = [name for name, steps in selected if record.step in steps]
         if record.pin is not None:
-            reasons.append(f"pinned: {record.pin}" if record.pin else "pinned")
-        yield Decision(record, bool(reasons), ", ".join(reasons) or "no policy keeps it")
+            reasons[record].append(f"pinned: {record.pin}" if record.pin else "pinned")
+    sizes = iter(freed([record for record in records if not reasons[record]]))
+    for record, why in reasons.items():
+        yield Decision(record, bool(why), ", ".join(why) or "no policy keeps it", record.size if why else next(sizes))

@@ -121,9 +121,27 @@ class Folder:
         finally:
             os.close(descriptor)
 
+    def holds(self, name: str, offset: int, data: memoryview) -> bool:
+        """Whether a file has these bytes there."""
+        descriptor, _ = self._open_regular(name)
+        try:
+            pieces = ((at, data[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
+            return all(os.pread(descriptor, len(piece), offset + at) == bytes(piece) for at, piece in pieces)
+        finally:
+            os.close(descriptor)
+
     def size(self, name: str) -> int:
         """The size of a file in bytes."""
         return os.lstat(name, dir_fd=self.descriptor).st_size
+
+    def shares_disk(self, other: Folder) -> bool:
+        """Whether files of both may be links to each other."""
+        return os.fstat(self.descriptor).st_dev == os.fstat(other.descriptor).st_dev
+
+    def links(self, name: str) -> tuple[int, int]:
+        """The number of a file, which is one for all of its names, and how many names there are."""
+        status = os.lstat(name, dir_fd=self.descriptor)
+        return status.st_ino, status.st_nlink
 
     def free(self) -> int:
         """The bytes that may yet be written here; a quota is not known."""
@@ -180,6 +198,18 @@ class Folder:
             scratch.create(name, data)
             scratch.move(name, self)
         self.sync()
+
+    def rename(self, name: str, new: str) -> None:
+        """Gives a file another name."""
+        os.rename(name, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def link(self, name: str, target: Folder, new: str) -> None:
+        """Gives a file a name in another directory too.
+
+        Raises:
+            OSError: The file system has no links, or not that many, or the directory is on another.
+        """
+        os.link(name, new, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor, follow_symlinks=False)
 
     def move(self, name: str, target: Folder) -> None:
         """Renames a file into another directory, over one of that name."""
@@ -266,6 +296,9 @@ class Folder:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
+            # A child that was forked meanwhile has the lock too, until it is said that nobody has.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def lock(self) -> WriterLock:
@@ -418,6 +451,10 @@ class _Held(Folder):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         return os.fstat(self._descriptors[name]).st_size
 
+    def link(self, name: str, target: Folder, new: str) -> None:
+        # Through the descriptor: the name may be another file's by now.
+        os.link(f"/proc/self/fd/{self._descriptors[name]}", new, dst_dir_fd=target.descriptor, follow_symlinks=True)
+
     def _open_regular(self, name: str) -> tuple[int, int]:
         size = self.size(name)
         # Opened anew, for an offset of its own.
@@ -441,11 +478,13 @@ class WriterLock:
         session: What the process is writing for at the moment, to tell two writers of one training apart from
             two trainings after one another.
         recovered: Whether what an earlier process left half done has been seen to.
+        saving: Held by the thread that saves.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.session: object = None
         self.recovered = False
+        self.saving = threading.RLock()
         self._close = weakref.finalize(self, os.close, descriptor)
 
     def drop_after_fork(self) -> None:
@@ -458,6 +497,9 @@ _locks: weakref.WeakValueDictionary[tuple[int, int], WriterLock] = weakref.WeakV
 
 
 def _drop_locks() -> None:
+    # A thread that the child has not may hold the other.
+    global _one_at_a_time  # noqa: PLW0603
+    _one_at_a_time = threading.RLock()
     for lock in list(_locks.values()):
         lock.drop_after_fork()
     _locks.clear()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -131,6 +132,33 @@ def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
         progress(done, max(done, total))
 
     return scan(folder, lambda record: check(folder, record, advance=advance))
+
+
+def taken(records: Sequence[CheckpointRecord]) -> int:
+    """The bytes that checkpoints of a directory take on disk, those that some share counted once."""
+    return sum({inode: size for links in _links(records) for inode, _, size in links}.values())
+
+
+def freed(records: Sequence[CheckpointRecord]) -> list[int]:
+    """The bytes that the removal of each checkpoint of a directory frees, after those before it are removed."""
+    removed: collections.Counter[int] = collections.Counter()
+    sizes = []
+    for links in _links(records):
+        removed.update(inode for inode, _, _ in links)
+        sizes.append(sum(size for inode, names, size in links if removed[inode] == names))
+    return sizes
+
+
+def _links(records: Sequence[CheckpointRecord]) -> list[list[tuple[int, int, int]]]:
+    """For each file of each record its number, how many names it has, and its size."""
+    found: list[list[tuple[int, int, int]]] = [[] for _ in records]
+    if records:
+        with Folder(records[0].directory) as folder:
+            for links, record in zip(found, records, strict=True):
+                for file in record.files:
+                    with contextlib.suppress(FileNotFoundError):  # pruned since
+                        links.append((*folder.links(file.name), file.size))
+    return found
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import msgspec
 import tensorflow as tf
 
 from keras_ckpt import state
-from keras_ckpt.bundle import check_index
+from keras_ckpt.bundle import read_index
 from keras_ckpt.commit import read_state, write_state
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
@@ -254,7 +254,7 @@ class CheckpointManager(tf.train.CheckpointManager):
     def _restore(self, name: str) -> None:
         try:
             with Folder(self._directory) as folder, opened(folder, name) as (_, files):
-                check_index(files, name)
+                read_index(files, name)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{os.path.join(self._directory, name)} cannot be trusted: {error}") from error
         self._checkpoint.restore(lasting_tensorflow_path(self._directory, name))

@@ -19,11 +19,12 @@ from keras_ckpt.monitor import metrics_in, mode_of, no_such_metric
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, missing
 from keras_ckpt.record import CheckpointRecord, Mode, as_metric, encodable_metadata
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
-from keras_ckpt.session import OnFullDisk, Session, checked_on_full_disk
+from keras_ckpt.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 from keras_ckpt.writer import Writer
 
 Logs = Mapping[str, Any] | None
 Metadata = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
+_NOT_KEPT = "not saved, it would not be kept"
 
 
 class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
@@ -56,6 +57,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         metadata: A dict to put into each sidecar, or a function of `logs` that returns one.
         on_full_disk: Whether a save that finds no room is a warning and training goes on (`"warn"`), or an error
             (`"raise"`).
+        save_on_background: Whether training goes on while a save is written. A save that comes meanwhile waits; one by
+            batches or time in the middle of an epoch that nothing ranks is left out instead, with a warning for the
+            first. An error comes with the next batch, and `fit` ends when all is written.
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch.
@@ -78,6 +82,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         keep: PreservationPolicy | int | None = None,
         metadata: Metadata | None = None,
         on_full_disk: OnFullDisk = "warn",
+        save_on_background: bool = True,
     ) -> None:
         # Keras's own __init__ takes nothing but a template of file names.
         keras.callbacks.Callback.__init__(self)
@@ -101,6 +106,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.keep = as_policy(keep)
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
         self.on_full_disk = checked_on_full_disk(on_full_disk)
+        self.save_on_background = save_on_background
         self._schedule = SaveSchedule(save_freq)
         self._ranking = _Ranking()
         self._session: Session | None = None
@@ -152,12 +158,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         began = time.perf_counter()
-        reason = self._current().batch_end(batch)
+        fit = self._current()
+        fit.settle()
+        reason = fit.batch_end(batch)
         if reason is not None:
-            ranked = self._ranking.monitors <= (logs or {}).keys()
-            self._save(
-                reason, logs, began, "not saved, it would not be kept" if ranked else "waits for the epoch's end"
-            )
+            monitors = self._ranking.monitors
+            ranked = monitors <= (logs or {}).keys()
+            if (ranked and monitors) or not fit.skips():
+                self._save(reason, logs, began, _NOT_KEPT if ranked else "waits for the epoch's end")
+            elif self.verbose > 0:
+                start = self._described(metrics_in(logs, monitors))
+                print(start, "left out, because an earlier one is still being written")
             if not ranked:
                 self._pending = reason
 
@@ -166,17 +177,16 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         reasons = [reason for reason in (self._current().epoch_end(), self._pending) if reason is not None]
         self._pending = None
         if reasons:
-            self._save(", ".join(reasons), logs, began, "not saved, it would not be kept")
+            self._save(", ".join(reasons), logs, began, _NOT_KEPT)
         self._epochs += 1
         self._warn_of_missing_metric(logs or {})
 
     def on_train_end(self, logs: Logs = None) -> None:
-        if self._session is None:
+        session, self._session = self._session, None
+        if session is None:
             return
-        missed = self._session.missed
-        self._session.close()
-        self._session = None
-        if self._due and not missed and not len(self.directory):
+        session.close()
+        if self._due and not session.missed and not len(self.directory):
             warnings.warn(
                 f"Nothing was saved into {self.filepath}: {self._due} saves were due, and none was to be kept by "
                 f"{self._ranking}. Was {self.monitor!r} ever a finite number, and better than "
@@ -190,7 +200,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self._session is None:
             self._ranking = self._resolve()
             writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
-            self._session = Session(self, writer, self._schedule, self.on_full_disk, self.save_weights_only)
+            self._session = Session(
+                self, writer, self._schedule, self.on_full_disk, self.save_on_background, self.save_weights_only
+            )
         return self._session
 
     def _resolve(self) -> _Ranking:
@@ -210,26 +222,37 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         return dataclasses.replace(ranking, mode=modes.pop(self.monitor, None), modes=modes)
 
     def _save(self, reason: str, logs: Logs, began: float, otherwise: str) -> None:
+        """Saves; `otherwise` is what to say if nothing is saved."""
         fit = self._current()
         self._due += 1
         metrics = metrics_in(logs, self._ranking.monitors)
-        record, missed = None, fit.missed
-        if self._beats_threshold(metrics.get(self.monitor)):
-            record = fit.save(
-                began,
-                reason=reason,
-                metrics=metrics,
-                monitor=self.monitor,
-                mode=self._ranking.mode,
-                modes=dict(self._ranking.modes),
-                metadata=encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata),
-            )
-        if self.verbose > 0:
-            position = fit.progress.position
-            value = tables.metric(metrics.get(self.monitor)) or "not known"
-            refused = "not saved, the disk is full" if fit.missed > missed else otherwise
-            outcome = f"saved {record.prefix}" if record else refused
-            print(f"\nStep {position.step}, epoch {position.epoch}: {self.monitor} {value}, {outcome}")
+        start = self._described(metrics)
+
+        def say(outcome: Outcome) -> None:
+            if self.verbose > 0:
+                print(start, _result(outcome, otherwise))
+
+        if not self._beats_threshold(metrics.get(self.monitor)):
+            say(Outcome(None))
+            return
+        fit.save(
+            began,
+            fit.snapshot(),
+            amends=fit.progress.position.batch == 0,
+            then=say,
+            reason=reason,
+            metrics=metrics,
+            monitor=self.monitor,
+            mode=self._ranking.mode,
+            modes=dict(self._ranking.modes),
+            metadata=encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata),
+        )
+
+    def _described(self, metrics: Mapping[str, float]) -> str:
+        """What is said of a save before its outcome."""
+        position = self._current().progress.position
+        value = tables.metric(metrics.get(self.monitor)) or "not known"
+        return f"\nStep {position.step}, epoch {position.epoch}: {self.monitor} {value},"
 
     def _beats_threshold(self, value: float | None) -> bool:
         threshold = self.initial_value_threshold
@@ -275,6 +298,12 @@ class _Ranking:
 
     def __str__(self) -> str:
         return " and ".join(repr(policy) for policy in (self.keep, self.only) if policy)
+
+
+def _result(outcome: Outcome, otherwise: str) -> str:
+    if outcome.record is not None:
+        return f"saved {outcome.record.prefix} ({tables.save(outcome.record)})"
+    return "not saved, the disk is full" if outcome.full else otherwise
 
 
 def _checked_path(filepath: str | os.PathLike[str]) -> str:

@@ -36,12 +36,20 @@ _LAST_MEMBER = re.compile(rb',\s*"digest":\s*"blake3:([0-9a-fA-F]{64})"\s*\}\s*\
 _NAME = re.compile(r"(?P<base>.+)-(?P<step>0|[1-9][0-9]{0,18})", re.ASCII | re.DOTALL)
 
 
-class CheckpointFile(msgspec.Struct, frozen=True, gc=False):
-    """A file of a checkpoint: its name in the directory, its size in bytes, and `"blake3:"` with its digest."""
+class CheckpointFile(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """A file of a checkpoint.
+
+    Attributes:
+        name: Its name in the directory.
+        size: Its size in bytes.
+        digest: `"blake3:"` and its digest in hexadecimal.
+        shared: Whether it was not written for this checkpoint, but is one of an older checkpoint too.
+    """
 
     name: str
     size: Count
     digest: Digest
+    shared: bool = False
 
 
 class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -69,7 +77,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         metadata: What the user wanted to be kept with it.
         versions: Versions of Python and the packages that wrote it.
         timings: `write_ms`, from the first byte of data until data was durable, and `blocked_ms`, how long training
-            stood still for it; both in milliseconds, taken when the sidecar was sealed.
+            stood still for it; both in milliseconds, and no longer than until the sidecar was sealed.
         run_id: Which run it belongs to.
         files: The checkpoint's files.
         format: Always `"keras_ckpt"`.
@@ -123,6 +131,11 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def size(self) -> int:
         """Bytes of data, not counting the sidecar."""
         return sum(file.size for file in self.files)
+
+    @property
+    def size_shared(self) -> int:
+        """Bytes of data that were not written for it, but shared with an older checkpoint."""
+        return sum(file.size for file in self.files if file.shared)
 
     @property
     def pinned(self) -> bool:

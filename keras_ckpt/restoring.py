@@ -16,8 +16,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_ckpt import commit, state
-from keras_ckpt.bundle import check_index
+from keras_ckpt import background, commit, state
+from keras_ckpt.bundle import read_index
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.document import decode
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError, MismatchError
@@ -136,6 +136,7 @@ def _restore(
 ) -> tuple[RestoreReport, Any]:
     """Restores, and reads something else of the very same files."""
     expected = checkpoint if isinstance(checkpoint, CheckpointRecord) else None
+    background.wait()
     for _ in range(_ATTEMPTS):
         directory, names = _locate(checkpoint)
         try:
@@ -171,7 +172,7 @@ def _restore_first(
 
 def _document(files: Folder, name: str) -> Any:
     try:
-        check_index(files, name)
+        read_index(files, name)
         reader = tf.train.load_checkpoint(files.tensorflow_path(name))
         if not reader.has_tensor(state.TRAINING_KEY):
             return None
@@ -285,7 +286,7 @@ def _put_back(
         # Before anything changes, so that who makes warnings errors keeps the model as it is.
         warnings.warn(f"{prefix} has NaN or infinity in {', '.join(_shortened(spoiled))}", stacklevel=4)
     for each, value in values.items():
-        wanted[each].assign(value)
+        state.value_of(wanted[each]).assign(value, read_value=False)
     # Without its optimizer a model does not continue the run, whatever it is trained with later.
     continues = record is not None and record.run_id and model.compiled and not differences
     set_position(model, _position(record) if record and continues else None)
@@ -405,17 +406,3 @@ def _block(title: str, lines: list[str]) -> list[str]:
 
 def _shortened(lines: list[str]) -> list[str]:
     return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"    and {len(lines) - _LINES + 1} more"]
-
-
-def same_values(saved: state.ModelState, record: CheckpointRecord) -> bool:
-    """Whether a checkpoint holds, to the bit, what the model holds now; what its metrics have counted aside."""
-    variables = {name: each for name, each in saved.names().items() if not name.startswith("metrics/")}
-    try:
-        with Folder(record.directory) as folder:
-            source = Source(folder, record.name, saved.model)
-            values = source.read([name for name in source.keys if not name.startswith("metrics/")])
-    except Exception:  # noqa: BLE001 - TensorFlow's readers raise almost anything; what cannot be read is not the same
-        return False
-    return values.keys() == variables.keys() and all(
-        value.numpy().tobytes() == variables[name].numpy().tobytes() for name, value in values.items()
-    )

@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+import collections
 import time
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import keras
 
-from keras_ckpt import state
+from keras_ckpt import background, state
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
+from keras_ckpt.files import Folder
 from keras_ckpt.position import Position, Progress
 from keras_ckpt.record import CheckpointRecord, step_in
-from keras_ckpt.restoring import same_values
 from keras_ckpt.schedule import SaveSchedule
+from keras_ckpt.sharing import SharingWrite
+from keras_ckpt.snapshot import Snapshot
 from keras_ckpt.tables import counted
-from keras_ckpt.writer import Write, Writer
+from keras_ckpt.writer import Writer
 
 OnFullDisk = Literal["warn", "raise"]
 
 
+class Outcome(NamedTuple):
+    """What became of a save.
+
+    Attributes:
+        record: What was saved, `None` if nothing was.
+        full: Whether there was no room for it.
+    """
+
+    record: CheckpointRecord | None
+    full: bool = False
+
+
+class _Save(NamedTuple):
+    """A save that was begun, and who is to be told of its end."""
+
+    job: background.Job[CheckpointRecord | None]
+    then: Callable[[Outcome], object]
+
+
 class Session:
     """One `fit` that saves into one directory.
+
+    A save is a snapshot, which training waits for, and its writing, for which it does not, unless it is told to. Of one
+    model there is one snapshot at a time, however many callbacks share it: the next save waits until it is written.
 
     Args:
         callback: The callback that saves.
         writer: What it saves with.
         schedule: When.
         on_full_disk: Whether a save that finds no room is a warning, and training goes on, or an error.
+        on_background: Whether training goes on while a save is written.
         weights_only: Whether to leave the optimizer out.
 
     Attributes:
@@ -43,9 +69,13 @@ class Session:
         writer: Writer,
         schedule: SaveSchedule,
         on_full_disk: OnFullDisk,
+        on_background: bool,
         weights_only: bool = False,
     ) -> None:
         self.missed = 0
+        self._on_background = on_background
+        self._saves: collections.deque[_Save] = collections.deque()
+        self._skipped = False
         self._on_full_disk = on_full_disk
         self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
         self._state = state.ModelState(callback.model, weights_only)
@@ -69,43 +99,121 @@ class Session:
         self.progress.epoch_end()
         return self._schedule.after_epoch()
 
-    def snapshot(self, others: Mapping[str, Any]) -> Write:
-        """The model as it is now, with more to write beside it: a function for `save`."""
+    def snapshot(self, others: Mapping[str, Any] = {}) -> Snapshot:
+        """The model as it is now, with more to write beside it."""
+        # Whoever goes on with TensorFlow's own manager numbers on from here.
         self._state.save_counter.assign(self.progress.position.step)
         return self._state.snapshot(others)
 
-    def save(self, began: float, write: Write | None = None, **facts: Any) -> CheckpointRecord | None:
+    def skips(self) -> bool:
+        """Whether a save of now would have to wait for one of an earlier step, so that it is better left out.
+
+        That is for saves by batches and time; in the last batch of an epoch, it is never so.
+        """
+        position = self.progress.position
+        if position.batch == self.progress.steps or not background.is_full(self._moment(), self._state.size):
+            return False
+        if not self._skipped:
+            self._skipped = True
+            warnings.warn(
+                f"The save of step {position.step} into {self._writer.directory.path} is left out, and so are later "
+                "ones that come while an earlier one is still being written. Save less often, or give "
+                "save_on_background=False to have training wait.",
+                stacklevel=2,
+            )
+        return True
+
+    def save(
+        self,
+        began: float,
+        snapshot: Snapshot,
+        *,
+        amends: bool = False,
+        then: Callable[[Outcome], object] = lambda outcome: None,
+        **facts: Any,
+    ) -> None:
         """Saves the model, unless that would not be kept, or there is no room for it.
 
         Args:
             began: When training began to wait for it, by `time.perf_counter`.
-            write: What to write, a snapshot; defaults to the model as it is now.
+            snapshot: What to write.
+            amends: Whether the facts may be added to a checkpoint of this step, if it has the same values.
+            then: Told of the outcome, at once or at a later call in this thread.
             **facts: More fields of the record.
+
+        Raises:
+            SaveError: This save, or an earlier one, failed.
         """
-        try:
-            return self._save(began, write, **facts)
-        except DiskFullError as error:
-            if self._on_full_disk == "raise":
+        if background.is_full(self._moment(), self._state.size):
+            background.wait()
+        self.settle()
+        position, now = self.progress.position, time.time()
+        facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
+        went_on = time.perf_counter() if self._on_background else None
+
+        def write() -> CheckpointRecord | None:
+            newest = self._writer.directory.latest() if amends else None
+            if newest and newest.step == position.step and _holds(newest, snapshot):
+                # The epoch's last batch was saved already; what is new is what was measured since.
+                return self._writer.amend(newest, **facts)
+            facts.update(step=position.step, size=0, time=now, versions=state.versions())
+            sharing = SharingWrite(snapshot, self._writer.directory)
+            record = self._writer.save(sharing, began=began, went_on=went_on, **facts)
+            if record is not None:
+                sharing.remember(record)
+            return record
+
+        self._saves.append(_Save(background.Job(write, self._moment(), self._state.size), then))
+        self.settle(wait=not self._on_background)
+
+    def settle(self, wait: bool = False) -> None:
+        """Tells of the saves that have ended.
+
+        Args:
+            wait: Whether to wait for those that have not.
+
+        Raises:
+            SaveError: One failed.
+        """
+        while self._saves and (wait or self._saves[0].job.done()):
+            # Whoever interrupts the waiting finds the save still there.
+            self._saves[0].job.wait()
+            job, then = self._saves.popleft()
+            try:
+                outcome = Outcome(job.result())
+            except DiskFullError as error:
+                then(Outcome(None, full=True))
+                if self._on_full_disk == "raise":
+                    raise
+                self.missed += 1
+                warnings.warn(f"{error} Training goes on.", stacklevel=2)
+            except Exception:
+                then(Outcome(None))
                 raise
-            self.missed += 1
-            warnings.warn(f"{error} Training goes on.", stacklevel=2)
-            return None
+            else:
+                then(outcome)
 
     def close(self) -> None:
-        self._writer.close()
+        """Waits for what is under way, and lets another session write here.
 
-    def _save(self, began: float, write: Write | None, **facts: Any) -> CheckpointRecord | None:
-        position = self.progress.position
-        facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
-        newest = self._writer.directory.latest() if position.batch == 0 and write is None else None
-        if newest and newest.step == position.step and same_values(self._state, newest):
-            # The epoch's last batch was saved already; what is new is what was measured since.
-            return self._writer.amend(newest, **facts)
-        facts |= {"time": time.time(), "versions": state.versions()}
-        # Whoever goes on with TensorFlow's own manager numbers on from here.
-        self._state.save_counter.assign(position.step)
-        write = write or self._state.snapshot()
-        return self._writer.save(write, step=position.step, size=self._state.size(), began=began, **facts)
+        Raises:
+            SaveError: A save failed.
+        """
+        try:
+            self.settle(wait=True)
+        finally:
+            self._writer.close()
+
+    def _moment(self) -> tuple[str, int]:
+        return self.progress.position.run_id, self.progress.position.step
+
+
+def _holds(record: CheckpointRecord, snapshot: Snapshot) -> bool:
+    """Whether a checkpoint has the values of a snapshot; what the model's metrics have counted aside."""
+    with Folder(record.directory) as folder:
+        return snapshot.is_in(
+            folder, record.name, lambda key: key.endswith(state.SUFFIX) and not key.startswith("metrics/")
+        )
 
 
 def checked_on_full_disk(value: object) -> OnFullDisk:

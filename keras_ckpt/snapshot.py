@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ import tensorflow as tf
 # No public operation reads many variables in one call, and the calls are what a snapshot costs.
 from tensorflow.python.eager import context, execute
 
+from keras_ckpt.bundle import Entry, read_index
 from keras_ckpt.bundle_writer import Value, number_value, string_value, write_bundle
+from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
 
@@ -41,7 +43,36 @@ class Snapshot:
 
     def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
         """Writes them as a TensorFlow checkpoint of that name, durably."""
-        return write_bundle(folder, name, {key: _value(tensor) for key, tensor in self.values.items()})
+        return write_bundle(folder, name, self.encoded())[0]
+
+    def encoded(self) -> dict[bytes, Value]:
+        """The values as they are written, by key."""
+        return {key.encode(): _value(tensor) for key, tensor in self.values.items()}
+
+    def is_in(self, folder: Folder, name: str, counts: Callable[[str], bool]) -> bool:
+        """Whether a checkpoint holds the same, to the bit.
+
+        Args:
+            folder: Its directory.
+            name: Its name.
+            counts: Says of a key whether it is looked at.
+        """
+        try:
+            index = read_index(folder, name)
+            there = {key: index.entries[key.encode()] for key in index.variables if counts(key)}
+            here = {key: tensor for key, tensor in self.values.items() if counts(key)}
+            return here.keys() == there.keys() and all(
+                _is_at(folder, index.files, there[key], _value(tensor)) for key, tensor in here.items()
+            )
+        except (DamagedCheckpointError, OSError):
+            return False
+
+
+def _is_at(folder: Folder, files: Mapping[int, str], entry: Entry, value: Value) -> bool:
+    kind = (entry.dtype, entry.shape, entry.size, entry.slices)
+    return kind == (value.dtype, value.shape, len(value.data), ()) and folder.holds(
+        files[entry.shard], entry.offset, value.data.data
+    )
 
 
 def read(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:

@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from keras_ckpt import state
-from keras_ckpt.bundle import check_index
+from keras_ckpt.bundle import read_index
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.files import Folder
 
@@ -41,7 +41,7 @@ class Source:
     """
 
     def __init__(self, folder: Folder, name: str, model: keras.Model) -> None:
-        listed = check_index(folder, name)
+        listed = read_index(folder, name).variables
         self._path = folder.tensorflow_path(name)
         reader = tf.train.load_checkpoint(self._path)
         self._shapes: dict[str, list[int]] = reader.get_variable_to_shape_map()

@@ -73,11 +73,10 @@ class ModelState(tf.train.Checkpoint):
         """The variables that it writes, by name."""
         return names(self.model, self._weights_only)
 
+    @property
     def size(self) -> int:
-        """The bytes of the weights, and of the optimizer of `compile`."""
-        optimizer = None if self._weights_only else getattr(self.model, "optimizer", None)
-        variables = [*self.model.variables, *(optimizer.variables if optimizer else ())]
-        return sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in variables)
+        """The bytes of the last snapshot; 0 before the first."""
+        return self._plan.size if self._plan else 0
 
     def write(self, file_prefix: str | os.PathLike[str], options: Any = None) -> str:
         """Writes the files of a checkpoint, durably, where there are none of that prefix.
@@ -109,7 +108,8 @@ class ModelState(tf.train.Checkpoint):
         variables = {f"{name}{SUFFIX}": variable for name, variable in self.names().items()}
         variables[f"save_counter{SUFFIX}"] = self.save_counter
         graph = _object_graph(self, {id(variable): key for key, variable in variables.items()})
-        return _Plan(variables, graph.SerializeToString(), kept, made_of, list(map(id, made_of)))
+        size = sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in variables.values())
+        return _Plan(variables, graph.SerializeToString(), size, kept, made_of, list(map(id, made_of)))
 
 
 class _Plan(NamedTuple):
@@ -118,6 +118,7 @@ class _Plan(NamedTuple):
     Attributes:
         variables: By their keys.
         graph: The object graph.
+        size: The bytes of the variables.
         optimizers: The model's.
         made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
         identities: Theirs.
@@ -125,6 +126,7 @@ class _Plan(NamedTuple):
 
     variables: Mapping[str, Any]
     graph: bytes
+    size: int
     optimizers: Sequence[Any]
     made_of: Sequence[Any]
     identities: Sequence[int]
@@ -170,13 +172,14 @@ def names(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
     weights, layers = model.variables, _layers(model)
     paths = _numbered(_paths_in(model, layers), _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
-    found += [(f"model/{path}", each) for path, each in _tracked(model).items() if isinstance(each, tf.Variable)]
+    tracked = _tracked(model)
+    found += [(f"model/{path}", each) for path, each in tracked.items() if isinstance(each, tf.Variable)]
     if not weights_only:
         states = _states(layers)
         paths_of_states = _numbered([_segments(variable)[-2:] for variable in states], _automatic_names(layers))
         found += [(f"states/{path}", variable) for path, variable in zip(paths_of_states, states, strict=True)]
         references = _references(weights, paths)
-        for prefix, optimizer in optimizers(model).items():
+        for prefix, optimizer in _optimizers(model, tracked).items():
             found += _optimizer_variables(prefix, optimizer, references)
         measured = model.metrics_variables
         paths = _numbered([_owned(variable) for variable in measured], _automatic_names(_metrics(model)))
@@ -191,10 +194,14 @@ def optimizers(model: keras.Model) -> dict[str, Any]:
     That of `compile` is `optimizer`. Others that a model holds, such as those of the two halves of a GAN, have the path
     of their attribute in it: `optimizer/d_optimizer`.
     """
+    return _optimizers(model, _tracked(model))
+
+
+def _optimizers(model: keras.Model, tracked: Mapping[str, Any]) -> dict[str, Any]:
     main = getattr(model, "optimizer", None)
     found = {} if main is None else {"optimizer": main}
     inner = {id(each) for each in _inner_optimizers(main)}
-    for path, each in _tracked(model).items():
+    for path, each in tracked.items():
         if isinstance(each, keras.optimizers.Optimizer) and each is not main and id(each) not in inner:
             found[f"optimizer/{path}"] = each
             inner |= {id(each) for each in _inner_optimizers(each)}
@@ -203,10 +210,13 @@ def optimizers(model: keras.Model) -> dict[str, Any]:
 
 def build_optimizers(model: keras.Model, names_on_disk: Collection[str]) -> None:
     """Builds the optimizers that have slots on disk, as they are built by their first step."""
+    present = optimizers(model)
+    if all(optimizer.built for optimizer in present.values()):
+        return
     wanted = names(model)
     weights = {name: variable for name, variable in wanted.items() if name.startswith("model/")}
-    others = tuple(f"{prefix}/" for prefix in optimizers(model) if prefix != "optimizer")
-    for prefix, optimizer in optimizers(model).items():
+    others = tuple(f"{prefix}/" for prefix in present if prefix != "optimizer")
+    for prefix, optimizer in present.items():
         unknown = [name for name in names_on_disk if name.startswith(f"{prefix}/") and name not in wanted]
         if optimizer.built:
             continue

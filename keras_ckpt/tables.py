@@ -42,26 +42,25 @@ class Shown(abc.ABC):
         return html(self._table())
 
 
-def of_directory(path: str, listing: Listing) -> Table:
-    """The checkpoints of a directory, and what lies there besides."""
+def of_directory(path: str, listing: Listing, taken: int) -> Table:
+    """The checkpoints of a directory, the bytes that they take, and what lies there besides."""
     rows = [
         _Row(record, (size(record.size), record.date()), (record.reason, _pin(record)), record.pinned)
         for record in listing.records
     ]
-    return _table(printable(path), listing, rows, _METRICS, ("size", "saved"), ("reason", "pin"))
+    count = f"{counted(len(rows), 'checkpoint')}, {size(taken)}" if rows else "no checkpoints"
+    return _table(printable(path), listing, rows, _METRICS, ("size", "saved"), ("reason", "pin"), count)
 
 
-def of_plan(policy: str, decisions: Sequence[tuple[CheckpointRecord, bool, str]], listing: Listing) -> Table:
-    """What a plan keeps and removes, and why: for each record, whether it stays, and the reason."""
+def of_plan(policy: str, decisions: Sequence[tuple[CheckpointRecord, bool, str, int]], listing: Listing) -> Table:
+    """What a plan keeps and removes, and why: for each record whether it stays, the reason, and its bytes."""
     rows = [
-        _Row(record, (size(record.size),), ("keep" if kept else "remove", reason), kept)
-        for record, kept, reason in decisions
+        _Row(record, (size(taken),), ("keep" if kept else "remove", reason), kept)
+        for record, kept, reason, taken in decisions
     ]
-    table = _table(f"keep {printable(policy)}", listing, rows, _METRICS // 2, ("size",), ("plan", "why"))
-    removed = [record for record, kept, _ in decisions if not kept]
-    freed = size(sum(record.size for record in removed))
-    summary = f"{len(decisions) - len(removed)} kept, {len(removed)} removed, which frees {freed}"
-    return dataclasses.replace(table, notes=(summary, *table.notes[1:]))
+    removed = [taken for _, kept, _, taken in decisions if not kept]
+    summary = f"{len(rows) - len(removed)} kept, {len(removed)} removed, which frees {size(sum(removed))}"
+    return _table(f"keep {printable(policy)}", listing, rows, _METRICS // 2, ("size",), ("plan", "why"), summary)
 
 
 def of_verification(path: str, listing: Listing) -> Table:
@@ -72,6 +71,16 @@ def of_verification(path: str, listing: Listing) -> Table:
     if listing.unmanaged:
         notes.append(f"without a sidecar, cannot be verified: {_few(listing.unmanaged)}")
     return Table(printable(path), (), ("damaged", "why"), tuple(rows), tuple(notes))
+
+
+def save(record: CheckpointRecord) -> str:
+    """What a save has cost: bytes, and the times of training and of the disk."""
+    shared = f" new, {size(record.size_shared)} shared" if record.size_shared else ""
+    timings = record.timings
+    return (
+        f"{size(record.size - record.size_shared)}{shared}, blocked {timings['blocked_ms']:.3g} ms, "
+        f"written in {timings['write_ms']:.3g} ms"
+    )
 
 
 def text(table: Table) -> str:
@@ -153,7 +162,13 @@ class _Row(NamedTuple):
 
 
 def _table(
-    title: str, listing: Listing, rows: Sequence[_Row], most: int, numbers: tuple[str, ...], words: tuple[str, ...]
+    title: str,
+    listing: Listing,
+    rows: Sequence[_Row],
+    most: int,
+    numbers: tuple[str, ...],
+    words: tuple[str, ...],
+    summary: str,
 ) -> Table:
     metrics = _metric_names(listing.records)
     columns = ("step", "epoch", "batch", *map(printable, metrics[:most]), *numbers, *words)
@@ -173,14 +188,11 @@ def _table(
         tuple(columns[place] for place in used if place < len(columns) - len(words)),
         tuple(columns[place] for place in used if place >= len(columns) - len(words)),
         tuple(tuple(row[place] for place in used) for row in cells),
-        tuple(_notes(listing, metrics[most:])),
+        (summary, *_notes(listing, metrics[most:])),
     )
 
 
 def _notes(listing: Listing, hidden: Sequence[str]) -> Iterable[str]:
-    count = len(listing.records)
-    total = size(sum(record.size for record in listing.records))
-    yield f"{counted(count, 'checkpoint')}, {total}" if count else "no checkpoints"
     if hidden:
         yield f"more metrics: {printable(', '.join(hidden))}"
     for name, error in listing.damaged.items():

@@ -20,7 +20,7 @@ import tensorflow as tf
 # Whether operations are deterministic can be set by a public function, but not be asked for.
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
-from keras_ckpt import seeds
+from keras_ckpt import background, seeds
 from keras_ckpt.callback_states import CallbackStates
 from keras_ckpt.data import ResumableDataset
 from keras_ckpt.directory import CheckpointDirectory
@@ -28,10 +28,10 @@ from keras_ckpt.document import UnplainError, encode
 from keras_ckpt.epoch_rest import EpochRest
 from keras_ckpt.errors import CheckpointError, FormatVersionError
 from keras_ckpt.restoring import is_finite, restore_backup
-from keras_ckpt.session import Session
+from keras_ckpt.session import Outcome, Session
 from keras_ckpt.signals import SignalWatch
+from keras_ckpt.snapshot import Snapshot
 from keras_ckpt.state import TRAINING_KEY
-from keras_ckpt.writer import Write
 
 Logs = Mapping[str, Any] | None
 
@@ -59,10 +59,10 @@ class _Place:
 
 @dataclasses.dataclass(frozen=True)
 class _Moment:
-    """A training as it was at a place, and what writes it."""
+    """A training as it was at a place."""
 
     place: _Place
-    write: Write
+    snapshot: Snapshot
 
 
 class Training:
@@ -122,6 +122,7 @@ class Training:
             if optimizer is not None and not optimizer.built:
                 optimizer.build(self._model.trainable_variables)
             self._save("begin", time.perf_counter(), self._now())
+            self._session.settle(wait=True)
         self._watch.start()
 
     def epoch_begin(self, epoch: int) -> None:
@@ -149,13 +150,14 @@ class Training:
         reason = self._session.batch_end(batch)
         self._place = _Place(self._place.epoch, self._session.progress.position.batch)
         self._whole = self._changed = True
+        self._session.settle()
         if self._data is not None and not self._trains_on_data:
             self._check_that_it_is_read(self._data)
         if self._place.batch == self._steps:
             # The epoch's end saves what is due. Until then this is the last state that is whole.
             self._due = reason
             self._held = self._now()
-        elif reason:
+        elif reason and not self._session.skips():
             self._save(reason, began, self._now())
         self.answer()
 
@@ -386,13 +388,20 @@ class Training:
         if self._is_broken() or (self._ends_with_nan and not self._is_finite()):
             return  # the backup before is worth more
         metadata = {INITIAL_EPOCH: moment.place.epoch, ENDED: _ended[self._directory.path]}
-        if self._session.save(began, moment.write, reason=reason, metadata=metadata):
-            self._changed = False
+        self._changed = False
+        self._session.save(began, moment.snapshot, then=self._ended, reason=reason, metadata=metadata)
+
+    def _ended(self, outcome: Outcome) -> None:
+        if outcome.record is None:
+            self._changed = True
 
     def _save_last(self, reason: str) -> None:
         began = time.perf_counter()
+        self._session.settle(wait=True)
         if self._changed and (self._held or self._whole):
             self._save(reason, began, self._held or self._now())
+            self._session.settle(wait=True)
+        background.wait()  # other callbacks have saved too
 
     def _is_finite(self) -> bool:
         return all(is_finite(each.value) for each in self._model.trainable_variables)

@@ -100,6 +100,7 @@ class Writer:
         step: int,
         size: int | None = None,
         began: float | None = None,
+        went_on: float | None = None,
         **facts: Any,
     ) -> CheckpointRecord | None:
         """Saves a checkpoint, unless it would be pruned at once, and prunes.
@@ -109,8 +110,9 @@ class Writer:
         Args:
             write: Writes the checkpoint's files, whose names all begin with its own.
             step: Its step; a checkpoint of that step which is there already is superseded.
-            size: The bytes that it will need; defaults to those of the newest.
+            size: The bytes that it will need, 0 if `write` looks for the room itself; defaults to those of the newest.
             began: When training began to wait for it, by `time.perf_counter`; defaults to now.
+            went_on: When training went on; defaults to when everything is sealed.
             **facts: More fields of its record; without a `run_id`, it belongs to the run of the newest.
 
         Returns:
@@ -123,7 +125,7 @@ class Writer:
         began = time.perf_counter() if began is None else began
         what = f"Could not save step {step} into"
         lock = self._claim()
-        with Folder(self.directory.path, create=True) as folder:
+        with lock.saving, Folder(self.directory.path, create=True) as folder:
             with self._explaining(what):
                 listing = examine(folder)
             candidate = self._candidate(listing, step, facts)
@@ -133,8 +135,8 @@ class Writer:
                 return None
             try:
                 with self._explaining(what), folder.scratch("stage") as stage:
-                    _look_for_room(stage, _size_of_newest(listing) if size is None else size)
-                    record = _stage(stage, candidate, write, began)
+                    look_for_room(stage, _size_of_newest(listing) if size is None else size)
+                    record = _stage(stage, candidate, write, began, went_on)
                     with folder.mutex():
                         listing = examine(folder)
                         if _pinned(listing, step) or _pinned_and_damaged(folder, listing, step):
@@ -182,10 +184,11 @@ class Writer:
         # Asked for each time: the directory may be another one since, and then so is its lock.
         with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
             self._lock = folder.lock()
-            if not self._lock.recovered:
-                with folder.mutex():
-                    commit.recover(folder)
-                self._lock.recovered = True
+            with self._lock.saving:
+                if not self._lock.recovered:
+                    with folder.mutex():
+                        commit.recover(folder)
+                    self._lock.recovered = True
         return self._lock
 
     @contextlib.contextmanager
@@ -228,7 +231,7 @@ def _size_of_newest(listing: Listing) -> int:
     return listing.records[-1].size if listing.records else 0
 
 
-def _look_for_room(folder: Folder, size: int) -> None:
+def look_for_room(folder: Folder, size: int) -> None:
     """Refuses before anything is written what would not fit."""
     free = folder.free()
     if free < size:
@@ -251,12 +254,15 @@ def by_prefix(write: Callable[[str], object]) -> Write:
     return write_files
 
 
-def _stage(stage: Folder, candidate: CheckpointRecord, write: Write, began: float) -> CheckpointRecord:
+def _stage(
+    stage: Folder, candidate: CheckpointRecord, write: Write, began: float, went_on: float | None
+) -> CheckpointRecord:
     """Writes everything into the stage, durably, the sidecar last."""
     started = time.perf_counter()
     files = write(stage, candidate.name)
     sealed = time.perf_counter()
-    timings = {"write_ms": _milliseconds(started, sealed), "blocked_ms": _milliseconds(began, sealed)}
+    blocked = _milliseconds(began, sealed if went_on is None else went_on)
+    timings = {"write_ms": _milliseconds(started, sealed), "blocked_ms": blocked}
     record = msgspec.structs.replace(candidate, files=tuple(files), timings=timings)
     stage.create(f"{record.name}.json", sidecars.encode(record))
     stage.sync()

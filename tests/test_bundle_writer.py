@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_ckpt import files
-from keras_ckpt.bundle import check_index
+from keras_ckpt.bundle import read_index
 from keras_ckpt.files import Folder
 from keras_ckpt.snapshot import Snapshot
 
@@ -28,7 +28,7 @@ def write(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1
     with Folder(path) as folder:
         written = Snapshot({}, tensors)(folder, name)
         assert all(folder.digest(file.name) == (file.size, file.digest) for file in written)
-        assert check_index(folder, name) == tensors.keys()
+        assert read_index(folder, name).variables == tensors.keys()
     return [file.name for file in written]
 
 

@@ -558,7 +558,7 @@ def test_a_long_table_is_shortened_for_the_eye(filler) -> None:
     listing = runs.listing()
     many = history(" ".join(f"{step}:{step}" for step in range(5000)))
     many[700] = keras_ckpt.record.msgspec.structs.replace(many[700], pin="milestone")
-    table = keras_ckpt.tables.of_directory("run", keras_ckpt.listing.Listing(listing.path, tuple(many)))
+    table = keras_ckpt.tables.of_directory("run", keras_ckpt.listing.Listing(listing.path, tuple(many)), 0)
 
     text = keras_ckpt.tables.text(table)
 

@@ -21,15 +21,16 @@ PURE = [
     "cli",
     "errors",
     "bundle",
+    "background",
     "writer",
     "schedule",
 ]
 # Each layer imports from those to its left only.
 ORDER = [
-    "errors", "files", "bundle", "record", "policies", "listing", "tables", "commit", "directory", "cli", "writer",
-    "schedule", "monitor", "document", "bundle_writer", "snapshot", "state", "position", "source", "restoring",
-    "session", "manager", "model_checkpoint", "data", "seeds", "callback_states", "epoch_rest", "signals", "training",
-    "backup_and_restore", "demo",
+    "errors", "files", "bundle", "record", "policies", "listing", "tables", "commit", "background", "directory", "cli",
+    "writer", "schedule", "monitor", "document", "bundle_writer", "snapshot", "sharing", "state", "position",
+    "source", "restoring", "session", "manager", "model_checkpoint", "data", "seeds", "callback_states", "epoch_rest",
+    "signals", "training", "backup_and_restore", "demo",
 ]  # fmt: skip
 
 

@@ -32,9 +32,9 @@ class Operation(NamedTuple):
     """One thing that was done to the disk; `path` is relative to the root of the recording.
 
     Attributes:
-        kind: `create`, `write`, `mkdir`, `rename`, `unlink`, `rmdir` or `sync`.
+        kind: `create`, `write`, `mkdir`, `rename`, `link`, `unlink`, `rmdir` or `sync`.
         path: What it was done to.
-        target: The new path, of a rename.
+        target: The new path, of a rename and of a link.
         data: The bytes, of a write.
         site: The line that asked for it, of a sync.
     """
@@ -81,6 +81,11 @@ class Recorder:
         old, new = self._place(source, src_dir_fd), self._place(target, dst_dir_fd)
         os.rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
         self._add("rename", old, target=os.path.relpath(new, self.root))
+
+    def link(self, source: str, target: str, *, dst_dir_fd: int, follow_symlinks: bool) -> None:
+        new = self._place(target, dst_dir_fd)
+        os.link(source, target, dst_dir_fd=dst_dir_fd, follow_symlinks=follow_symlinks)
+        self._add("link", os.path.realpath(source), target=os.path.relpath(new, self.root))
 
     def unlink(self, path: str, *, dir_fd: int) -> None:
         place = self._place(path, dir_fd)
@@ -200,6 +205,8 @@ class Disk:
                     self._change(inode, old, None, needed=new)
                 else:
                     self._change(inode, old, new)
+            case Operation("link", path, target):
+                self._change(self.written[self._place(path)], None, self._place(target))
             case Operation("unlink" | "rmdir", path):
                 place = self._place(path)
                 self._change(self.written[place], place, None)

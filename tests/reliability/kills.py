@@ -19,7 +19,7 @@ from reliability.trainer import Acknowledge, Child, Job, at_random, train
 
 # Those with a question mark are not there on every processor.
 CHANGES = (
-    "write,pwrite64,openat,?rename,?renameat,renameat2,?unlink,unlinkat,?mkdir,mkdirat,?rmdir,fsync,fdatasync,"
+    "write,pwrite64,openat,?rename,?renameat,renameat2,?link,linkat,?unlink,unlinkat,?mkdir,mkdirat,?rmdir,fsync,fdatasync,"
     "ftruncate,flock"
 )
 Action = Callable[[Acknowledge, Job], None]

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import Filler, payload
-from keras_ckpt import commit, files
+from conftest import Filler, payload, shared_payload
+from keras_ckpt import commit, files, sharing
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DamagedCheckpointError, DiskFullError, SaveError
 from keras_ckpt.files import PRIVATE, Folder
@@ -107,6 +107,14 @@ class Run:
             record = writer.save(payload(f"{step} {content}".encode(), shards), step=step, run_id="run", batch=0)
             writer.close()
             assert record in list(self.runs)
+
+    def save_shared(self, step: int, keep: PreservationPolicy | None = None) -> None:
+        """Half of it is as before, so that it is a link."""
+        with self._action(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharing, "_WORTHWHILE", 1)
+            patch.setattr(sharing, "_known", {})
+            writer = Writer(self.runs, keep)
+            assert writer.save(shared_payload(self.runs, f"{step}"), step=step, size=0, run_id="run", batch=0)
 
     def save_without_a_state_file(self, step: int) -> None:
         def full(*arguments: object) -> None:
@@ -199,6 +207,19 @@ def metrics_added(run: Run) -> None:
     run.add_metrics(10, accuracy=0.75)
 
 
+def saves_that_share(run: Run) -> None:
+    for step in (10, 20, 30):
+        run.save_shared(step, LatestN(2))
+    assert run.runs[30].size_shared
+
+
+def step_saved_again_that_shares(run: Run) -> None:
+    run.save_shared(10)
+    run.save_shared(20)
+    run.save_shared(20)
+    run.save_shared(10)
+
+
 def save_over_a_leftover_pin(run: Run) -> None:
     run.save(10)
     run.save(20)
@@ -236,6 +257,8 @@ WORKLOADS = {
     "an explicit prune": Workload(explicit_prune),
     "pins and prunes": Workload(pin_and_prune),
     "metrics added": Workload(metrics_added),
+    "saves that share": Workload(saves_that_share),
+    "a step saved again that shares": Workload(step_saved_again_that_shares),
     "a save over a leftover pin": Workload(save_over_a_leftover_pin, {**FOREIGN, "ckpt-20.keep": b"left"}),
     "a prune of a copy": Workload(prune_of_a_copy, prepare=copy),
     "a save into a copy": Workload(save_into_a_copy, prepare=copy),

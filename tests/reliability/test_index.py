@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import keras_ckpt as kc
 from keras_ckpt import bundle as bundles
-from keras_ckpt.bundle import check_index
+from keras_ckpt.bundle import read_index
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.files import Folder
 from keras_ckpt.record import SIZE_LIMIT, CheckpointFile, decode, encode
@@ -231,7 +231,7 @@ def test_an_index_of_too_many_entries_is_refused(saved, monkeypatch) -> None:
     monkeypatch.setattr(bundles, "_ENTRY_LIMIT", 10)
 
     with Folder(saved) as folder, pytest.raises(DamagedCheckpointError, match="more than 10 entries"):
-        check_index(folder, "ckpt-10")
+        read_index(folder, "ckpt-10")
 
 
 def test_a_manager_refuses_what_tensorflow_would_crash_on(tmp_path) -> None:
@@ -328,7 +328,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_a_sound_index_is_accepted(many) -> None:
     """Whatever TensorFlow can save."""
     with Folder(many.parent) as folder:
-        names = check_index(folder, many.name)
+        names = read_index(folder, many.name).variables
 
     assert names == tf.train.load_checkpoint(str(many)).get_variable_to_shape_map().keys()
 
@@ -360,7 +360,7 @@ def test_a_variable_in_parts_may_be_cut_anywhere(tmp_path, start) -> None:
     )
 
     with Folder(tmp_path) as folder:
-        assert check_index(folder, "sound") == {"a\0b"}
+        assert read_index(folder, "sound").variables == {"a\0b"}
 
 
 def test_an_index_of_many_blocks_is_accepted(tmp_path) -> None:
@@ -374,7 +374,7 @@ def test_an_index_of_many_blocks_is_accepted(tmp_path) -> None:
     )
 
     with Folder(tmp_path) as folder:
-        assert check_index(folder, "sound") == set(names)
+        assert read_index(folder, "sound").variables == set(names)
 
 
 NUMBERS = st.sampled_from([*range(-2, 40), 254, 999, 2**31 - 1, -(2**31)])
@@ -620,7 +620,7 @@ def test_tensorflow_survives_what_is_not_refused(many, tmp_path, long, tally) ->
         (tmp_path / f"{name}.index").write_bytes(index)
         (tmp_path / f"{name}.data-00000-of-00001").write_bytes(data)
         try:
-            check_index(folder, name)
+            read_index(folder, name)
         except DamagedCheckpointError:
             tally["refused"] += 1
             for path in tmp_path.glob(f"{name}.*"):

@@ -42,7 +42,7 @@ class Noise:
     def prepare(self) -> None:
         """Nothing is needed."""
 
-    def write(self, step: int) -> Write:
+    def write(self, step: int, directory: CheckpointDirectory) -> Write:
         return payload(b"%d " % step + os.urandom(random.randrange(20_000)))
 
     def step_in(self, record: CheckpointRecord) -> int:
@@ -54,16 +54,21 @@ class RealModel:
 
     def prepare(self) -> None:
         """Loads TensorFlow and builds the model before trainers are forked, to be there in each."""
-        _real_model()
+        from keras_ckpt import sharing
 
-    def write(self, step: int) -> Write:
+        _real_model()
+        sharing._WORTHWHILE = 1  # the slots of its optimizer stay as they are
+
+    def write(self, step: int, directory: CheckpointDirectory) -> Write:
         import numpy as np
+
+        from keras_ckpt.sharing import SharingWrite
 
         model, state = _real_model()
         for variable in model.trainable_variables:
             variable.assign(np.random.default_rng().random(variable.shape))
         model.layers[0].bias.assign(np.full(3, step))
-        return state.snapshot()
+        return SharingWrite(state.snapshot(), directory)
 
     def step_in(self, record: CheckpointRecord) -> int:
         import tensorflow as tf
@@ -98,7 +103,7 @@ class Job:
     def save(self, writer: Writer, step: int) -> CheckpointRecord | None:
         # Later ones are better, but not each, so that a policy that ranks goes on wanting some.
         metrics = {"loss": step * 7 % 11 - step}
-        return writer.save(self.payload.write(step), step=step, metrics=metrics, batch=0)
+        return writer.save(self.payload.write(step, writer.directory), step=step, metrics=metrics, batch=0)
 
     def newest(self) -> int:
         return max((record.step for record in CheckpointDirectory(self.path)), default=0)

@@ -1,0 +1,379 @@
+"""Saving while training goes on: what waits, what is left out, and what is told when."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
+
+import keras
+import pytest
+
+import keras_ckpt as kc
+from keras_ckpt import background
+from keras_ckpt.files import Folder
+from keras_ckpt.state import ModelState
+from tests.models import Interrupts, dense_model, fit, same, values
+
+
+@pytest.fixture(autouse=True)
+def _free(monkeypatch) -> Iterator[None]:
+    """What a test that fails leaves busy would keep the others waiting."""
+    events = []
+    monkeypatch.setattr(Busy, "events", events)
+    yield
+    for event in events:
+        event.set()
+
+
+class After(keras.callbacks.Callback):
+    """Calls something at the end of a batch, counted from 1 through all epochs."""
+
+    def __init__(self, calls: Mapping[int, Callable[[], object]]) -> None:
+        super().__init__()
+        self.calls = calls
+        self.batches = 0
+
+    def get_state(self) -> dict[str, int]:
+        return {"batches": self.batches}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        self.batches = state["batches"]
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self.batches += 1
+        if self.batches in self.calls:
+            self.calls[self.batches]()
+
+
+class Busy(keras.callbacks.Callback):
+    """Keeps the thread that writes from going on, so that what happens meanwhile is no matter of luck.
+
+    From the first epoch on, for the callbacks before this one have begun then, until `free` is called.
+    """
+
+    events: ClassVar[list[threading.Event]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.freed = threading.Event()
+        self.events.append(self.freed)
+        self.began = False
+
+    def on_epoch_begin(self, epoch, logs=None) -> None:
+        if not self.began:
+            self.began = True
+            background.Job(self.freed.wait, "another moment", 1)
+
+    def free(self) -> None:
+        self.freed.set()
+
+    def free_soon(self) -> None:
+        threading.Timer(0.3, self.free).start()
+
+
+def on_disk(path: os.PathLike) -> list[str]:
+    """The names of the checkpoints; a CheckpointDirectory would wait."""
+    return sorted(name.removesuffix(".json") for name in os.listdir(path) if name.endswith(".json"))
+
+
+def test_training_goes_on_while_a_save_is_written(tmp_path) -> None:
+    """And `fit` ends when all is."""
+    seen, busy = [], Busy()
+    looks = After({9: lambda: seen.append(on_disk(tmp_path)), 10: busy.free})
+    fit(dense_model(), kc.ModelCheckpoint(tmp_path), busy, looks, epochs=3, batches=4)
+
+    assert seen == [[]]
+    assert on_disk(tmp_path) == ["ckpt-12", "ckpt-4", "ckpt-8"]
+
+
+def test_it_waits_if_told_to(tmp_path) -> None:
+    """Then a batch ends when its checkpoint is durable."""
+    seen = []
+    looks = After(dict.fromkeys((1, 2), lambda: seen.append(on_disk(tmp_path))))
+    fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1, save_on_background=False), looks, batches=3)
+
+    assert seen == [["ckpt-1"], ["ckpt-1", "ckpt-2"]]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 2}, {"jit_compile": True}], ids=str)
+def test_what_is_written_later_is_of_the_step_of_the_save(tmp_path, optimizer, options) -> None:
+    """To the bit, though training has gone on to its end before the first byte is written."""
+    model = dense_model(optimizer=optimizer, run_eagerly=False, **options)
+    busy, taken = Busy(), {}
+
+    class Copies(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            taken[batch + 1] = [each.tobytes() for each in values(model)]
+
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            assert on_disk(tmp_path) == []
+            busy.free()
+
+    fit(model, kc.ModelCheckpoint(tmp_path, save_freq=2), busy, Copies(), batches=8)
+
+    runs = kc.CheckpointDirectory(tmp_path)
+    assert [record.step for record in runs] == [2, 4, 6, 8]
+    for record in runs:
+        kc.restore(model, record)
+        assert [each.tobytes() for each in values(model)] == taken[record.step]
+
+
+def test_a_snapshot_is_let_go_when_it_is_written() -> None:
+    """It would hold the memory of what training changes."""
+    snapshot = ModelState(dense_model()).snapshot()
+    alive = weakref.ref(snapshot)
+    freed = threading.Event()
+    background.Job(freed.wait, "another moment", 1)
+    job = background.Job(functools.partial(id, snapshot), "moment", 1)
+    del snapshot
+    assert alive() is not None
+
+    freed.set()
+    job.result()
+    background.Job(bool, "moment", 1).result()  # the thread has turned to something else
+
+    assert alive() is None
+
+
+class TestWhatComesMeanwhile:
+    """Copies that wait may take the memory of one state, or a little of any number."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_little(self, monkeypatch) -> None:
+        monkeypatch.setattr(background, "LITTLE", 0)
+
+    def test_a_save_by_batches_is_left_out_and_told_of_once(self, tmp_path, capsys) -> None:
+        """With verbose, each."""
+        busy = Busy()
+        checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=1, verbose=1)
+        frees = After({3: busy.free, 4: background.wait})
+        with pytest.warns(UserWarning, match="The save of step 1 into .* is left out, and so") as told:
+            fit(dense_model(), checkpoint, busy, frees, batches=5)
+
+        assert len(told) == 1
+        assert {"ckpt-1", "ckpt-2", "ckpt-3"}.isdisjoint(on_disk(tmp_path))
+        assert "ckpt-5" in on_disk(tmp_path)
+        assert "Step 2, epoch 0: val_loss not known, left out, because an earlier one is" in capsys.readouterr().out
+
+    def test_one_at_the_end_of_an_epoch_waits(self, tmp_path) -> None:
+        """So does one of its last batch."""
+        busy = Busy()
+        checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=["epoch", 4])
+        fit(dense_model(), checkpoint, busy, After({3: busy.free_soon}), epochs=2, batches=4)
+
+        assert on_disk(tmp_path) == ["ckpt-4", "ckpt-8"]
+
+    def test_one_that_is_ranked_waits(self, tmp_path) -> None:
+        """It may be the best."""
+        busy = Busy()
+        checkpoint = kc.ModelCheckpoint(tmp_path, monitor="loss", save_freq=2, keep=kc.BestN(10))
+        fit(dense_model(), checkpoint, busy, After({1: busy.free_soon}), batches=5)
+
+        assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
+
+    def test_callbacks_that_save_the_same_step_do_not_wait_for_each_other(self, tmp_path) -> None:
+        """They share a snapshot. Were the second to wait for the first, nobody would free it."""
+        freed = threading.Event()
+
+        class FreesLast(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None) -> None:
+                assert [on_disk(tmp_path / name) for name in "ab"] == [[], []]
+                freed.set()
+
+        first, second = (kc.ModelCheckpoint(tmp_path / name) for name in "ab")
+        holds = Holds(first, freed)
+        fit(dense_model(), first, second, holds, FreesLast(), batches=2)
+
+        assert [on_disk(tmp_path / name) for name in "ab"] == [["ckpt-2"], ["ckpt-2"]]
+
+    def test_a_backup_by_batches_is_left_out_and_one_that_a_signal_asks_for_waits(self, tmp_path) -> None:
+        """The process may end after it."""
+        code = f"""
+warnings.simplefilter("ignore")
+background.LITTLE = 0
+busy = Busy()
+def stop():
+    assert on_disk({str(tmp_path)!r}) == ["ckpt-0"]
+    busy.free_soon()
+    os.kill(os.getpid(), signal.SIGTERM)
+backup = kc.BackupAndRestore({str(tmp_path)!r}, save_freq=1, exit_code=7)
+fit(dense_model(), busy, After({{6: stop}}), backup, batches=9)
+"""
+        ended = python(code)
+
+        assert ended.returncode == 7, ended.stderr
+        assert on_disk(tmp_path) == ["ckpt-6"]
+
+    def test_little_models_do_not_wait(self, tmp_path, monkeypatch) -> None:
+        """A save after every batch is written, however slow the disk is at the moment."""
+        monkeypatch.setattr(background, "LITTLE", 1 << 20)
+        busy = Busy()
+        fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), busy, After({5: busy.free}), batches=5)
+
+        assert len(on_disk(tmp_path)) == 5
+
+
+class TestErrors:
+    """A file of somebody else's where a checkpoint's is to be: the save of its step fails, whoever is root."""
+
+    def test_one_comes_with_the_next_batch(self, tmp_path) -> None:
+        """And training ends there."""
+        (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
+        batches = After({2: background.wait})
+
+        with pytest.raises(kc.DirectoryNotEmptyError, match="ckpt-2"):
+            fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=2), batches, batches=9)
+
+        assert batches.batches == 2  # the third ended, for those before this one in the list
+        assert (tmp_path / "ckpt-2.data-00000-of-00001").read_bytes() == b"mine"
+
+    @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
+    def test_one_of_the_last_save_comes_at_the_end_of_training(self, tmp_path, callback) -> None:
+        """`fit` does not end as if all were well."""
+        adds = Adds(tmp_path / "ckpt-3.data-00000-of-00001")
+
+        with pytest.raises(kc.DirectoryNotEmptyError, match="ckpt-3"):
+            fit(dense_model(), adds, callback(tmp_path), batches=3)
+
+    def test_what_a_backup_failed_to_save_is_saved_where_an_error_ends_the_training(self, tmp_path) -> None:
+        """The state of the batch at which the error came is whole."""
+        adds = Adds(tmp_path / "ckpt-2.data-00000-of-00001")
+        with pytest.raises(kc.DirectoryNotEmptyError), kc.BackupAndRestore(tmp_path, save_freq=2) as backup:
+            fit(dense_model(), adds, After({3: background.wait}), backup, batches=9)
+
+        assert on_disk(tmp_path) == ["ckpt-3"]
+
+
+class TestLeaving:
+    """The training, or the process."""
+
+    def test_a_process_that_ends_waits(self, tmp_path) -> None:
+        """An error in another callback ended the training, so that nobody else has waited."""
+        ended = python(f"""
+busy = Busy()
+checkpoint = kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2)
+fit(dense_model(), checkpoint, busy, After({{3: busy.free_soon}}), Interrupts(4, RuntimeError("no more")), batches=9)
+""")
+
+        assert ended.returncode == 1
+        assert "no more" in ended.stderr
+        assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
+        assert kc.CheckpointDirectory(tmp_path).verify().ok
+
+    def test_a_process_that_ends_tells_of_an_error_that_nobody_heard_of(self, tmp_path) -> None:
+        """On its error output."""
+        (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
+        ended = python(f"""
+checkpoint = kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2)
+fit(dense_model(), checkpoint, Interrupts(2, RuntimeError("no more")), batches=9)
+""")
+
+        assert "has a file ckpt-2.data-00000-of-00001" in ended.stderr
+
+    def test_the_training_after_an_interrupted_one_waits(self, tmp_path) -> None:
+        """It goes on in the same directory, in a notebook."""
+        model, busy = dense_model(), Busy()
+        checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=2)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, checkpoint, busy, After({3: busy.free_soon}), Interrupts(3), batches=9)
+        assert on_disk(tmp_path) == []
+
+        fit(model, kc.ModelCheckpoint(tmp_path, save_freq=2), batches=3)
+
+        assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4", "ckpt-6"]
+
+    def test_what_is_restored_after_an_interrupt_is_the_newest(self, tmp_path) -> None:
+        """Though it is being written still."""
+        model, other, busy = dense_model(), dense_model(), Busy()
+        checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=2)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, checkpoint, busy, After({2: busy.free_soon}), Interrupts(2), batches=9)
+        assert on_disk(tmp_path) == []
+
+        assert kc.restore(other, tmp_path).step == 2
+        assert same(model, other)
+
+    def test_a_forked_child_neither_waits_nor_is_waited_for(self) -> None:
+        """As the processes that prepare data are."""
+        freed = threading.Event()
+        job = background.Job(freed.wait, "moment", 1)
+        child = os.fork()
+        if not child:  # pragma: no cover - another process
+            background.wait()
+            os._exit(background.Job(lambda: 5, "moment", 1).result())
+        status = os.waitpid(child, 0)[1]
+        freed.set()
+        job.result()
+
+        assert os.waitstatus_to_exitcode(status) == 5
+
+    def test_a_forked_child_does_not_keep_a_directory_locked(self, tmp_path) -> None:
+        """It was forked while a save was published."""
+        with Folder(tmp_path) as folder:
+            with folder.mutex():
+                child = os.fork()
+                if not child:  # pragma: no cover - another process
+                    time.sleep(60)
+                    os._exit(0)
+            try:
+                with folder.mutex():
+                    pass
+            finally:
+                os.kill(child, signal.SIGKILL)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_timings_tell_how_long_training_stood_still(tmp_path) -> None:
+    """Not how long the save had to wait to be written."""
+    busy, times = Busy(), {}
+    notes = After({2: lambda: times.update(save=time.perf_counter()), 4: busy.free})
+    fit(dense_model(), notes, kc.ModelCheckpoint(tmp_path, save_freq=2), busy, batches=5)
+    waited = (time.perf_counter() - times["save"]) * 1000
+
+    record = kc.CheckpointDirectory(tmp_path)[2]
+    assert 0 < record.timings["blocked_ms"] < waited
+    assert record.timings["write_ms"] > 0
+
+
+class Holds(keras.callbacks.Callback):
+    """Has the thread that writes wait at the end of an epoch, for something of the moment of another callback."""
+
+    def __init__(self, other: kc.ModelCheckpoint, freed: threading.Event) -> None:
+        super().__init__()
+        self.other = other
+        self.freed = freed
+
+    def on_epoch_begin(self, epoch, logs=None) -> None:
+        # Before the first save, so that it waits too.
+        background.Job(self.freed.wait, self.moment(), 1)
+
+    def moment(self) -> object:
+        position = self.other._session.progress.position
+        return position.run_id, position.step + self.params["steps"]
+
+
+class Adds(keras.callbacks.Callback):
+    """Makes a file of somebody else's in the first batch."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def on_train_batch_begin(self, batch, logs=None) -> None:
+        self.path.write_bytes(b"mine")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """A process that runs the code with the names of this module."""
+    code = f"import sys, warnings\nsys.path.insert(0, {os.getcwd()!r})\nfrom tests.test_background import *\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
