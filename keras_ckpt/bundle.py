@@ -60,11 +60,14 @@ class _Fixed(NamedTuple):
 _Fields = dict[int, list[int | bytes | _Fixed]]
 
 
+Slice = tuple[tuple[int, int], ...]
+"""A part of a variable: its start and its length in each dimension."""
+
+
 class Entry(NamedTuple):
     """What an index says of a variable.
 
-    One that was saved in parts has no bytes, but `slices`: the start and the length of each part in each dimension.
-    Each part has an entry of its own.
+    One that was saved in parts has no bytes, but `slices`. Each part has an entry of its own.
     """
 
     dtype: int
@@ -73,7 +76,7 @@ class Entry(NamedTuple):
     offset: int
     size: int
     checksum: int
-    slices: tuple[tuple[tuple[int, int], ...], ...]
+    slices: tuple[Slice, ...]
 
 
 class Index(NamedTuple):
@@ -245,8 +248,7 @@ def _shape(message: bytes) -> tuple[int, ...]:
     return shape
 
 
-def _slice(message: bytes, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """A part of a variable: its start and its length in each dimension."""
+def _slice(message: bytes, shape: Sequence[int]) -> Slice:
     extents = [_fields(each) for each in _messages(_fields(message), 1)]
     part = tuple((_number(each, 1), _number(each, 2)) for each in extents)
     if (
@@ -317,7 +319,7 @@ def _variables(entries: Mapping[bytes, Entry]) -> set[str]:
     parts = set()
     for key, entry in entries.items():
         for each in entry.slices:
-            part = _slice_key(key, each)
+            part = slice_key(key, each)
             lengths = tuple(length for _, length in each)
             found = entries.get(part)
             if found is None or (found.dtype, found.shape, found.slices) != (entry.dtype, lengths, ()):
@@ -329,7 +331,7 @@ def _variables(entries: Mapping[bytes, Entry]) -> set[str]:
         raise DamagedCheckpointError(f"its index has a name that is no text: {error.object!r:.200}") from error
 
 
-def _slice_key(key: bytes, part: Sequence[tuple[int, int]]) -> bytes:
+def slice_key(key: bytes, part: Sequence[tuple[int, int]]) -> bytes:
     """The key of a part, in the encoding of TensorFlow's `OrderedCode`: the name, the rank, each extent."""
     escaped = key.replace(b"\x00", b"\x00\xff")
     numbers = b"".join(map(_ordered, itertools.chain.from_iterable(part)))

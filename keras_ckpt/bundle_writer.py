@@ -14,11 +14,12 @@ import google_crc32c
 import msgspec
 import numpy as np
 
-from keras_ckpt.bundle import Entry
+from keras_ckpt.bundle import Entry, Slice
 from keras_ckpt.files import Folder, NewFile
 from keras_ckpt.record import CheckpointFile
 
-_STRING = 7
+STRING = 7
+"""The number of the type of strings in TensorFlow's `DataType`."""
 _PIECE = 1 << 20
 _BLOCK = 1 << 16
 _MAGIC = bytes.fromhex("57fb808b247547db")
@@ -32,12 +33,14 @@ class Value(NamedTuple):
         shape: Its shape.
         data: Its bytes as they are in the data file, an array of `uint8`.
         checksum: The one that its entry has, `None` if that is the one of `data` and not known yet.
+        slices: Its parts, if each is a value of its own; it has no bytes then.
     """
 
     dtype: int
     shape: tuple[int, ...]
     data: np.ndarray
     checksum: int | None = None
+    slices: tuple[Slice, ...] = ()
 
 
 class Linked(NamedTuple):
@@ -65,7 +68,7 @@ def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
     content = b"".join(texts)
     data = b"".join([*(_varint(len(text)) for text in texts), sealed, content])
     checksum = google_crc32c.extend(google_crc32c.value(lengths + sealed), content)
-    return Value(_STRING, shape, np.frombuffer(data, np.uint8), _masked(checksum))
+    return Value(STRING, shape, np.frombuffer(data, np.uint8), _masked(checksum))
 
 
 def checksum_of(value: Value) -> int:
@@ -79,20 +82,20 @@ def checksum_of(value: Value) -> int:
 
 
 def write_bundle(
-    folder: Folder, name: str, values: Mapping[bytes, Value], linked: Sequence[Linked] = ()
+    folder: Folder, name: str, groups: Sequence[Mapping[bytes, Value]], linked: Sequence[Linked] = ()
 ) -> tuple[tuple[CheckpointFile, ...], dict[bytes, Entry]]:
     """Writes the files of a checkpoint, and makes them durable.
 
     Args:
         folder: Where to.
         name: The checkpoint's name, `"ckpt-10"`.
-        values: What to write, by key.
+        groups: What to write, by key; each group into a data file of its own.
         linked: Files in the folder that have the rest; they are renamed.
 
     Returns:
         The files, with their sizes and digests, and the entries of the index by their keys.
     """
-    number = len(linked) + bool(values)
+    number = len(linked) + len(groups)
     files: list[CheckpointFile] = []
     entries: dict[bytes, Entry] = {}
     for shard, link in enumerate(linked):
@@ -100,11 +103,11 @@ def write_bundle(
         folder.rename(link.file.name, file.name)
         files.append(file)
         entries |= {key: entry._replace(shard=shard) for key, entry in link.entries.items()}
-    if values:
-        data = data_file(name, len(linked), number)
+    for shard, group in enumerate(groups, len(linked)):
+        data = data_file(name, shard, number)
         with folder.writing(data) as new:
-            for key in sorted(values):
-                entries[key] = _written(new, values[key], len(linked))
+            for key in sorted(group):
+                entries[key] = _written(new, group[key], shard)
         files.append(CheckpointFile(data, new.size, new.digest))
     index = f"{name}.index"
     with folder.writing(index) as table:
@@ -120,6 +123,8 @@ def data_file(name: str, shard: int, number: int) -> str:
 
 def _written(file: NewFile, value: Value, shard: int) -> Entry:
     """Writes a value; its entry."""
+    if value.slices:
+        return Entry(value.dtype, value.shape, 0, 0, 0, 0, value.slices)
     offset, checksum = file.size, 0
     for piece in _pieces(value.data):
         file.write(piece.data)
@@ -144,7 +149,13 @@ def _entry(entry: Entry) -> bytes:
     shape = b"".join(_message(2, _number(1, size)) for size in entry.shape)
     shard = _number(3, entry.shard) if entry.shard else b""
     place = _number(4, entry.offset) + _number(5, entry.size) + b"\x35" + struct.pack("<I", entry.checksum)
-    return _number(1, entry.dtype) + _message(2, shape) + shard + place
+    slices = b"".join(_message(7, b"".join(map(_extent, each))) for each in entry.slices)
+    return _number(1, entry.dtype) + _message(2, shape) + shard + place + slices
+
+
+def _extent(extent: tuple[int, int]) -> bytes:
+    """The start and the length of a part in one dimension."""
+    return _message(1, _number(1, extent[0]) + _number(2, extent[1]))
 
 
 def _table(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:

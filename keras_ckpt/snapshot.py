@@ -43,7 +43,7 @@ class Snapshot:
 
     def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
         """Writes them as a TensorFlow checkpoint of that name, durably."""
-        return write_bundle(folder, name, self.encoded())[0]
+        return write_bundle(folder, name, [self.encoded()])[0]
 
     def encoded(self) -> dict[bytes, Value]:
         """The values as they are written, by key."""

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt import sharing
+from keras_ckpt.bundle import read_index
 from keras_ckpt.files import Folder
 from keras_ckpt.state import ModelState, value_of
 
@@ -293,3 +294,92 @@ def test_a_step_that_is_saved_again_shares_with_the_one_before(tmp_path) -> None
     assert again.size_shared
     assert kc.CheckpointDirectory(tmp_path).verify().ok
     assert on_disk(again.prefix) == now(model)
+
+
+def test_what_has_not_changed_is_apart_from_what_has(tmp_path) -> None:
+    """Of a model less than a half of which is frozen, the first file is not worth a link, but the second."""
+    layers = [keras.layers.Dense(700, trainable=number > 0) for number in range(3)]
+    model = keras.Sequential([keras.Input((700,)), *layers, keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(1e-6), "mse")
+    copies = Copies()
+    train(model, copies, kc.ModelCheckpoint(tmp_path), epochs=4)
+
+    records = list(kc.CheckpointDirectory(tmp_path))
+    assert [record.size_shared // 1_900_000 for record in records] == [0, 0, 1, 1]
+    assert len({data_files(tmp_path, step)[f"ckpt-{step}.data-00000-of-00002"].st_ino for step in (4, 6, 8)}) == 1
+    for record in records:
+        assert on_disk(record.prefix) == copies.taken[record.step]
+
+
+class TestTables:
+    """A great table of which a step touches few rows, with the slots of its optimizer."""
+
+    ROWS = 40_000
+
+    def table_model(self) -> keras.Model:
+        model = keras.Sequential(
+            [
+                keras.Input((4,), dtype="int32"),
+                keras.layers.Embedding(self.ROWS, 32, name="table"),
+                keras.layers.Flatten(),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model
+
+    def train(self, model: keras.Model, path: pathlib.Path, rows: range, epochs: int = 1) -> None:
+        x = np.random.default_rng(0).choice(rows, (16, 4)).astype("int32")
+        y = np.ones((16, 1))
+        model.fit(x, y, batch_size=8, verbose=0, epochs=epochs, callbacks=[kc.ModelCheckpoint(path)])
+
+    @pytest.mark.parametrize("process", ["the same process", "another process"])
+    def test_only_ranges_with_changed_rows_are_written(self, tmp_path, monkeypatch, process) -> None:
+        """And what is read is the whole table, by TensorFlow and here."""
+        model, copies = self.table_model(), {}
+        for number, rows in enumerate((range(self.ROWS), range(500), range(300, 900), range(100)), 1):
+            self.train(model, tmp_path, rows)
+            copies[2 * number] = now(model)
+            if process == "another process":
+                monkeypatch.setattr(sharing, "_known", {})
+                kc.restore(model, tmp_path)
+
+        records = list(kc.CheckpointDirectory(tmp_path))
+        assert all(record.size - record.size_shared < records[0].size / 10 for record in records[1:])
+        assert kc.CheckpointDirectory(tmp_path).verify().ok
+        for record in records:
+            assert on_disk(record.prefix) == copies[record.step]
+            kc.restore(model, record)
+            assert now(model) == copies[record.step]
+            tf.train.Checkpoint(model=model).read(record.prefix).assert_existing_objects_matched()
+            assert now(model) == copies[record.step]
+
+    def test_one_of_which_many_rows_change_is_written_whole(self, tmp_path) -> None:
+        """In parts it would cost more than it saves."""
+        model = self.table_model()
+        self.train(model, tmp_path, range(self.ROWS))
+        table = model.get_layer("table").embeddings
+        table.assign(table + 1)
+        self.train(model, tmp_path, range(self.ROWS))
+
+        _, second = kc.CheckpointDirectory(tmp_path)
+        with Folder(tmp_path) as folder:
+            assert not any(entry.slices for entry in read_index(folder, second.name).entries.values())
+        assert second.size_shared == 0
+        assert on_disk(second.prefix) == now(model)
+
+    def test_one_whose_changes_are_everywhere_is_written_whole(self, tmp_path) -> None:
+        """A row of each range: what looks the same at first is not."""
+        model = self.table_model()
+        self.train(model, tmp_path, range(self.ROWS))
+        table = model.get_layer("table").embeddings
+        changed = table.numpy()
+        changed[7::32] += 1
+        table.assign(changed)
+        self.train(model, tmp_path, range(10))
+
+        _, second = kc.CheckpointDirectory(tmp_path)
+        with Folder(tmp_path) as folder:
+            assert not any(entry.slices for entry in read_index(folder, second.name).entries.values())
+        assert second.size_shared == 0
+        assert on_disk(second.prefix) == now(model)
