@@ -1,7 +1,7 @@
 """What saving costs a training: how long it stands still for a save, and what a whole `fit` loses for each.
 
-Run it from the top of the repository: `python benchmarks/training.py`. Each saves every 25 batches of a `fit` of 110,
-in turns with one that saves nothing, so that the last save has time to end. What others write is not synced. A line of
+Run it from the top of the repository: `python benchmarks/training.py`. Each saves every 20 batches of a `fit` of 70,
+between two that save nothing, so that the last save has time to end. What others write is not synced. A line of
 JSON a model is added to `benchmarks/training.jsonl`.
 """
 
@@ -25,9 +25,10 @@ import tensorflow as tf
 from saving import SHAPES, build
 
 import keras_ckpt as kc
+from keras_ckpt.position import set_position
 
 ROUNDS = 7
-BATCHES, EVERY = 110, 25
+BATCHES, EVERY = 70, 20
 SAVES = BATCHES // EVERY
 ROWS = 32
 
@@ -49,7 +50,6 @@ class Manager(keras.callbacks.Callback):
 
 Saver = Callable[[pathlib.Path], keras.callbacks.Callback]
 SAVERS: dict[str, Saver] = {
-    "nothing": lambda path: keras.callbacks.Callback(),
     "this": lambda path: kc.ModelCheckpoint(path, save_freq=EVERY, keep=1),
     "this, save_on_background=False": lambda path: kc.ModelCheckpoint(
         path, save_freq=EVERY, keep=1, save_on_background=False
@@ -82,6 +82,7 @@ def train(model: keras.Model, callback: keras.callbacks.Callback) -> tuple[float
             blocked.append((time.perf_counter() - began) * 1000)
 
     callback.on_train_batch_end = measured
+    set_position(model, None)  # the batches of a run are counted through all its fits
     began = time.perf_counter()
     model.fit(x, x, batch_size=ROWS, shuffle=False, verbose=0, callbacks=[callback])
     return (time.perf_counter() - began) * 1000, blocked
@@ -110,16 +111,17 @@ def figures(shape: str, jit_compile: bool, savers: dict[str, Saver], path: pathl
     blocked: dict[str, list[float]] = {name: [] for name in savers}
     lost: dict[str, list[float]] = {name: [] for name in savers}
     for _ in range(ROUNDS):
-        whole = {}
+        before, _ = train(model, keras.callbacks.Callback())
         for name, saver in savers.items():
             place = path / "run"
             place.mkdir()
-            whole[name], waited = train(model, saver(place))
-            blocked[name] += waited
+            whole, waited = train(model, saver(place))
             shutil.rmtree(place, ignore_errors=True)
             os.sync()
-        for name in savers:
-            lost[name].append((whole[name] - whole["nothing"]) / SAVES)
+            after, _ = train(model, keras.callbacks.Callback())
+            blocked[name] += waited
+            lost[name].append((whole - (before + after) / 2) / SAVES)
+            before = after
     measure = copy(model)
     memory = statistics.median(measure() for _ in range(ROUNDS))
     print(f"\n{shape}, jit_compile={jit_compile}; a warm copy takes {memory:.1f} ms")

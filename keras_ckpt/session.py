@@ -18,7 +18,7 @@ from keras_ckpt.position import Position, Progress
 from keras_ckpt.record import CheckpointRecord, step_in
 from keras_ckpt.schedule import SaveSchedule
 from keras_ckpt.sharing import SharingWrite
-from keras_ckpt.snapshot import Snapshot
+from keras_ckpt.snapshot import Snapshot, free_memory
 from keras_ckpt.tables import counted
 from keras_ckpt.writer import Writer
 
@@ -152,6 +152,8 @@ class Session:
         went_on = time.perf_counter() if self._on_background else None
 
         def write() -> CheckpointRecord | None:
+            if self._on_background:
+                snapshot.drain()
             newest = self._writer.directory.latest() if amends else None
             if newest and newest.step == position.step and _holds(newest, snapshot):
                 # The epoch's last batch was saved already; what is new is what was measured since.
@@ -203,6 +205,7 @@ class Session:
             self.settle(wait=True)
         finally:
             self._writer.close()
+            free_memory()
 
     def _moment(self) -> tuple[str, int]:
         return self.progress.position.run_id, self.progress.position.step

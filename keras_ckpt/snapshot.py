@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context, execute
 
 from keras_ckpt.bundle import Entry, read_index
-from keras_ckpt.bundle_writer import Value, number_value, string_value, write_bundle
+from keras_ckpt.bundle_writer import STRING, Value, number_value, string_value, write_bundle
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
@@ -40,6 +42,7 @@ class Snapshot:
     def __init__(self, variables: Mapping[str, tf.Variable], others: Mapping[str, Any]) -> None:
         values = dict(zip(variables, read(list(variables.values())), strict=True))
         self.values: dict[str, tf.Tensor] = values | {key: tf.convert_to_tensor(each) for key, each in others.items()}
+        self._drained: dict[bytes, Value] = {}
 
     def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
         """Writes them as a TensorFlow checkpoint of that name, durably."""
@@ -47,7 +50,23 @@ class Snapshot:
 
     def encoded(self) -> dict[bytes, Value]:
         """The values as they are written, by key."""
-        return {key.encode(): _value(tensor) for key, tensor in self.values.items()}
+        return self._drained | {key.encode(): _value(tensor) for key, tensor in self.values.items()}
+
+    def drain(self) -> None:
+        """Copies the values, and lets go of TensorFlow's: training would have to copy those, into memory that is cold.
+
+        The memory of the copies is that of the next that is drained too, so one is written before the next is drained.
+        """
+        room = _room(sum(each.shape.num_elements() * each.dtype.size for each in self.values.values()))
+        at = 0
+        for key in list(self.values):
+            value = _value(self.values.pop(key))
+            if value.dtype != STRING:
+                data = room[at : at + len(value.data)]
+                at += len(data)
+                np.copyto(data, value.data)
+                value = value._replace(data=data)
+            self._drained[key.encode()] = value
 
     def is_in(self, folder: Folder, name: str, counts: Callable[[str], bool]) -> bool:
         """Whether a checkpoint holds the same, to the bit.
@@ -59,10 +78,10 @@ class Snapshot:
         """
         try:
             index = read_index(folder, name)
-            there = {key: index.entries[key.encode()] for key in index.variables if counts(key)}
-            here = {key: tensor for key, tensor in self.values.items() if counts(key)}
-            return here.keys() == there.keys() and all(
-                _is_at(folder, index.files, there[key], _value(tensor)) for key, tensor in here.items()
+            there = {key.encode() for key in index.variables if counts(key)}
+            here = {key: value for key, value in self.encoded().items() if counts(key.decode())}
+            return here.keys() == there and all(
+                _is_at(folder, index.files, index.entries[key], value) for key, value in here.items()
             )
         except (DamagedCheckpointError, OSError):
             return False
@@ -73,6 +92,27 @@ def _is_at(folder: Folder, files: Mapping[int, str], entry: Entry, value: Value)
     return kind == (value.dtype, value.shape, len(value.data), ()) and folder.holds(
         files[entry.shard], entry.offset, value.data.data
     )
+
+
+_memory: list[np.ndarray] = []
+
+
+def _room(size: int) -> np.ndarray:
+    """So many bytes of the memory that is kept for copies; it grows to what the greatest has needed."""
+    for room in _memory:
+        if len(room) >= size:
+            return room
+    pages = mmap.mmap(-1, max(size, 1))
+    with contextlib.suppress(AttributeError, OSError):  # great pages are an offer of some kernels
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    room = np.frombuffer(pages, np.uint8)
+    _memory[:] = [room]
+    return room
+
+
+def free_memory() -> None:
+    """Gives the memory for copies back."""
+    _memory.clear()
 
 
 def read(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
