@@ -57,6 +57,11 @@ def is_full(moment: Hashable, size: int) -> bool:
     return bool(others) and sum(others.values()) + size > LITTLE
 
 
+def is_idle() -> bool:
+    """Whether all is done."""
+    return all(job.done() for job in _jobs)
+
+
 def wait() -> None:
     """Waits until all is done, well or not. What is being done does not wait for itself."""
     while not hasattr(_here, "works") and (pending := [job for job in _jobs if not job.done()]):

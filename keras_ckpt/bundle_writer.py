@@ -5,6 +5,8 @@ It is the format that `bundle` reads: one data file with the bytes of all values
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +22,8 @@ from keras_ckpt.record import CheckpointFile
 
 STRING = 7
 """The number of the type of strings in TensorFlow's `DataType`."""
-_PIECE = 1 << 20
+# Small enough for the caches of a processor, and so many that a write of them is worth it.
+_PIECE, _WINDOW = 1 << 20, 4 << 20
 _BLOCK = 1 << 16
 _MAGIC = bytes.fromhex("57fb808b247547db")
 
@@ -71,14 +74,17 @@ def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
     return Value(STRING, shape, np.frombuffer(data, np.uint8), _masked(checksum))
 
 
-def checksum_of(value: Value) -> int:
-    """The checksum that the entry of a value has."""
-    if value.checksum is not None:
-        return value.checksum
+def checksum_of(data: np.ndarray) -> int:
+    """The checksum that the entry of a value with these bytes has."""
     checksum = 0
-    for piece in _pieces(value.data):
+    for piece in _pieces(data):
         checksum = google_crc32c.extend(checksum, piece)
     return _masked(checksum)
+
+
+def address_of(array: np.ndarray) -> int:
+    """Where in memory an array begins."""
+    return int(array.__array_interface__["data"][0])
 
 
 def write_bundle(
@@ -89,7 +95,8 @@ def write_bundle(
     Args:
         folder: Where to.
         name: The checkpoint's name, `"ckpt-10"`.
-        groups: What to write, by key; each group into a data file of its own.
+        groups: What to write, by key; each group into a data file of its own, in its order. Values that lie one after
+            another in memory, from the beginning of a page on, are written from there, without another copy.
         linked: Files in the folder that have the rest; they are renamed.
 
     Returns:
@@ -106,8 +113,8 @@ def write_bundle(
     for shard, group in enumerate(groups, len(linked)):
         data = data_file(name, shard, number)
         with folder.writing(data) as new:
-            for key in sorted(group):
-                entries[key] = _written(new, group[key], shard)
+            for stretch in _stretches(group):
+                entries |= _written(new, stretch, shard)
         files.append(CheckpointFile(data, new.size, new.digest))
     index = f"{name}.index"
     with folder.writing(index) as table:
@@ -121,21 +128,52 @@ def data_file(name: str, shard: int, number: int) -> str:
     return f"{name}.data-{shard:05d}-of-{number:05d}"
 
 
-def _written(file: NewFile, value: Value, shard: int) -> Entry:
-    """Writes a value; its entry."""
-    if value.slices:
-        return Entry(value.dtype, value.shape, 0, 0, 0, 0, value.slices)
-    offset, checksum = file.size, 0
-    for piece in _pieces(value.data):
-        file.write(piece.data)
-        if value.checksum is None:
-            checksum = google_crc32c.extend(checksum, piece)
-    checksum = _masked(checksum) if value.checksum is None else value.checksum
-    return Entry(value.dtype, value.shape, shard, offset, len(value.data), checksum, ())
+def _stretches(group: Mapping[bytes, Value]) -> Iterator[Mapping[bytes, Value]]:
+    """The values in parts, each of which is one piece of memory."""
+    stretch: dict[bytes, Value] = {}
+    end = -1
+    for key, value in group.items():
+        begin = address_of(value.data)
+        if stretch and begin != end:
+            yield stretch
+            stretch = {}
+        stretch[key] = value
+        end = begin + len(value.data)
+    if stretch:
+        yield stretch
+
+
+def _written(file: NewFile, stretch: Mapping[bytes, Value], shard: int) -> dict[bytes, Entry]:
+    """Writes values that are one piece of memory; their entries by key."""
+    memory = _memory_of(stretch)
+    begin, read, written = file.size, 0, 0
+    entries = {}
+    for key, value in stretch.items():
+        if value.slices:
+            entries[key] = Entry(value.dtype, value.shape, 0, 0, 0, 0, value.slices)
+            continue
+        offset, checksum = begin + read, 0
+        for piece in _pieces(value.data):
+            if value.checksum is None:
+                checksum = google_crc32c.extend(checksum, piece)
+            read += len(piece)
+            # Soon, so that it is in the caches of the processor still.
+            ready = (read - written) // _WINDOW * _WINDOW
+            file.write(memory[written : written + ready])
+            written += ready
+        checksum = _masked(checksum) if value.checksum is None else value.checksum
+        entries[key] = Entry(value.dtype, value.shape, shard, offset, len(value.data), checksum, ())
+    file.write(memory[written:])
+    return entries
+
+
+def _memory_of(stretch: Mapping[bytes, Value]) -> memoryview:
+    first = next(iter(stretch.values())).data
+    size = sum(len(value.data) for value in stretch.values())
+    return memoryview((ctypes.c_ubyte * size).from_address(address_of(first))).cast("B")
 
 
 def _pieces(data: np.ndarray) -> Iterator[np.ndarray]:
-    """Small enough for the caches of a processor, so that the second look at each is for nothing."""
     return (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
 
 
@@ -146,11 +184,15 @@ def _header(shards: int) -> bytes:
 
 def _entry(entry: Entry) -> bytes:
     """A `BundleEntryProto`."""
-    shape = b"".join(_message(2, _number(1, size)) for size in entry.shape)
     shard = _number(3, entry.shard) if entry.shard else b""
     place = _number(4, entry.offset) + _number(5, entry.size) + b"\x35" + struct.pack("<I", entry.checksum)
     slices = b"".join(_message(7, b"".join(map(_extent, each))) for each in entry.slices)
-    return _number(1, entry.dtype) + _message(2, shape) + shard + place + slices
+    return _kind(entry.dtype, entry.shape) + shard + place + slices
+
+
+@functools.lru_cache  # many variables are of one kind
+def _kind(dtype: int, shape: Sequence[int]) -> bytes:
+    return _number(1, dtype) + _message(2, b"".join(_message(2, _number(1, size)) for size in shape))
 
 
 def _extent(extent: tuple[int, int]) -> bytes:

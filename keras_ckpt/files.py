@@ -10,8 +10,10 @@ from __future__ import annotations
 import collections
 import concurrent.futures.thread
 import contextlib
+import ctypes
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import shutil
@@ -23,7 +25,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Self
+from typing import NamedTuple, Self
 
 import msgspec
 from blake3 import blake3
@@ -31,12 +33,20 @@ from blake3 import blake3
 from keras_ckpt.errors import DirectoryInUseError
 
 PRIVATE = ".keras_ckpt"
-_CHUNK = 1 << 20
+_CHUNK, _LOOK = 1 << 20, 1 << 12
 # Of a file that is being written: one buffer is filled, one is on its way to the disk, one waits.
 _BUFFER, _BUFFERS = 4 << 20, 3
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Stamp(NamedTuple):
+    """What tells that a file was not written to since: its number, its size in bytes, when it was last changed."""
+
+    inode: int
+    size: int
+    changed: int
 
 
 class UnfinishedError(OSError):
@@ -125,8 +135,10 @@ class Folder:
         """Whether a file has these bytes there."""
         descriptor, _ = self._open_regular(name)
         try:
-            pieces = ((at, data[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
-            return all(os.pread(descriptor, len(piece), offset + at) == bytes(piece) for at, piece in pieces)
+            # What differs often does so at once.
+            cuts = [0, *range(min(_LOOK, len(data)), len(data), _CHUNK), len(data)]
+            pieces = ((start, data[start:end]) for start, end in itertools.pairwise(cuts))
+            return all(os.pread(descriptor, len(piece), offset + start) == bytes(piece) for start, piece in pieces)
         finally:
             os.close(descriptor)
 
@@ -137,6 +149,15 @@ class Folder:
     def shares_disk(self, other: Folder) -> bool:
         """Whether files of both may be links to each other."""
         return os.fstat(self.descriptor).st_dev == os.fstat(other.descriptor).st_dev
+
+    def stamp(self, name: str) -> Stamp:
+        """What tells later whether a file is as it is now."""
+        descriptor, size = self._open_regular(name)
+        try:
+            status = os.fstat(descriptor)
+            return Stamp(status.st_ino, size, status.st_mtime_ns)
+        finally:
+            os.close(descriptor)
 
     def links(self, name: str) -> tuple[int, int]:
         """The number of a file, which is one for all of its names, and how many names there are."""
@@ -367,7 +388,9 @@ class NewFile:
         self._hasher = blake3()
         self._buffer: mmap.mmap | None = None
         self._filled = 0
-        self._under_way: collections.deque[tuple[concurrent.futures.Future[None], mmap.mmap]] = collections.deque()
+        self._under_way: collections.deque[tuple[concurrent.futures.Future[None], mmap.mmap | None]]
+        self._under_way = collections.deque()
+        self._busy = 0
 
     @property
     def digest(self) -> str:
@@ -375,17 +398,14 @@ class NewFile:
         return f"blake3:{self._hasher.hexdigest()}"
 
     def write(self, data: memoryview) -> None:
-        """Adds bytes."""
+        """Adds bytes. They must not change before the end: of many, whole pages are written from where they are."""
         self.size += len(data)
         while data:
-            if self._buffer is None:
-                self._buffer = self._written() if len(self._under_way) == _BUFFERS else mmap.mmap(-1, _BUFFER)
-            count = min(len(data), _BUFFER - self._filled)
-            self._buffer[self._filled : self._filled + count] = data[:count]
-            self._filled += count
+            if not self._filled and (count := _whole_pages(data)):
+                self._pass_on(data[:count], None)
+            else:
+                count = self._fill(data)
             data = data[count:]
-            if self._filled == _BUFFER:
-                self._pass_on(self._buffer)
 
     def finish(self) -> None:
         """Writes what is left."""
@@ -397,19 +417,55 @@ class NewFile:
             _set_direct(self._descriptor, False)
         _write_all(self._descriptor, rest)
 
-    def _pass_on(self, buffer: mmap.mmap) -> None:
-        """Has a full buffer written, and goes on with another."""
+    def _fill(self, data: memoryview) -> int:
+        """Copies as much as there is room for in a buffer."""
+        if self._buffer is None:
+            self._buffer = self._free_buffer()
+        count = min(len(data), _BUFFER - self._filled)
+        self._buffer[self._filled : self._filled + count] = data[:count]
+        self._filled += count
+        if self._filled == _BUFFER:
+            self._pass_on(memoryview(self._buffer), self._buffer)
+            self._buffer, self._filled = None, 0
+        return count
+
+    def _free_buffer(self) -> mmap.mmap:
+        if self._busy < _BUFFERS:
+            return pages(_BUFFER)
+        while (buffer := self._written()) is None:
+            pass
+        return buffer
+
+    def _pass_on(self, data: memoryview, buffer: mmap.mmap | None) -> None:
+        """Has whole pages written, which may be a full buffer."""
         if not self._under_way:
             _set_direct(self._descriptor, True)
-        self._under_way.append((self._thread.submit(_write_all, self._descriptor, memoryview(buffer)), buffer))
-        self._hasher.update(buffer)
-        self._buffer, self._filled = None, 0
+        self._under_way.append((self._thread.submit(_write_all, self._descriptor, data), buffer))
+        self._busy += buffer is not None
+        self._hasher.update(data)
 
-    def _written(self) -> mmap.mmap:
-        """The buffer that was passed on first, when it is written."""
+    def _written(self) -> mmap.mmap | None:
+        """Waits for what was passed on first; the buffer that it was in."""
         writing, buffer = self._under_way.popleft()
         writing.result()
+        self._busy -= buffer is not None
         return buffer
+
+
+def pages(size: int) -> mmap.mmap:
+    """Memory that begins with a page and can be written past the page cache; in great pages, if the kernel has them."""
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _whole_pages(data: memoryview) -> int:
+    """The bytes of the whole pages of memory that these are, if they are worth a write of their own."""
+    # Nobody can tell where in memory it is what may not be written.
+    if len(data) < _BUFFER or data.readonly or ctypes.addressof(ctypes.c_char.from_buffer(data)) % mmap.PAGESIZE:
+        return 0
+    return len(data) // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def _set_direct(descriptor: int, direct: bool) -> None:

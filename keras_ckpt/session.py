@@ -11,14 +11,14 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import keras
 
 from keras_ckpt import background, state
+from keras_ckpt.arena import arena_of
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
-from keras_ckpt.files import Folder
 from keras_ckpt.position import Position, Progress
 from keras_ckpt.record import CheckpointRecord, step_in
 from keras_ckpt.schedule import SaveSchedule
 from keras_ckpt.sharing import SharingWrite
-from keras_ckpt.snapshot import Snapshot, free_memory
+from keras_ckpt.snapshot import Snapshot
 from keras_ckpt.tables import counted
 from keras_ckpt.writer import Writer
 
@@ -79,6 +79,8 @@ class Session:
         self._on_full_disk = on_full_disk
         self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
         self._state = state.ModelState(callback.model, weights_only)
+        self._arena = arena_of(callback.model)
+        self._copies_at_once = bool(callback.model.jit_compile)
         self._writer = writer
         self._schedule = schedule
         writer.open(session=callback.params)
@@ -149,17 +151,17 @@ class Session:
         self.settle()
         position, now = self.progress.position, time.time()
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
+        # XLA would have to copy at once, before the next batch, what is held.
+        values = snapshot.move(self._arena, background.is_idle()) if self._copies_at_once else None
         went_on = time.perf_counter() if self._on_background else None
 
         def write() -> CheckpointRecord | None:
-            if self._on_background:
-                snapshot.drain()
+            sharing = SharingWrite(values or snapshot.move(self._arena), self._arena, self._writer.directory)
             newest = self._writer.directory.latest() if amends else None
-            if newest and newest.step == position.step and _holds(newest, snapshot):
+            if newest and newest.step == position.step and sharing.is_in(newest, _is_of_model):
                 # The epoch's last batch was saved already; what is new is what was measured since.
                 return self._writer.amend(newest, **facts)
             facts.update(step=position.step, size=0, time=now, versions=state.versions())
-            sharing = SharingWrite(snapshot, self._writer.directory)
             record = self._writer.save(sharing, began=began, went_on=went_on, **facts)
             if record is not None:
                 sharing.remember(record)
@@ -205,18 +207,14 @@ class Session:
             self.settle(wait=True)
         finally:
             self._writer.close()
-            free_memory()
 
     def _moment(self) -> tuple[str, int]:
         return self.progress.position.run_id, self.progress.position.step
 
 
-def _holds(record: CheckpointRecord, snapshot: Snapshot) -> bool:
-    """Whether a checkpoint has the values of a snapshot; what the model's metrics have counted aside."""
-    with Folder(record.directory) as folder:
-        return snapshot.is_in(
-            folder, record.name, lambda key: key.endswith(state.SUFFIX) and not key.startswith("metrics/")
-        )
+def _is_of_model(key: bytes) -> bool:
+    """Whether the key is a variable's; what the model's metrics have counted aside."""
+    return key.endswith(state.SUFFIX.encode()) and not key.startswith(b"metrics/")
 
 
 def checked_on_full_disk(value: object) -> OnFullDisk:

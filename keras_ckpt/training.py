@@ -394,6 +394,7 @@ class Training:
     def _ended(self, outcome: Outcome) -> None:
         if outcome.record is None:
             self._changed = True
+            self._held = None  # it is used up
 
     def _save_last(self, reason: str) -> None:
         began = time.perf_counter()

@@ -59,11 +59,16 @@ def payload(content: bytes = b"weights", shards: int = 1) -> Write:
 
 
 def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
-    """Writes a TensorFlow checkpoint, half of which is the same in each, so that it shares that with the newest."""
+    """Writes a TensorFlow checkpoint, most of which is the same in each, so that it shares that with the newest."""
+    import numpy as np
+
+    from keras_ckpt.arena import Arena
     from keras_ckpt.sharing import SharingWrite
     from keras_ckpt.snapshot import Snapshot
 
-    return SharingWrite(Snapshot({}, {"changed": content.encode(), "same": b"0123456789"}), runs)
+    arrays = {"changed": np.frombuffer(content.encode(), np.uint8), "same": np.arange(10, dtype=np.uint8)}
+    arena = Arena()
+    return SharingWrite(Snapshot({}, arrays).move(arena), arena, runs)
 
 
 class Filler:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -13,19 +14,13 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt import sharing
+from keras_ckpt import background
 from keras_ckpt.bundle import read_index
 from keras_ckpt.files import Folder
 from keras_ckpt.state import ModelState, value_of
 
 X = np.random.default_rng(0).random((8, 700), "float32")
 Y = np.random.default_rng(1).random((8, 1), "float32")
-
-
-@pytest.fixture(autouse=True)
-def _new_process(monkeypatch) -> None:
-    """What this process knows of earlier saves is of this test alone."""
-    monkeypatch.setattr(sharing, "_known", {})
 
 
 def frozen_model() -> keras.Model:
@@ -135,17 +130,11 @@ class TestWhatStaysTheSame:
 
         assert kc.CheckpointDirectory(run).verify().listing.damaged.keys() == {"ckpt-2", "ckpt-4", "ckpt-6", "ckpt-8"}
 
-    @pytest.mark.parametrize("place", ["used", "unused"])
+    @pytest.mark.parametrize("place", ["model/frozen/kernel", "model/dense/kernel"])
     def test_a_damaged_file_is_shared_no_more(self, saved, place) -> None:
         """The next checkpoint is whole: it is written anew, even where the damage is in what it would not use."""
-        run, _, model = saved
-        (name,) = data_files(run, 2)
-        content = bytearray((run / name).read_bytes())
-        kernel = model.get_layer("frozen").kernel.numpy().tobytes()
-        at = content.index(kernel) + 5 if place == "used" else 0
-        assert place == "used" or not content.startswith(kernel[:4])
-        content[at] ^= 1
-        (run / name).write_bytes(content)
+        run, copies, model = saved
+        damage(run / "ckpt-2.data-00000-of-00001", copies[2][place])
 
         train(model, kc.ModelCheckpoint(run), epochs=1)
 
@@ -177,11 +166,32 @@ class TestWhatStaysTheSame:
         assert re.search(r"2 checkpoints, 2.\d+ MB", str(runs))
 
 
-def test_another_process_shares_too(tmp_path, monkeypatch) -> None:
-    """It finds what is there in the newest checkpoint."""
+def damage(path: pathlib.Path, where: bytes) -> None:
+    """Changes a bit of a file, in the first of some bytes."""
+    content = bytearray(path.read_bytes())
+    content[content.index(where)] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_file_that_somebody_writes_to_is_shared_no_more(tmp_path) -> None:
+    """While the training goes on that has it from memory what is in the file."""
+    model, copies = frozen_model(), Copies()
+
+    def write(epoch: int, logs: object) -> None:
+        if epoch == 2:
+            background.wait()
+            damage(tmp_path / "ckpt-2.data-00000-of-00001", copies.taken[2]["model/frozen/kernel"])
+
+    train(model, kc.ModelCheckpoint(tmp_path), copies, keras.callbacks.LambdaCallback(on_epoch_begin=write))
+
+    assert kc.CheckpointDirectory(tmp_path).verify().listing.damaged.keys() == {"ckpt-2", "ckpt-4"}
+    assert on_disk(str(tmp_path / "ckpt-6")) == copies.taken[6]
+
+
+def test_another_training_shares_too(tmp_path) -> None:
+    """It finds what is there in the newest checkpoint, as another process does."""
+    train(frozen_model(), kc.ModelCheckpoint(tmp_path), epochs=1)
     model = frozen_model()
-    train(model, kc.ModelCheckpoint(tmp_path), epochs=1)
-    monkeypatch.setattr(sharing, "_known", {})
     kc.restore(model, tmp_path)
     train(model, kc.ModelCheckpoint(tmp_path), epochs=1)
 
@@ -311,6 +321,26 @@ def test_what_has_not_changed_is_apart_from_what_has(tmp_path) -> None:
         assert on_disk(record.prefix) == copies.taken[record.step]
 
 
+class Rows(keras.utils.PyDataset):
+    """Two batches an epoch, of rows of another range each."""
+
+    def __init__(self, ranges: Sequence[range]) -> None:
+        super().__init__()
+        self.ranges = ranges
+        self.epoch = 0
+        self.callback = keras.callbacks.LambdaCallback(on_epoch_begin=self.begin)
+
+    def begin(self, epoch: int, logs=None) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.random.default_rng(index).choice(self.ranges[self.epoch], (8, 4))
+        return rows.astype("int32"), np.ones((8, 1))
+
+
 class TestTables:
     """A great table of which a step touches few rows, with the slots of its optimizer."""
 
@@ -328,21 +358,28 @@ class TestTables:
         model.compile(keras.optimizers.SGD(0.1), "mse")
         return model
 
-    def train(self, model: keras.Model, path: pathlib.Path, rows: range, epochs: int = 1) -> None:
-        x = np.random.default_rng(0).choice(rows, (16, 4)).astype("int32")
-        y = np.ones((16, 1))
-        model.fit(x, y, batch_size=8, verbose=0, epochs=epochs, callbacks=[kc.ModelCheckpoint(path)])
+    def train(self, model: keras.Model, path: pathlib.Path, *rows: range) -> dict[int, dict[str, bytes]]:
+        """Two batches of each of the ranges of rows; what the model was after each."""
+        copies = Copies()
+        data = Rows(rows)
+        model.fit(data, verbose=0, epochs=len(rows), callbacks=[kc.ModelCheckpoint(path), data.callback, copies])
+        return copies.taken
 
-    @pytest.mark.parametrize("process", ["the same process", "another process"])
-    def test_only_ranges_with_changed_rows_are_written(self, tmp_path, monkeypatch, process) -> None:
+    def several(self, model: keras.Model, path: pathlib.Path, *rows: range) -> dict[int, dict[str, bytes]]:
+        """As `train`, but each in a training of its own."""
+        taken = {}
+        for number, each in enumerate(rows):
+            (copies,) = self.train(model, path, each).values()
+            taken[2 * number + 2] = copies
+            kc.restore(model, path)
+        return taken
+
+    @pytest.mark.parametrize("trainings", ["train", "several"])
+    def test_only_ranges_with_changed_rows_are_written(self, tmp_path, trainings) -> None:
         """And what is read is the whole table, by TensorFlow and here."""
-        model, copies = self.table_model(), {}
-        for number, rows in enumerate((range(self.ROWS), range(500), range(300, 900), range(100)), 1):
-            self.train(model, tmp_path, rows)
-            copies[2 * number] = now(model)
-            if process == "another process":
-                monkeypatch.setattr(sharing, "_known", {})
-                kc.restore(model, tmp_path)
+        model = self.table_model()
+        rows = (range(self.ROWS), range(500), range(300, 900), range(100))
+        copies = getattr(self, trainings)(model, tmp_path, *rows)
 
         records = list(kc.CheckpointDirectory(tmp_path))
         assert all(record.size - record.size_shared < records[0].size / 10 for record in records[1:])

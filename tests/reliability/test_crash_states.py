@@ -112,7 +112,6 @@ class Run:
         """Half of it is as before, so that it is a link."""
         with self._action(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharing, "_WORTHWHILE", 1)
-            patch.setattr(sharing, "_known", {})
             writer = Writer(self.runs, keep)
             assert writer.save(shared_payload(self.runs, f"{step}"), step=step, size=0, run_id="run", batch=0)
 

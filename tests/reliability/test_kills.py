@@ -69,6 +69,7 @@ def test_a_kill_before_any_system_call_of_a_real_model(directory, tally, long, p
     with station(job.payload.prepare) as place:
         place.submit(kills.fill, job, steps).result()
         tally.update(place.submit(kills.kill_everywhere, job, action, 1 if long else 4).result())
+    assert tally["linkat"], "nothing was shared"
 
 
 @pytest.mark.parametrize("payload", [Noise(), RealModel()], ids=["bytes", "real model"])

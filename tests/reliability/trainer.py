@@ -45,6 +45,9 @@ class Noise:
     def write(self, step: int, directory: CheckpointDirectory) -> Write:
         return payload(b"%d " % step + os.urandom(random.randrange(20_000)))
 
+    def saved(self, write: Write, record: CheckpointRecord) -> None:
+        """Nothing is to be remembered."""
+
     def step_in(self, record: CheckpointRecord) -> int:
         return int(pathlib.Path(f"{record.prefix}.data-00000-of-00001").read_bytes().split()[0])
 
@@ -57,7 +60,7 @@ class RealModel:
         from keras_ckpt import sharing
 
         _real_model()
-        sharing._WORTHWHILE = 1  # the slots of its optimizer stay as they are
+        sharing._WORTHWHILE = 1
 
     def write(self, step: int, directory: CheckpointDirectory) -> Write:
         import numpy as np
@@ -65,10 +68,14 @@ class RealModel:
         from keras_ckpt.sharing import SharingWrite
 
         model, state = _real_model()
+        arena = _arena(os.getpid())
         for variable in model.trainable_variables:
             variable.assign(np.random.default_rng().random(variable.shape))
         model.layers[0].bias.assign(np.full(3, step))
-        return SharingWrite(state.snapshot(), directory)
+        return SharingWrite(state.snapshot().move(arena), arena, directory)
+
+    def saved(self, write: Write, record: CheckpointRecord) -> None:
+        write.remember(record)
 
     def step_in(self, record: CheckpointRecord) -> int:
         import tensorflow as tf
@@ -80,13 +87,24 @@ class RealModel:
 
 @functools.cache
 def _real_model():
-    """A model and its training state."""
-    from keras_ckpt.state import ModelState
-    from models import dense_model
+    """A model of which most is never trained, and its training state."""
+    import keras
 
-    model = dense_model()
+    from keras_ckpt.state import ModelState
+
+    frozen = keras.layers.Dense(5000, trainable=False)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), frozen, keras.layers.Dense(1)])
+    model.compile("sgd")
     model.optimizer.build(model.trainable_variables)
     return model, ModelState(model)
+
+
+@functools.cache
+def _arena(process: int):
+    """The memory for copies of a process; one that is forked knows nothing of what is on disk."""
+    from keras_ckpt.arena import Arena
+
+    return Arena()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +121,11 @@ class Job:
     def save(self, writer: Writer, step: int) -> CheckpointRecord | None:
         # Later ones are better, but not each, so that a policy that ranks goes on wanting some.
         metrics = {"loss": step * 7 % 11 - step}
-        return writer.save(self.payload.write(step, writer.directory), step=step, metrics=metrics, batch=0)
+        write = self.payload.write(step, writer.directory)
+        record = writer.save(write, step=step, metrics=metrics, batch=0)
+        if record is not None:
+            self.payload.saved(write, record)
+        return record
 
     def newest(self) -> int:
         return max((record.step for record in CheckpointDirectory(self.path)), default=0)

@@ -1,0 +1,215 @@
+"""The memory that the snapshots of a model are copied into, one after another; so it tells what has changed since.
+
+It is kept from save to save, for memory that is new costs several times what a copy does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_ckpt.bundle import Entry, Slice, slice_key
+from keras_ckpt.bundle_writer import STRING, Value, address_of, checksum_of
+from keras_ckpt.files import Stamp, pages
+from keras_ckpt.record import CheckpointRecord
+
+_TABLE = 4 << 20
+"""Values of so many bytes may be cut into ranges of rows."""
+_RANGE, _RANGES = 4096, 4096
+"""The least bytes of a range, and the most ranges."""
+_SAMPLES, _SAMPLE = 64, 64
+"""How many looks tell whether a table is mostly as before, and the bytes of each."""
+
+_compare = ctypes.CDLL(None).memcmp
+_compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Part(NamedTuple):
+    """A range of rows of a table.
+
+    Attributes:
+        key: Its key in a checkpoint.
+        extent: Its rows.
+        shape: Its shape.
+        start: Where its bytes begin in those of the table.
+        end: Where they end.
+    """
+
+    key: bytes
+    extent: Slice
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def of(self, value: Value) -> Value:
+        """This part of a table."""
+        return Value(value.dtype, self.shape, value.data[self.start : self.end])
+
+    def within(self, table: Entry, checksum: int) -> Entry:
+        """Where its bytes are in a table that was saved in one piece."""
+        return Entry(
+            table.dtype, self.shape, table.shard, table.offset + self.start, self.end - self.start, checksum, ()
+        )
+
+
+class Saved(NamedTuple):
+    """A checkpoint on disk, and what of it an arena has.
+
+    Attributes:
+        record: What it is.
+        stamps: Of those of its files that were known to be whole, by name.
+        variables: The keys of all that it holds.
+        entries: Those of its index whose bytes are the same in the arena, by key.
+        ranges: Of tables, by key, the entries of those ranges whose bytes are the same, by the keys of the ranges.
+    """
+
+    record: CheckpointRecord
+    stamps: Mapping[str, Stamp]
+    variables: frozenset[bytes]
+    entries: dict[bytes, Entry]
+    ranges: dict[bytes, dict[bytes, Entry]]
+
+
+class Arena:
+    """The memory that the snapshots of a model are copied into.
+
+    Example:
+
+    ```python
+    arena = Arena()
+    arena.make_room({b"weight": len(value.data)})
+    copy = arena.take(b"weight", value)
+    ```
+
+    Attributes:
+        saved: The checkpoints that have something of it, by directory, the latest last.
+    """
+
+    def __init__(self) -> None:
+        self.saved: dict[str, Saved] = {}
+        self._rooms: dict[bytes, np.ndarray] = {}
+        self._filled: set[bytes] = set()
+
+    def make_room(self, sizes: Mapping[bytes, int]) -> None:
+        """Gets memory for what has none of its size yet, in one piece and in this order."""
+        missing = {key: size for key, size in sizes.items() if key not in self._rooms or len(self._rooms[key]) != size}
+        memory, at = np.frombuffer(pages(sum(missing.values())), np.uint8), 0
+        for key, size in missing.items():
+            self._forget(key)
+            self._filled.discard(key)
+            self._rooms[key] = memory[at : at + size]
+            at += size
+
+    def take(self, key: bytes, value: Value, change: bool = True) -> Value:
+        """Copies a value. What is on disk of the one before is forgotten as far as it is another.
+
+        Args:
+            key: Its key, for which there is room.
+            value: What to copy. Strings, which are nobody else's, are left as they are.
+            change: Whether what is there may be changed. If not, because it is yet to be written, a value that differs
+                is copied to another place, and needs no room.
+        """
+        if value.dtype == STRING:
+            return value
+        room = self._rooms[key] if change else self._rooms.get(key, value.data[:0])
+        if key not in self._filled or not _same(room, value.data):
+            if not change:
+                return value._replace(data=value.data.copy())
+            self._change(key, value, room)
+        return value._replace(data=room)
+
+    def has(self, key: bytes, value: Value) -> bool:
+        """Whether a value that was taken is the one that is there."""
+        return self._rooms.get(key) is value.data
+
+    def remember(self, saved: Saved) -> None:
+        """Notes that a checkpoint has something of what is there."""
+        self.saved.pop(saved.record.directory, None)
+        self.saved[saved.record.directory] = saved
+
+    def _change(self, key: bytes, value: Value, room: np.ndarray) -> None:
+        # What is on disk is forgotten first, because an interrupt may come at any time.
+        changed = _changed_parts(key, value, room) if key in self._filled else None
+        if changed is None:
+            self._forget(key)
+            np.copyto(room, value.data)
+        else:
+            self._forget_parts(key, value, changed)
+            for part in changed:
+                np.copyto(room[part.start : part.end], value.data[part.start : part.end])
+        self._filled.add(key)
+
+    def _forget(self, key: bytes) -> None:
+        for saved in self.saved.values():
+            saved.entries.pop(key, None)
+            saved.ranges.pop(key, None)
+
+    def _forget_parts(self, key: bytes, value: Value, changed: Sequence[Part]) -> None:
+        gone = {part.key for part in changed}
+        still = [part for part in parts_of(key, value) if part.key not in gone]
+        checksums: dict[bytes, int] = {}
+        for saved in self.saved.values():
+            table = saved.entries.pop(key, None)
+            if table and not table.slices:
+                checksums = checksums or {part.key: checksum_of(part.of(value).data) for part in still}
+                saved.ranges[key] = {part.key: part.within(table, checksums[part.key]) for part in still}
+            elif key in saved.ranges:
+                kept = saved.ranges[key].items()
+                saved.ranges[key] = {each: entry for each, entry in kept if each not in gone}
+
+
+def arena_of(model: object) -> Arena:
+    """The arena of a model, which is there for as long as somebody has it."""
+    return _arenas.setdefault(id(model), Arena())
+
+
+_arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
+
+
+def parts_of(key: bytes, value: Value) -> Sequence[Part]:
+    """Ranges of rows of a table, of one size but for the last; none of what is too small for that."""
+    return _parts(key, value.shape, len(value.data)) if is_table(value) else ()
+
+
+def is_table(value: Value) -> bool:
+    """Whether a value is large enough to be cut into ranges of rows."""
+    return len(value.data) >= _TABLE and bool(value.shape) and value.dtype != STRING
+
+
+@functools.lru_cache(64)
+def _parts(key: bytes, shape: tuple[int, ...], size: int) -> Sequence[Part]:
+    rows = shape[0]
+    row = size // rows
+    length = max(-(-rows // _RANGES), -(-_RANGE // row))
+    rest = tuple((0, each) for each in shape[1:])
+    found = []
+    for start in range(0, rows, length):
+        count = min(length, rows - start)
+        extent = ((start, count), *rest)
+        found.append(Part(slice_key(key, extent), extent, (count, *shape[1:]), start * row, (start + count) * row))
+    return found
+
+
+def _changed_parts(key: bytes, value: Value, before: np.ndarray) -> Sequence[Part] | None:
+    """The ranges of a table that have changed; `None` if they are many, or it is none."""
+    if not is_table(value) or _likeness(value.data, before) < 0.5:
+        return None
+    parts = parts_of(key, value)
+    changed = [part for part in parts if not _same(value.data[part.start : part.end], before[part.start : part.end])]
+    return changed if len(changed) <= len(parts) / 2 else None
+
+
+def _likeness(data: np.ndarray, before: np.ndarray) -> float:
+    """Which part of some samples from all over is the same."""
+    step = len(data) // _SAMPLES
+    samples = [each[: step * _SAMPLES].reshape(_SAMPLES, step)[:, :_SAMPLE] for each in (data, before)]
+    return float((samples[0] == samples[1]).all(axis=1).mean())
+
+
+def _same(data: np.ndarray, other: np.ndarray) -> bool:
+    return len(data) == len(other) and _compare(address_of(data), address_of(other), len(data)) == 0
