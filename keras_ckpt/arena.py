@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from keras_ckpt.bundle_writer import STRING, Value, address_of, checksum_of
 from keras_ckpt.files import Stamp, pages
 from keras_ckpt.record import CheckpointRecord
 
+_GREAT = 1 << 18
+"""Values of so many bytes have pages of their own."""
 _TABLE = 4 << 20
 """Values of so many bytes may be cut into ranges of rows."""
 _RANGE, _RANGES = 4096, 4096
@@ -96,14 +99,22 @@ class Arena:
         self._filled: set[bytes] = set()
 
     def make_room(self, sizes: Mapping[bytes, int]) -> None:
-        """Gets memory for what has none of its size yet, in one piece and in this order."""
-        missing = {key: size for key, size in sizes.items() if key not in self._rooms or len(self._rooms[key]) != size}
-        memory, at = np.frombuffer(pages(sum(missing.values())), np.uint8), 0
-        for key, size in missing.items():
-            self._forget(key)
-            self._filled.discard(key)
-            self._rooms[key] = memory[at : at + size]
-            at += size
+        """Gets memory for what has none of its size yet, in one block and in this order.
+
+        Great values begin with a page, so that their pages can be written without the others.
+        """
+        places, end = {}, 0
+        for key, size in sizes.items():
+            if key not in self._rooms or len(self._rooms[key]) != size:
+                begin = _whole_pages(end) if size >= _GREAT else end
+                end = begin + size
+                places[key] = begin, end
+        if places:
+            block = np.frombuffer(pages(_whole_pages(end)), np.uint8)
+            for key, (begin, end) in places.items():
+                self._forget(key)
+                self._filled.discard(key)
+                self._rooms[key] = block[begin:end]
 
     def take(self, key: bytes, value: Value, change: bool = True) -> Value:
         """Copies a value. What is on disk of the one before is forgotten as far as it is another.
@@ -209,6 +220,10 @@ def _likeness(data: np.ndarray, before: np.ndarray) -> float:
     step = len(data) // _SAMPLES
     samples = [each[: step * _SAMPLES].reshape(_SAMPLES, step)[:, :_SAMPLE] for each in (data, before)]
     return float((samples[0] == samples[1]).all(axis=1).mean())
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _same(data: np.ndarray, other: np.ndarray) -> bool:

@@ -5,25 +5,24 @@ It is the format that `bundle` reads: one data file with the bytes of all values
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
+import mmap
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import google_crc32c
 import msgspec
 import numpy as np
 
 from keras_ckpt.bundle import Entry, Slice
-from keras_ckpt.files import Folder, NewFile
+from keras_ckpt.files import PORTION, Folder, NewFile
 from keras_ckpt.record import CheckpointFile
 
 STRING = 7
 """The number of the type of strings in TensorFlow's `DataType`."""
-# Small enough for the caches of a processor, and so many that a write of them is worth it.
-_PIECE, _WINDOW = 1 << 20, 4 << 20
+_PIECE = 1 << 20
 _BLOCK = 1 << 16
 _MAGIC = bytes.fromhex("57fb808b247547db")
 
@@ -95,8 +94,8 @@ def write_bundle(
     Args:
         folder: Where to.
         name: The checkpoint's name, `"ckpt-10"`.
-        groups: What to write, by key; each group into a data file of its own, in its order. Values that lie one after
-            another in memory, from the beginning of a page on, are written from there, without another copy.
+        groups: What to write, by key; each group into a data file of its own, in its order. Of values that lie in the
+            pages of one block of memory, the pages are written as they are, without another copy.
         linked: Files in the folder that have the rest; they are renamed.
 
     Returns:
@@ -113,8 +112,7 @@ def write_bundle(
     for shard, group in enumerate(groups, len(linked)):
         data = data_file(name, shard, number)
         with folder.writing(data) as new:
-            for stretch in _stretches(group):
-                entries |= _written(new, stretch, shard)
+            entries |= _write_values(new, group, shard)
         files.append(CheckpointFile(data, new.size, new.digest))
     index = f"{name}.index"
     with folder.writing(index) as table:
@@ -128,49 +126,92 @@ def data_file(name: str, shard: int, number: int) -> str:
     return f"{name}.data-{shard:05d}-of-{number:05d}"
 
 
-def _stretches(group: Mapping[bytes, Value]) -> Iterator[Mapping[bytes, Value]]:
-    """The values in parts, each of which is one piece of memory."""
-    stretch: dict[bytes, Value] = {}
-    end = -1
+def _write_values(file: NewFile, group: Mapping[bytes, Value], shard: int) -> dict[bytes, Entry]:
+    """Writes values; their entries by key."""
+    runs = [run for run in _runs(group) if _is_page(run.begin)]
+    # Of less than a portion the page cache is faster.
+    if sum(run.end - run.begin for run in runs) < PORTION:
+        runs = []
+    entries: dict[bytes, Entry] = {}
+    for run in runs:
+        entries |= _write_run(file, run, shard)
     for key, value in group.items():
-        begin = address_of(value.data)
-        if stretch and begin != end:
-            yield stretch
-            stretch = {}
-        stretch[key] = value
-        end = begin + len(value.data)
-    if stretch:
-        yield stretch
-
-
-def _written(file: NewFile, stretch: Mapping[bytes, Value], shard: int) -> dict[bytes, Entry]:
-    """Writes values that are one piece of memory; their entries by key."""
-    memory = _memory_of(stretch)
-    begin, read, written = file.size, 0, 0
-    entries = {}
-    for key, value in stretch.items():
         if value.slices:
             entries[key] = Entry(value.dtype, value.shape, 0, 0, 0, 0, value.slices)
-            continue
-        offset, checksum = begin + read, 0
-        for piece in _pieces(value.data):
-            if value.checksum is None:
-                checksum = google_crc32c.extend(checksum, piece)
-            read += len(piece)
-            # Soon, so that it is in the caches of the processor still.
-            ready = (read - written) // _WINDOW * _WINDOW
-            file.write(memory[written : written + ready])
-            written += ready
-        checksum = _masked(checksum) if value.checksum is None else value.checksum
-        entries[key] = Entry(value.dtype, value.shape, shard, offset, len(value.data), checksum, ())
-    file.write(memory[written:])
+        elif key not in entries:
+            offset = file.size
+            file.write(value.data.data)
+            checksum = checksum_of(value.data) if value.checksum is None else value.checksum
+            entries[key] = Entry(value.dtype, value.shape, shard, offset, len(value.data), checksum, ())
     return entries
 
 
-def _memory_of(stretch: Mapping[bytes, Value]) -> memoryview:
-    first = next(iter(stretch.values())).data
-    size = sum(len(value.data) for value in stretch.values())
-    return memoryview((ctypes.c_ubyte * size).from_address(address_of(first))).cast("B")
+class _Run(NamedTuple):
+    """Values that lie one after another in pages of memory: where they begin and end, and the block of pages."""
+
+    begin: int
+    end: int
+    block: np.ndarray
+    values: dict[bytes, Value]
+
+
+def _runs(group: Mapping[bytes, Value]) -> Iterator[_Run]:
+    """The values in runs that are as long as can be, of those that lie in pages of memory."""
+    run: _Run | None = None
+    for key, value in group.items():
+        block = value.data.base
+        if value.slices or not _is_block(block):
+            continue
+        begin = address_of(value.data)
+        if run and block is run.block and 0 <= begin - run.end < mmap.PAGESIZE:
+            run.values[key] = value
+            run = run._replace(end=begin + len(value.data))
+        else:
+            if run:
+                yield run
+            run = _Run(begin, begin + len(value.data), block, {key: value})
+    if run:
+        yield run
+
+
+def _is_block(array: object) -> TypeGuard[np.ndarray]:
+    """Whether an array is of whole pages of memory."""
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 1:
+        return False
+    return _is_page(address_of(array)) and _is_page(len(array))
+
+
+def _is_page(place: int) -> bool:
+    return place % mmap.PAGESIZE == 0
+
+
+def _write_run(file: NewFile, run: _Run, shard: int) -> dict[bytes, Entry]:
+    """Writes the pages of values, in one pass with their checksums; their entries by key."""
+    memory = _pages_of(run)
+    base, written = file.size, 0
+    entries = {}
+    for key, value in run.values.items():
+        at = offset = address_of(value.data) - run.begin
+        checksum = 0
+        for piece in _pieces(value.data):
+            checksum = google_crc32c.extend(checksum, piece)
+            at += len(piece)
+            # Soon, so that it is in the caches of the processor still.
+            ready = (at - written) // PORTION * PORTION
+            if ready:
+                file.write_pages(memory[written : written + ready])
+                written += ready
+        entries[key] = Entry(value.dtype, value.shape, shard, base + offset, len(value.data), _masked(checksum), ())
+    if written < len(memory):
+        file.write_pages(memory[written:])
+    return entries
+
+
+def _pages_of(run: _Run) -> memoryview:
+    """The memory of a run, to the end of its last page. What lies between the values is written with them."""
+    size = -(-(run.end - run.begin) // mmap.PAGESIZE) * mmap.PAGESIZE
+    at = run.begin - address_of(run.block)
+    return run.block[at : at + size].data
 
 
 def _pieces(data: np.ndarray) -> Iterator[np.ndarray]:

@@ -49,8 +49,7 @@ def publish(
         _set_damaged_aside(folder, record.name)
     with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
-        # From here on the stage is what a crash is recovered from.
-        private.sync()
+    # From here on the stage, which is durable, is what a crash is recovered from.
     earlier = [each for each in superseded if each.name != record.name]
     if previous:
         earlier.append(previous)
@@ -103,7 +102,8 @@ def recover(folder: Folder) -> None:
         for name in private.names():
             if name.startswith("stage-"):
                 with private.folder(name) as stage:
-                    _roll_forward(folder, stage)
+                    for sidecar in stage.names():
+                        _roll_forward(folder, stage, sidecar)
             if name.startswith(("stage-", "swap-")):
                 private.remove_folder(name)
         for name in trash.names():
@@ -178,21 +178,20 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
             warnings.warn(f"{name} is damaged ({error}); what is left of it is in {aside.path}", stacklevel=2)
 
 
-def _roll_forward(folder: Folder, stage: Folder) -> None:
-    names = [name for name in stage.names() if name.endswith(".json")]
-    record = _read(stage, names[0]) if names else None
+def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
+    record = _read(stage, sidecar) if sidecar.endswith(".json") else None
     if record is None:
         return
     superseded = [each for each in scan(folder).records if each.step == record.step]
-    pinned = folder.exists(names[0]) and folder.exists(f"{record.name}.keep")
+    pinned = folder.exists(sidecar) and folder.exists(f"{record.name}.keep")
     if pinned or any(each.pinned or each.sequence >= record.sequence for each in superseded):
-        return  # it was pinned, or saved again before the removal of this stage had reached the disk
+        return  # it was pinned, or saved, again or at all, before its removal from the stage had reached the disk
     for file in record.files:
         # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
-        holder = stage if folder.exists(names[0]) or stage.exists(file.name) else folder
+        holder = stage if folder.exists(sidecar) or stage.exists(file.name) else folder
         if not _holds(holder, file):
             return
-        if holder is stage and not folder.exists(names[0]) and _holds(folder, file):
+        if holder is stage and not folder.exists(sidecar) and _holds(folder, file):
             # A crash in the middle of a rename may leave both names.
             folder.sync_file(file.name)
             stage.remove(file.name)
@@ -257,5 +256,7 @@ def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointReco
 
 def _quoted(text: str) -> str:
     """A string in protocol buffer text form."""
+    if text.isascii() and text.isprintable() and not set('"\\') & set(text):
+        return f'"{text}"'
     plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}" for byte in text.encode())
     return f'"{"".join(plain)}"'

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures.thread
 import contextlib
-import ctypes
 import errno
 import fcntl
 import itertools
@@ -34,8 +33,8 @@ from keras_ckpt.errors import DirectoryInUseError
 
 PRIVATE = ".keras_ckpt"
 _CHUNK, _LOOK = 1 << 20, 1 << 12
-# Of a file that is being written: one buffer is filled, one is on its way to the disk, one waits.
-_BUFFER, _BUFFERS = 4 << 20, 3
+PORTION, _PORTIONS = 4 << 20, 3
+"""So many bytes are written at once, and so many portions of them wait to be written."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -47,6 +46,10 @@ class Stamp(NamedTuple):
     inode: int
     size: int
     changed: int
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class UnfinishedError(OSError):
@@ -78,14 +81,18 @@ class Folder:
 
     def folder(self, name: str, *, create: bool = False) -> Folder:
         """Opens a sub-folder, which a link may not stand for; one that is made is durably named."""
-        if create:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, dir_fd=self.descriptor)
-                self.sync()
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inner = Folder.__new__(Folder)
         inner.path = os.path.join(self.path, name)
-        inner.descriptor = os.open(name, flags, dir_fd=self.descriptor)
+        try:
+            inner.descriptor = os.open(name, flags, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            if not create:
+                raise
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, dir_fd=self.descriptor)
+                self.sync()
+            inner.descriptor = os.open(name, flags, dir_fd=self.descriptor)
         return inner
 
     def close(self) -> None:
@@ -152,12 +159,7 @@ class Folder:
 
     def stamp(self, name: str) -> Stamp:
         """What tells later whether a file is as it is now."""
-        descriptor, size = self._open_regular(name)
-        try:
-            status = os.fstat(descriptor)
-            return Stamp(status.st_ino, size, status.st_mtime_ns)
-        finally:
-            os.close(descriptor)
+        return _stamp(os.lstat(name, dir_fd=self.descriptor))
 
     def links(self, name: str) -> tuple[int, int]:
         """The number of a file, which is one for all of its names, and how many names there are."""
@@ -202,9 +204,8 @@ class Folder:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
         try:
-            # Leaving the inner statement waits for what is under way, so that the descriptor is not another file's.
-            with concurrent.futures.ThreadPoolExecutor(1, "keras_ckpt-write") as thread:
-                file = NewFile(descriptor, thread)
+            file = NewFile(descriptor)
+            with contextlib.closing(file):
                 yield file
                 file.finish()
             os.fsync(descriptor)
@@ -215,9 +216,15 @@ class Folder:
 
     def replace(self, name: str, data: bytes) -> None:
         """Writes a file anew by one rename: readers see the old bytes or the new, whole and durable."""
-        with self.scratch("swap") as scratch:
-            scratch.create(name, data)
-            scratch.move(name, self)
+        new = f"swap-{uuid.uuid4().hex}"
+        with self.folder(PRIVATE, create=True) as private:
+            try:
+                private.create(new, data)
+                private.move(new, self, name)
+            except Exception:
+                with contextlib.suppress(OSError):
+                    private.remove(new)
+                raise
         self.sync()
 
     def rename(self, name: str, new: str) -> None:
@@ -232,9 +239,9 @@ class Folder:
         """
         os.link(name, new, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor, follow_symlinks=False)
 
-    def move(self, name: str, target: Folder) -> None:
+    def move(self, name: str, target: Folder, new: str | None = None) -> None:
         """Renames a file into another directory, over one of that name."""
-        os.rename(name, name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
+        os.rename(name, new or name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
 
     def remove(self, name: str) -> None:
         """Unlinks a file; one that is gone already is as good."""
@@ -242,8 +249,11 @@ class Folder:
             os.unlink(name, dir_fd=self.descriptor)
 
     def remove_folder(self, name: str) -> None:
-        """Removes a sub-folder of the package's own with all that is in it."""
-        shutil.rmtree(name, dir_fd=self.descriptor)
+        """Removes a sub-folder of the package's own with all that is in it, or a file."""
+        try:
+            os.unlink(name, dir_fd=self.descriptor)
+        except (IsADirectoryError, PermissionError):
+            shutil.rmtree(name, dir_fd=self.descriptor)
 
     def sync_file(self, name: str) -> None:
         """Makes the bytes of a file durable."""
@@ -287,25 +297,33 @@ class Folder:
             yield held
 
     @contextlib.contextmanager
-    def scratch(self, purpose: str) -> Iterator[Folder]:
-        """A new private folder, named for its purpose, that is gone with all that is left in it at the end.
+    def stage(self, lock: WriterLock) -> Iterator[Folder]:
+        """The private folder in which the process that writes here puts together what is to be published.
 
-        An interrupt, such as Ctrl-C, is like a crash: the folder stays, for the one who recovers the directory. So
-        is what cannot be taken back.
+        It is empty at the beginning and at the end. It is made durable when it is made, and used again. An interrupt,
+        such as Ctrl-C, is like a crash: it stays, for the one who recovers the directory. So is what cannot be taken
+        back.
         """
-        name = f"{purpose}-{uuid.uuid4().hex}"
-        with self.folder(PRIVATE, create=True) as private:
-            os.mkdir(name, dir_fd=private.descriptor)
-            with private.folder(name) as folder:
-                try:
-                    yield folder
-                except UnfinishedError:
-                    raise
-                except Exception:
-                    private.remove_folder(name)
-                    raise
+        name, lock.stage = lock.stage or f"stage-{uuid.uuid4().hex}", ""
+        with self.folder(PRIVATE, create=True) as private, private.folder(name, create=True) as folder:
+            try:
+                yield folder
+            except UnfinishedError:
+                raise
+            except Exception:
+                private.remove_folder(name)
+                raise
             # What stays is swept at the next start; it is no reason to call what was done undone.
             with contextlib.suppress(OSError):
+                for each in folder.names():
+                    folder.remove(each)
+                lock.stage = name
+
+    def remove_stage(self, lock: WriterLock) -> None:
+        """Removes the folder for what is saved, if there is one."""
+        name, lock.stage = lock.stage, ""
+        if name:
+            with self.folder(PRIVATE) as private:
                 private.remove_folder(name)
 
     @contextlib.contextmanager
@@ -374,23 +392,17 @@ class Folder:
 class NewFile:
     """A file that is being written: while one part of it is digested another is on its way to the disk.
 
-    What is more than a buffer goes past the page cache where the file system can do that: it saves a copy, and the
-    sync at the end finds nothing left to do.
-
     Attributes:
         size: The bytes that were written.
     """
 
-    def __init__(self, descriptor: int, thread: concurrent.futures.Executor) -> None:
+    def __init__(self, descriptor: int) -> None:
         self.size = 0
         self._descriptor = descriptor
-        self._thread = thread
         self._hasher = blake3()
-        self._buffer: mmap.mmap | None = None
-        self._filled = 0
-        self._under_way: collections.deque[tuple[concurrent.futures.Future[None], mmap.mmap | None]]
-        self._under_way = collections.deque()
-        self._busy = 0
+        self._gathered: list[memoryview] = []
+        self._thread: concurrent.futures.Executor | None = None
+        self._under_way: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
     @property
     def digest(self) -> str:
@@ -398,92 +410,80 @@ class NewFile:
         return f"blake3:{self._hasher.hexdigest()}"
 
     def write(self, data: memoryview) -> None:
-        """Adds bytes. They must not change before the end: of many, whole pages are written from where they are."""
+        """Adds bytes, which must not change before the end: they are gathered, to be written together."""
         self.size += len(data)
-        while data:
-            if not self._filled and (count := _whole_pages(data)):
-                self._pass_on(data[:count], None)
-            else:
-                count = self._fill(data)
-            data = data[count:]
+        self._gathered.append(data)
+        if len(data) >= PORTION or sum(map(len, self._gathered)) >= PORTION:
+            self._pass_on(self._taken(), direct=False)
+
+    def write_pages(self, data: memoryview) -> None:
+        """Adds whole pages of memory, which must not change before the end, before any other bytes.
+
+        They go past the page cache where the file system can do that: it saves a copy, and the sync at the end finds
+        nothing left to do.
+        """
+        self.size += len(data)
+        self._pass_on(data, direct=True)
 
     def finish(self) -> None:
         """Writes what is left."""
-        rest = memoryview(self._buffer or b"")[: self._filled]
-        self._hasher.update(rest)
+        rest = self._taken()
         if self._under_way:
-            while self._under_way:
-                self._written()
-            _set_direct(self._descriptor, False)
-        _write_all(self._descriptor, rest)
+            self._pass_on(rest, direct=False)
+            self._wait(0)
+        else:
+            self._hasher.update(rest)
+            _write_all(self._descriptor, rest, direct=False)
 
-    def _fill(self, data: memoryview) -> int:
-        """Copies as much as there is room for in a buffer."""
-        if self._buffer is None:
-            self._buffer = self._free_buffer()
-        count = min(len(data), _BUFFER - self._filled)
-        self._buffer[self._filled : self._filled + count] = data[:count]
-        self._filled += count
-        if self._filled == _BUFFER:
-            self._pass_on(memoryview(self._buffer), self._buffer)
-            self._buffer, self._filled = None, 0
-        return count
+    def close(self) -> None:
+        """Waits for what is under way, however it ends, so that the descriptor is not another file's by then."""
+        if self._thread is not None:
+            self._thread.shutdown()
 
-    def _free_buffer(self) -> mmap.mmap:
-        if self._busy < _BUFFERS:
-            return pages(_BUFFER)
-        while (buffer := self._written()) is None:
-            pass
-        return buffer
+    def _taken(self) -> memoryview:
+        """What was gathered, in one piece."""
+        pieces, self._gathered = self._gathered, []
+        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
-    def _pass_on(self, data: memoryview, buffer: mmap.mmap | None) -> None:
-        """Has whole pages written, which may be a full buffer."""
-        if not self._under_way:
-            _set_direct(self._descriptor, True)
-        self._under_way.append((self._thread.submit(_write_all, self._descriptor, data), buffer))
-        self._busy += buffer is not None
+    def _pass_on(self, data: memoryview, direct: bool) -> None:
+        if self._thread is None:
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, "keras_ckpt-write")
+        self._wait(_PORTIONS)
+        self._under_way.append(self._thread.submit(_write_all, self._descriptor, data, direct))
         self._hasher.update(data)
 
-    def _written(self) -> mmap.mmap | None:
-        """Waits for what was passed on first; the buffer that it was in."""
-        writing, buffer = self._under_way.popleft()
-        writing.result()
-        self._busy -= buffer is not None
-        return buffer
+    def _wait(self, number: int) -> None:
+        """Waits until no more than so many portions are under way."""
+        while len(self._under_way) > number:
+            self._under_way.popleft().result()
 
 
 def pages(size: int) -> mmap.mmap:
-    """Memory that begins with a page and can be written past the page cache; in great pages, if the kernel has them."""
+    """Memory that begins with a page, in great pages if the kernel has them."""
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
-def _whole_pages(data: memoryview) -> int:
-    """The bytes of the whole pages of memory that these are, if they are worth a write of their own."""
-    # Nobody can tell where in memory it is what may not be written.
-    if len(data) < _BUFFER or data.readonly or ctypes.addressof(ctypes.c_char.from_buffer(data)) % mmap.PAGESIZE:
-        return 0
-    return len(data) // mmap.PAGESIZE * mmap.PAGESIZE
-
-
-def _set_direct(descriptor: int, direct: bool) -> None:
-    """Says whether what is written next goes past the page cache."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    with contextlib.suppress(OSError):  # not every file system can
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT if direct else flags & ~_DIRECT)
-
-
-def _write_all(descriptor: int, view: memoryview) -> None:
-    while view:
+def _write_all(descriptor: int, data: memoryview, direct: bool) -> None:
+    _set_direct(descriptor, direct)
+    while data:
         try:
-            view = view[os.write(descriptor, view) :]
+            data = data[os.write(descriptor, data) :]
         except OSError as error:
             # After a part was written, or on a file system that does not keep what it said, the cache has to help.
             if error.errno != errno.EINVAL or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT:
                 raise
             _set_direct(descriptor, False)
+
+
+def _set_direct(descriptor: int, direct: bool) -> None:
+    """Says whether what is written next goes past the page cache."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if bool(flags & _DIRECT) != direct:
+        with contextlib.suppress(OSError):  # not every file system can
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ _DIRECT)
 
 
 def _read_into(descriptor: int, buffer: memoryview, name: str) -> int:
@@ -503,9 +503,12 @@ class _Held(Folder):
         self._descriptors = descriptors
 
     def size(self, name: str) -> int:
+        return self.stamp(name).size
+
+    def stamp(self, name: str) -> Stamp:
         if name not in self._descriptors:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        return os.fstat(self._descriptors[name]).st_size
+        return _stamp(os.fstat(self._descriptors[name]))
 
     def link(self, name: str, target: Folder, new: str) -> None:
         # Through the descriptor: the name may be another file's by now.
@@ -535,12 +538,14 @@ class WriterLock:
             two trainings after one another.
         recovered: Whether what an earlier process left half done has been seen to.
         saving: Held by the thread that saves.
+        stage: The name of the folder for what is saved, if there is one to be used again.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.session: object = None
         self.recovered = False
         self.saving = threading.RLock()
+        self.stage = ""
         self._close = weakref.finalize(self, os.close, descriptor)
 
     def drop_after_fork(self) -> None:

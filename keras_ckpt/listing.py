@@ -8,19 +8,23 @@ import dataclasses
 import errno
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
-from keras_ckpt.files import PRIVATE, Folder
+from keras_ckpt.files import PRIVATE, Folder, Stamp
 from keras_ckpt.record import CheckpointRecord
 
 _NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What a process has run out of says nothing of a file."""
 PIN_LIMIT = 4096
 """The greatest size of a pin's reason in bytes."""
+
+
+Known: TypeAlias = dict[str, tuple[Stamp, CheckpointRecord]]
+"""Records by name, each with the stamp of the sidecar that it was read from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +83,17 @@ class Listing:
         return dataclasses.replace(self, records=_oldest_first([*others, record]))
 
 
-def scan(folder: Folder, check: Callable[[CheckpointRecord], object] = lambda record: None) -> Listing:
+def scan(
+    folder: Folder, check: Callable[[CheckpointRecord], object] = lambda record: None, known: Known | None = None
+) -> Listing:
     """Reads all sidecars of a directory.
 
     Args:
         folder: The directory.
         check: Called with each record; a checkpoint for which it raises is among the damaged.
+        known: Sidecars that need not be read again.
     """
-    records, damaged, present = _sidecars(folder, check)
+    records, damaged, present = _sidecars(folder, check, {} if known is None else known)
     ordered = sorted(records.values(), key=operator.attrgetter("sequence"))
     sound = [record for record in ordered if record.name not in damaged]
     newest = {record.step: record for record in sound}
@@ -111,9 +118,9 @@ def unmanaged(folder: Folder, names: set[str]) -> set[str]:
     return {name for name in names if folder.exists(f"{name}.index") and not folder.exists(f"{name}.json")}
 
 
-def examine(folder: Folder) -> Listing:
-    """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
-    return scan(folder, lambda record: check(folder, record, digests=False))
+def examine(folder: Folder, known: Known | None = None) -> Listing:
+    """Reads all sidecars of a directory, but known ones, and looks at the sizes of the files that they list."""
+    return scan(folder, lambda record: check(folder, record, digests=False), known)
 
 
 def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
@@ -265,7 +272,7 @@ def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
 
 
 def _sidecars(
-    folder: Folder, check: Callable[[CheckpointRecord], object]
+    folder: Folder, check: Callable[[CheckpointRecord], object], known: Known
 ) -> tuple[dict[str, CheckpointRecord], dict[str, CheckpointError], set[str]]:
     """The records by name, the errors of those that are damaged, and the names of all files."""
     records: dict[str, CheckpointRecord] = {}
@@ -281,18 +288,26 @@ def _sidecars(
             if name in records or name in damaged or sidecars.step_in(name) is None:
                 continue
             try:
-                records[name] = _read(folder, name, present)
+                records[name] = _read(folder, name, present, known)
                 check(records[name])
             except FileNotFoundError:
                 records.pop(name, None)
                 again = True  # it was removed since, so another may have come that this look at the names missed
             except CheckpointError as error:
                 damaged[name] = error
+    for name in known.keys() - records.keys():
+        del known[name]
     return records, damaged, present
 
 
-def _read(folder: Folder, name: str, present: set[str]) -> CheckpointRecord:
-    record = read_record(folder, name, _read_pin(folder, name, present))
+def _read(folder: Folder, name: str, present: set[str], known: Known) -> CheckpointRecord:
+    # Before it is read: one that changes meanwhile is read again the next time.
+    stamp = folder.stamp(f"{name}.json")
+    if name not in known or known[name][0] != stamp:
+        known[name] = stamp, read_record(folder, name)
+    record = known[name][1]
+    if (pin := _read_pin(folder, name, present)) is not None:
+        record = msgspec.structs.replace(record, pin=pin)
     for file in record.files:
         if file.name not in present and not folder.exists(file.name):
             if not _is_current(folder, record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context, execute
 
 from keras_ckpt.arena import Arena
-from keras_ckpt.bundle_writer import Value, number_value, string_value, write_bundle
+from keras_ckpt.bundle_writer import STRING, Value, number_value, string_value, write_bundle
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
 
@@ -34,18 +35,26 @@ class Snapshot:
     Args:
         variables: By key, `tf.Variable`s.
         others: More to write, by key: what TensorFlow has a tensor for.
+        constants: More, by key: what is encoded already.
 
     Attributes:
         values: The tensors by key.
     """
 
-    def __init__(self, variables: Mapping[str, tf.Variable], others: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        variables: Mapping[str, tf.Variable],
+        others: Mapping[str, Any],
+        constants: Mapping[bytes, Value] = MappingProxyType({}),
+    ) -> None:
         values = dict(zip(variables, read(list(variables.values())), strict=True))
         self.values: dict[str, tf.Tensor] = values | {key: tf.convert_to_tensor(each) for key, each in others.items()}
+        self._constants = constants
 
     def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
         """Writes them as a TensorFlow checkpoint of that name, durably."""
-        return write_bundle(folder, name, [{key.encode(): _value(self.values[key]) for key in sorted(self.values)}])[0]
+        values = self._encoded()
+        return write_bundle(folder, name, [{key: values[key] for key in sorted(values)}])[0]
 
     def move(self, arena: Arena, change: bool = True) -> dict[bytes, Value]:
         """Copies the values, and lets go of TensorFlow's, which training would have to copy, into memory that is cold.
@@ -59,17 +68,17 @@ class Snapshot:
         """
         if not self.values:
             raise RuntimeError("A snapshot is saved once: what was copied of it may be another one's by now.")
+        values = self._encoded()
+        self.values.clear()
         if change:
-            arena.make_room(
-                {
-                    key.encode(): each.shape.num_elements() * each.dtype.size
-                    for key, each in self.values.items()
-                    if each.dtype != tf.string
-                }
-            )
-        # One after another, so that each is let go of as soon as it is copied.
-        keys = [key.encode() for key in self.values]
-        return {key: arena.take(key, _value(self.values.pop(key.decode())), change) for key in keys}
+            arena.make_room({key: len(value.data) for key, value in values.items() if value.dtype != STRING})
+        for key in values:
+            # One after another, so that each is let go of as soon as it is copied.
+            values[key] = arena.take(key, values[key], change)
+        return values
+
+    def _encoded(self) -> dict[bytes, Value]:
+        return {key.encode(): _value(tensor) for key, tensor in self.values.items()} | dict(self._constants)
 
 
 def read(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
@@ -96,9 +105,12 @@ def _read_together(variables: Sequence[tf.Variable]) -> Sequence[tf.Tensor]:
 
 
 def _value(tensor: tf.Tensor) -> Value:
-    # No copy, where the tensor is in the memory of the processor. NumPy has no scalars of types that are not its own.
-    array = np.asarray(tensor if tensor.shape.rank else tf.reshape(tensor, [1]))
     shape = tuple(tensor.shape)
-    if tensor.dtype == tf.string:
+    # No copy, where the tensor is in the memory of the processor.
+    try:
+        array = np.asarray(tensor)
+    except ValueError:  # NumPy has no scalars of types that are not its own
+        array = np.asarray(tf.reshape(tensor, [1]))
+    if array.dtype == object:
         return string_value(array.reshape(-1).tolist(), shape)
     return number_value(tensor.dtype.as_datatype_enum, shape, array)

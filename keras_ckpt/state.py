@@ -26,6 +26,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from keras_ckpt import __version__
+from keras_ckpt.bundle_writer import Value, string_value
 from keras_ckpt.files import Folder
 from keras_ckpt.snapshot import Snapshot
 
@@ -100,7 +101,7 @@ class ModelState(tf.train.Checkpoint):
         if plan is None or not plan.holds(self.model):
             plan = self._plan = self._new_plan()
         variables = {key: value_of(variable) for key, variable in plan.variables.items()}
-        return Snapshot(variables, {GRAPH_KEY: plan.graph, NAMES_KEY: b"1", **others})
+        return Snapshot(variables, others, plan.constants)
 
     def _new_plan(self) -> _Plan:
         kept = list(optimizers(self.model).values())
@@ -108,8 +109,10 @@ class ModelState(tf.train.Checkpoint):
         variables = {f"{name}{SUFFIX}": variable for name, variable in self.names().items()}
         variables[f"save_counter{SUFFIX}"] = self.save_counter
         graph = _object_graph(self, {id(variable): key for key, variable in variables.items()})
+        texts = {GRAPH_KEY: graph.SerializeToString(), NAMES_KEY: b"1"}
+        constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
         size = sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in variables.values())
-        return _Plan(variables, graph.SerializeToString(), size, kept, made_of, list(map(id, made_of)))
+        return _Plan(variables, constants, size, kept, made_of, list(map(id, made_of)))
 
 
 class _Plan(NamedTuple):
@@ -117,7 +120,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         variables: By their keys.
-        graph: The object graph.
+        constants: The object graph, and the mark of these names, as they are written.
         size: The bytes of the variables.
         optimizers: The model's.
         made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
@@ -125,7 +128,7 @@ class _Plan(NamedTuple):
     """
 
     variables: Mapping[str, Any]
-    graph: bytes
+    constants: Mapping[bytes, Value]
     size: int
     optimizers: Sequence[Any]
     made_of: Sequence[Any]

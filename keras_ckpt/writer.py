@@ -22,7 +22,7 @@ from keras_ckpt import record as sidecars
 from keras_ckpt.directory import CheckpointDirectory, remove
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
 from keras_ckpt.files import Folder, UnfinishedError, WriterLock
-from keras_ckpt.listing import Listing, amend, examine
+from keras_ckpt.listing import Known, Listing, amend, examine
 from keras_ckpt.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
@@ -66,6 +66,7 @@ class Writer:
         self.only = only
         self.base = base
         self._lock: WriterLock | None = None
+        self._known: Known = {}
 
     def open(self, session: object = None) -> None:
         """Becomes the one that writes here, and finishes what a process that died had begun.
@@ -91,6 +92,8 @@ class Writer:
         """Lets another process write here."""
         if self._lock is not None:
             self._lock.session = None
+            with contextlib.suppress(OSError), Folder(self.directory.path) as folder:
+                folder.remove_stage(self._lock)
         self._lock = None
 
     def save(
@@ -127,18 +130,18 @@ class Writer:
         lock = self._claim()
         with lock.saving, Folder(self.directory.path, create=True) as folder:
             with self._explaining(what):
-                listing = examine(folder)
+                listing = examine(folder, self._known)
             candidate = self._candidate(listing, step, facts)
             # Refuses what no sidecar can hold before anything is written.
             sidecars.encode(candidate)
             if not self._wanted(candidate, listing.records) or _pinned(listing, step):
                 return None
             try:
-                with self._explaining(what), folder.scratch("stage") as stage:
+                with self._explaining(what), folder.stage(lock) as stage:
                     look_for_room(stage, _size_of_newest(listing) if size is None else size)
                     record = _stage(stage, candidate, write, began, went_on)
                     with folder.mutex():
-                        listing = examine(folder)
+                        listing = examine(folder, self._known)
                         if _pinned(listing, step) or _pinned_and_damaged(folder, listing, step):
                             return None
                         if listing.sequence >= record.sequence:
@@ -159,7 +162,7 @@ class Writer:
         """
         what = f"Could not add to step {record.step} in"
         with self._explaining(what), Folder(self.directory.path) as folder, folder.mutex():
-            listing = examine(folder)
+            listing = examine(folder, self._known)
             current = [each for each in _of(listing, record.step) if each.sequence == record.sequence]
             if not current:
                 return None

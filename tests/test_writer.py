@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import shutil
 import warnings
 
 import msgspec
@@ -35,7 +36,7 @@ def verify(runs) -> list[int]:
     return [record.step for record in records]
 
 
-def test_a_save_has_its_facts_and_leaves_nothing_in_the_stage(filler) -> None:
+def test_a_save_has_its_facts_and_leaves_nothing_behind(filler) -> None:
     """The record that save returns is the one on disk."""
     writer = Writer(filler.runs)
 
@@ -45,7 +46,30 @@ def test_a_save_has_its_facts_and_leaves_nothing_in_the_stage(filler) -> None:
     assert record.sequence == 1
     assert [file.name for file in record.files] == ["ckpt-120.data-00000-of-00001", "ckpt-120.index"]
     assert 0 < record.timings["write_ms"] <= record.timings["blocked_ms"]
+    writer.close()
     assert leftovers(filler.runs) == []
+
+
+def test_a_writer_has_one_stage_which_is_empty_between_saves(filler) -> None:
+    """A folder that is made for each save would have to be made durable each time."""
+    writer = Writer(filler.runs)
+    writer.save(payload(b"1"), step=1)
+    (stage,) = leftovers(filler.runs)
+
+    for _ in range(2):
+        writer.save(payload(b"2"), step=2)
+        assert leftovers(filler.runs) == [stage]
+        assert os.listdir(pathlib.Path(filler.runs.path) / PRIVATE / stage) == []
+
+
+def test_a_stage_that_somebody_removed_is_made_anew(filler) -> None:
+    """Nothing in the private folder is needed."""
+    writer = Writer(filler.runs)
+    writer.save(payload(b"1"), step=1)
+    shutil.rmtree(pathlib.Path(filler.runs.path) / PRIVATE)
+    writer.save(payload(b"2"), step=2)
+
+    assert verify(filler.runs) == [1, 2]
 
 
 def test_one_run_has_one_run_id(filler) -> None:
@@ -371,6 +395,7 @@ def test_an_interrupt_is_recovered_by_the_next_save_of_the_process(filler, monke
     assert verify(filler.runs) == [10]
     writer.save(payload(b"30"), step=30)
     assert verify(filler.runs) == [10, 20, 30]
+    writer.close()
     assert leftovers(filler.runs) == []
 
 

@@ -41,14 +41,14 @@ MUTANTS = {
     ),
     "a sidecar written over in place": Mutant(
         "files",
-        "            scratch.move(name, self)\n",
-        "            self.remove(name)\n            self.create(name, data)\n",
+        "                private.move(new, self, name)\n",
+        "                self.remove(name)\n                self.create(name, data)\n",
         f"{STATES}[in order-metrics added]",
     ),
     "a stage copied instead of renamed": Mutant(
         "files",
-        "        os.rename(name, name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)\n",
-        "        target.remove(name)\n        target.create(name, self.read(name, 1 << 30))\n"
+        "        os.rename(name, new or name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)\n",
+        "        target.remove(new or name)\n        target.create(new or name, self.read(name, 1 << 30))\n"
         "        self.remove(name)\n",
         f"{STATES}[in any order-a step saved again]",
     ),
