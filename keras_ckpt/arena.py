@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_ckpt.bundle import Entry, Slice, slice_key
-from keras_ckpt.bundle_writer import STRING, Value, address_of, checksum_of
+from keras_ckpt.bundle_writer import STRING, Place, Value, checksum_of
 from keras_ckpt.files import Stamp, pages
 from keras_ckpt.record import CheckpointRecord
 
@@ -51,13 +51,26 @@ class Part(NamedTuple):
 
     def of(self, value: Value) -> Value:
         """This part of a table."""
-        return Value(value.dtype, self.shape, value.data[self.start : self.end])
+        place = value.place and Place(value.place.block, value.place.begin + self.start)
+        return Value(value.dtype, self.shape, value.data[self.start : self.end], place=place)
 
     def within(self, table: Entry, checksum: int) -> Entry:
         """Where its bytes are in a table that was saved in one piece."""
         return Entry(
             table.dtype, self.shape, table.shard, table.offset + self.start, self.end - self.start, checksum, ()
         )
+
+
+class _Room(NamedTuple):
+    """Memory for a value: an array, where it begins, and where that is in its block."""
+
+    data: np.ndarray
+    address: int
+    place: Place
+
+    def holds(self, data: np.ndarray) -> bool:
+        size = len(data)
+        return len(self.data) == size and _compare(self.address, _address(data), size) == 0
 
 
 class Saved(NamedTuple):
@@ -95,7 +108,7 @@ class Arena:
 
     def __init__(self) -> None:
         self.saved: dict[str, Saved] = {}
-        self._rooms: dict[bytes, np.ndarray] = {}
+        self._rooms: dict[bytes, _Room] = {}
         self._filled: set[bytes] = set()
 
     def make_room(self, sizes: Mapping[bytes, int]) -> None:
@@ -105,16 +118,17 @@ class Arena:
         """
         places, end = {}, 0
         for key, size in sizes.items():
-            if key not in self._rooms or len(self._rooms[key]) != size:
+            if key not in self._rooms or len(self._rooms[key].data) != size:
                 begin = _whole_pages(end) if size >= _GREAT else end
                 end = begin + size
                 places[key] = begin, end
         if places:
             block = np.frombuffer(pages(_whole_pages(end)), np.uint8)
+            address = _address(block)
             for key, (begin, end) in places.items():
                 self._forget(key)
                 self._filled.discard(key)
-                self._rooms[key] = block[begin:end]
+                self._rooms[key] = _Room(block[begin:end], address + begin, Place(block, begin))
 
     def take(self, key: bytes, value: Value, change: bool = True) -> Value:
         """Copies a value. What is on disk of the one before is forgotten as far as it is another.
@@ -127,16 +141,16 @@ class Arena:
         """
         if value.dtype == STRING:
             return value
-        room = self._rooms[key] if change else self._rooms.get(key, value.data[:0])
-        if key not in self._filled or not _same(room, value.data):
-            if not change:
+        room = self._rooms.get(key)
+        if room is None or key not in self._filled or not room.holds(value.data):
+            if room is None or not change:
                 return value._replace(data=value.data.copy())
-            self._change(key, value, room)
-        return value._replace(data=room)
+            self._change(key, value, room.data)
+        return Value(value.dtype, value.shape, room.data, place=room.place)
 
     def has(self, key: bytes, value: Value) -> bool:
         """Whether a value that was taken is the one that is there."""
-        return self._rooms.get(key) is value.data
+        return key in self._rooms and self._rooms[key].data is value.data
 
     def remember(self, saved: Saved) -> None:
         """Notes that a checkpoint has something of what is there."""
@@ -211,7 +225,8 @@ def _changed_parts(key: bytes, value: Value, before: np.ndarray) -> Sequence[Par
     if not is_table(value) or _likeness(value.data, before) < 0.5:
         return None
     parts = parts_of(key, value)
-    changed = [part for part in parts if not _same(value.data[part.start : part.end], before[part.start : part.end])]
+    old, new = _address(before), _address(value.data)
+    changed = [part for part in parts if _compare(old + part.start, new + part.start, part.end - part.start)]
     return changed if len(changed) <= len(parts) / 2 else None
 
 
@@ -226,5 +241,5 @@ def _whole_pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _same(data: np.ndarray, other: np.ndarray) -> bool:
-    return len(data) == len(other) and _compare(address_of(data), address_of(other), len(data)) == 0
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])

@@ -10,7 +10,7 @@ import itertools
 import mmap
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import google_crc32c
 import msgspec
@@ -27,6 +27,13 @@ _BLOCK = 1 << 16
 _MAGIC = bytes.fromhex("57fb808b247547db")
 
 
+class Place(NamedTuple):
+    """Where the bytes of a value are in a block of whole pages of memory."""
+
+    block: np.ndarray
+    begin: int
+
+
 class Value(NamedTuple):
     """What is to be written under a key.
 
@@ -36,6 +43,7 @@ class Value(NamedTuple):
         data: Its bytes as they are in the data file, an array of `uint8`.
         checksum: The one that its entry has, `None` if that is the one of `data` and not known yet.
         slices: Its parts, if each is a value of its own; it has no bytes then.
+        place: Where they are in pages that can be written as they are, if they are.
     """
 
     dtype: int
@@ -43,6 +51,7 @@ class Value(NamedTuple):
     data: np.ndarray
     checksum: int | None = None
     slices: tuple[Slice, ...] = ()
+    place: Place | None = None
 
 
 class Linked(NamedTuple):
@@ -57,9 +66,9 @@ class Linked(NamedTuple):
     entries: Mapping[bytes, Entry]
 
 
-def number_value(dtype: int, shape: tuple[int, ...], array: np.ndarray) -> Value:
+def number_value(dtype: int, array: np.ndarray) -> Value:
     """Numbers, whose bytes are as in memory."""
-    return Value(dtype, shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return Value(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
@@ -79,11 +88,6 @@ def checksum_of(data: np.ndarray) -> int:
     for piece in _pieces(data):
         checksum = google_crc32c.extend(checksum, piece)
     return _masked(checksum)
-
-
-def address_of(array: np.ndarray) -> int:
-    """Where in memory an array begins."""
-    return int(array.__array_interface__["data"][0])
 
 
 def write_bundle(
@@ -128,13 +132,11 @@ def data_file(name: str, shard: int, number: int) -> str:
 
 def _write_values(file: NewFile, group: Mapping[bytes, Value], shard: int) -> dict[bytes, Entry]:
     """Writes values; their entries by key."""
-    runs = [run for run in _runs(group) if _is_page(run.begin)]
-    # Of less than a portion the page cache is faster.
-    if sum(run.end - run.begin for run in runs) < PORTION:
-        runs = []
     entries: dict[bytes, Entry] = {}
-    for run in runs:
-        entries |= _write_run(file, run, shard)
+    # Of less than a portion the page cache is faster.
+    if sum(len(value.data) for value in group.values()) >= PORTION:
+        for run in _runs(group):
+            entries |= _write_run(file, run, shard)
     for key, value in group.items():
         if value.slices:
             entries[key] = Entry(value.dtype, value.shape, 0, 0, 0, 0, value.slices)
@@ -147,74 +149,54 @@ def _write_values(file: NewFile, group: Mapping[bytes, Value], shard: int) -> di
 
 
 class _Run(NamedTuple):
-    """Values that lie one after another in pages of memory: where they begin and end, and the block of pages."""
+    """Values that lie one after another in a block of memory, each with where it begins there."""
 
-    begin: int
-    end: int
     block: np.ndarray
-    values: dict[bytes, Value]
+    values: list[tuple[bytes, Value, int]]
 
 
-def _runs(group: Mapping[bytes, Value]) -> Iterator[_Run]:
-    """The values in runs that are as long as can be, of those that lie in pages of memory."""
-    run: _Run | None = None
+def _runs(group: Mapping[bytes, Value]) -> list[_Run]:
+    """The values that lie in pages of memory, in runs that are as long as can be and begin with a page."""
+    runs: list[_Run] = []
+    block, end = None, 0
     for key, value in group.items():
-        block = value.data.base
-        if value.slices or not _is_block(block):
+        if value.place is None:
             continue
-        begin = address_of(value.data)
-        if run and block is run.block and 0 <= begin - run.end < mmap.PAGESIZE:
-            run.values[key] = value
-            run = run._replace(end=begin + len(value.data))
-        else:
-            if run:
-                yield run
-            run = _Run(begin, begin + len(value.data), block, {key: value})
-    if run:
-        yield run
-
-
-def _is_block(array: object) -> TypeGuard[np.ndarray]:
-    """Whether an array is of whole pages of memory."""
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 1:
-        return False
-    return _is_page(address_of(array)) and _is_page(len(array))
-
-
-def _is_page(place: int) -> bool:
-    return place % mmap.PAGESIZE == 0
+        if value.place.block is not block or not 0 <= value.place.begin - end < mmap.PAGESIZE:
+            block = value.place.block
+            runs.append(_Run(block, []))
+        runs[-1].values.append((key, value, value.place.begin))
+        end = value.place.begin + len(value.data)
+    return [run for run in runs if run.values[0][2] % mmap.PAGESIZE == 0]
 
 
 def _write_run(file: NewFile, run: _Run, shard: int) -> dict[bytes, Entry]:
     """Writes the pages of values, in one pass with their checksums; their entries by key."""
-    memory = _pages_of(run)
-    base, written = file.size, 0
+    base, (_, _, first), (_, last, begin) = file.size, run.values[0], run.values[-1]
+    # To the end of its last page. What lies between the values is written with them.
+    end = -(-(begin + len(last.data)) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory, written = run.block.data, first
     entries = {}
-    for key, value in run.values.items():
-        at = offset = address_of(value.data) - run.begin
+    for key, value, begin in run.values:
+        at = begin
         checksum = 0
         for piece in _pieces(value.data):
             checksum = google_crc32c.extend(checksum, piece)
             at += len(piece)
             # Soon, so that it is in the caches of the processor still.
-            ready = (at - written) // PORTION * PORTION
-            if ready:
+            if ready := (at - written) // PORTION * PORTION:
                 file.write_pages(memory[written : written + ready])
                 written += ready
-        entries[key] = Entry(value.dtype, value.shape, shard, base + offset, len(value.data), _masked(checksum), ())
-    if written < len(memory):
-        file.write_pages(memory[written:])
+        offset = base + begin - first
+        entries[key] = Entry(value.dtype, value.shape, shard, offset, len(value.data), _masked(checksum), ())
+    if written < end:
+        file.write_pages(memory[written:end])
     return entries
 
 
-def _pages_of(run: _Run) -> memoryview:
-    """The memory of a run, to the end of its last page. What lies between the values is written with them."""
-    size = -(-(run.end - run.begin) // mmap.PAGESIZE) * mmap.PAGESIZE
-    at = run.begin - address_of(run.block)
-    return run.block[at : at + size].data
-
-
-def _pieces(data: np.ndarray) -> Iterator[np.ndarray]:
+def _pieces(data: np.ndarray) -> Iterable[np.ndarray]:
+    if len(data) <= _PIECE:
+        return (data,)
     return (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
 
 
@@ -290,12 +272,17 @@ def _number(field: int, number: int) -> bytes:
 
 def _varint(number: int) -> bytes:
     """A number of seven bits a byte."""
+    if number < 128:
+        return _LITTLE[number]
     encoded = bytearray()
     while number > 127:
         encoded.append(number & 127 | 128)
         number >>= 7
     encoded.append(number)
     return bytes(encoded)
+
+
+_LITTLE = [bytes([number]) for number in range(128)]
 
 
 def _masked(checksum: int) -> int:

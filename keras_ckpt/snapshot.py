@@ -105,12 +105,11 @@ def _read_together(variables: Sequence[tf.Variable]) -> Sequence[tf.Tensor]:
 
 
 def _value(tensor: tf.Tensor) -> Value:
-    shape = tuple(tensor.shape)
     # No copy, where the tensor is in the memory of the processor.
     try:
         array = np.asarray(tensor)
     except ValueError:  # NumPy has no scalars of types that are not its own
-        array = np.asarray(tf.reshape(tensor, [1]))
+        array = np.asarray(tf.reshape(tensor, [1])).reshape([])
     if array.dtype == object:
-        return string_value(array.reshape(-1).tolist(), shape)
-    return number_value(tensor.dtype.as_datatype_enum, shape, array)
+        return string_value(array.reshape(-1).tolist(), array.shape)
+    return number_value(tensor.dtype.as_datatype_enum, array)

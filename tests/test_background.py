@@ -21,6 +21,7 @@ import keras_ckpt as kc
 from keras_ckpt import background
 from keras_ckpt.files import Folder
 from keras_ckpt.state import ModelState
+from keras_ckpt.writer import Writer
 from tests.models import Interrupts, dense_model, fit, same, values
 
 
@@ -195,6 +196,31 @@ class TestWhatComesMeanwhile:
         fit(dense_model(), first, second, holds, FreesLast(), batches=2)
 
         assert [on_disk(tmp_path / name) for name in "ab"] == [["ckpt-2"], ["ckpt-2"]]
+
+    def test_with_xla_each_has_what_was_there_when_it_was_called(self, tmp_path, monkeypatch) -> None:
+        """The second is called when the first is yet to be written, and something has changed in between."""
+        freed, model = threading.Event(), dense_model(run_eagerly=False, jit_compile=True)
+        taken, save = [], Writer.save
+
+        def slow(writer: Writer, *arguments: object, **named: object) -> object:
+            freed.wait()
+            return save(writer, *arguments, **named)
+
+        monkeypatch.setattr(Writer, "save", slow)
+
+        def change(epoch: int, logs: object) -> None:
+            taken.append([each.tobytes() for each in values(model)])
+            model.layers[0].bias.assign(model.layers[0].bias + 1)
+            taken.append([each.tobytes() for each in values(model)])
+
+        first, second = (kc.ModelCheckpoint(tmp_path / name) for name in "ab")
+        changes = keras.callbacks.LambdaCallback(on_epoch_end=change)
+        frees = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: freed.set())
+        fit(model, first, changes, second, frees, batches=2)
+
+        for name, expected in zip("ab", taken, strict=True):
+            kc.restore(model, tmp_path / name)
+            assert [each.tobytes() for each in values(model)] == expected
 
     def test_a_backup_by_batches_is_left_out_and_one_that_a_signal_asks_for_waits(self, tmp_path) -> None:
         """The process may end after it."""

@@ -1,6 +1,7 @@
 """What is written here in TensorFlow's format, TensorFlow reads, as if it had written it itself."""
 
 import errno
+import mmap
 import os
 import pathlib
 import threading
@@ -10,8 +11,10 @@ import pytest
 import tensorflow as tf
 
 from keras_ckpt import files
+from keras_ckpt.arena import Arena
 from keras_ckpt.bundle import read_index
-from keras_ckpt.files import Folder
+from keras_ckpt.bundle_writer import write_bundle
+from keras_ckpt.files import PORTION, Folder
 from keras_ckpt.snapshot import Snapshot
 
 NUMBERS = [
@@ -20,13 +23,21 @@ NUMBERS = [
     tf.dtypes.experimental.float8_e4m3fn, tf.dtypes.experimental.float8_e5m2, tf.dtypes.experimental.int4,
     tf.dtypes.experimental.uint4,
 ]  # fmt: skip
-BUFFER = files._BUFFER
 
 
 def write(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1") -> list[str]:
     """Writes a checkpoint, and gives the names of its files."""
     with Folder(path) as folder:
         written = Snapshot({}, tensors)(folder, name)
+        assert all(folder.digest(file.name) == (file.size, file.digest) for file in written)
+        assert read_index(folder, name).variables == tensors.keys()
+    return [file.name for file in written]
+
+
+def write_pages(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1") -> list[str]:
+    """The same, from memory that can be written as it is."""
+    with Folder(path) as folder:
+        written, _ = write_bundle(folder, name, [Snapshot({}, tensors).move(Arena())])
         assert all(folder.digest(file.name) == (file.size, file.digest) for file in written)
         assert read_index(folder, name).variables == tensors.keys()
     return [file.name for file in written]
@@ -126,16 +137,32 @@ def test_names_of_any_kind(tmp_path, names) -> None:
     assert [float(each) for each in read_together(tmp_path, tensors)] == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("size", [BUFFER - 1, BUFFER, BUFFER + 1, 2 * BUFFER, 3 * BUFFER + 4095, 5 * BUFFER + 7])
-def test_more_than_a_buffer_is_written_whole(tmp_path, size) -> None:
-    """What goes past the page cache, and the rest that does not, is one file of the right bytes."""
+@pytest.mark.parametrize("writes", [write, write_pages])
+@pytest.mark.parametrize("size", [PORTION - 1, PORTION, PORTION + 1, 2 * PORTION, 3 * PORTION + 4095, 5 * PORTION + 7])
+def test_more_than_a_portion_is_written_whole(tmp_path, writes, size) -> None:
+    """What goes past the page cache, and what does not, is one file of the right bytes."""
     raw = np.random.default_rng(size).integers(0, 256, size, np.uint8)
-    tensors = {"x": tf.constant(raw)}
+    tensors = {"a": tf.constant("text"), "x": tf.constant(raw), "y": tf.constant(1.5)}
 
-    write(tmp_path, tensors)
+    data, _ = writes(tmp_path, tensors)
 
-    assert content(read_together(tmp_path, tensors)[0]) == raw.tobytes()
-    assert (tmp_path / "ckpt-1.data-00000-of-00001").read_bytes() == raw.tobytes()
+    assert [content(each) for each in read_together(tmp_path, tensors)] == [content(each) for each in tensors.values()]
+    assert raw.tobytes() in (tmp_path / data).read_bytes()
+
+
+@pytest.mark.parametrize("sizes", [[PORTION, 5, PORTION // 2, 7, PORTION], [100, PORTION, 100], [PORTION // 3] * 10])
+def test_great_values_have_pages_and_small_ones_no_room_that_is_lost(tmp_path, sizes) -> None:
+    """So that each great one can be written past the page cache, without or with its neighbours."""
+    rng = np.random.default_rng(1)
+    tensors = {f"{number}": tf.constant(rng.integers(0, 256, size, np.uint8)) for number, size in enumerate(sizes)}
+
+    data, _ = write_pages(tmp_path, tensors)
+
+    assert [content(each) for each in read_together(tmp_path, tensors)] == [content(each) for each in tensors.values()]
+    with Folder(tmp_path) as folder:
+        entries = read_index(folder, "ckpt-1").entries.values()
+    assert all(entry.offset % mmap.PAGESIZE == 0 for entry in entries if entry.size > PORTION // 4)
+    assert (tmp_path / data).stat().st_size < sum(sizes) + mmap.PAGESIZE * len(sizes)
 
 
 class Refuses:
@@ -159,12 +186,12 @@ class Refuses:
 @pytest.mark.parametrize("calls", [{1}, {3}])
 def test_a_file_system_that_cannot_go_past_the_cache_is_written_through_it(tmp_path, monkeypatch, calls) -> None:
     """It says so at the first write, or after one that was cut."""
-    raw = np.random.default_rng(1).integers(0, 256, 3 * BUFFER + 5, np.uint8)
+    raw = np.random.default_rng(1).integers(0, 256, 3 * PORTION + 5, np.uint8)
     monkeypatch.setattr(files, "os", Refuses(errno.EINVAL, calls))
 
-    write(tmp_path, {"x": tf.constant(raw)})
+    data, _ = write_pages(tmp_path, {"x": tf.constant(raw)})
 
-    assert (tmp_path / "ckpt-1.data-00000-of-00001").read_bytes() == raw.tobytes()
+    assert (tmp_path / data).read_bytes().startswith(raw.tobytes())
 
 
 @pytest.mark.parametrize("call", range(1, 6))
@@ -174,7 +201,7 @@ def test_an_error_of_the_disk_is_the_error_of_the_write(tmp_path, monkeypatch, c
     opened, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
 
     with pytest.raises(OSError, match="No space left"):
-        write(tmp_path, {"x": tf.zeros(3 * BUFFER + 5, tf.uint8)})
+        write_pages(tmp_path, {"x": tf.zeros(3 * PORTION + 5, tf.uint8)})
 
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (opened, threads)
 

@@ -218,8 +218,8 @@ def test_callbacks_that_save_the_same_step_share_all_but_what_one_has_alone(tmp_
 
 
 def test_a_file_that_is_mostly_dead_is_written_anew(tmp_path) -> None:
-    """Of four layers another one changes in each epoch, and from the fourth on the first file has less than a half."""
-    layers = [keras.layers.Dense(700, trainable=False) for _ in range(4)]
+    """Of five layers another one changes in each epoch, and from the fourth on the first file has less than a half."""
+    layers = [keras.layers.Dense(700, trainable=False) for _ in range(5)]
     model = keras.Sequential([keras.Input((700,)), *layers, keras.layers.Dense(1)])
     model.compile("sgd", "mse")
 

@@ -1,0 +1,206 @@
+"""The memory that snapshots are copied into: what it holds, and what it knows of what is on disk."""
+
+import numpy as np
+import pytest
+
+from conftest import history
+from keras_ckpt import arena
+from keras_ckpt.arena import Arena, Saved, arena_of, parts_of
+from keras_ckpt.bundle import Entry
+from keras_ckpt.bundle_writer import Value, checksum_of, number_value, string_value
+
+FLOAT = 1
+
+
+def value(array: np.ndarray) -> Value:
+    return number_value(FLOAT, array.astype(np.float32))
+
+
+def filled(**arrays: np.ndarray) -> tuple[Arena, Saved]:
+    """An arena with values, all of which are in a checkpoint."""
+    memory = Arena()
+    values = {name.encode(): value(array) for name, array in arrays.items()}
+    memory.make_room({key: len(each.data) for key, each in values.items()})
+    entries = {}
+    for number, (key, each) in enumerate(values.items()):
+        memory.take(key, each)
+        entries[key] = Entry(FLOAT, each.shape, 0, number << 30, len(each.data), checksum_of(each.data), ())
+    saved = Saved(history("10")[0], {}, frozenset(values), entries, {})
+    memory.remember(saved)
+    return memory, saved
+
+
+def test_what_is_taken_is_a_copy() -> None:
+    """It stays as it is when the one that was copied changes."""
+    memory = Arena()
+    array = np.ones(5, np.float32)
+    memory.make_room({b"a": 20})
+    copy = memory.take(b"a", number_value(FLOAT, array))
+
+    array[:] = 2
+
+    assert copy.data.view(np.float32).tolist() == [1] * 5
+    assert memory.has(b"a", copy)
+
+
+def test_the_same_memory_is_used_again() -> None:
+    """Memory that is new costs several times what a copy does."""
+    memory, _ = filled(a=np.ones(5))
+    first = memory.take(b"a", value(np.ones(5)))
+
+    memory.make_room({b"a": 20})
+    second = memory.take(b"a", value(np.zeros(5)))
+
+    assert second.data is first.data
+    assert first.data.view(np.float32).tolist() == [0] * 5
+
+
+def test_what_is_on_disk_is_known_until_it_changes() -> None:
+    """The one value, not the other."""
+    memory, saved = filled(a=np.ones(5), b=np.ones(5))
+
+    memory.take(b"a", value(np.ones(5)))
+    memory.take(b"b", value(np.zeros(5)))
+
+    assert saved.entries.keys() == {b"a"}
+
+
+def test_a_bit_is_a_change() -> None:
+    """Also where numbers are equal, or are none."""
+    zeros = np.zeros(5, np.float32)
+    memory, saved = filled(a=zeros, b=np.full(5, np.nan))
+
+    memory.take(b"a", value(-zeros))
+    memory.take(b"b", value(np.full(5, np.nan)))
+
+    assert saved.entries.keys() == {b"b"}
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((5,), 5), ((2048, 1024), 2048), ((2048, 1024), 3)], ids=str)
+def test_an_interrupted_copy_is_not_taken_for_what_is_on_disk(monkeypatch, shape, rows) -> None:
+    """Ctrl-C comes while half of it is copied, of a small value, a table, and a table of which few rows change."""
+    memory, saved = filled(a=np.zeros(shape), b=np.ones(5))
+
+    def interrupted(target: np.ndarray, source: np.ndarray) -> None:
+        target[: len(target) // 2] = source[: len(target) // 2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arena.np, "copyto", interrupted)
+    array = np.zeros(shape)
+    array[:rows] = 1
+    with pytest.raises(KeyboardInterrupt):
+        memory.take(b"a", value(array))
+    monkeypatch.undo()
+
+    assert saved.entries.keys() == {b"b"}
+    known = saved.ranges.get(b"a", {})
+    assert bool(known) == (rows == 3)
+    held = memory.take(b"a", value(array)).data
+    for part in parts_of(b"a", value(array)):
+        assert part.key not in known or not held[part.start : part.end].any()
+
+
+def test_what_is_to_be_written_yet_is_not_changed() -> None:
+    """What differs is copied elsewhere, what is new too; what is the same is there already."""
+    memory, saved = filled(a=np.ones(5), b=np.ones(5), c=np.ones(5))
+
+    same, other, new, longer = (
+        memory.take(key, value(array), change=False)
+        for key, array in ((b"a", np.ones(5)), (b"b", np.zeros(5)), (b"new", np.ones(5)), (b"c", np.ones(6)))
+    )
+
+    assert [memory.has(key, each) for key, each in ((b"a", same), (b"b", other), (b"new", new), (b"c", longer))] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    assert other.data.view(np.float32).tolist() == [0] * 5
+    assert memory.take(b"b", value(np.ones(5))).data.view(np.float32).tolist() == [1] * 5
+    assert saved.entries.keys() == {b"a", b"b", b"c"}
+
+
+def test_a_value_of_another_size_gets_other_memory() -> None:
+    """And what was on disk of the one before is forgotten."""
+    memory, saved = filled(a=np.ones(5), b=np.ones(5))
+
+    memory.make_room({b"a": 24, b"b": 20})
+    memory.take(b"a", value(np.ones(6)))
+    memory.take(b"b", value(np.ones(5)))
+
+    assert saved.entries.keys() == {b"b"}
+
+
+def test_strings_are_nobody_elses_already() -> None:
+    """They are written anew each time."""
+    memory = Arena()
+    text = string_value([b"text"], ())
+
+    assert memory.take(b"text", text) is text
+    assert not memory.has(b"text", text)
+
+
+class TestTables:
+    """Great values of several rows."""
+
+    TABLE = np.random.default_rng(0).random((4096, 512), np.float32)
+
+    def changed(self, rows: slice) -> Value:
+        table = self.TABLE.copy()
+        table[rows] += 1
+        return value(table)
+
+    def test_ranges_of_which_no_row_has_changed_are_known_still(self) -> None:
+        """Where they are in the whole, and with checksums of their own."""
+        memory, saved = filled(first=np.ones(5), table=self.TABLE)
+
+        copy = memory.take(b"table", self.changed(slice(10, 12)))
+
+        assert copy.data.tobytes() == self.changed(slice(10, 12)).data.tobytes()
+        assert saved.entries.keys() == {b"first"}
+        parts = parts_of(b"table", copy)
+        gone = [part for part in parts if part.key not in saved.ranges[b"table"]]
+        assert {row for part in gone for row in range(part.extent[0][0], sum(part.extent[0]))} >= {10, 11}
+        assert len(gone) <= 2
+        for part in set(parts) - set(gone):
+            entry = saved.ranges[b"table"][part.key]
+            assert (entry.offset, entry.size) == ((1 << 30) + part.start, part.end - part.start)
+            assert entry.checksum == checksum_of(copy.data[part.start : part.end])
+
+    def test_fewer_are_known_after_each_change(self) -> None:
+        """Also after one that changes a row back."""
+        memory, saved = filled(table=self.TABLE)
+
+        memory.take(b"table", self.changed(slice(0, 1)))
+        first = set(saved.ranges[b"table"])
+        memory.take(b"table", self.changed(slice(1000, 1001)))
+        second = set(saved.ranges[b"table"])
+
+        assert second < first < {part.key for part in parts_of(b"table", value(self.TABLE))}
+
+    @pytest.mark.parametrize("rows", [slice(None), slice(0, 3000), slice(0, None, 8)], ids=str)
+    def test_one_of_which_much_changes_is_forgotten(self, rows) -> None:
+        """Also the ranges of it that were known."""
+        memory, saved = filled(table=self.TABLE)
+        memory.take(b"table", self.changed(slice(0, 1)))
+        assert saved.ranges
+
+        memory.take(b"table", self.changed(rows))
+
+        assert not saved.entries
+        assert not saved.ranges
+
+
+def test_a_model_has_one_arena_while_somebody_uses_it() -> None:
+    """The callbacks of a training share it; later ones get another."""
+
+    class Model:
+        pass
+
+    model, other = Model(), Model()
+    first = arena_of(model)
+    assert arena_of(model) is first
+    assert arena_of(other) is not first
+    first.make_room({b"a": 4})
+    first.take(b"a", value(np.ones(1)))
+
+    del first
+
+    assert not arena_of(model).saved
