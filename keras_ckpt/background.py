@@ -53,7 +53,7 @@ class Job(Generic[Result]):
 
 def is_full(moment: Hashable, size: int) -> bool:
     """Whether one more job would hold too much beside those of other moments that are yet to be done."""
-    others = {job.moment: job.size for job in _jobs if job.moment != moment and not job.done()}
+    others = {job.moment: job.size for job in _jobs if job.size and job.moment != moment and not job.done()}
     return bool(others) and sum(others.values()) + size > LITTLE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -75,7 +76,7 @@ class Session:
         self.missed = 0
         self._on_background = on_background
         self._saves: collections.deque[_Save] = collections.deque()
-        self._skipped = False
+        self._skipped = self._ready = False
         self._on_full_disk = on_full_disk
         self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
         self._state = state.ModelState(callback.model, weights_only)
@@ -93,6 +94,8 @@ class Session:
 
     def batch_end(self, batch: int) -> str | None:
         """Counts what ran, and says what made a save due if one is."""
+        if not self._ready:
+            self._make_ready()
         before = self.progress.position.step
         return self._schedule.after_batches(before, self.progress.batch_end(batch).step)
 
@@ -207,6 +210,12 @@ class Session:
             self.settle(wait=True)
         finally:
             self._writer.close()
+
+    def _make_ready(self) -> None:
+        """Gets the memory for copies before there is something to copy; of a model that has its optimizer's slots."""
+        self._ready = True
+        make_room = functools.partial(self._arena.make_room, self._state.sizes())
+        self._saves.append(_Save(background.Job(make_room, self._moment(), 0), lambda outcome: None))
 
     def _moment(self) -> tuple[str, int]:
         return self.progress.position.run_id, self.progress.position.step

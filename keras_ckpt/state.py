@@ -76,8 +76,12 @@ class ModelState(tf.train.Checkpoint):
 
     @property
     def size(self) -> int:
-        """The bytes of the last snapshot; 0 before the first."""
-        return self._plan.size if self._plan else 0
+        """The bytes of the variables, when they were looked at last; 0 before the first time."""
+        return sum(self._plan.sizes.values()) if self._plan else 0
+
+    def sizes(self) -> Mapping[bytes, int]:
+        """The bytes of each variable, by its key in a snapshot."""
+        return self._current_plan().sizes
 
     def write(self, file_prefix: str | os.PathLike[str], options: Any = None) -> str:
         """Writes the files of a checkpoint, durably, where there are none of that prefix.
@@ -97,11 +101,14 @@ class ModelState(tf.train.Checkpoint):
         Args:
             others: More to write, by key; values that TensorFlow has a tensor for.
         """
-        plan = self._plan
-        if plan is None or not plan.holds(self.model):
-            plan = self._plan = self._new_plan()
+        plan = self._current_plan()
         variables = {key: value_of(variable) for key, variable in plan.variables.items()}
         return Snapshot(variables, others, plan.constants)
+
+    def _current_plan(self) -> _Plan:
+        if self._plan is None or not self._plan.holds(self.model):
+            self._plan = self._new_plan()
+        return self._plan
 
     def _new_plan(self) -> _Plan:
         kept = list(optimizers(self.model).values())
@@ -111,8 +118,8 @@ class ModelState(tf.train.Checkpoint):
         graph = _object_graph(self, {id(variable): key for key, variable in variables.items()})
         texts = {GRAPH_KEY: graph.SerializeToString(), NAMES_KEY: b"1"}
         constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
-        size = sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in variables.values())
-        return _Plan(variables, constants, size, kept, made_of, list(map(id, made_of)))
+        sizes = {key.encode(): math.prod(each.shape) * tf.as_dtype(each.dtype).size for key, each in variables.items()}
+        return _Plan(variables, constants, sizes, kept, made_of, list(map(id, made_of)))
 
 
 class _Plan(NamedTuple):
@@ -121,7 +128,7 @@ class _Plan(NamedTuple):
     Attributes:
         variables: By their keys.
         constants: The object graph, and the mark of these names, as they are written.
-        size: The bytes of the variables.
+        sizes: The bytes of the variables, by their keys.
         optimizers: The model's.
         made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
         identities: Theirs.
@@ -129,7 +136,7 @@ class _Plan(NamedTuple):
 
     variables: Mapping[str, Any]
     constants: Mapping[bytes, Value]
-    size: int
+    sizes: Mapping[bytes, int]
     optimizers: Sequence[Any]
     made_of: Sequence[Any]
     identities: Sequence[int]
