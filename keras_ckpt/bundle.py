@@ -5,8 +5,7 @@ Python can catch: a negative dimension, a text of 2^62 bytes. So each index is r
 
 An index is a sorted table as LevelDB writes it, of small Protocol Buffers messages: under the empty key a
 `BundleHeaderProto`, under the name of each variable a `BundleEntryProto`, which says where its bytes are in the data
-files. TensorFlow checks the checksums: those of the index's blocks while it opens a checkpoint, a variable's when it
-is read.
+files, and their checksum.
 
 What is inside of a variant, such as the state of a dataset's iterator, is not checked, and TensorFlow does crash on
 some. Nothing but `tf.train.Checkpoint` reads them, and only into an iterator: do not restore one from somebody whom
@@ -21,6 +20,8 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
+
+import google_crc32c
 
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.files import Folder
@@ -61,7 +62,8 @@ _Fields = dict[int, list[int | bytes | _Fixed]]
 
 
 Slice = tuple[tuple[int, int], ...]
-"""A part of a variable: its start and its length in each dimension."""
+"""A part of a variable: its start and its length in each dimension, or `WHOLE` where it is as long as the variable."""
+WHOLE = (0, -1)
 
 
 class Entry(NamedTuple):
@@ -177,6 +179,9 @@ def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
         raise DamagedCheckpointError(f"has a block of {size} bytes at {offset}, which is not within it")
     if index[end]:
         raise DamagedCheckpointError("has a compressed block, which TensorFlow does not write")
+    checksum = int.from_bytes(index[end + 1 : end + _BLOCK_TRAILER], "little")
+    if checksum != masked(google_crc32c.value(index[offset : end + 1])):
+        raise DamagedCheckpointError(f"has a block of {size} bytes at {offset} with a bad checksum")
     count = int.from_bytes(index[end - 4 : end], "little")
     limit = end - 4 - 4 * count
     if limit < offset:
@@ -227,7 +232,7 @@ def _entry(message: bytes) -> Entry:
         raise DamagedCheckpointError(f"has {size} bytes at {offset}")
     elements = math.prod(shape)
     if slices:
-        covered = sum(math.prod(length for _, length in each) for each in slices)
+        covered = sum(math.prod(lengths(each, shape)) for each in slices)
         if covered != elements or offset or size or len(set(slices)) < len(slices):
             raise DamagedCheckpointError(f"has parts of {covered} elements in all, its shape is {shape}")
     elif dtype in _ITEM_SIZES and elements * _ITEM_SIZES[dtype] != size:
@@ -250,17 +255,22 @@ def _shape(message: bytes) -> tuple[int, ...]:
 
 def _slice(message: bytes, shape: Sequence[int]) -> Slice:
     extents = [_fields(each) for each in _messages(_fields(message), 1)]
-    part = tuple((_number(each, 1), _number(each, 2)) for each in extents)
+    part = tuple((_number(each, 1), _number(each, 2) if 2 in each else -1) for each in extents)
     if (
         not part
         or len(part) != len(shape)
         or any(
-            start < 0 or length < 1 or start + length > dimension
-            for (start, length), dimension in zip(part, shape, strict=True)
+            extent != WHOLE and (extent[0] < 0 or extent[1] < 1 or sum(extent) > dimension)
+            for extent, dimension in zip(part, shape, strict=True)
         )
     ):
         raise DamagedCheckpointError(f"has a part that is not within its shape {shape}: {part!r:.100}")
     return part
+
+
+def lengths(part: Slice, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a part of a variable."""
+    return tuple(dimension if extent == WHOLE else extent[1] for extent, dimension in zip(part, shape, strict=True))
 
 
 def _check_places(entries: Mapping[bytes, Entry], sizes: Mapping[int, int]) -> None:
@@ -320,15 +330,20 @@ def _variables(entries: Mapping[bytes, Entry]) -> set[str]:
     for key, entry in entries.items():
         for each in entry.slices:
             part = slice_key(key, each)
-            lengths = tuple(length for _, length in each)
             found = entries.get(part)
-            if found is None or (found.dtype, found.shape, found.slices) != (entry.dtype, lengths, ()):
+            kind = (entry.dtype, lengths(each, entry.shape), ())
+            if found is None or (found.dtype, found.shape, found.slices) != kind:
                 raise _refusal(key, f"has a part that has no entry of its type and its shape: {each}")
             parts.add(part)
     try:
         return {key.decode() for key in entries if key not in parts}
     except UnicodeDecodeError as error:
         raise DamagedCheckpointError(f"its index has a name that is no text: {error.object!r:.200}") from error
+
+
+def masked(checksum: int) -> int:
+    """A checksum as it is stored, so that one of bytes with a checksum in them is not that of other bytes."""
+    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def slice_key(key: bytes, part: Sequence[tuple[int, int]]) -> bytes:
@@ -339,7 +354,9 @@ def slice_key(key: bytes, part: Sequence[tuple[int, int]]) -> bytes:
 
 
 def _ordered(number: int) -> bytes:
-    """A number as so many leading ones as it has bytes, a zero, and its bits."""
+    """A number as so many leading ones as it has bytes, a zero, and its bits; below zero all bits the other way."""
+    if number < 0:
+        return bytes(byte ^ 255 for byte in _ordered(~number))
     length = number.bit_length() // 7 + 1
     return (((1 << length) - 1) << (7 * length) | number).to_bytes(length, "big")
 

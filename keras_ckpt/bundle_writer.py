@@ -16,7 +16,7 @@ import google_crc32c
 import msgspec
 import numpy as np
 
-from keras_ckpt.bundle import Entry, Slice
+from keras_ckpt.bundle import Entry, Slice, masked
 from keras_ckpt.files import PORTION, Folder, NewFile
 from keras_ckpt.record import CheckpointFile
 
@@ -75,11 +75,11 @@ def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
     """Strings: first all lengths, then a checksum of these, then the strings."""
     lengths = b"".join(struct.pack("<I" if len(text) < 1 << 32 else "<Q", len(text)) for text in texts)
     # The checksums are of the lengths as numbers of a fixed size, in whose place the file has shorter ones.
-    sealed = struct.pack("<I", _masked(google_crc32c.value(lengths)))
+    sealed = struct.pack("<I", masked(google_crc32c.value(lengths)))
     content = b"".join(texts)
     data = b"".join([*(_varint(len(text)) for text in texts), sealed, content])
     checksum = google_crc32c.extend(google_crc32c.value(lengths + sealed), content)
-    return Value(STRING, shape, np.frombuffer(data, np.uint8), _masked(checksum))
+    return Value(STRING, shape, np.frombuffer(data, np.uint8), masked(checksum))
 
 
 def checksum_of(data: np.ndarray) -> int:
@@ -87,7 +87,7 @@ def checksum_of(data: np.ndarray) -> int:
     checksum = 0
     for piece in _pieces(data):
         checksum = google_crc32c.extend(checksum, piece)
-    return _masked(checksum)
+    return masked(checksum)
 
 
 def write_bundle(
@@ -188,7 +188,7 @@ def _write_run(file: NewFile, run: _Run, shard: int) -> dict[bytes, Entry]:
                 file.write_pages(memory[written : written + ready])
                 written += ready
         offset = base + begin - first
-        entries[key] = Entry(value.dtype, value.shape, shard, offset, len(value.data), _masked(checksum), ())
+        entries[key] = Entry(value.dtype, value.shape, shard, offset, len(value.data), masked(checksum), ())
     if written < end:
         file.write_pages(memory[written:end])
     return entries
@@ -258,7 +258,7 @@ def _appended(file: bytearray, block: bytes) -> bytes:
     """Appends a block with its checksum; its offset and its size as the index has them."""
     place = _varint(len(file)) + _varint(len(block))
     sealed = block + b"\0"
-    file += sealed + struct.pack("<I", _masked(google_crc32c.value(sealed)))
+    file += sealed + struct.pack("<I", masked(google_crc32c.value(sealed)))
     return place
 
 
@@ -283,8 +283,3 @@ def _varint(number: int) -> bytes:
 
 
 _LITTLE = [bytes([number]) for number in range(128)]
-
-
-def _masked(checksum: int) -> int:
-    """A checksum as it is stored, so that one of bytes with a checksum in them is not that of other bytes."""
-    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import msgspec
@@ -34,7 +34,9 @@ from keras_ckpt.errors import DirectoryInUseError
 PRIVATE = ".keras_ckpt"
 _CHUNK, _LOOK = 1 << 20, 1 << 12
 PORTION, _PORTIONS = 4 << 20, 3
-"""So many bytes are written at once, and so many portions of them wait to be written."""
+"""So many bytes are read or written at once, and so many portions of them are under way."""
+_PIECES = 1000
+"""So many pieces of memory may be read into at once; the kernel's limit is a little more."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -181,7 +183,7 @@ class Folder:
         descriptor, _ = self._open_regular(name)
         try:
             hasher, size, buffer = blake3(), 0, memoryview(bytearray(_CHUNK))
-            while count := _read_into(descriptor, buffer, name):
+            while count := _read_into(descriptor, [buffer], size, name):
                 hasher.update(buffer[:count])
                 size += count
                 if advance is not None:
@@ -189,6 +191,37 @@ class Folder:
             return size, f"blake3:{hasher.hexdigest()}"
         finally:
             os.close(descriptor)
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[OpenFile]:
+        """A file to read."""
+        descriptor, size = self._open_regular(name)
+        try:
+            yield OpenFile(descriptor, size, name)
+        finally:
+            os.close(descriptor)
+
+    def scatter(
+        self, name: str, parts: Sequence[tuple[int, memoryview]], threads: concurrent.futures.Executor
+    ) -> tuple[int, str]:
+        """Reads all of a file, and parts of it into the memory that is given for them.
+
+        Args:
+            name: The file.
+            parts: Where parts begin, each with its memory; one after another.
+            threads: What reads.
+
+        Returns:
+            What `digest` does.
+        """
+        with self.reading(name) as file:
+            # Of short pieces a digest is faster by one thread.
+            several = file.size > len(parts) * _CHUNK
+            hasher = blake3(max_threads=blake3.AUTO if several else 1)
+            for memory in file.in_portions(parts, threads):
+                for piece in memory:
+                    hasher.update(piece)
+            return file.size, f"blake3:{hasher.hexdigest()}"
 
     def create(self, name: str, data: bytes) -> None:
         """Writes a new file and makes its bytes durable; a file of that name is an error."""
@@ -389,6 +422,82 @@ class Folder:
         return descriptor, status.st_size
 
 
+class OpenFile:
+    """A file that is being read.
+
+    Attributes:
+        size: Its bytes.
+    """
+
+    def __init__(self, descriptor: int, size: int, name: str) -> None:
+        self.size = size
+        self._descriptor = descriptor
+        self._name = name
+
+    def read_into(self, memory: Sequence[memoryview], offset: int) -> None:
+        """Reads bytes from an offset on, one piece of memory after another, until all are full."""
+        left = list(memory)
+        while left:
+            count = _read_into(self._descriptor, left[:_PIECES], offset, self._name)
+            if not count:
+                raise OSError(errno.EIO, f"it ends at {offset}, where more was to be read", self._name)
+            offset += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
+
+    def in_portions(
+        self, parts: Sequence[tuple[int, memoryview]], threads: concurrent.futures.Executor
+    ) -> Iterator[Sequence[memoryview]]:
+        """Reads all of it, some portions ahead; the memory of each portion, in the order of the file."""
+        under_way: collections.deque[tuple[concurrent.futures.Future[None], Sequence[memoryview]]]
+        under_way = collections.deque()
+        try:
+            for offset, portion in _portions(self.size, parts):
+                under_way.append((threads.submit(self.read_into, portion, offset), portion))
+                if len(under_way) > _PORTIONS:
+                    reading, memory = under_way.popleft()
+                    reading.result()
+                    yield memory
+            for reading, memory in under_way:
+                reading.result()
+                yield memory
+        finally:
+            # The descriptor is not another file's before that.
+            concurrent.futures.wait([reading for reading, _ in under_way])
+
+
+def _portions(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, Sequence[memoryview]]]:
+    """All of a file in portions: where each begins, and memory for it, which is nobody's between the parts."""
+    begin = filled = 0
+    memory: list[memoryview] = []
+    for piece in _cut(size, parts):
+        if memory and (filled + len(piece) > PORTION or len(memory) == _PIECES):
+            yield begin, memory
+            begin, filled, memory = begin + filled, 0, []
+        memory.append(piece)
+        filled += len(piece)
+    if memory:
+        yield begin, memory
+
+
+def _cut(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[memoryview]:
+    """Memory for all of a file, in pieces of a portion at most."""
+    # Used again when what was there is digested: by then no more portions than these are under way.
+    scratch, used = memoryview(bytearray((_PORTIONS + 4) * PORTION)), 0
+    at = 0
+    for begin, part in [*parts, (size, memoryview(b""))]:
+        for start in range(at, begin, PORTION):
+            gap = min(PORTION, begin - start)
+            used = used if used + gap <= len(scratch) else 0
+            yield scratch[used : used + gap]
+            used += gap
+        for start in range(0, len(part), PORTION):
+            yield part[start : start + PORTION]
+        at = begin + len(part)
+
+
 class NewFile:
     """A file that is being written: while one part of it is digested another is on its way to the disk.
 
@@ -486,9 +595,9 @@ def _set_direct(descriptor: int, direct: bool) -> None:
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ _DIRECT)
 
 
-def _read_into(descriptor: int, buffer: memoryview, name: str) -> int:
+def _read_into(descriptor: int, memory: Sequence[memoryview], offset: int, name: str) -> int:
     try:
-        return os.readv(descriptor, [buffer])
+        return os.preadv(descriptor, memory, offset)
     except OSError as error:
         error.filename = name
         raise

@@ -15,7 +15,7 @@ import msgspec
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
 from keras_ckpt.files import PRIVATE, Folder, Stamp
-from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
 _NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What a process has run out of says nothing of a file."""
@@ -206,7 +206,7 @@ def read_record(folder: Folder, name: str, pin: str | None = None) -> Checkpoint
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _unreadable(error) from error
+        raise unreadable(error) from error
     return sidecars.decode(data, name, folder.path, pin)
 
 
@@ -247,18 +247,32 @@ def check_files(
         except OSError as error:
             if error.filename != file.name:
                 raise  # of whoever was told of the progress
-            raise _unreadable(error) from error
-        if size != file.size:
-            raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
-        if digest not in (None, file.digest.lower()):
-            raise DamagedCheckpointError(f"{file.name} was changed after it was written: its digest does not match")
+            raise unreadable(error) from error
+        refuse_changed(file, size, digest)
+
+
+def refuse_changed(file: CheckpointFile, size: int, digest: str | None) -> None:
+    """Refuses a file that is not what was written.
+
+    Args:
+        file: What was.
+        size: The bytes that it has.
+        digest: Of these, `None` if the size has to do.
+
+    Raises:
+        DamagedCheckpointError: It is another.
+    """
+    if size != file.size:
+        raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
+    if digest not in (None, file.digest.lower()):
+        raise DamagedCheckpointError(f"{file.name} was changed after it was written: its digest does not match")
 
 
 def _judged(folder: Folder, record: CheckpointRecord, error: Exception) -> Exception:
     """Tells a checkpoint that is damaged from one that was removed or saved anew since its sidecar was read."""
     if not _is_current(folder, record):
         return FileNotFoundError(errno.ENOENT, "it was removed or saved anew", record.name)
-    return _unreadable(error) if isinstance(error, OSError) else error
+    return unreadable(error) if isinstance(error, OSError) else error
 
 
 def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
@@ -337,7 +351,8 @@ def _read_pin(folder: Folder, name: str, present: set[str]) -> str | None:
         return ""
 
 
-def _unreadable(error: OSError) -> Exception:
+def unreadable(error: OSError) -> Exception:
+    """What an error while a file is read is: damage, unless the process has run out of something."""
     if error.errno in _NOTHING_LEFT:
         return error
     return DamagedCheckpointError(f"it cannot be read: {error}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_ckpt import background, commit, state
@@ -22,9 +23,9 @@ from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.document import decode
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError, MismatchError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import check_files, held, read_record, unmanaged
+from keras_ckpt.listing import check_files, held, read_record, unmanaged, unreadable
 from keras_ckpt.position import Position, set_position
-from keras_ckpt.record import CheckpointRecord, step_in
+from keras_ckpt.record import CheckpointFile, CheckpointRecord, step_in
 from keras_ckpt.source import Source
 
 _LINES = 12
@@ -159,9 +160,11 @@ def _restore_first(
     """Restores the first of the checkpoints that is not damaged."""
     for name, older in itertools.zip_longest(names, names[1:]):
         try:
-            with Folder(directory) as folder, opened(folder, name, expected, check_digests) as (record, files):
+            # The digests are compared while the values are read.
+            with Folder(directory) as folder, opened(folder, name, expected, check_digests=False) as (record, files):
                 others = read(files, name)
-                return _put_back(model, files, name, record, strict), others
+                digested = record.files if record and check_digests else ()
+                return _put_back(model, files, name, record, strict, digested), others
         except (DamagedCheckpointError, FormatVersionError) as error:
             message = f"{os.path.join(directory, name)} cannot be trusted: {error}"
             if older is None or isinstance(error, FormatVersionError):
@@ -171,7 +174,7 @@ def _restore_first(
 
 
 def _document(files: Folder, name: str) -> Any:
-    try:
+    with _damage():
         read_index(files, name)
         reader = tf.train.load_checkpoint(files.tensorflow_path(name))
         if not reader.has_tensor(state.TRAINING_KEY):
@@ -180,8 +183,6 @@ def _document(files: Folder, name: str) -> Any:
         keys = [key for key in reader.get_variable_to_shape_map() if key.startswith(prefix)]
         arrays = {int(key.removeprefix(prefix)): reader.get_tensor(key) for key in keys}
         return decode(reader.get_tensor(state.TRAINING_KEY).decode(), arrays)
-    except Exception as error:
-        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
 
 
 def _locate(checkpoint: object) -> tuple[str, list[str]]:
@@ -261,13 +262,16 @@ def opened(
 
 
 def _put_back(
-    model: keras.Model, files: Folder, name: str, record: CheckpointRecord | None, strict: bool
+    model: keras.Model,
+    files: Folder,
+    name: str,
+    record: CheckpointRecord | None,
+    strict: bool,
+    digested: Sequence[CheckpointFile],
 ) -> RestoreReport:
     prefix = os.path.join(files.path, name)
-    try:
-        source = Source(files, name, model)
-    except Exception as error:
-        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
+    with _damage():
+        source = Source(files, name, model, digested)
     wanted = state.names(model)
     report = _compare(wanted, source, prefix, record, None if strict else state.automatic_stems(model))
     differences = _differences(report, source)
@@ -278,28 +282,51 @@ def _put_back(
             + "\nBuild and compile the model as it was when the checkpoint was saved, or restore what matches with "
             "strict=False."
         )
-    try:
+    with _damage():
         values = source.read(report.matched)
-    except Exception as error:
-        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
     if spoiled := [each for each, value in values.items() if each.startswith("model/") and not is_finite(value)]:
         # Before anything changes, so that who makes warnings errors keeps the model as it is.
         warnings.warn(f"{prefix} has NaN or infinity in {', '.join(_shortened(spoiled))}", stacklevel=4)
     for each, value in values.items():
-        state.value_of(wanted[each]).assign(value, read_value=False)
+        _assign(state.value_of(wanted[each]), value)
     # Without its optimizer a model does not continue the run, whatever it is trained with later.
     continues = record is not None and record.run_id and model.compiled and not differences
     set_position(model, _position(record) if record and continues else None)
     return report
 
 
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Whatever cannot be read is damaged, unless the process has run out of something."""
+    try:
+        yield
+    except DamagedCheckpointError:
+        raise
+    except OSError as error:
+        raise unreadable(error) from error
+    except Exception as error:
+        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
+
+
+def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Gives a variable the memory of a value."""
+    if isinstance(variable, tf.distribute.DistributedValues):
+        variable.assign(value, read_value=False)
+    else:
+        tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+
 def is_finite(value: tf.Tensor) -> bool:
     """Whether there is neither NaN nor infinity in a tensor."""
     if not value.dtype.is_floating:
         return True
+    if value.dtype in (tf.float32, tf.float64):
+        # The cheapest pass over the values; a sum that overflows proves nothing.
+        array = np.asarray(value).reshape(-1)
+        if np.isfinite(np.dot(array, array)):
+            return True
     if value.dtype.size == 1:
         value = tf.cast(value, tf.float32)  # TensorFlow has no arithmetic for float8
-    # A sum is the cheapest pass over the values; one that overflows proves nothing.
     return bool(tf.math.is_finite(tf.reduce_sum(value))) or bool(tf.reduce_all(tf.math.is_finite(value)))
 
 

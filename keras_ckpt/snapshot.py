@@ -105,11 +105,15 @@ def _read_together(variables: Sequence[tf.Variable]) -> Sequence[tf.Tensor]:
 
 
 def _value(tensor: tf.Tensor) -> Value:
-    # No copy, where the tensor is in the memory of the processor.
-    try:
-        array = np.asarray(tensor)
-    except ValueError:  # NumPy has no scalars of types that are not its own
-        array = np.asarray(tf.reshape(tensor, [1])).reshape([])
+    array = array_of(tensor)
     if array.dtype == object:
         return string_value(array.reshape(-1).tolist(), array.shape)
     return number_value(tensor.dtype.as_datatype_enum, array)
+
+
+def array_of(tensor: tf.Tensor) -> np.ndarray:
+    """The memory of a tensor; a copy of it, where that is not the memory of the processor."""
+    try:
+        return np.asarray(tensor)
+    except ValueError:  # NumPy has no scalars of types that are not its own
+        return np.asarray(tf.reshape(tensor, [1])).reshape([])

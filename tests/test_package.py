@@ -28,9 +28,9 @@ PURE = [
 # Each layer imports from those to its left only.
 ORDER = [
     "errors", "files", "bundle", "record", "policies", "listing", "tables", "commit", "background", "directory", "cli",
-    "writer", "schedule", "monitor", "document", "bundle_writer", "arena", "snapshot", "sharing", "state",
-    "position", "source", "restoring", "session", "manager", "model_checkpoint", "data", "seeds", "callback_states",
-    "epoch_rest", "signals", "training", "backup_and_restore", "demo",
+    "writer", "schedule", "monitor", "document", "bundle_writer", "arena", "snapshot", "bundle_reader", "sharing",
+    "state", "position", "source", "restoring", "session", "manager", "model_checkpoint", "data", "seeds",
+    "callback_states", "epoch_rest", "signals", "training", "backup_and_restore", "demo",
 ]  # fmt: skip
 
 

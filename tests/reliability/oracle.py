@@ -103,8 +103,8 @@ def verify(
         counts.update(_found("lost", f"not {after} and {saved} by {job.keep}, but {list(writer.directory)}"))
     if saved and newest_for_tensorflow(job.path) != saved.name:
         counts.update(_found("invalid", "the state file"))
+    writer.close()  # which takes its stage away
     counts.update(_leftovers(job.path))
-    writer.close()
     return counts
 
 

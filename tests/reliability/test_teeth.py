@@ -71,8 +71,8 @@ MUTANTS = {
     ),
     "no roll forward": Mutant(
         "commit",
-        "                    _roll_forward(folder, stage)\n",
-        "                    pass\n",
+        "                        _roll_forward(folder, stage, sidecar)\n",
+        "                        pass\n",
         f"{STATES}[in order-a step saved again]",
     ),
     "a roll forward of whatever there is": Mutant(
@@ -126,8 +126,8 @@ MUTANTS = {
     ),
     "digests that are not compared": Mutant(
         "listing",
-        "        if digest not in (None, file.digest.lower()):",
-        "        if not digest and digests:",
+        "    if digest not in (None, file.digest.lower()):",
+        "    if not digest and file.digest:",
         "test_directory.py::test_verify_tells_the_whole_from_the_damaged",
     ),
     "a pruning that trusts sizes": Mutant(

@@ -1,0 +1,189 @@
+"""What is read of a checkpoint is what TensorFlow reads, and nothing that was changed after it was written."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_ckpt import bundle_reader
+from keras_ckpt.bundle import read_index
+from keras_ckpt.bundle_reader import read_values
+from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.files import PORTION, Folder
+from keras_ckpt.record import CheckpointFile
+from tests.test_bundle_writer import NUMBERS, content, native, write, write_pages
+
+RNG = np.random.default_rng(0)
+SIZES = (0, 1, 100, 1 << 20, PORTION - 1, PORTION, 2 * PORTION + 3, 17)
+
+
+@pytest.fixture
+def tensors() -> dict[str, tf.Tensor]:
+    """Values of many sizes, with strings among them."""
+    found = {f"{number}": tf.constant(RNG.integers(0, 256, size, np.uint8)) for number, size in enumerate(SIZES)}
+    return {"first": tf.constant(["some", "words"]), **found, "scalar": tf.constant(2.5, tf.bfloat16)}
+
+
+def read(path: pathlib.Path, names: list[str], digested: list[str] = (), name: str = "ckpt-1") -> dict[str, tf.Tensor]:
+    """Reads values, and compares the digests of some files with what they are at this moment."""
+    with Folder(path) as folder:
+        files = [CheckpointFile(file, *folder.digest(file)) for file in digested]
+        found = read_values(folder, name, read_index(folder, name), [each.encode() for each in names], files)
+    return {key.decode(): tensor for key, tensor in found.items()}
+
+
+def same(found: dict[str, tf.Tensor], expected: dict[str, tf.Tensor]) -> bool:
+    kinds = {name: (tensor.dtype, tensor.shape, content(tensor)) for name, tensor in found.items()}
+    return kinds == {name: (tensor.dtype, tensor.shape, content(tensor)) for name, tensor in expected.items()}
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0, 3), (3, 4, 5)], ids=str)
+def test_what_tensorflow_writes_is_read_as_it_was(tmp_path, dtype, shape) -> None:
+    """Bit for bit, of every type; types of which TensorFlow gives no memory are read by itself."""
+    raw = RNG.integers(0, 2 if dtype == tf.bool else 8, int(np.prod(shape)), np.uint8)
+    between = tf.int8 if dtype.name.endswith("int4") else tf.float32
+    tensors = {"x": tf.cast(tf.cast(tf.reshape(tf.constant(raw), shape), between), dtype)}
+    native(tmp_path, tensors)
+
+    assert same(read(tmp_path, ["x"], name="native-1"), tensors)
+
+
+@pytest.mark.parametrize("writes", [write, write_pages])
+@pytest.mark.parametrize("checked", ["by digests", "by checksums"])
+def test_values_of_all_sizes_are_read(tmp_path, tensors, writes, checked) -> None:
+    """Together, in any order, and some of them."""
+    data, _ = writes(tmp_path, tensors)
+    digested = [data] if checked == "by digests" else []
+
+    assert same(read(tmp_path, list(tensors), digested), tensors)
+    assert same(read(tmp_path, list(reversed(tensors)), digested), tensors)
+    assert same(read(tmp_path, ["3", "first"], digested), {name: tensors[name] for name in ("3", "first")})
+    assert read(tmp_path, [], digested) == {}
+
+
+def test_many_little_values_are_read(tmp_path) -> None:
+    """More than the kernel reads in one call."""
+    tensors = {f"{number}": tf.constant(number) for number in range(3000)}
+    data, _ = write(tmp_path, tensors)
+
+    for digested in ([data], []):
+        assert same(read(tmp_path, list(tensors), digested), tensors)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("rest", ["-", "0,6"])
+def test_values_in_parts_are_read_whole(tmp_path, axis, rest) -> None:
+    """Ranges of rows are put into their places, other parts are left to TensorFlow."""
+    whole = RNG.random((6, 6), np.float32)
+    places = ["0,2", "2,4"]
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "ckpt-1"),
+        tensor_names=["x", "x"],
+        shape_and_slices=[f"6 6 {place}:{rest}" if axis == 0 else f"6 6 {rest}:{place}" for place in places],
+        tensors=np.split(whole, [2], axis),
+    )
+
+    assert same(read(tmp_path, ["x"]), {"x": tf.constant(whole)})
+
+
+def test_the_memory_is_of_the_tensor_alone(tmp_path) -> None:
+    """A variable that gets it is changed in place, and nothing else changes with it."""
+    write(tmp_path, {"x": tf.ones(1000)})
+    first, second = (read(tmp_path, ["x"])["x"] for _ in range(2))
+    variable, other = tf.Variable(tf.zeros(1000)), tf.Variable(tf.zeros(1000))
+    for each, tensor in ((variable, first), (other, second)):
+        tf.raw_ops.AssignVariableOp(resource=each.handle, value=tensor)
+
+    variable.assign_add(tf.ones(1000))
+
+    assert set(variable.numpy()) == {2}
+    assert set(first.numpy()) == set(second.numpy()) == set(other.numpy()) == {1}
+
+
+class TestDamage:
+    """Whatever is changed in the data is found before a value is given out."""
+
+    @pytest.mark.parametrize("place", range(0, sum(SIZES), PORTION // 3))
+    @pytest.mark.parametrize("checked", ["by digests", "by checksums"])
+    def test_a_changed_bit(self, tmp_path, tensors, place, checked) -> None:
+        """Wherever it is."""
+        del tensors["first"]
+        data, _ = write(tmp_path, tensors)
+        with Folder(tmp_path) as folder:
+            index = read_index(folder, "ckpt-1")
+            digested = [CheckpointFile(data, *folder.digest(data))] if checked == "by digests" else []
+        with open(tmp_path / data, "r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0] ^ 16
+            file.seek(place)
+            file.write(bytes([byte]))
+
+        with Folder(tmp_path) as folder, pytest.raises(DamagedCheckpointError, match="was changed after it was"):
+            read_values(folder, "ckpt-1", index, [name.encode() for name in tensors], digested)
+
+    def test_what_lies_between_the_values(self, tmp_path) -> None:
+        """The digest is of all bytes, also of those that nobody reads."""
+        data, _ = write_pages(tmp_path, {"a": tf.zeros(PORTION + 5, tf.uint8), "b": tf.zeros(PORTION, tf.uint8)})
+        with Folder(tmp_path) as folder:
+            index, file = read_index(folder, "ckpt-1"), CheckpointFile(data, *folder.digest(data))
+        whole = bytearray((tmp_path / data).read_bytes())
+        whole[PORTION + 100] = 1
+        (tmp_path / data).write_bytes(whole)
+
+        assert read(tmp_path, ["a", "b"])
+        with Folder(tmp_path) as folder, pytest.raises(DamagedCheckpointError, match="its digest does not match"):
+            read_values(folder, "ckpt-1", index, [b"a"], [file])
+
+    @pytest.mark.parametrize("checked", ["by digests", "by checksums"])
+    def test_a_file_that_was_cut_since_its_index_was_read(self, tmp_path, tensors, checked) -> None:
+        """The error says so; no thread and no descriptor is left."""
+        data, _ = write(tmp_path, tensors)
+        with Folder(tmp_path) as folder:
+            index = read_index(folder, "ckpt-1")
+            digested = [CheckpointFile(data, *folder.digest(data))] if checked == "by digests" else []
+        os.truncate(tmp_path / data, PORTION)
+        opened, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+
+        with (
+            Folder(tmp_path) as folder,
+            pytest.raises((DamagedCheckpointError, OSError), match=r"bytes, .*|it ends at"),
+        ):
+            read_values(folder, "ckpt-1", index, [name.encode() for name in tensors], digested)
+
+        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (opened, threads)
+
+
+def test_reads_that_are_cut_short_go_on(tmp_path, monkeypatch, tensors) -> None:
+    """As a signal may cut one."""
+    data, _ = write(tmp_path, tensors)
+
+    class Cuts:
+        def __getattr__(self, name: str):
+            return getattr(os, name)
+
+        def preadv(self, descriptor: int, memory: list[memoryview], offset: int) -> int:
+            return os.preadv(descriptor, [memory[0][: max(1, len(memory[0]) * 2 // 3)]], offset)
+
+    monkeypatch.setattr("keras_ckpt.files.os", Cuts())
+
+    for digested in ([data], []):
+        assert same(read(tmp_path, list(tensors), digested), tensors)
+
+
+def test_the_work_is_shared_among_the_threads(monkeypatch) -> None:
+    """By bytes; one thread is enough for little."""
+    monkeypatch.setattr(bundle_reader, "_THREADS", 3)
+
+    def groups(*sizes: int) -> list[int]:
+        targets = [bundle_reader._Target(b"", "file", 0, memoryview(bytes(size)), 0) for size in sizes]
+        return sorted(sum(len(each.memory) for each in group) for group in bundle_reader._of_equal_size(targets))
+
+    assert groups(10, 20, 30) == [60]
+    assert groups(9 << 20) == [9 << 20]
+    assert groups(9 << 20, 5 << 20, 4 << 20, 2 << 20) == [5 << 20, 6 << 20, 9 << 20]
