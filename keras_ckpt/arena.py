@@ -25,7 +25,7 @@ _TABLE = 4 << 20
 """Values of so many bytes may be cut into ranges of rows."""
 _RANGE, _RANGES = 4096, 4096
 """The least bytes of a range, and the most ranges."""
-_SAMPLES, _SAMPLE = 64, 64
+_SAMPLES, _SAMPLE = 16, 64
 """How many looks tell whether a table is mostly as before, and the bytes of each."""
 
 _compare = ctypes.CDLL(None).memcmp

@@ -10,11 +10,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 import tensorflow as tf
 
 from keras_ckpt.bundle import Entry, Index, masked, slice_key
+from keras_ckpt.bundle_writer import extended
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.files import Folder
 from keras_ckpt.listing import refuse_changed
@@ -136,7 +136,7 @@ def _read_together(files: Folder, targets: Sequence[_Target]) -> None:
                 for at in range(0, len(target.memory), _PIECE):
                     piece = target.memory[at : at + _PIECE]
                     opened.read_into([piece], target.offset + at)
-                    checksum = google_crc32c.extend(checksum, np.frombuffer(piece, np.uint8))
+                    checksum = extended(checksum, np.frombuffer(piece, np.uint8))
                 if masked(checksum) != target.checksum:
                     raise DamagedCheckpointError(
                         f"{file} was changed after it was written: a checksum in it does not match, of "

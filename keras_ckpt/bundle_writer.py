@@ -5,12 +5,13 @@ It is the format that `bundle` reads: one data file with the bytes of all values
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import mmap
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import msgspec
@@ -23,6 +24,7 @@ from keras_ckpt.record import CheckpointFile
 STRING = 7
 """The number of the type of strings in TensorFlow's `DataType`."""
 _PIECE = 1 << 20
+_MANY = 1 << 16
 _BLOCK = 1 << 16
 _MAGIC = bytes.fromhex("57fb808b247547db")
 
@@ -68,7 +70,7 @@ class Linked(NamedTuple):
 
 def number_value(dtype: int, array: np.ndarray) -> Value:
     """Numbers, whose bytes are as in memory."""
-    return Value(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return Value(dtype, array.shape, array.reshape(-1).view(np.uint8))
 
 
 def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
@@ -84,10 +86,28 @@ def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
 
 def checksum_of(data: np.ndarray) -> int:
     """The checksum that the entry of a value with these bytes has."""
-    checksum = 0
-    for piece in _pieces(data):
-        checksum = google_crc32c.extend(checksum, piece)
-    return masked(checksum)
+    return masked(extended(0, data))
+
+
+def extended(checksum: int, data: np.ndarray) -> int:
+    """The checksum, not masked yet, of what had this one and of more bytes. Of many, other threads go on meanwhile."""
+    if _extend is None or len(data) < _MANY:
+        return int(google_crc32c.extend(checksum, data))
+    return int(_extend(checksum, data.__array_interface__["data"][0], len(data)))
+
+
+def _free_extend() -> Any:
+    """The function of Google's library itself, if it is found; in its Python module, other threads stand still."""
+    try:
+        function = ctypes.CDLL(google_crc32c._crc32c.__file__).crc32c_extend  # noqa: SLF001
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t)
+    function.restype = ctypes.c_uint32
+    return function
+
+
+_extend = _free_extend()
 
 
 def write_bundle(
@@ -181,7 +201,7 @@ def _write_run(file: NewFile, run: _Run, shard: int) -> dict[bytes, Entry]:
         at = begin
         checksum = 0
         for piece in _pieces(value.data):
-            checksum = google_crc32c.extend(checksum, piece)
+            checksum = extended(checksum, piece)
             at += len(piece)
             # Soon, so that it is in the caches of the processor still.
             if ready := (at - written) // PORTION * PORTION:

@@ -24,7 +24,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 from blake3 import blake3
@@ -33,7 +33,7 @@ from keras_ckpt.errors import DirectoryInUseError
 
 PRIVATE = ".keras_ckpt"
 _CHUNK, _LOOK = 1 << 20, 1 << 12
-PORTION, _PORTIONS = 4 << 20, 3
+PORTION, _PORTIONS = 8 << 20, 3
 """So many bytes are read or written at once, and so many portions of them are under way."""
 _PIECES = 1000
 """So many pieces of memory may be read into at once; the kernel's limit is a little more."""
@@ -499,7 +499,7 @@ def _cut(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[memoryv
 
 
 class NewFile:
-    """A file that is being written: while one part of it is digested another is on its way to the disk.
+    """A file that is being written: each part is digested while it is on its way to the disk.
 
     Attributes:
         size: The bytes that were written.
@@ -510,8 +510,8 @@ class NewFile:
         self._descriptor = descriptor
         self._hasher = blake3()
         self._gathered: list[memoryview] = []
-        self._thread: concurrent.futures.Executor | None = None
-        self._under_way: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+        self._threads: list[concurrent.futures.Executor] = []
+        self._under_way: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
 
     @property
     def digest(self) -> str:
@@ -546,8 +546,8 @@ class NewFile:
 
     def close(self) -> None:
         """Waits for what is under way, however it ends, so that the descriptor is not another file's by then."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        for thread in self._threads:
+            thread.shutdown()
 
     def _taken(self) -> memoryview:
         """What was gathered, in one piece."""
@@ -555,14 +555,16 @@ class NewFile:
         return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
     def _pass_on(self, data: memoryview, direct: bool) -> None:
-        if self._thread is None:
-            self._thread = concurrent.futures.ThreadPoolExecutor(1, "keras_ckpt-write")
-        self._wait(_PORTIONS)
-        self._under_way.append(self._thread.submit(_write_all, self._descriptor, data, direct))
-        self._hasher.update(data)
+        if not self._threads:
+            names = ("keras_ckpt-write", "keras_ckpt-digest")
+            self._threads = [concurrent.futures.ThreadPoolExecutor(1, name) for name in names]
+        self._wait(2 * _PORTIONS)
+        writes, digests = self._threads
+        self._under_way.append(writes.submit(_write_all, self._descriptor, data, direct))
+        self._under_way.append(digests.submit(self._hasher.update, data))
 
     def _wait(self, number: int) -> None:
-        """Waits until no more than so many portions are under way."""
+        """Waits until no more than so many writes and digests are under way."""
         while len(self._under_way) > number:
             self._under_way.popleft().result()
 

@@ -194,7 +194,7 @@ def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> Checkpoin
     return changed
 
 
-def read_record(folder: Folder, name: str, pin: str | None = None) -> CheckpointRecord:
+def read_record(folder: Folder, name: str) -> CheckpointRecord:
     """The record of a checkpoint.
 
     Raises:
@@ -207,7 +207,7 @@ def read_record(folder: Folder, name: str, pin: str | None = None) -> Checkpoint
         raise
     except OSError as error:
         raise unreadable(error) from error
-    return sidecars.decode(data, name, folder.path, pin)
+    return sidecars.decode(data, name, folder.path)
 
 
 def check(folder: Folder, record: CheckpointRecord, **how: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+import concurrent.futures
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,56 @@ from keras_ckpt.bundle_writer import STRING, Value, number_value, string_value, 
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
 
+_GREAT = 1 << 20
+"""Values of so many bytes are copied by several threads."""
+
+
+class Reader:
+    """Reads variables, those of a device in one call, again and again.
+
+    Args:
+        variables: By key.
+    """
+
+    def __init__(self, variables: Mapping[str, tf.Variable]) -> None:
+        self._variables = dict(variables)
+        devices: dict[str, dict[str, tf.Variable]] = collections.defaultdict(dict)
+        self._distributed: dict[str, tf.Variable] = {}
+        for key, variable in variables.items():
+            if isinstance(variable, tf.distribute.DistributedValues):
+                self._distributed[key] = variable
+            else:
+                devices[variable.device][key] = variable
+        self._calls = [_Call(group) for group in devices.values()]
+
+    def reads(self, variables: Mapping[str, tf.Variable]) -> bool:
+        """Whether these are the ones, in the same order."""
+        mine = self._variables
+        return [*map(id, mine.values())] == [*map(id, variables.values())] and [*mine] == [*variables]
+
+    def read(self) -> dict[str, tf.Tensor]:
+        """The values that they have now."""
+        values: dict[str, tf.Tensor] = {}
+        for call in self._calls:
+            values.update(zip(call.keys, call.run(), strict=True))
+        return values | {key: variable.read_value() for key, variable in self._distributed.items()}
+
+
+class _Call:
+    """One operation that reads many variables of a device."""
+
+    def __init__(self, variables: Mapping[str, tf.Variable]) -> None:
+        self.keys = tuple(variables)
+        self._handles = [each.handle for each in variables.values()]
+        types = [each.dtype.as_datatype_enum for each in variables.values()]
+        self._attributes = ("N", len(types), "dtypes", types)
+
+    def run(self) -> Sequence[tf.Tensor]:
+        found: Sequence[tf.Tensor] = execute.execute(
+            b"_ReadVariablesOp", len(self.keys), self._handles, self._attributes, context.context()
+        )
+        return found
+
 
 class Snapshot:
     """The values that variables have now. They cost memory only where a variable changes while this is held.
@@ -28,12 +79,12 @@ class Snapshot:
     Example:
 
     ```python
-    snapshot = Snapshot({"weight": variable}, {})
+    snapshot = Snapshot(Reader({"weight": variable}), {})
     values = snapshot.move(arena)
     ```
 
     Args:
-        variables: By key, `tf.Variable`s.
+        reader: Reads the variables.
         others: More to write, by key: what TensorFlow has a tensor for.
         constants: More, by key: what is encoded already.
 
@@ -43,12 +94,11 @@ class Snapshot:
 
     def __init__(
         self,
-        variables: Mapping[str, tf.Variable],
+        reader: Reader,
         others: Mapping[str, Any],
         constants: Mapping[bytes, Value] = MappingProxyType({}),
     ) -> None:
-        values = dict(zip(variables, read(list(variables.values())), strict=True))
-        self.values: dict[str, tf.Tensor] = values | {key: tf.convert_to_tensor(each) for key, each in others.items()}
+        self.values = reader.read() | {key: tf.convert_to_tensor(each) for key, each in others.items()}
         self._constants = constants
 
     def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
@@ -56,12 +106,13 @@ class Snapshot:
         values = self._encoded()
         return write_bundle(folder, name, [{key: values[key] for key in sorted(values)}])[0]
 
-    def move(self, arena: Arena, change: bool = True) -> dict[bytes, Value]:
+    def move(self, arena: Arena, change: bool = True, threads: int = 1) -> dict[bytes, Value]:
         """Copies the values, and lets go of TensorFlow's, which training would have to copy, into memory that is cold.
 
         Args:
             arena: Where to. Until it is changed the next time, the copies are there.
             change: Whether it may be changed now.
+            threads: How many copy; more than one is for those who wait for it.
 
         Returns:
             The values as they are written, by key.
@@ -72,36 +123,24 @@ class Snapshot:
         self.values.clear()
         if change:
             arena.make_room({key: len(value.data) for key, value in values.items() if value.dtype != STRING})
-        for key in values:
-            # One after another, so that each is let go of as soon as it is copied.
-            values[key] = arena.take(key, values[key], change)
+
+        def copy(keys: Iterable[bytes]) -> None:
+            for key in keys:
+                # One after another, so that each is let go of as soon as it is copied.
+                values[key] = arena.take(key, values[key], change)
+
+        great = [key for key, value in values.items() if len(value.data) >= _GREAT] if threads > 1 else []
+        if great:
+            # Of little ones, threads would rather wait for each other than copy.
+            rest = iter(sorted(great, key=lambda key: -len(values[key].data)))
+            with concurrent.futures.ThreadPoolExecutor(threads, "keras_ckpt-copy") as pool:
+                for each in [pool.submit(copy, rest) for _ in range(threads)]:
+                    each.result()
+        copy([key for key in values if key not in set(great)])
         return values
 
     def _encoded(self) -> dict[bytes, Value]:
         return {key.encode(): _value(tensor) for key, tensor in self.values.items()} | dict(self._constants)
-
-
-def read(variables: Sequence[tf.Variable]) -> list[tf.Tensor]:
-    """The values of variables, those of a device in one call."""
-    found: dict[int, tf.Tensor] = {}
-    devices: dict[str, list[int]] = collections.defaultdict(list)
-    for number, variable in enumerate(variables):
-        if isinstance(variable, tf.distribute.DistributedValues):
-            found[number] = variable.read_value()
-        else:
-            devices[variable.device].append(number)
-    for numbers in devices.values():
-        found |= zip(numbers, _read_together([variables[number] for number in numbers]), strict=True)
-    return [found[number] for number in range(len(variables))]
-
-
-def _read_together(variables: Sequence[tf.Variable]) -> Sequence[tf.Tensor]:
-    attributes = ("N", len(variables), "dtypes", [each.dtype.as_datatype_enum for each in variables])
-    handles = [each.handle for each in variables]
-    found: Sequence[tf.Tensor] = execute.execute(
-        b"_ReadVariablesOp", len(handles), handles, attributes, context.context()
-    )
-    return found
 
 
 def _value(tensor: tf.Tensor) -> Value:

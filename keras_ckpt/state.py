@@ -28,7 +28,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 from keras_ckpt import __version__
 from keras_ckpt.bundle_writer import Value, string_value
 from keras_ckpt.files import Folder
-from keras_ckpt.snapshot import Snapshot
+from keras_ckpt.snapshot import Reader, Snapshot
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 """What TensorFlow appends to a variable's name in a checkpoint."""
@@ -69,6 +69,7 @@ class ModelState(tf.train.Checkpoint):
         super().__init__(model=model)
         self._weights_only = weights_only
         self._plan: _Plan | None = None
+        self._reader: Reader | None = None
 
     def names(self) -> dict[str, Any]:
         """The variables that it writes, by name."""
@@ -103,7 +104,9 @@ class ModelState(tf.train.Checkpoint):
         """
         plan = self._current_plan()
         variables = {key: value_of(variable) for key, variable in plan.variables.items()}
-        return Snapshot(variables, others, plan.constants)
+        if self._reader is None or not self._reader.reads(variables):
+            self._reader = Reader(variables)
+        return Snapshot(self._reader, others, plan.constants)
 
     def _current_plan(self) -> _Plan:
         if self._plan is None or not self._plan.holds(self.model):

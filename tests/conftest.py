@@ -64,11 +64,11 @@ def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
 
     from keras_ckpt.arena import Arena
     from keras_ckpt.sharing import SharingWrite
-    from keras_ckpt.snapshot import Snapshot
+    from keras_ckpt.snapshot import Reader, Snapshot
 
     arrays = {"changed": np.frombuffer(content.encode(), np.uint8), "same": np.arange(10, dtype=np.uint8)}
     arena = Arena()
-    return SharingWrite(Snapshot({}, arrays).move(arena), arena, runs)
+    return SharingWrite(Snapshot(Reader({}), arrays).move(arena), arena, runs)
 
 
 class Filler:

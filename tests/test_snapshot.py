@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt.snapshot import read
+from keras_ckpt.arena import Arena
+from keras_ckpt.snapshot import Reader, Snapshot
 from keras_ckpt.state import ModelState, value_of
 
 BATCHES = 24
@@ -99,21 +100,52 @@ def test_it_shares_the_memory_of_the_variables() -> None:
     """That is why it costs no copy."""
     variables = [tf.Variable(tf.ones(1000)) for _ in range(3)]
 
-    first, second = read(variables), read(variables)
+    reader = Reader(dict(zip("abc", variables, strict=True)))
 
-    for one, other in zip(first, second, strict=True):
-        assert np.shares_memory(np.asarray(one), np.asarray(other))
+    first, second = reader.read(), reader.read()
+
+    for key in "abc":
+        assert np.shares_memory(np.asarray(first[key]), np.asarray(second[key]))
 
 
 def test_one_of_a_table_of_which_rows_are_changed_in_place_is_a_copy() -> None:
     """TensorFlow changes such a variable without a look at who holds its value."""
     table = tf.Variable(tf.zeros((4, 2)))
     table.scatter_nd_update([[0]], [[1.0, 1.0]])
-    (before,) = read([table])
+    before = Reader({"table": table}).read()["table"]
 
     table.scatter_nd_update([[1]], [[2.0, 2.0]])
 
     assert before.numpy().tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("change", [True, False])
+def test_several_threads_copy_the_same(change) -> None:
+    """Great values and little ones, where the copies of the one before are yet to be written and where not."""
+    variables = {f"{number}": tf.Variable(tf.fill((1 + number % 2 * 600_000,), float(number))) for number in range(9)}
+    arena = Arena()
+    Snapshot(Reader(variables), {}).move(arena)
+    for variable in variables.values():
+        variable.assign_add(tf.ones_like(variable))
+
+    copies = Snapshot(Reader(variables), {"text": "as it is"}).move(arena, change, threads=3)
+
+    assert copies.keys() == {*(key.encode() for key in variables), b"text"}
+    for key, variable in variables.items():
+        assert copies[key.encode()].data.tobytes() == variable.numpy().tobytes()
+
+
+def test_an_error_of_one_thread_is_an_error(monkeypatch) -> None:
+    """What was not copied would be written as it was before."""
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    snapshot = Snapshot(Reader({"great": tf.Variable(tf.zeros(1 << 20))}), {})
+    monkeypatch.setattr(Arena, "take", fails)
+
+    with pytest.raises(MemoryError):
+        snapshot.move(Arena(), threads=2)
 
 
 def test_variables_of_a_strategy_are_read_too() -> None:
@@ -123,7 +155,9 @@ def test_variables_of_a_strategy_are_read_too() -> None:
         mirrored = tf.Variable([1.0, 2.0])
     plain = tf.Variable([3.0])
 
-    assert [each.numpy().tolist() for each in read([mirrored, plain])] == [[1, 2], [3]]
+    values = Reader({"mirrored": mirrored, "plain": plain}).read()
+
+    assert {key: value.numpy().tolist() for key, value in values.items()} == {"mirrored": [1, 2], "plain": [3]}
 
 
 class Late(keras.Model):
