@@ -34,7 +34,9 @@ from keras_ckpt.errors import DirectoryInUseError
 PRIVATE = ".keras_ckpt"
 _CHUNK, _LOOK = 1 << 20, 1 << 12
 PORTION, _PORTIONS = 8 << 20, 3
-"""So many bytes are read or written at once, and so many portions of them are under way."""
+"""So many bytes are written at once, and so many portions, written or read, are under way."""
+_AHEAD = 2 << 20
+"""So many bytes are read at once, and digested while they are in the caches of the processor still."""
 _PIECES = 1000
 """So many pieces of memory may be read into at once; the kernel's limit is a little more."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -473,7 +475,7 @@ def _portions(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[tu
     begin = filled = 0
     memory: list[memoryview] = []
     for piece in _cut(size, parts):
-        if memory and (filled + len(piece) > PORTION or len(memory) == _PIECES):
+        if memory and (filled + len(piece) > _AHEAD or len(memory) == _PIECES):
             yield begin, memory
             begin, filled, memory = begin + filled, 0, []
         memory.append(piece)
@@ -484,17 +486,18 @@ def _portions(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[tu
 
 def _cut(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[memoryview]:
     """Memory for all of a file, in pieces of a portion at most."""
-    # Used again when what was there is digested: by then no more portions than these are under way.
-    scratch, used = memoryview(bytearray((_PORTIONS + 4) * PORTION)), 0
+    # It costs nothing before it is written to. It is used again when what was there is digested: by then no more
+    # portions than these are under way.
+    scratch, used = memoryview(pages((_PORTIONS + 4) * _AHEAD)), 0
     at = 0
     for begin, part in [*parts, (size, memoryview(b""))]:
-        for start in range(at, begin, PORTION):
-            gap = min(PORTION, begin - start)
+        for start in range(at, begin, _AHEAD):
+            gap = min(_AHEAD, begin - start)
             used = used if used + gap <= len(scratch) else 0
             yield scratch[used : used + gap]
             used += gap
-        for start in range(0, len(part), PORTION):
-            yield part[start : start + PORTION]
+        for start in range(0, len(part), _AHEAD):
+            yield part[start : start + _AHEAD]
         at = begin + len(part)
 
 
