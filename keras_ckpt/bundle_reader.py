@@ -70,7 +70,7 @@ def read_values(
     with tf.device("CPU"):
         for key in keys:
             entry = index.entries[key]
-            places = list(_places(index, key, entry))
+            places = _places(index, key, entry)
             if places and entry.dtype in _TYPES:
                 tensors[key] = tensor = _empty(entry.dtype, entry.shape)
                 targets += _targets(index, key, places, _memory_of(tensor))
@@ -87,16 +87,22 @@ def read_values(
     return tensors | _read_by_tensorflow(files, name, index, [key for key in keys if key not in tensors])
 
 
-def _places(index: Index, key: bytes, entry: Entry) -> Iterator[tuple[Entry, int]]:
-    """The entries with the bytes of a value, each with where they begin in it; none if parts are not ranges of rows."""
+def _places(index: Index, key: bytes, entry: Entry) -> Sequence[tuple[Entry, int]]:
+    """The entries with the bytes of a value, each with where they begin in it.
+
+    None if the parts are not ranges of rows, one after another: TensorFlow knows others, and refuses what overlaps.
+    """
     if not entry.slices:
-        yield entry, 0
-        return
-    parts = [(part, index.entries[slice_key(key, part)]) for part in entry.slices]
-    if all(place.shape[1:] == entry.shape[1:] for _, place in parts):
-        row = sum(place.size for _, place in parts) // entry.shape[0]
-        for part, place in parts:
-            yield place, part[0][0] * row
+        return [(entry, 0)]
+    places: list[tuple[Entry, int]] = []
+    rows = begin = 0
+    for start, place in sorted((part[0][0], index.entries[slice_key(key, part)]) for part in entry.slices):
+        if start != rows or place.shape[1:] != entry.shape[1:]:
+            return []
+        places.append((place, begin))
+        rows += place.shape[0]
+        begin += place.size
+    return places
 
 
 def _targets(index: Index, key: bytes, places: Iterable[tuple[Entry, int]], memory: memoryview) -> Iterator[_Target]:

@@ -129,14 +129,14 @@ class Snapshot:
                 # One after another, so that each is let go of as soon as it is copied.
                 values[key] = arena.take(key, values[key], change)
 
-        great = [key for key, value in values.items() if len(value.data) >= _GREAT] if threads > 1 else []
+        great = {key for key, value in values.items() if threads > 1 and len(value.data) >= _GREAT}
         if great:
             # Of little ones, threads would rather wait for each other than copy.
             rest = iter(sorted(great, key=lambda key: -len(values[key].data)))
             with concurrent.futures.ThreadPoolExecutor(threads, "keras_ckpt-copy") as pool:
                 for each in [pool.submit(copy, rest) for _ in range(threads)]:
                     each.result()
-        copy([key for key in values if key not in set(great)])
+        copy([key for key in values if key not in great])
         return values
 
     def _encoded(self) -> dict[bytes, Value]:

@@ -92,6 +92,19 @@ def test_values_in_parts_are_read_whole(tmp_path, axis, rest) -> None:
     assert same(read(tmp_path, ["x"]), {"x": tf.constant(whole)})
 
 
+def test_parts_that_leave_rows_out_are_refused(tmp_path) -> None:
+    """They have as many elements as the whole, but some twice; the rows that are missing would be anything."""
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "ckpt-1"),
+        tensor_names=["x", "x"],
+        shape_and_slices=["4 2 0,2:-", "4 2 1,2:-"],
+        tensors=[tf.ones((2, 2)), tf.ones((2, 2))],
+    )
+
+    with pytest.raises(tf.errors.OpError):
+        read(tmp_path, ["x"])
+
+
 def test_the_memory_is_of_the_tensor_alone(tmp_path) -> None:
     """A variable that gets it is changed in place, and nothing else changes with it."""
     write(tmp_path, {"x": tf.ones(1000)})
