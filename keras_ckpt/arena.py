@@ -16,8 +16,9 @@ import numpy as np
 
 from keras_ckpt.bundle import Entry, Slice, slice_key
 from keras_ckpt.bundle_writer import STRING, Place, Value, checksum_of
-from keras_ckpt.files import Stamp, pages
+from keras_ckpt.files import Stamp
 from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.streams import pages
 
 _GREAT = 1 << 18
 """Values of so many bytes have pages of their own."""

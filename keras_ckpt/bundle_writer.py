@@ -18,8 +18,9 @@ import msgspec
 import numpy as np
 
 from keras_ckpt.bundle import Entry, Slice, masked
-from keras_ckpt.files import PORTION, Folder, NewFile
+from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
+from keras_ckpt.streams import PORTION, NewFile
 
 STRING = 7
 """The number of the type of strings in TensorFlow's `DataType`."""

@@ -7,39 +7,25 @@ What the package keeps for itself (locks, stages, trash) lies in a sub-folder, `
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures.thread
 import contextlib
 import errno
 import fcntl
 import itertools
-import mmap
 import os
 import shutil
-import socket
 import stat
-import sys
-import threading
-import time
 import uuid
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
-import msgspec
 from blake3 import blake3
 
-from keras_ckpt.errors import DirectoryInUseError
+from keras_ckpt.locks import WriterLock, claim
+from keras_ckpt.streams import NewFile, OpenFile, read_into
 
 PRIVATE = ".keras_ckpt"
 _CHUNK, _LOOK = 1 << 20, 1 << 12
-PORTION, _PORTIONS = 8 << 20, 3
-"""So many bytes are written at once, and so many portions, written or read, are under way."""
-_AHEAD = 2 << 20
-"""So many bytes are read at once, and digested while they are in the caches of the processor still."""
-_PIECES = 1000
-"""So many pieces of memory may be read into at once; the kernel's limit is a little more."""
-_DIRECT = getattr(os, "O_DIRECT", 0)
 # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -185,7 +171,7 @@ class Folder:
         descriptor, _ = self._open_regular(name)
         try:
             hasher, size, buffer = blake3(), 0, memoryview(bytearray(_CHUNK))
-            while count := _read_into(descriptor, [buffer], size, name):
+            while count := read_into(descriptor, [buffer], size, name):
                 hasher.update(buffer[:count])
                 size += count
                 if advance is not None:
@@ -386,24 +372,7 @@ class Folder:
         """
         with self.folder(PRIVATE, create=True) as private:
             descriptor = private.open_lock("lock")
-        with _one_at_a_time, contextlib.ExitStack() as failed:
-            failed.callback(os.close, descriptor)
-            status = os.fstat(descriptor)
-            identity = (status.st_dev, status.st_ino)
-            if (lock := _locks.get(identity)) is not None:
-                return lock
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DirectoryInUseError(
-                    f"{self.path} is written to by another trainer: {_read_holder(descriptor)}. A directory has one "
-                    "writing process at a time: wait for it to end, stop it (a notebook's kernel counts), or use "
-                    "another directory."
-                ) from None
-            _write_holder(descriptor)
-            failed.pop_all()
-            lock = _locks[identity] = WriterLock(descriptor)
-        return lock
+        return claim(descriptor, self.path)
 
     def open_lock(self, name: str) -> int:
         """The descriptor of a file that is there to be locked."""
@@ -422,190 +391,6 @@ class Folder:
             os.close(descriptor)
             raise
         return descriptor, status.st_size
-
-
-class OpenFile:
-    """A file that is being read.
-
-    Attributes:
-        size: Its bytes.
-    """
-
-    def __init__(self, descriptor: int, size: int, name: str) -> None:
-        self.size = size
-        self._descriptor = descriptor
-        self._name = name
-
-    def read_into(self, memory: Sequence[memoryview], offset: int) -> None:
-        """Reads bytes from an offset on, one piece of memory after another, until all are full."""
-        left = list(memory)
-        while left:
-            count = _read_into(self._descriptor, left[:_PIECES], offset, self._name)
-            if not count:
-                raise OSError(errno.EIO, f"it ends at {offset}, where more was to be read", self._name)
-            offset += count
-            while left and count >= len(left[0]):
-                count -= len(left.pop(0))
-            if count:
-                left[0] = left[0][count:]
-
-    def in_portions(
-        self, parts: Sequence[tuple[int, memoryview]], threads: concurrent.futures.Executor
-    ) -> Iterator[Sequence[memoryview]]:
-        """Reads all of it, some portions ahead; the memory of each portion, in the order of the file."""
-        under_way: collections.deque[tuple[concurrent.futures.Future[None], Sequence[memoryview]]]
-        under_way = collections.deque()
-        try:
-            for offset, portion in _portions(self.size, parts):
-                under_way.append((threads.submit(self.read_into, portion, offset), portion))
-                if len(under_way) > _PORTIONS:
-                    reading, memory = under_way.popleft()
-                    reading.result()
-                    yield memory
-            for reading, memory in under_way:
-                reading.result()
-                yield memory
-        finally:
-            # The descriptor is not another file's before that.
-            concurrent.futures.wait([reading for reading, _ in under_way])
-
-
-def _portions(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, Sequence[memoryview]]]:
-    """All of a file in portions: where each begins, and memory for it, which is nobody's between the parts."""
-    begin = filled = 0
-    memory: list[memoryview] = []
-    for piece in _cut(size, parts):
-        if memory and (filled + len(piece) > _AHEAD or len(memory) == _PIECES):
-            yield begin, memory
-            begin, filled, memory = begin + filled, 0, []
-        memory.append(piece)
-        filled += len(piece)
-    if memory:
-        yield begin, memory
-
-
-def _cut(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[memoryview]:
-    """Memory for all of a file, in pieces of a portion at most."""
-    # It costs nothing before it is written to. It is used again when what was there is digested: by then no more
-    # portions than these are under way.
-    scratch, used = memoryview(pages((_PORTIONS + 4) * _AHEAD)), 0
-    at = 0
-    for begin, part in [*parts, (size, memoryview(b""))]:
-        for start in range(at, begin, _AHEAD):
-            gap = min(_AHEAD, begin - start)
-            used = used if used + gap <= len(scratch) else 0
-            yield scratch[used : used + gap]
-            used += gap
-        for start in range(0, len(part), _AHEAD):
-            yield part[start : start + _AHEAD]
-        at = begin + len(part)
-
-
-class NewFile:
-    """A file that is being written: each part is digested while it is on its way to the disk.
-
-    Attributes:
-        size: The bytes that were written.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self.size = 0
-        self._descriptor = descriptor
-        self._hasher = blake3()
-        self._gathered: list[memoryview] = []
-        self._threads: list[concurrent.futures.Executor] = []
-        self._under_way: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-
-    @property
-    def digest(self) -> str:
-        """`"blake3:"` and the digest of all bytes in hexadecimal; to be asked for at the end."""
-        return f"blake3:{self._hasher.hexdigest()}"
-
-    def write(self, data: memoryview) -> None:
-        """Adds bytes, which must not change before the end: they are gathered, to be written together."""
-        self.size += len(data)
-        self._gathered.append(data)
-        if len(data) >= PORTION or sum(map(len, self._gathered)) >= PORTION:
-            self._pass_on(self._taken(), direct=False)
-
-    def write_pages(self, data: memoryview) -> None:
-        """Adds whole pages of memory, which must not change before the end, before any other bytes.
-
-        They go past the page cache where the file system can do that: it saves a copy, and the sync at the end finds
-        nothing left to do.
-        """
-        self.size += len(data)
-        self._pass_on(data, direct=True)
-
-    def finish(self) -> None:
-        """Writes what is left."""
-        rest = self._taken()
-        if self._under_way:
-            self._pass_on(rest, direct=False)
-            self._wait(0)
-        else:
-            self._hasher.update(rest)
-            _write_all(self._descriptor, rest, direct=False)
-
-    def close(self) -> None:
-        """Waits for what is under way, however it ends, so that the descriptor is not another file's by then."""
-        for thread in self._threads:
-            thread.shutdown()
-
-    def _taken(self) -> memoryview:
-        """What was gathered, in one piece."""
-        pieces, self._gathered = self._gathered, []
-        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
-
-    def _pass_on(self, data: memoryview, direct: bool) -> None:
-        if not self._threads:
-            names = ("keras_ckpt-write", "keras_ckpt-digest")
-            self._threads = [concurrent.futures.ThreadPoolExecutor(1, name) for name in names]
-        self._wait(2 * _PORTIONS)
-        writes, digests = self._threads
-        self._under_way.append(writes.submit(_write_all, self._descriptor, data, direct))
-        self._under_way.append(digests.submit(self._hasher.update, data))
-
-    def _wait(self, number: int) -> None:
-        """Waits until no more than so many writes and digests are under way."""
-        while len(self._under_way) > number:
-            self._under_way.popleft().result()
-
-
-def pages(size: int) -> mmap.mmap:
-    """Memory that begins with a page, in great pages if the kernel has them."""
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def _write_all(descriptor: int, data: memoryview, direct: bool) -> None:
-    _set_direct(descriptor, direct)
-    while data:
-        try:
-            data = data[os.write(descriptor, data) :]
-        except OSError as error:
-            # After a part was written, or on a file system that does not keep what it said, the cache has to help.
-            if error.errno != errno.EINVAL or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT:
-                raise
-            _set_direct(descriptor, False)
-
-
-def _set_direct(descriptor: int, direct: bool) -> None:
-    """Says whether what is written next goes past the page cache."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if bool(flags & _DIRECT) != direct:
-        with contextlib.suppress(OSError):  # not every file system can
-            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ _DIRECT)
-
-
-def _read_into(descriptor: int, memory: Sequence[memoryview], offset: int, name: str) -> int:
-    try:
-        return os.preadv(descriptor, memory, offset)
-    except OSError as error:
-        error.filename = name
-        raise
 
 
 class _Held(Folder):
@@ -642,66 +427,6 @@ def _links(stack: contextlib.ExitStack, descriptors: Mapping[str, int]) -> str:
     for name, descriptor in descriptors.items():
         os.symlink(f"/proc/self/fd/{descriptor}", os.path.join(path, name))
     return path
-
-
-class WriterLock:
-    """The mark of a directory's one writing process; it ends when the last reference to it is dropped.
-
-    Attributes:
-        session: What the process is writing for at the moment, to tell two writers of one training apart from
-            two trainings after one another.
-        recovered: Whether what an earlier process left half done has been seen to.
-        saving: Held by the thread that saves.
-        stage: The name of the folder for what is saved, if there is one to be used again.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self.session: object = None
-        self.recovered = False
-        self.saving = threading.RLock()
-        self.stage = ""
-        self._close = weakref.finalize(self, os.close, descriptor)
-
-    def drop_after_fork(self) -> None:
-        """A forked child must not keep its parent's lock alive."""
-        self._close()
-
-
-_one_at_a_time = threading.RLock()
-_locks: weakref.WeakValueDictionary[tuple[int, int], WriterLock] = weakref.WeakValueDictionary()
-
-
-def _drop_locks() -> None:
-    # A thread that the child has not may hold the other.
-    global _one_at_a_time  # noqa: PLW0603
-    _one_at_a_time = threading.RLock()
-    for lock in list(_locks.values()):
-        lock.drop_after_fork()
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_drop_locks)
-
-
-def _write_holder(descriptor: int) -> None:
-    holder = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "command": " ".join(sys.argv)[:500],
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    # Only for the message that another process gets; a full disk is no reason not to train.
-    with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, msgspec.json.encode(holder) + b"\n", 0)
-
-
-def _read_holder(descriptor: int) -> str:
-    try:
-        holder = msgspec.json.decode(os.pread(descriptor, 4096, 0), type=dict[str, str | int])
-        return "process {pid} on {host} since {since} ({command})".format_map(holder)
-    except (msgspec.MsgspecError, KeyError, OSError, RecursionError, ValueError):
-        return "a process that left no name"
 
 
 def _make_directories(path: str) -> None:

@@ -21,8 +21,9 @@ from keras_ckpt import commit, tables
 from keras_ckpt import record as sidecars
 from keras_ckpt.directory import CheckpointDirectory, remove
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
-from keras_ckpt.files import Folder, UnfinishedError, WriterLock
+from keras_ckpt.files import Folder, UnfinishedError
 from keras_ckpt.listing import Known, Listing, amend, examine
+from keras_ckpt.locks import WriterLock
 from keras_ckpt.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 

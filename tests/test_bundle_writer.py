@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt import bundle_writer, files
+from keras_ckpt import bundle_writer, streams
 from keras_ckpt.arena import Arena
 from keras_ckpt.bundle import read_index
 from keras_ckpt.bundle_writer import write_bundle
-from keras_ckpt.files import PORTION, Folder
+from keras_ckpt.files import Folder
 from keras_ckpt.snapshot import Reader, Snapshot
+from keras_ckpt.streams import PORTION
 
 NUMBERS = [
     tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool,
@@ -167,7 +168,7 @@ def test_great_values_have_pages_and_small_ones_no_room_that_is_lost(tmp_path, s
 
 
 class Refuses:
-    """`os` for the file module; some calls of `write` fail, others write a part."""
+    """`os` for the module that writes; some calls of `write` fail, others write a part."""
 
     def __init__(self, number: int, calls: set[int]) -> None:
         self.number = number
@@ -188,7 +189,7 @@ class Refuses:
 def test_a_file_system_that_cannot_go_past_the_cache_is_written_through_it(tmp_path, monkeypatch, calls) -> None:
     """It says so at the first write, or after one that was cut."""
     raw = np.random.default_rng(1).integers(0, 256, 3 * PORTION + 5, np.uint8)
-    monkeypatch.setattr(files, "os", Refuses(errno.EINVAL, calls))
+    monkeypatch.setattr(streams, "os", Refuses(errno.EINVAL, calls))
 
     data, _ = write_pages(tmp_path, {"x": tf.constant(raw)})
 
@@ -198,7 +199,7 @@ def test_a_file_system_that_cannot_go_past_the_cache_is_written_through_it(tmp_p
 @pytest.mark.parametrize("call", range(1, 6))
 def test_an_error_of_the_disk_is_the_error_of_the_write(tmp_path, monkeypatch, call) -> None:
     """Whichever part it hits, also the last; and no thread and no descriptor is left."""
-    monkeypatch.setattr(files, "os", Refuses(errno.ENOSPC, {call}))
+    monkeypatch.setattr(streams, "os", Refuses(errno.ENOSPC, {call}))
     opened, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
 
     with pytest.raises(OSError, match="No space left"):

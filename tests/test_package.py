@@ -11,6 +11,8 @@ import keras_ckpt as kc
 
 PACKAGE = pathlib.Path(kc.__file__).parent
 PURE = [
+    "streams",
+    "locks",
     "files",
     "record",
     "policies",
@@ -27,10 +29,10 @@ PURE = [
 ]
 # Each layer imports from those to its left only.
 ORDER = [
-    "errors", "files", "bundle", "record", "policies", "listing", "tables", "commit", "background", "directory", "cli",
-    "writer", "schedule", "monitor", "document", "bundle_writer", "arena", "snapshot", "bundle_reader", "sharing",
-    "state", "position", "source", "restoring", "session", "manager", "model_checkpoint", "data", "seeds",
-    "callback_states", "epoch_rest", "signals", "training", "backup_and_restore", "demo",
+    "errors", "streams", "locks", "files", "bundle", "record", "policies", "listing", "tables", "commit", "background",
+    "directory", "cli", "writer", "schedule", "monitor", "document", "bundle_writer", "arena", "snapshot",
+    "bundle_reader", "sharing", "state", "position", "source", "restoring", "session", "manager", "model_checkpoint",
+    "data", "seeds", "callback_states", "epoch_rest", "signals", "training", "backup_and_restore", "demo",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from conftest import Filler, history, payload, somebody_else
-from keras_ckpt import commit, files
+from keras_ckpt import commit, files, streams
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError, FormatVersionError, SaveError
 from keras_ckpt.files import PRIVATE, Folder
@@ -277,7 +277,7 @@ class Crash(BaseException):
 
 
 class Dying:
-    """`os` for the file module, in which the process dies at the n-th call that changes anything."""
+    """`os` for the modules of files, in which the process dies at the n-th call that changes anything."""
 
     CHANGES = frozenset(("open", "mkdir", "write", "rename", "unlink", "fsync", "rmdir"))
 
@@ -302,7 +302,9 @@ class Dying:
 def crash_in(monkeypatch, calls: int, action) -> bool:
     """Runs an action that dies at the n-th change; says whether it came so far."""
     with monkeypatch.context() as patch:
-        patch.setattr(files, "os", Dying(calls))
+        dying = Dying(calls)
+        for module in (files, streams):
+            patch.setattr(module, "os", dying)
         try:
             action()
         except Crash:

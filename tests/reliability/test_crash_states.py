@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from conftest import Filler, payload, shared_payload
-from keras_ckpt import commit, files, sharing
+from keras_ckpt import commit, files, sharing, streams
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DamagedCheckpointError, DiskFullError, SaveError
 from keras_ckpt.files import PRIVATE, Folder
@@ -296,7 +296,8 @@ def record(path: pathlib.Path, work: Callable[[Run], None]) -> Recording:
     start = read(path)
     recorder = Recorder(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "os", recorder)
+        for module in (files, streams):
+            patch.setattr(module, "os", recorder)
         patch.setattr(files, "shutil", recorder)
         run = Run(path, recorder)
         run.moments.append((0, Promise(run.there, run.there)))

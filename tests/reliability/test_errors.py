@@ -18,7 +18,7 @@ from collections.abc import Callable
 import pytest
 
 from conftest import payload
-from keras_ckpt import files
+from keras_ckpt import files, locks, streams
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointError
 from keras_ckpt.policies import LatestN
@@ -59,7 +59,7 @@ class Fault:
 class Faulty:
     """A module some of whose functions meet a fault."""
 
-    READING = frozenset(("open", "read", "readv", "listdir", "lstat", "fstat"))
+    READING = frozenset(("open", "read", "pread", "preadv", "listdir", "lstat", "fstat"))
     CHANGING = frozenset(("mkdir", "rename", "unlink", "rmdir", "fsync", "write", "pwrite", "ftruncate", "flock"))
 
     def __init__(self, module: types.ModuleType, fault: Fault) -> None:
@@ -138,8 +138,9 @@ class Sweep:
         """What the error that the action raises says."""
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patch.setattr(files, "os", Faulty(os, fault))
-            patch.setattr(files, "fcntl", Faulty(fcntl, fault))
+            for module in (files, locks, streams):
+                patch.setattr(module, "os", Faulty(os, fault))
+                patch.setattr(module, "fcntl", Faulty(fcntl, fault))
             patch.setattr(files, "shutil", Faulty(shutil, fault))
             try:
                 self.action(runs)
@@ -163,7 +164,7 @@ class Sweep:
             self.tally["unexplained"] += runs.path not in error
         self.tally["lost"] += self.promise.lost(self.examiner.visible(runs), recovered=False)
         Writer(runs).save(payload(), step=98)
-        files._drop_locks()  # the next start is another process
+        locks.drop_all()  # the next start is another process
         self.examiner.check(self.promise.joined_by(Checkpoint.of(runs[98])))
         shutil.rmtree(self.examiner.path)
 

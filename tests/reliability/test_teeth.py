@@ -113,9 +113,9 @@ MUTANTS = {
         "test_directory.py::test_what_is_visible_changes_under_the_mutex",
     ),
     "no writer's lock": Mutant(
-        "files",
-        "                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
-        "                pass\n",
+        "locks",
+        "            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "            pass\n",
         "reliability/test_concurrency.py::test_of_several_writers_one_writes",
     ),
     "a reader that holds nothing": Mutant(
