@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,8 +24,6 @@ from keras_ckpt.tables import counted
 from keras_ckpt.writer import Writer
 
 OnFullDisk = Literal["warn", "raise"]
-_THREADS = min(os.cpu_count() or 1, 4)
-"""So many copy what training waits for; more would wait for the memory."""
 
 
 class Outcome(NamedTuple):
@@ -158,7 +155,7 @@ class Session:
         position, now = self.progress.position, time.time()
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
         # XLA would have to copy at once, before the next batch, what is held.
-        values = snapshot.move(self._arena, background.is_idle(), _THREADS) if self._copies_at_once else None
+        values = snapshot.move(self._arena, background.is_idle()) if self._copies_at_once else None
         went_on = time.perf_counter() if self._on_background else None
 
         def write() -> CheckpointRecord | None:

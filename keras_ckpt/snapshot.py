@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,8 @@ from keras_ckpt.record import CheckpointFile
 
 _GREAT = 1 << 20
 """Values of so many bytes are copied by several threads."""
+_THREADS = min(os.cpu_count() or 1, 4)
+"""So many copy; more would wait for the memory."""
 
 
 class Reader:
@@ -106,13 +109,12 @@ class Snapshot:
         values = self._encoded()
         return write_bundle(folder, name, [{key: values[key] for key in sorted(values)}])[0]
 
-    def move(self, arena: Arena, change: bool = True, threads: int = 1) -> dict[bytes, Value]:
+    def move(self, arena: Arena, change: bool = True) -> dict[bytes, Value]:
         """Copies the values, and lets go of TensorFlow's, which training would have to copy, into memory that is cold.
 
         Args:
             arena: Where to. Until it is changed the next time, the copies are there.
             change: Whether it may be changed now.
-            threads: How many copy; more than one is for those who wait for it.
 
         Returns:
             The values as they are written, by key.
@@ -129,14 +131,17 @@ class Snapshot:
                 # One after another, so that each is let go of as soon as it is copied.
                 values[key] = arena.take(key, values[key], change)
 
-        great = {key for key, value in values.items() if threads > 1 and len(value.data) >= _GREAT}
-        if great:
-            # Of little ones, threads would rather wait for each other than copy.
+        # Training changes the last ones first.
+        keys = [*reversed(values)]
+        great = [key for key in keys if len(values[key].data) >= _GREAT]
+        # Of little ones, threads would rather wait for each other than copy.
+        if (threads := min(_THREADS, len(great))) > 1:
             rest = iter(sorted(great, key=lambda key: -len(values[key].data)))
             with concurrent.futures.ThreadPoolExecutor(threads, "keras_ckpt-copy") as pool:
                 for each in [pool.submit(copy, rest) for _ in range(threads)]:
                     each.result()
-        copy([key for key in values if key not in great])
+            keys = [key for key in keys if len(values[key].data) < _GREAT]
+        copy(keys)
         return values
 
     def _encoded(self) -> dict[bytes, Value]:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_ckpt import snapshot
 from keras_ckpt.arena import Arena
 from keras_ckpt.snapshot import Reader, Snapshot
 from keras_ckpt.state import ModelState, value_of
@@ -120,15 +121,16 @@ def test_one_of_a_table_of_which_rows_are_changed_in_place_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize("change", [True, False])
-def test_several_threads_copy_the_same(change) -> None:
+def test_several_threads_copy_the_same(monkeypatch, change) -> None:
     """Great values and little ones, where the copies of the one before are yet to be written and where not."""
     variables = {f"{number}": tf.Variable(tf.fill((1 + number % 2 * 600_000,), float(number))) for number in range(9)}
+    monkeypatch.setattr(snapshot, "_THREADS", 3)
     arena = Arena()
     Snapshot(Reader(variables), {}).move(arena)
     for variable in variables.values():
         variable.assign_add(tf.ones_like(variable))
 
-    copies = Snapshot(Reader(variables), {"text": "as it is"}).move(arena, change, threads=3)
+    copies = Snapshot(Reader(variables), {"text": "as it is"}).move(arena, change)
 
     assert copies.keys() == {*(key.encode() for key in variables), b"text"}
     for key, variable in variables.items():
@@ -141,11 +143,13 @@ def test_an_error_of_one_thread_is_an_error(monkeypatch) -> None:
     def fails(*_: object) -> None:
         raise MemoryError
 
-    snapshot = Snapshot(Reader({"great": tf.Variable(tf.zeros(1 << 20))}), {})
+    great = {key: tf.Variable(tf.zeros(1 << 20)) for key in "ab"}
+    taken = Snapshot(Reader(great), {})
+    monkeypatch.setattr(snapshot, "_THREADS", 2)
     monkeypatch.setattr(Arena, "take", fails)
 
     with pytest.raises(MemoryError):
-        snapshot.move(Arena(), threads=2)
+        taken.move(Arena())
 
 
 def test_variables_of_a_strategy_are_read_too() -> None:
