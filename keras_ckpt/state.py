@@ -259,7 +259,8 @@ def versions() -> dict[str, str]:
 
 def value_of(variable: Any) -> Any:
     """A variable's value as TensorFlow's functions take it."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
+    # The public property looks for scopes first, which takes longer than to read the variable.
+    return variable._value if isinstance(variable, keras.Variable) else variable  # noqa: SLF001
 
 
 def automatic_stems(model: keras.Model) -> frozenset[str]:

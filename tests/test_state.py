@@ -334,6 +334,7 @@ def test_what_keras_keeps_private_is_as_this_module_expects() -> None:
 
     assert next(iter(model._flatten_layers())).name == model.name
     assert model._initial_epoch is None
+    assert all(variable._value is variable.value for variable in model.variables)
     assert hasattr(model.metrics[1], "_user_metrics")
     assert hasattr(model.metrics[1], "_user_weighted_metrics")
     assert keras.metrics.AUC()._direction == "up"

@@ -65,13 +65,17 @@ for pages in range(4, 4 + int(sys.argv[2])):
             acknowledged = step
         lost += bool(acknowledged) and acknowledged not in runs
     sound = runs.verify().ok
-    left = os.listdir(f"{disk}/run/.keras_ckpt") if os.path.exists(f"{disk}/run/.keras_ckpt") else []
+    private = f"{disk}/run/.keras_ckpt"
+    # An open writer keeps an empty folder for its next save.
+    left = {name for folder, _, names in os.walk(private) if "trash" not in folder for name in names}
+    writer.close()
+    left |= set(os.listdir(private)) if os.path.exists(private) else set()
     outcomes.append({
         "saved": acknowledged,
         "full": full,
         "lost": lost,
         "invalid": not sound,
-        "left": sorted(set(left) - {"lock", "mutex", "trash"}),
+        "left": sorted(left - {"lock", "mutex", "trash"}),
     })
     subprocess.run(["mount", "-o", f"remount,size={1 << 20}", disk], check=True)
     writer.save(payload(), step=4)
