@@ -15,6 +15,7 @@ import keras
 
 from keras_ckpt import tables
 from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.errors import DiskFullError
 from keras_ckpt.monitor import metrics_in, mode_of, no_such_metric
 from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, missing
 from keras_ckpt.record import CheckpointRecord, Mode, as_metric, encodable_metadata
@@ -303,7 +304,9 @@ class _Ranking:
 def _result(outcome: Outcome, otherwise: str) -> str:
     if outcome.record is not None:
         return f"saved {outcome.record.prefix} ({tables.save(outcome.record)})"
-    return "not saved, the disk is full" if outcome.full else otherwise
+    if outcome.error is None:
+        return otherwise
+    return "not saved, the disk is full" if isinstance(outcome.error, DiskFullError) else "the save failed"
 
 
 def _checked_path(filepath: str | os.PathLike[str]) -> str:

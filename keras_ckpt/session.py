@@ -31,11 +31,11 @@ class Outcome(NamedTuple):
 
     Attributes:
         record: What was saved, `None` if nothing was.
-        full: Whether there was no room for it.
+        error: Why it failed, if it did.
     """
 
     record: CheckpointRecord | None
-    full: bool = False
+    error: Exception | None = None
 
 
 class _Save(NamedTuple):
@@ -189,13 +189,13 @@ class Session:
             try:
                 outcome = Outcome(job.result())
             except DiskFullError as error:
-                then(Outcome(None, full=True))
+                then(Outcome(None, error))
                 if self._on_full_disk == "raise":
                     raise
                 self.missed += 1
                 warnings.warn(f"{error} Training goes on.", stacklevel=2)
-            except Exception:
-                then(Outcome(None))
+            except Exception as error:
+                then(Outcome(None, error))
                 raise
             else:
                 then(outcome)

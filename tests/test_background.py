@@ -263,6 +263,15 @@ class TestErrors:
         assert batches.batches == 2  # the third ended, for those before this one in the list
         assert (tmp_path / "ckpt-2.data-00000-of-00001").read_bytes() == b"mine"
 
+    def test_verbose_does_not_call_it_a_decision(self, tmp_path, capsys) -> None:
+        """As if the policy did not want what could not be written."""
+        (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
+
+        with pytest.raises(kc.DirectoryNotEmptyError):
+            fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=2, verbose=1), batches=2)
+
+        assert "Step 2, epoch 0: val_loss not known, the save failed\n" in capsys.readouterr().out
+
     @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
     def test_one_of_the_last_save_comes_at_the_end_of_training(self, tmp_path, callback) -> None:
         """`fit` does not end as if all were well."""
