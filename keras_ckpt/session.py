@@ -188,15 +188,12 @@ class Session:
             job, then = self._saves.popleft()
             try:
                 outcome = Outcome(job.result())
-            except DiskFullError as error:
+            except Exception as error:
                 then(Outcome(None, error))
-                if self._on_full_disk == "raise":
+                if not isinstance(error, DiskFullError) or self._on_full_disk == "raise":
                     raise
                 self.missed += 1
                 warnings.warn(f"{error} Training goes on.", stacklevel=2)
-            except Exception as error:
-                then(Outcome(None, error))
-                raise
             else:
                 then(outcome)
 
