@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import io
 import mmap
 import weakref
 from collections.abc import Mapping, Sequence
@@ -105,9 +106,11 @@ class Arena:
 
     Attributes:
         saved: The checkpoints that have something of it, by directory, the latest last.
+        aside: Memory for what is yet to be taken, which nobody uses now.
     """
 
     def __init__(self) -> None:
+        self.aside: list[io.BytesIO] = []
         self.saved: dict[str, Saved] = {}
         self._rooms: dict[bytes, _Room] = {}
         self._filled: set[bytes] = set()

@@ -154,12 +154,12 @@ class Session:
         self.settle()
         position, now = self.progress.position, time.time()
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
-        # XLA would have to copy at once, before the next batch, what is held.
-        values = snapshot.move(self._arena, background.is_idle()) if self._copies_at_once else None
+        if self._copies_at_once:
+            snapshot.detach(self._arena, background.is_idle())
         went_on = time.perf_counter() if self._on_background else None
 
         def write() -> CheckpointRecord | None:
-            sharing = SharingWrite(values or snapshot.move(self._arena), self._arena, self._writer.directory)
+            sharing = SharingWrite(snapshot.move(self._arena), self._arena, self._writer.directory)
             newest = self._writer.directory.latest() if amends else None
             if newest and newest.step == position.step and sharing.is_in(newest, _is_of_model):
                 # The epoch's last batch was saved already; what is new is what was measured since.

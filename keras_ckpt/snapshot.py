@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,18 @@ _GREAT = 1 << 20
 """Values of so many bytes are copied by several threads."""
 _THREADS = min(os.cpu_count() or 1, 4)
 """So many copy; more would wait for the memory."""
+_NO_NUMBERS = (tf.string, tf.resource, tf.variant)
+_LITTLE, _ASIDE = 1 << 16, 16 << 20
+"""Values of fewer bytes may be put aside, and so many bytes of them."""
+
+
+class _Little(NamedTuple):
+    """A variable whose value is little: its key, and what its bytes are."""
+
+    key: str
+    dtype: int
+    shape: tuple[int, ...]
+    size: int
 
 
 class Reader:
@@ -31,6 +44,9 @@ class Reader:
 
     Args:
         variables: By key.
+
+    Attributes:
+        little: Those whose values may be put aside.
     """
 
     def __init__(self, variables: Mapping[str, tf.Variable]) -> None:
@@ -43,6 +59,7 @@ class Reader:
             else:
                 devices[variable.device][key] = variable
         self._calls = [_Call(group) for group in devices.values()]
+        self.little = _little(variables)
 
     def reads(self, variables: Mapping[str, tf.Variable]) -> bool:
         """Whether these are the ones, in the same order."""
@@ -71,6 +88,20 @@ class _Call:
             b"_ReadVariablesOp", len(self.keys), self._handles, self._attributes, context.context()
         )
         return found
+
+
+def _little(variables: Mapping[str, tf.Variable]) -> Sequence[_Little]:
+    """The variables with little values, as many as may be put aside."""
+    found, aside = [], 0
+    for key, variable in variables.items():
+        dtype, shape = variable.dtype, variable.shape
+        if dtype in _NO_NUMBERS or not shape.is_fully_defined():
+            continue
+        size = shape.num_elements() * dtype.size
+        if size < _LITTLE and aside + size <= _ASIDE:
+            found.append(_Little(key, dtype.as_datatype_enum, tuple(shape), size))
+            aside += size
+    return found
 
 
 class Snapshot:
@@ -103,49 +134,89 @@ class Snapshot:
     ) -> None:
         self.values = reader.read() | {key: tf.convert_to_tensor(each) for key, each in others.items()}
         self._constants = constants
+        self._names = [*self.values]
+        self._little = reader.little
+        self._aside: io.BytesIO | None = None
+        self._copies: dict[bytes, Value] = {}
 
     def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
         """Writes them as a TensorFlow checkpoint of that name, durably."""
         values = self._encoded()
         return write_bundle(folder, name, [{key: values[key] for key in sorted(values)}])[0]
 
-    def move(self, arena: Arena, change: bool = True) -> dict[bytes, Value]:
+    def detach(self, arena: Arena, change: bool) -> None:
+        """Copies the values at once, for training with XLA would have to copy before its next batch what is held.
+
+        Little ones are put aside in one call, for by itself each costs more than its bytes do; `move` brings them to
+        their places.
+
+        Args:
+            arena: Where to.
+            change: Whether it may be changed now.
+        """
+        self._aside = arena.aside.pop() if arena.aside else io.BytesIO()
+        self._aside.seek(0)
+        self._aside.writelines([self.values.pop(each.key) for each in self._little])
+        self._copies = self._encoded()
+        self.values.clear()
+        _copy(self._copies, arena, change)
+
+    def move(self, arena: Arena) -> dict[bytes, Value]:
         """Copies the values, and lets go of TensorFlow's, which training would have to copy, into memory that is cold.
 
         Args:
             arena: Where to. Until it is changed the next time, the copies are there.
-            change: Whether it may be changed now.
 
         Returns:
             The values as they are written, by key.
         """
-        if not self.values:
+        if not self._names:
             raise RuntimeError("A snapshot is saved once: what was copied of it may be another one's by now.")
-        values = self._encoded()
+        values = self._brought_back() | self._encoded()
         self.values.clear()
-        if change:
-            arena.make_room({key: len(value.data) for key, value in values.items() if value.dtype != STRING})
+        _copy(values, arena)
+        if self._aside is not None:
+            arena.aside.append(self._aside)
+        values |= self._copies
+        # In the order of the arena, whatever was copied first.
+        order = [*(name.encode() for name in self._names), *self._constants]
+        self._names, self._copies = [], {}
+        return {key: values[key] for key in order}
 
-        def copy(keys: Iterable[bytes]) -> None:
-            for key in keys:
-                # One after another, so that each is let go of as soon as it is copied.
-                values[key] = arena.take(key, values[key], change)
-
-        # Training changes the last ones first.
-        keys = [*reversed(values)]
-        great = [key for key in keys if len(values[key].data) >= _GREAT]
-        # Of little ones, threads would rather wait for each other than copy.
-        if (threads := min(_THREADS, len(great))) > 1:
-            rest = iter(sorted(great, key=lambda key: -len(values[key].data)))
-            with concurrent.futures.ThreadPoolExecutor(threads, "keras_ckpt-copy") as pool:
-                for each in [pool.submit(copy, rest) for _ in range(threads)]:
-                    each.result()
-            keys = [key for key in keys if len(values[key].data) < _GREAT]
-        copy(keys)
+    def _brought_back(self) -> dict[bytes, Value]:
+        """What was put aside."""
+        values: dict[bytes, Value] = {}
+        if self._aside is not None:
+            data, begin = np.frombuffer(self._aside.getbuffer(), np.uint8), 0
+            for key, dtype, shape, size in self._little:
+                values[key.encode()] = Value(dtype, shape, data[begin : begin + size])
+                begin += size
         return values
 
     def _encoded(self) -> dict[bytes, Value]:
         return {key.encode(): _value(tensor) for key, tensor in self.values.items()} | dict(self._constants)
+
+
+def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None:
+    """Copies values into an arena, and lets go of each as soon as it is copied."""
+    if change:
+        arena.make_room({key: len(value.data) for key, value in values.items() if value.dtype != STRING})
+
+    def copy(keys: Iterable[bytes]) -> None:
+        for key in keys:
+            values[key] = arena.take(key, values[key], change)
+
+    # Training changes the last ones first.
+    keys = [*reversed(values)]
+    great = [key for key in keys if len(values[key].data) >= _GREAT]
+    # Of little ones, threads would rather wait for each other than copy.
+    if (threads := min(_THREADS, len(great))) > 1:
+        rest = iter(sorted(great, key=lambda key: -len(values[key].data)))
+        with concurrent.futures.ThreadPoolExecutor(threads, "keras_ckpt-copy") as pool:
+            for each in [pool.submit(copy, rest) for _ in range(threads)]:
+                each.result()
+        keys = [key for key in keys if len(values[key].data) < _GREAT]
+    copy(keys)
 
 
 def _value(tensor: tf.Tensor) -> Value:

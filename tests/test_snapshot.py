@@ -9,6 +9,7 @@ from keras_ckpt import snapshot
 from keras_ckpt.arena import Arena
 from keras_ckpt.snapshot import Reader, Snapshot
 from keras_ckpt.state import ModelState, value_of
+from tests.test_bundle_writer import NUMBERS
 
 BATCHES = 24
 ROWS = np.random.default_rng(0).integers(0, 500, (BATCHES * 8, 6))
@@ -130,11 +131,91 @@ def test_several_threads_copy_the_same(monkeypatch, change) -> None:
     for variable in variables.values():
         variable.assign_add(tf.ones_like(variable))
 
-    copies = Snapshot(Reader(variables), {"text": "as it is"}).move(arena, change)
+    taken = Snapshot(Reader(variables), {"text": "as it is"})
+    taken.detach(arena, change)
+    copies = taken.move(arena)
 
     assert copies.keys() == {*(key.encode() for key in variables), b"text"}
     for key, variable in variables.items():
         assert copies[key.encode()].data.tobytes() == variable.numpy().tobytes()
+
+
+class TestDetached:
+    """As for XLA: when training goes on, nothing of a variable's memory is held."""
+
+    VARIABLES = ("great", "little", "another little", "the greatest")
+
+    def test_is_of_its_moment(self) -> None:
+        arena, variables = Arena(), self.variables()
+        taken = Snapshot(Reader(variables), {"other": tf.ones(2)})
+        before = {key: variable.numpy().tobytes() for key, variable in variables.items()}
+
+        taken.detach(arena, change=True)
+        for variable in variables.values():
+            variable.assign_add(tf.ones_like(variable))
+
+        copies = taken.move(arena)
+        assert {key: copies[key.encode()].data.tobytes() for key in variables} == before
+        assert copies[b"other"].data.tobytes() == np.ones(2, np.float32).tobytes()
+
+    def test_holds_nothing(self) -> None:
+        variables = self.variables()
+        taken = Snapshot(Reader(variables), {})
+
+        taken.detach(Arena(), change=True)
+
+        assert not taken.values
+        for variable in variables.values():
+            place = address(variable)
+            variable.assign_add(tf.ones_like(variable))
+            assert address(variable) == place  # it was changed where it is
+
+    def test_is_in_the_order_of_the_variables(self) -> None:
+        """In which the memory for them is; so they are written in long runs."""
+        arena, variables = Arena(), self.variables()
+        taken = Snapshot(Reader(variables), {})
+
+        taken.detach(arena, change=True)
+
+        assert [*taken.move(arena)] == [key.encode() for key in variables]
+
+    def test_of_another_one_before_it_is_written(self) -> None:
+        """Two callbacks save the same step, and then one of them the next."""
+        arena, variables = Arena(), self.variables()
+        taken = []
+        for _ in range(3):
+            taken.append((Snapshot(Reader(variables), {}), [each.numpy().tobytes() for each in variables.values()]))
+            taken[-1][0].detach(arena, change=len(taken) == 1)
+            if len(taken) == 2:
+                for variable in variables.values():
+                    variable.assign_add(tf.ones_like(variable))
+
+        for snapshot_of_then, values in taken:
+            assert [each.data.tobytes() for each in snapshot_of_then.move(arena).values()] == values
+
+    @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
+    def test_little_values_are_as_they_were(self, dtype) -> None:
+        between = tf.int8 if dtype.name.endswith("int4") else tf.float32
+        tensors = {
+            key: tf.cast(tf.cast(value, between), dtype) for key, value in {"x": [[0, 1]], "": 1, "no": [[]]}.items()
+        }
+        variables = {key: tf.Variable(value) for key, value in tensors.items()}
+        arena, taken = Arena(), Snapshot(Reader(variables), {})
+        held = Snapshot(Reader(variables), {}).move(Arena())
+
+        taken.detach(arena, change=True)
+
+        for key, value in taken.move(arena).items():
+            assert (value.dtype, value.shape) == (held[key].dtype, held[key].shape)
+            assert value.data.tobytes() == held[key].data.tobytes()
+
+    def variables(self) -> dict[str, tf.Variable]:
+        sizes = zip(self.VARIABLES, (1 << 17, 10, 1 << 10, 1 << 19), strict=True)
+        return {key: tf.Variable(tf.range(float(size))) for key, size in sizes}
+
+
+def address(variable: tf.Variable) -> int:
+    return np.asarray(variable.read_value()).__array_interface__["data"][0]
 
 
 def test_an_error_of_one_thread_is_an_error(monkeypatch) -> None:
