@@ -10,7 +10,7 @@ import functools
 import io
 import mmap
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +61,16 @@ class Part(NamedTuple):
         return Entry(
             table.dtype, self.shape, table.shard, table.offset + self.start, self.end - self.start, checksum, ()
         )
+
+
+class Packed(NamedTuple):
+    """What a value is that lies among others in a piece of memory, and where."""
+
+    key: bytes
+    dtype: int
+    shape: tuple[int, ...]
+    begin: int
+    size: int
 
 
 class _Room(NamedTuple):
@@ -152,6 +162,27 @@ class Arena:
                 return value._replace(data=value.data.copy())
             self._change(key, value, room.data)
         return Value(value.dtype, value.shape, room.data, place=room.place)
+
+    def take_packed(self, values: Iterable[Packed], data: np.ndarray) -> dict[bytes, Value]:
+        """Copies numbers as `take` does, but many little ones that are together: each costs a fraction.
+
+        Args:
+            values: What they are, and where in the data; there is room for all.
+            data: The bytes of all.
+        """
+        base, taken, changed = _address(data), {}, {}
+        for key, dtype, shape, begin, size in values:
+            room = self._rooms[key]
+            if key not in self._filled or _compare(room.address, base + begin, size):
+                changed[key] = room.address, base + begin, size
+            taken[key] = Value(dtype, shape, room.data, place=room.place)
+        for saved in self.saved.values():
+            for key in changed:
+                saved.entries.pop(key, None)
+        for copy in changed.values():
+            ctypes.memmove(*copy)
+        self._filled.update(changed)
+        return taken
 
     def has(self, key: bytes, value: Value) -> bool:
         """Whether a value that was taken is the one that is there."""

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,7 +16,7 @@ import tensorflow as tf
 # No public operation reads many variables in one call, and the calls are what a snapshot costs.
 from tensorflow.python.eager import context, execute
 
-from keras_ckpt.arena import Arena
+from keras_ckpt.arena import Arena, Packed
 from keras_ckpt.bundle_writer import STRING, Value, number_value, string_value, write_bundle
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
@@ -30,15 +30,6 @@ _LITTLE, _ASIDE = 1 << 16, 16 << 20
 """Values of fewer bytes may be put aside, and so many bytes of them."""
 
 
-class _Little(NamedTuple):
-    """A variable whose value is little: its key, and what its bytes are."""
-
-    key: str
-    dtype: int
-    shape: tuple[int, ...]
-    size: int
-
-
 class Reader:
     """Reads variables, those of a device in one call, again and again.
 
@@ -46,7 +37,7 @@ class Reader:
         variables: By key.
 
     Attributes:
-        little: Those whose values may be put aside.
+        little: Where the values of the little ones are when they are put aside, one after another.
     """
 
     def __init__(self, variables: Mapping[str, tf.Variable]) -> None:
@@ -90,17 +81,17 @@ class _Call:
         return found
 
 
-def _little(variables: Mapping[str, tf.Variable]) -> Sequence[_Little]:
+def _little(variables: Mapping[str, tf.Variable]) -> Mapping[str, Packed]:
     """The variables with little values, as many as may be put aside."""
-    found, aside = [], 0
+    found, end = {}, 0
     for key, variable in variables.items():
         dtype, shape = variable.dtype, variable.shape
         if dtype in _NO_NUMBERS or not shape.is_fully_defined():
             continue
         size = shape.num_elements() * dtype.size
-        if size < _LITTLE and aside + size <= _ASIDE:
-            found.append(_Little(key, dtype.as_datatype_enum, tuple(shape), size))
-            aside += size
+        if size < _LITTLE and end + size <= _ASIDE:
+            found[key] = Packed(key.encode(), dtype.as_datatype_enum, tuple(shape), end, size)
+            end += size
     return found
 
 
@@ -147,16 +138,11 @@ class Snapshot:
     def detach(self, arena: Arena, change: bool) -> None:
         """Copies the values at once, for training with XLA would have to copy before its next batch what is held.
 
-        Little ones are put aside in one call, for by itself each costs more than its bytes do; `move` brings them to
-        their places.
-
         Args:
             arena: Where to.
             change: Whether it may be changed now.
         """
-        self._aside = arena.aside.pop() if arena.aside else io.BytesIO()
-        self._aside.seek(0)
-        self._aside.writelines([self.values.pop(each.key) for each in self._little])
+        self._aside = self._put_aside(arena)
         self._copies = self._encoded()
         self.values.clear()
         _copy(self._copies, arena, change)
@@ -172,25 +158,28 @@ class Snapshot:
         """
         if not self._names:
             raise RuntimeError("A snapshot is saved once: what was copied of it may be another one's by now.")
-        values = self._brought_back() | self._encoded()
+        aside = self._aside or self._put_aside(arena)
+        values = self._encoded()
         self.values.clear()
         _copy(values, arena)
-        if self._aside is not None:
-            arena.aside.append(self._aside)
-        values |= self._copies
+        values |= self._copies | self._bring_back(arena, aside)
         # In the order of the arena, whatever was copied first.
         order = [*(name.encode() for name in self._names), *self._constants]
         self._names, self._copies = [], {}
         return {key: values[key] for key in order}
 
-    def _brought_back(self) -> dict[bytes, Value]:
-        """What was put aside."""
-        values: dict[bytes, Value] = {}
-        if self._aside is not None:
-            data, begin = np.frombuffer(self._aside.getbuffer(), np.uint8), 0
-            for key, dtype, shape, size in self._little:
-                values[key.encode()] = Value(dtype, shape, data[begin : begin + size])
-                begin += size
+    def _put_aside(self, arena: Arena) -> io.BytesIO:
+        """Copies the little values in one call, for by itself each costs more than its bytes do."""
+        aside = arena.aside.pop() if arena.aside else io.BytesIO()
+        aside.seek(0)
+        aside.writelines([self.values.pop(key) for key in self._little])
+        return aside
+
+    def _bring_back(self, arena: Arena, aside: io.BytesIO) -> dict[bytes, Value]:
+        """Copies what was put aside to its places."""
+        arena.make_room({packed.key: packed.size for packed in self._little.values()})
+        values = arena.take_packed(self._little.values(), np.frombuffer(aside.getbuffer(), np.uint8))
+        arena.aside.append(aside)
         return values
 
     def _encoded(self) -> dict[bytes, Value]:

@@ -112,6 +112,7 @@ class NewFile:
         self._descriptor = descriptor
         self._hasher = blake3()
         self._gathered: list[memoryview] = []
+        self._waiting = 0
         self._threads: list[concurrent.futures.Executor] = []
         self._under_way: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
 
@@ -124,7 +125,8 @@ class NewFile:
         """Adds bytes, which must not change before the end: they are gathered, to be written together."""
         self.size += len(data)
         self._gathered.append(data)
-        if len(data) >= PORTION or sum(map(len, self._gathered)) >= PORTION:
+        self._waiting += len(data)
+        if self._waiting >= PORTION:
             self._pass_on(self._taken(), direct=False)
 
     def write_pages(self, data: memoryview) -> None:
@@ -153,7 +155,7 @@ class NewFile:
 
     def _taken(self) -> memoryview:
         """What was gathered, in one piece."""
-        pieces, self._gathered = self._gathered, []
+        pieces, self._gathered, self._waiting = self._gathered, [], 0
         return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
     def _pass_on(self, data: memoryview, direct: bool) -> None:

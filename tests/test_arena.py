@@ -5,7 +5,7 @@ import pytest
 
 from conftest import history
 from keras_ckpt import arena
-from keras_ckpt.arena import Arena, Saved, arena_of, parts_of
+from keras_ckpt.arena import Arena, Packed, Saved, arena_of, parts_of
 from keras_ckpt.bundle import Entry
 from keras_ckpt.bundle_writer import Value, checksum_of, number_value, string_value
 
@@ -98,6 +98,55 @@ def test_an_interrupted_copy_is_not_taken_for_what_is_on_disk(monkeypatch, shape
     held = memory.take(b"a", value(array)).data
     for part in parts_of(b"a", value(array)):
         assert part.key not in known or not held[part.start : part.end].any()
+
+
+def packed(**arrays: np.ndarray) -> tuple[list[Packed], np.ndarray]:
+    """Values one after another, and where each is."""
+    values, end = [], 0
+    for name, array in arrays.items():
+        values.append(Packed(name.encode(), FLOAT, array.shape, end, array.size * 4))
+        end += array.size * 4
+    data = np.concatenate([array.reshape(-1) for array in arrays.values()])
+    return values, data.astype(np.float32).view(np.uint8)
+
+
+class TestPacked:
+    """Many values at once are taken as each alone is."""
+
+    def test_are_copies_of_their_own(self) -> None:
+        arrays = {"a": np.ones(5), "b": np.arange(6).reshape(2, 3), "scalar": np.array(7), "empty": np.ones((0, 2))}
+        memory, _ = filled(**{name: np.zeros_like(array) for name, array in arrays.items()})
+        values, data = packed(**arrays)
+
+        taken = memory.take_packed(values, data)
+        data[:] = 0
+
+        for name, array in arrays.items():
+            copy = taken[name.encode()]
+            assert copy.data.view(np.float32).reshape(copy.shape).tolist() == array.tolist()
+            assert memory.has(name.encode(), copy)
+
+    def test_what_is_on_disk_is_known_until_it_changes(self) -> None:
+        """To the bit; the one value, not the others."""
+        memory, saved = filled(a=np.ones(5), b=np.ones(5), c=np.zeros(5), d=np.full(5, np.nan))
+
+        memory.take_packed(*packed(a=np.ones(5), b=np.arange(5), c=-np.zeros(5), d=np.full(5, np.nan)))
+
+        assert saved.entries.keys() == {b"a", b"d"}
+
+    def test_an_interrupted_copy_is_not_taken_for_what_is_on_disk(self, monkeypatch) -> None:
+        """Ctrl-C comes while the first is copied."""
+        memory, saved = filled(a=np.zeros(5), b=np.ones(5), c=np.zeros(5))
+        monkeypatch.setattr(arena.ctypes, "memmove", interrupted)
+
+        with pytest.raises(KeyboardInterrupt):
+            memory.take_packed(*packed(a=np.ones(5), b=np.ones(5), c=np.ones(5)))
+
+        assert saved.entries.keys() == {b"b"}
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_is_to_be_written_yet_is_not_changed() -> None:
