@@ -21,8 +21,8 @@ from keras_ckpt.files import Stamp
 from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.streams import pages
 
-_GREAT = 1 << 18
-"""Values of so many bytes have pages of their own."""
+GREAT = 1 << 18
+"""Values of so many bytes have pages of their own, and are copied by several threads."""
 _TABLE = 4 << 20
 """Values of so many bytes may be cut into ranges of rows."""
 _RANGE, _RANGES = 4096, 4096
@@ -133,7 +133,7 @@ class Arena:
         places, end = {}, 0
         for key, size in sizes.items():
             if key not in self._rooms or len(self._rooms[key].data) != size:
-                begin = _whole_pages(end) if size >= _GREAT else end
+                begin = _whole_pages(end) if size >= GREAT else end
                 end = begin + size
                 places[key] = begin, end
         if places:

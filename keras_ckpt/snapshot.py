@@ -16,15 +16,13 @@ import tensorflow as tf
 # No public operation reads many variables in one call, and the calls are what a snapshot costs.
 from tensorflow.python.eager import context, execute
 
-from keras_ckpt.arena import Arena, Packed
+from keras_ckpt.arena import GREAT, Arena, Packed
 from keras_ckpt.bundle_writer import STRING, Value, number_value, string_value, write_bundle
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
 
-_GREAT = 1 << 20
-"""Values of so many bytes are copied by several threads."""
 _THREADS = min(os.cpu_count() or 1, 4)
-"""So many copy; more would wait for the memory."""
+"""So many copy great values; more would wait for the memory."""
 _NO_NUMBERS = (tf.string, tf.resource, tf.variant)
 _LITTLE, _ASIDE = 1 << 16, 16 << 20
 """Values of fewer bytes may be put aside, and so many bytes of them."""
@@ -197,14 +195,14 @@ def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None
 
     # Training changes the last ones first.
     keys = [*reversed(values)]
-    great = [key for key in keys if len(values[key].data) >= _GREAT]
+    great = [key for key in keys if len(values[key].data) >= GREAT]
     # Of little ones, threads would rather wait for each other than copy.
     if (threads := min(_THREADS, len(great))) > 1:
         rest = iter(sorted(great, key=lambda key: -len(values[key].data)))
         with concurrent.futures.ThreadPoolExecutor(threads, "keras_ckpt-copy") as pool:
             for each in [pool.submit(copy, rest) for _ in range(threads)]:
                 each.result()
-        keys = [key for key in keys if len(values[key].data) < _GREAT]
+        keys = [key for key in keys if len(values[key].data) < GREAT]
     copy(keys)
 
 
