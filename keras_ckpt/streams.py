@@ -16,7 +16,7 @@ from blake3 import blake3
 
 PORTION, _PORTIONS = 8 << 20, 3
 """So many bytes are written at once, and so many portions, written or read, are under way."""
-_AHEAD = 2 << 20
+_AHEAD = 4 << 20
 """So many bytes are read at once, and digested while they are in the caches of the processor still."""
 _PIECES = 1000
 """So many pieces of memory may be read into at once; the kernel's limit is a little more."""

@@ -48,7 +48,9 @@ def of_directory(path: str, listing: Listing, taken: int) -> Table:
         _Row(record, (size(record.size), record.date()), (record.reason, _pin(record)), record.pinned)
         for record in listing.records
     ]
+    shared = sum(record.size for record in listing.records) - taken
     count = f"{counted(len(rows), 'checkpoint')}, {size(taken)}" if rows else "no checkpoints"
+    count += f" on disk, for {size(shared)} of their sizes are shared" if shared > 0 else ""
     return _table(printable(path), listing, rows, _METRICS, ("size", "saved"), ("reason", "pin"), count)
 
 
