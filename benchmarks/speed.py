@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 
 import keras
@@ -38,6 +39,8 @@ ROUNDS = 7
 SMALL_SAVES = 60
 KEPT = 10
 MEMCPY, WRITE, READ, BARE = "floor: warm memcpy", "floor: write, sync", "floor: read", "floor: the bare files, sync"
+SMALL = "500 KB"
+COLUMNS = (*models.STATES, SMALL, *models.WORKLOADS)
 NONE = "fit without a checkpoint, a batch"
 RESULTS = pathlib.Path(__file__).with_name("speed.json")
 
@@ -56,7 +59,7 @@ def scratch() -> Iterator[pathlib.Path]:
 def in_fit(state: str, jit_compile: bool) -> tuple[Samples, Samples]:
     """How long training stands still for each save, and how much longer the batches of a `fit` take for each."""
     model = models.dense(state, jit_compile)
-    saves, every = (2, 4) if state.startswith("1 GB") else (5, 20)
+    saves, every = (2, 10 if jit_compile else 4) if state.startswith("1 GB") else (5, 20)
     batches = every * saves + every // 2
     models.train(model, 2)
     blocked: Samples = {MEMCPY: memcpy(model), **{name: [] for name in SAVERS}}
@@ -413,7 +416,7 @@ def measure(names: list[str], states: list[str]) -> None:
                 FIGURES[name].columns[state] = run(state)
         save()
     if "small" in names:
-        FIGURES["small_returned"].columns["500 KB"], FIGURES["small_durable"].columns["500 KB"] = small()
+        FIGURES["small_returned"].columns[SMALL], FIGURES["small_durable"].columns[SMALL] = small()
     for workload in models.WORKLOADS if "bytes" in names else ():
         FIGURES["bytes"].columns[workload], FIGURES["taken"].columns[workload] = bytes_written(workload)
     save()
@@ -427,6 +430,9 @@ def load() -> None:
 
 
 def save() -> None:
+    for figure in FIGURES.values():
+        # In one order, whatever was measured first.
+        figure.columns = {each: figure.columns[each] for each in COLUMNS if each in figure.columns}
     machine = {"processors": os.cpu_count(), "kernel": platform.release(), "tensorflow": tf.__version__}
     figures = {name: figure.columns for name, figure in FIGURES.items()}
     RESULTS.write_text(json.dumps({"date": f"{datetime.date.today()}", **machine, "figures": figures}) + "\n")
@@ -467,6 +473,8 @@ def main() -> None:
     if arguments.memory_of:
         print(memory_of(*arguments.states, arguments.memory_of))
         return
+    # One that comes while an earlier one is written would cost nothing.
+    warnings.filterwarnings("error", message=".* is left out")
     load()
     measure(arguments.figures, arguments.states)
     text = "\n\n".join(f"{each.title}\n\n{each.table()}" for each in FIGURES.values() if each.columns)

@@ -45,7 +45,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     Args:
         filepath: The directory of the run.
         monitor: The metric by which checkpoints are ranked, where something ranks them.
-        verbose: 1 says what is saved and what is not, 0 nothing.
+        verbose: 1 says what is saved and what is not, as soon as that is known: of what is written while training goes
+            on, at a later batch or at the end. 0 says nothing.
         save_best_only: Whether to save only what is better than everything on disk, and than
             `initial_value_threshold`. All that was saved stays, unless `keep` says otherwise.
         save_weights_only: Whether to leave the optimizer out. Training cannot go on exactly from such a checkpoint.
