@@ -5,6 +5,7 @@ It is kept from save to save, for memory that is new costs several times what a 
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import io
@@ -116,11 +117,11 @@ class Arena:
 
     Attributes:
         saved: The checkpoints that have something of it, by directory, the latest last.
-        aside: Memory for what is yet to be taken, which nobody uses now.
+        aside: Memory for what is yet to be taken, if there is some that nobody uses now.
     """
 
     def __init__(self) -> None:
-        self.aside: list[io.BytesIO] = []
+        self.aside: collections.deque[io.BytesIO] = collections.deque(maxlen=1)
         self.saved: dict[str, Saved] = {}
         self._rooms: dict[bytes, _Room] = {}
         self._filled: set[bytes] = set()
@@ -176,9 +177,8 @@ class Arena:
             if key not in self._filled or _compare(room.address, base + begin, size):
                 changed[key] = room.address, base + begin, size
             taken[key] = Value(dtype, shape, room.data, place=room.place)
-        for saved in self.saved.values():
-            for key in changed:
-                saved.entries.pop(key, None)
+        for key in changed:
+            self._forget(key)
         for copy in changed.values():
             ctypes.memmove(*copy)
         self._filled.update(changed)

@@ -112,7 +112,7 @@ class NewFile:
         self._descriptor = descriptor
         self._hasher = blake3()
         self._gathered: list[memoryview] = []
-        self._waiting = 0
+        self._gathered_size = 0
         self._threads: list[concurrent.futures.Executor] = []
         self._under_way: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
 
@@ -125,8 +125,8 @@ class NewFile:
         """Adds bytes, which must not change before the end: they are gathered, to be written together."""
         self.size += len(data)
         self._gathered.append(data)
-        self._waiting += len(data)
-        if self._waiting >= PORTION:
+        self._gathered_size += len(data)
+        if self._gathered_size >= PORTION:
             self._pass_on(self._taken(), direct=False)
 
     def write_pages(self, data: memoryview) -> None:
@@ -155,7 +155,7 @@ class NewFile:
 
     def _taken(self) -> memoryview:
         """What was gathered, in one piece."""
-        pieces, self._gathered, self._waiting = self._gathered, [], 0
+        pieces, self._gathered, self._gathered_size = self._gathered, [], 0
         return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
     def _pass_on(self, data: memoryview, direct: bool) -> None:

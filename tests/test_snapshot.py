@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_ckpt import snapshot
 from keras_ckpt.arena import Arena
-from keras_ckpt.snapshot import Reader, Snapshot
+from keras_ckpt.snapshot import Reader, Snapshot, array_of
 from keras_ckpt.state import ModelState, value_of
 from tests.test_bundle_writer import NUMBERS
 
@@ -190,8 +190,9 @@ class TestDetached:
                 for variable in variables.values():
                     variable.assign_add(tf.ones_like(variable))
 
-        for snapshot_of_then, values in taken:
-            assert [each.data.tobytes() for each in snapshot_of_then.move(arena).values()] == values
+        for each, values in taken:
+            assert [copy.data.tobytes() for copy in each.move(arena).values()] == values
+            assert len(arena.aside) == 1  # kept for the next, not for as many as ever waited
 
     @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
     def test_little_values_are_as_they_were(self, dtype) -> None:
@@ -201,13 +202,14 @@ class TestDetached:
         }
         variables = {key: tf.Variable(value) for key, value in tensors.items()}
         arena, taken = Arena(), Snapshot(Reader(variables), {})
-        held = Snapshot(Reader(variables), {}).move(Arena())
 
         taken.detach(arena, change=True)
 
-        for key, value in taken.move(arena).items():
-            assert (value.dtype, value.shape) == (held[key].dtype, held[key].shape)
-            assert value.data.tobytes() == held[key].data.tobytes()
+        copies = taken.move(arena)
+        for key, tensor in tensors.items():
+            copy = copies[key.encode()]
+            assert (copy.dtype, copy.shape) == (dtype.as_datatype_enum, tuple(tensor.shape))
+            assert copy.data.tobytes() == array_of(tensor).tobytes()
 
     def variables(self) -> dict[str, tf.Variable]:
         sizes = zip(self.VARIABLES, (1 << 17, 10, 1 << 10, 1 << 19), strict=True)
