@@ -5,6 +5,7 @@ It is the format that `bundle` reads: one data file with the bytes of all values
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -134,16 +135,19 @@ def write_bundle(
         folder.rename(link.file.name, file.name)
         files.append(file)
         entries |= {key: entry._replace(shard=shard) for key, entry in link.entries.items()}
-    for shard, group in enumerate(groups, len(linked)):
-        data = data_file(name, shard, number)
-        with folder.writing(data) as new:
+    # Each is on its way to the disk while the next is made.
+    with contextlib.ExitStack() as under_way:
+        for shard, group in enumerate(groups, len(linked)):
+            data = data_file(name, shard, number)
+            new = under_way.enter_context(folder.writing(data))
             entries |= _write_values(new, group, shard)
-        files.append(CheckpointFile(data, new.size, new.digest))
-    index = f"{name}.index"
-    with folder.writing(index) as table:
+            files.append(CheckpointFile(data, *new.finish()))
+        index = f"{name}.index"
+        table = under_way.enter_context(folder.writing(index))
         encoded = ((key, _entry(entries[key])) for key in sorted(entries))
         table.write(memoryview(_table([(b"", _header(number)), *encoded])))
-    return (*files, CheckpointFile(index, table.size, table.digest)), entries
+        files.append(CheckpointFile(index, *table.finish()))
+    return tuple(files), entries
 
 
 def data_file(name: str, shard: int, number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures.thread
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -116,11 +117,6 @@ class NewFile:
         self._threads: list[concurrent.futures.Executor] = []
         self._under_way: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
 
-    @property
-    def digest(self) -> str:
-        """`"blake3:"` and the digest of all bytes in hexadecimal; to be asked for at the end."""
-        return f"blake3:{self._hasher.hexdigest()}"
-
     def write(self, data: memoryview) -> None:
         """Adds bytes, which must not change before the end: they are gathered, to be written together."""
         self.size += len(data)
@@ -138,8 +134,12 @@ class NewFile:
         self.size += len(data)
         self._pass_on(data, direct=True)
 
-    def finish(self) -> None:
-        """Writes what is left."""
+    def finish(self) -> tuple[int, str]:
+        """Writes what is left, and has it sent to the disk: a later sync of several files waits for them together.
+
+        Returns:
+            The size in bytes, and `"blake3:"` with the digest of all bytes in hexadecimal.
+        """
         rest = self._taken()
         if self._under_way:
             self._pass_on(rest, direct=False)
@@ -147,6 +147,8 @@ class NewFile:
         else:
             self._hasher.update(rest)
             _write_all(self._descriptor, rest, direct=False)
+        _begin_to_sync(self._descriptor)
+        return self.size, f"blake3:{self._hasher.hexdigest()}"
 
     def close(self) -> None:
         """Waits for what is under way, however it ends, so that the descriptor is not another file's by then."""
@@ -179,6 +181,24 @@ def pages(size: int) -> mmap.mmap:
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def _send_function() -> Any:
+    """Linux's `sync_file_range`, which Python does not have, if there is one."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+_send = _send_function()
+_SEND_NOW = 2
+
+
+def _begin_to_sync(descriptor: int) -> None:
+    """Has the kernel send to the disk what is in the page cache. It is a hint; errors are those of the sync."""
+    if _send is not None:
+        _send(descriptor, 0, 0, _SEND_NOW)
 
 
 def _write_all(descriptor: int, data: memoryview, direct: bool) -> None:

@@ -52,7 +52,7 @@ def payload(content: bytes = b"weights", shards: int = 1) -> Write:
         for each, part in {**data, f"{name}.index": b"index of " + content}.items():
             with folder.writing(each) as file:
                 file.write(memoryview(part))
-            files.append(CheckpointFile(each, file.size, file.digest))
+                files.append(CheckpointFile(each, *file.finish()))
         return files
 
     return write
