@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -196,14 +197,33 @@ def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None
     # Training changes the last ones first.
     keys = [*reversed(values)]
     great = [key for key in keys if len(values[key].data) >= GREAT]
+    _share_out(copy, sorted(great, key=lambda key: -len(values[key].data)))
     # Of little ones, threads would rather wait for each other than copy.
-    if (threads := min(_THREADS, len(great))) > 1:
-        rest = iter(sorted(great, key=lambda key: -len(values[key].data)))
-        with concurrent.futures.ThreadPoolExecutor(threads, "keras_ckpt-copy") as pool:
-            for each in [pool.submit(copy, rest) for _ in range(threads)]:
-                each.result()
-        keys = [key for key in keys if len(values[key].data) < GREAT]
-    copy(keys)
+    copy(key for key in keys if len(values[key].data) < GREAT)
+
+
+def _share_out(copy: Callable[[Iterable[bytes]], None], keys: Sequence[bytes]) -> None:
+    """Has this thread and others copy, each what is the next."""
+    rest = iter(keys)
+    others = [_threads().submit(copy, rest) for _ in range(min(_THREADS, len(keys)) - 1)]
+    try:
+        copy(rest)
+    finally:
+        # One that has not begun, because another save has the threads, has nothing left to do.
+        begun = [each for each in others if not each.cancel()]
+        concurrent.futures.wait(begun)
+    for each in begun:
+        each.result()
+
+
+@functools.cache
+def _threads() -> concurrent.futures.Executor:
+    """Threads that stay, for a new one takes up to a millisecond to begin."""
+    return concurrent.futures.ThreadPoolExecutor(max(1, _THREADS - 1), "keras_ckpt-copy")
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _value(tensor: tf.Tensor) -> Value:

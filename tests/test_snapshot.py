@@ -1,5 +1,9 @@
 """A snapshot is of one moment, whatever training does afterwards."""
 
+import concurrent.futures
+import os
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ import tensorflow as tf
 
 from keras_ckpt import snapshot
 from keras_ckpt.arena import Arena
+from keras_ckpt.bundle_writer import Value
 from keras_ckpt.snapshot import Reader, Snapshot, array_of
 from keras_ckpt.state import ModelState, value_of
 from tests.test_bundle_writer import NUMBERS
@@ -126,6 +131,7 @@ def test_several_threads_copy_the_same(monkeypatch, change) -> None:
     """Great values and little ones, where the copies of the one before are yet to be written and where not."""
     variables = {f"{number}": tf.Variable(tf.fill((1 + number % 2 * 600_000,), float(number))) for number in range(9)}
     monkeypatch.setattr(snapshot, "_THREADS", 3)
+    snapshot._threads.cache_clear()
     arena = Arena()
     Snapshot(Reader(variables), {}).move(arena)
     for variable in variables.values():
@@ -220,19 +226,54 @@ def address(variable: tf.Variable) -> int:
     return np.asarray(variable.read_value()).__array_interface__["data"][0]
 
 
-def test_an_error_of_one_thread_is_an_error(monkeypatch) -> None:
-    """What was not copied would be written as it was before."""
+class TestSeveralThreads:
+    """They copy great values together, and stay for the next save."""
 
-    def fails(*_: object) -> None:
-        raise MemoryError
+    def test_an_error_of_another_thread_is_an_error(self, monkeypatch) -> None:
+        """What was not copied would be written as it was before."""
+        failed = threading.Event()
 
-    great = {key: tf.Variable(tf.zeros(1 << 20)) for key in "ab"}
-    taken = Snapshot(Reader(great), {})
-    monkeypatch.setattr(snapshot, "_THREADS", 2)
-    monkeypatch.setattr(Arena, "take", fails)
+        def take(arena: Arena, key: bytes, value: Value, change: bool) -> Value:
+            if threading.current_thread() is threading.main_thread():
+                assert failed.wait(20)
+                return value
+            failed.set()
+            raise MemoryError
 
-    with pytest.raises(MemoryError):
-        taken.move(Arena())
+        monkeypatch.setattr(snapshot, "_THREADS", 2)
+        monkeypatch.setattr(Arena, "take", take)
+
+        with pytest.raises(MemoryError):
+            self.great().move(Arena())
+
+    def test_those_that_are_busy_are_not_waited_for(self, monkeypatch) -> None:
+        """Training may copy at once while what was held before is copied."""
+        monkeypatch.setattr(snapshot, "_THREADS", 2)
+        freed = threading.Event()
+        busy = snapshot._threads().submit(freed.wait, 20)
+
+        copies = self.great().move(Arena())
+        waited = busy.done()
+        freed.set()
+
+        assert not waited
+        assert all(value.data.any() for value in copies.values())
+
+    def test_a_forked_child_has_its_own(self, monkeypatch) -> None:
+        monkeypatch.setattr(snapshot, "_THREADS", 2)
+        self.great().move(Arena())
+        taken = self.great()
+
+        child = os.fork()
+        if not child:  # pragma: no cover - another process
+            whole = (value.data.all() for value in taken.move(Arena()).values())
+            done, _ = concurrent.futures.wait([snapshot._threads().submit(all, whole)], 10)
+            os._exit(5 if done and done.pop().result() else 1)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+
+    def great(self) -> Snapshot:
+        return Snapshot(Reader({key: tf.Variable(tf.fill(1 << 20, np.uint8(1))) for key in "ab"}), {})
 
 
 def test_variables_of_a_strategy_are_read_too() -> None:
