@@ -1,0 +1,151 @@
+"""Where the time of a save and of a restore goes: the phases of each, every one without those within it.
+
+Run it from the top of the repository: `python benchmarks/phases.py`. Medians in milliseconds of one run. Watching takes
+about a microsecond a call, so the sums are a little greater than what `speed.py` measures.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+import pathlib
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+
+import keras_ckpt as kc
+import models
+from keras_ckpt import background, bundle_reader, restoring, session, sharing, snapshot, source, state, writer
+
+WATCHED: dict[str, list[tuple[Any, str]]] = {
+    "callback: all else": [(kc.ModelCheckpoint, "on_train_batch_end"), (session.Session, "save")],
+    "callback: is the model made of the same things": [(state._Plan, "holds")],
+    "callback: one operation reads all variables": [(snapshot._Call, "run")],
+    "callback: its handles and the rest of the snapshot": [(state.ModelState, "snapshot")],
+    "copies": [(snapshot.Snapshot, "detach"), (snapshot.Snapshot, "move")],
+    "what the directory holds, what to keep": [
+        (writer, "examine"),
+        (writer.Writer, "_claim"),
+        (writer.Writer, "unkept"),
+    ],
+    "encoding and checksums": [(sharing, "write_bundle")],
+    "files: sync": [(os, "fsync")],
+    "files: write, open, rename, unlink": [(os, each) for each in ("write", "open", "rename", "unlink")],
+    "background: all else": [(writer.Writer, "save")],
+    "restore: all else": [(kc, "restore")],
+    "restore: the index": [(source, "read_index")],
+    "restore: the model's names": [(state, "names"), (state, "build_optimizers")],
+    "restore: do the names and shapes fit": [(restoring, "_compare"), (restoring, "_differences")],
+    "restore: memory for the values": [(bundle_reader, "_empty"), (bundle_reader, "_memory_of")],
+    "restore: reading, digests and checksums": [(source, "read_values")],
+    "restore: assigning": [(restoring, "_assign"), (restoring, "is_finite")],
+}
+"""What is watched, by the phase that it is."""
+SAVES = 24
+
+
+class Phases:
+    """The time that each phase has taken since it was asked for."""
+
+    def __init__(self) -> None:
+        self._times: collections.Counter[str] = collections.Counter()
+        self._within = threading.local()
+        for phase, functions in WATCHED.items():
+            for owner, name in functions:
+                setattr(owner, name, self._watched(phase, getattr(owner, name)))
+
+    def take(self) -> Mapping[str, float]:
+        """The milliseconds by phase; then it begins anew."""
+        times, self._times = self._times, collections.Counter()
+        return times
+
+    def _watched(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def watched(*arguments: Any, **named: Any) -> Any:
+            outer = getattr(self._within, "inner", None)
+            self._within.inner = 0.0
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                took = (time.perf_counter() - began) * 1000
+                self._times[phase] += took - self._within.inner
+                self._within.inner = None if outer is None else outer + took
+
+        return watched
+
+
+class Collect(keras.callbacks.Callback):
+    """After each save waits until it is done, and takes its phases."""
+
+    def __init__(self, phases: Phases, every: int) -> None:
+        super().__init__()
+        self.samples: list[Mapping[str, float]] = []
+        self._phases = phases
+        self._every = every
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        background.wait()
+        times = self._phases.take()
+        if (batch + 1) % self._every == 0:
+            self.samples.append(times)
+
+
+def of_saves(phases: Phases, model: keras.Model, every: int) -> list[Mapping[str, float]]:
+    """The phases of saves in a `fit`, but of the first ones."""
+    collect = Collect(phases, every)
+    with scratch() as path:
+        models.train(model, SAVES * every, kc.ModelCheckpoint(path, save_freq=every, keep=1), collect)
+    return collect.samples[4:]
+
+
+def of_restores(phases: Phases, state: str) -> list[Mapping[str, float]]:
+    """The phases of restores into a model that is there, but of the first ones."""
+    model, samples = models.dense(state), []
+    with scratch() as path:
+        models.train(model, 1, kc.ModelCheckpoint(path, save_freq=1))
+        for _ in range(SAVES):
+            phases.take()
+            kc.restore(model, path)
+            samples.append(phases.take())
+    return samples[4:]
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(dir=pathlib.Path.cwd())
+
+
+def table(title: str, columns: Mapping[str, list[Mapping[str, float]]]) -> str:
+    """Medians, a row for each phase and a column for each state."""
+    rows = [phase for phase in WATCHED if any(phase in sample for samples in columns.values() for sample in samples)]
+    medians = {
+        name: [statistics.median(sample.get(row, 0.0) for sample in samples) for row in rows]
+        for name, samples in columns.items()
+    }
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {row} | {' | '.join(f'{of[at]:.2f}' for of in medians.values())} |" for at, row in enumerate(rows)]
+    lines += [f"| in all | {' | '.join(f'{sum(of):.2f}' for of in medians.values())} |"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    phases = Phases()
+    little, great = "10 MB, 640 variables", "100 MB, 20 variables"
+    states = (little, great, "100 MB, 640 variables")
+    saves = {
+        f"{name}{', XLA' * jit}": of_saves(phases, models.dense(name, jit), 8)
+        for jit in (False, True)
+        for name in states
+    }
+    print(table("a save, ms", {"500 KB": of_saves(phases, models.small(), 1), **saves}), end="\n\n")
+    print(table("a restore, ms", {name: of_restores(phases, name) for name in states}))
+
+
+if __name__ == "__main__":
+    main()
