@@ -1,7 +1,7 @@
 """Where the time of a save and of a restore goes: the phases of each, every one without those within it.
 
 Run it from the top of the repository: `python benchmarks/phases.py`. Medians in milliseconds of one run. Watching takes
-about a microsecond a call, so the sums are a little greater than what `speed.py` measures.
+about a microsecond a call, and threads work at the same time, so the sums are greater than what `speed.py` measures.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import collections
 import functools
 import os
-import pathlib
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import savers
 
 import keras_ckpt as kc
 import models
@@ -100,7 +99,7 @@ class Collect(keras.callbacks.Callback):
 def of_saves(phases: Phases, model: keras.Model, every: int) -> list[Mapping[str, float]]:
     """The phases of saves in a `fit`, but of the first ones."""
     collect = Collect(phases, every)
-    with scratch() as path:
+    with savers.scratch() as path:
         models.train(model, SAVES * every, kc.ModelCheckpoint(path, save_freq=every, keep=1), collect)
     return collect.samples[4:]
 
@@ -108,17 +107,13 @@ def of_saves(phases: Phases, model: keras.Model, every: int) -> list[Mapping[str
 def of_restores(phases: Phases, state: str) -> list[Mapping[str, float]]:
     """The phases of restores into a model that is there, but of the first ones."""
     model, samples = models.dense(state), []
-    with scratch() as path:
+    with savers.scratch() as path:
         models.train(model, 1, kc.ModelCheckpoint(path, save_freq=1))
         for _ in range(SAVES):
             phases.take()
             kc.restore(model, path)
             samples.append(phases.take())
     return samples[4:]
-
-
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(dir=pathlib.Path.cwd())
 
 
 def table(title: str, columns: Mapping[str, list[Mapping[str, float]]]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
 import pathlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -194,3 +196,11 @@ def read(files: list[pathlib.Path]) -> None:
 
 _PIECE = 8 << 20
 _buffer = memoryview(mmap.mmap(-1, _PIECE))
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[pathlib.Path]:
+    """A directory on the disk of the working directory."""
+    with tempfile.TemporaryDirectory(dir=os.getcwd()) as name:
+        yield pathlib.Path(name)
+    os.sync()

@@ -9,7 +9,6 @@ time; the tables and a plot of all to `benchmarks/speed.md` and `benchmarks/spee
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import functools
 import json
@@ -19,9 +18,8 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import keras
 import matplotlib as mpl
@@ -48,14 +46,6 @@ Samples = dict[str, list[float]]
 """By row."""
 
 
-@contextlib.contextmanager
-def scratch() -> Iterator[pathlib.Path]:
-    """A directory on the disk of the working directory."""
-    with tempfile.TemporaryDirectory(dir=os.getcwd()) as name:
-        yield pathlib.Path(name)
-    os.sync()
-
-
 def in_fit(state: str, jit_compile: bool) -> tuple[Samples, Samples]:
     """How long training stands still for each save, and how much longer the batches of a `fit` take for each."""
     model = models.dense(state, jit_compile)
@@ -68,7 +58,7 @@ def in_fit(state: str, jit_compile: bool) -> tuple[Samples, Samples]:
     def fit(name: str | None) -> Batches:
         set_position(model, None)  # the batches of a run are counted through all its fits
         clock = Batches()
-        with scratch() as path:
+        with savers.scratch() as path:
             callbacks = [] if name is None else [SAVERS[name].make(path, every, 1)]
             for callback in callbacks:
                 timed(callback, every, blocked[name])
@@ -209,7 +199,7 @@ def durable(state: str) -> Samples:
     content = savers.whole_pages(models.arrays(model))
     # A backup of the same step would share its bytes.
     chosen = {name: saver for name, saver in SAVERS.items() if name == OURS or not name.startswith("this:")}
-    with scratch() as path:
+    with savers.scratch() as path:
         floors = {
             f"{WRITE} ({kind})": functools.partial(savers.write, path / kind, [content], kind == "direct")
             for kind in ("buffered", "direct")
@@ -230,7 +220,7 @@ def small() -> tuple[Samples, Samples]:
     keeping_all = SAVERS[OURS]._replace(make=lambda path, every, keep: kc.ModelCheckpoint(path, save_freq=every))
     chosen = {f"{OURS}, all kept": keeping_all, f"{OURS}, the newest kept": SAVERS[OURS]}
     chosen |= {name: saver for name, saver in SAVERS.items() if not name.startswith("this:")}
-    with scratch() as path:
+    with savers.scratch() as path:
 
         def bare() -> None:
             newest = kc.CheckpointDirectory(place(path, f"{OURS}, all kept")).latest()
@@ -255,7 +245,7 @@ def restored(state: str) -> Samples:
     model, other = models.dense(state), models.dense(state)
     for each in (model, other):
         models.train(each, 1)
-    with scratch() as path:
+    with savers.scratch() as path:
         ours = [kc.ModelCheckpoint(path / "ours", save_freq=1, keep=1)]
         models.train(model, 1, *ours)
         model.save_weights(path / "model.weights.h5")
@@ -289,7 +279,7 @@ def bytes_written(workload: str) -> tuple[Samples, Samples]:
         model = models.WORKLOADS[workload]()
         models.train(model, 1)
         size = sum(each.nbytes for each in models.arrays(model))
-        with scratch() as path:
+        with savers.scratch() as path:
             counted: list[float] = []
             callback = saver.make(path, 2, KEPT)
             count(callback, saver, path, counted)
@@ -345,7 +335,7 @@ def memory_of(state: str, name: str) -> float:
     peak()  # gives back what the first steps needed
     without = peak()
     set_position(model, None)
-    with scratch() as path:
+    with savers.scratch() as path:
         return (peak(SAVERS[name].make(path, 4, 1)) - without) / size
 
 
@@ -478,7 +468,7 @@ def main() -> None:
     load()
     measure(arguments.figures, arguments.states)
     text = "\n\n".join(f"{each.title}\n\n{each.table()}" for each in FIGURES.values() if each.columns)
-    with scratch() as path:
+    with savers.scratch() as path:
         text += f"\n\nTensorFlow's `enable_async` {savers.tensorflow_in_the_background(models.small(), path)}\n"
     print(text)
     RESULTS.with_suffix(".md").write_text(text)

@@ -137,6 +137,8 @@ class NewFile:
     def finish(self) -> tuple[int, str]:
         """Writes what is left, and has it sent to the disk: a later sync of several files waits for them together.
 
+        Called again, it finds nothing to do.
+
         Returns:
             The size in bytes, and `"blake3:"` with the digest of all bytes in hexadecimal.
         """

@@ -229,6 +229,12 @@ def address(variable: tf.Variable) -> int:
 class TestSeveralThreads:
     """They copy great values together, and stay for the next save."""
 
+    @pytest.fixture(autouse=True)
+    def one_other(self, monkeypatch) -> None:
+        """Whatever tests before have left."""
+        monkeypatch.setattr(snapshot, "_THREADS", 2)
+        snapshot._threads.cache_clear()
+
     def test_an_error_of_another_thread_is_an_error(self, monkeypatch) -> None:
         """What was not copied would be written as it was before."""
         failed = threading.Event()
@@ -240,15 +246,13 @@ class TestSeveralThreads:
             failed.set()
             raise MemoryError
 
-        monkeypatch.setattr(snapshot, "_THREADS", 2)
         monkeypatch.setattr(Arena, "take", take)
 
         with pytest.raises(MemoryError):
             self.great().move(Arena())
 
-    def test_those_that_are_busy_are_not_waited_for(self, monkeypatch) -> None:
+    def test_those_that_are_busy_are_not_waited_for(self) -> None:
         """Training may copy at once while what was held before is copied."""
-        monkeypatch.setattr(snapshot, "_THREADS", 2)
         freed = threading.Event()
         busy = snapshot._threads().submit(freed.wait, 20)
 
@@ -259,16 +263,18 @@ class TestSeveralThreads:
         assert not waited
         assert all(value.data.any() for value in copies.values())
 
-    def test_a_forked_child_has_its_own(self, monkeypatch) -> None:
-        monkeypatch.setattr(snapshot, "_THREADS", 2)
+    def test_a_forked_child_has_its_own(self) -> None:
         self.great().move(Arena())
         taken = self.great()
 
         child = os.fork()
         if not child:  # pragma: no cover - another process
-            whole = (value.data.all() for value in taken.move(Arena()).values())
-            done, _ = concurrent.futures.wait([snapshot._threads().submit(all, whole)], 10)
-            os._exit(5 if done and done.pop().result() else 1)
+            try:
+                whole = (value.data.all() for value in taken.move(Arena()).values())
+                done, _ = concurrent.futures.wait([snapshot._threads().submit(all, whole)], 10)
+                os._exit(5 if done and done.pop().result() else 1)
+            finally:
+                os._exit(2)  # an error must not make it a second run of the tests
 
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
