@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -21,6 +21,8 @@ from keras_ckpt.arena import GREAT, Arena, Packed
 from keras_ckpt.bundle_writer import STRING, Value, number_value, string_value, write_bundle
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
+
+Result = TypeVar("Result")
 
 _THREADS = min(os.cpu_count() or 1, 4)
 """So many copy great values; more would wait for the memory."""
@@ -36,11 +38,12 @@ class Reader:
         variables: By key.
 
     Attributes:
+        variables: In the order in which they were given.
         little: Where the values of the little ones are when they are put aside, one after another.
     """
 
     def __init__(self, variables: Mapping[str, tf.Variable]) -> None:
-        self._variables = dict(variables)
+        self.variables = [*variables.values()]
         devices: dict[str, dict[str, tf.Variable]] = collections.defaultdict(dict)
         self._distributed: dict[str, tf.Variable] = {}
         for key, variable in variables.items():
@@ -50,11 +53,6 @@ class Reader:
                 devices[variable.device][key] = variable
         self._calls = [_Call(group) for group in devices.values()]
         self.little = _little(variables)
-
-    def reads(self, variables: Mapping[str, tf.Variable]) -> bool:
-        """Whether these are the ones, in the same order."""
-        mine = self._variables
-        return [*map(id, mine.values())] == [*map(id, variables.values())] and [*mine] == [*variables]
 
     def read(self) -> dict[str, tf.Tensor]:
         """The values that they have now."""
@@ -214,6 +212,16 @@ def _share_out(copy: Callable[[Iterable[bytes]], None], keys: Sequence[bytes]) -
         concurrent.futures.wait(begun)
     for each in begun:
         each.result()
+
+
+def begin(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Begins something in another thread.
+
+    Returns:
+        What waits for it and gives its result, or does it in this thread if no other has come to it.
+    """
+    job = _threads().submit(work)
+    return lambda: work() if job.cancel() else job.result()
 
 
 @functools.cache

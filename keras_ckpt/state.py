@@ -11,7 +11,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import functools
 import math
+import operator
 import os
 import platform
 import re
@@ -28,7 +30,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 from keras_ckpt import __version__
 from keras_ckpt.bundle_writer import Value, string_value
 from keras_ckpt.files import Folder
-from keras_ckpt.snapshot import Reader, Snapshot
+from keras_ckpt.snapshot import Reader, Snapshot, begin
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 """What TensorFlow appends to a variable's name in a checkpoint."""
@@ -69,7 +71,6 @@ class ModelState(tf.train.Checkpoint):
         super().__init__(model=model)
         self._weights_only = weights_only
         self._plan: _Plan | None = None
-        self._reader: Reader | None = None
 
     def names(self) -> dict[str, Any]:
         """The variables that it writes, by name."""
@@ -102,11 +103,14 @@ class ModelState(tf.train.Checkpoint):
         Args:
             others: More to write, by key; values that TensorFlow has a tensor for.
         """
-        plan = self._current_plan()
-        variables = {key: value_of(variable) for key, variable in plan.variables.items()}
-        if self._reader is None or not self._reader.reads(variables):
-            self._reader = Reader(variables)
-        return Snapshot(self._reader, others, plan.constants)
+        if (plan := self._plan) is not None:
+            # While TensorFlow reads, other threads may run Python: one sees whether these are the right things to read.
+            holds = begin(functools.partial(plan.holds, self.model))
+            snapshot = Snapshot(plan.reader, others, plan.constants)
+            if holds():
+                return snapshot
+        self._plan = plan = self._new_plan()
+        return Snapshot(plan.reader, others, plan.constants)
 
     def _current_plan(self) -> _Plan:
         if self._plan is None or not self._plan.holds(self.model):
@@ -122,14 +126,16 @@ class ModelState(tf.train.Checkpoint):
         texts = {GRAPH_KEY: graph.SerializeToString(), NAMES_KEY: b"1"}
         constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
         sizes = {key.encode(): math.prod(each.shape) * tf.as_dtype(each.dtype).size for key, each in variables.items()}
-        return _Plan(variables, constants, sizes, kept, made_of, list(map(id, made_of)))
+        reader = Reader({key: value_of(variable) for key, variable in variables.items()})
+        return _Plan([*variables.values()], reader, constants, sizes, kept, made_of, list(map(id, made_of)))
 
 
 class _Plan(NamedTuple):
     """What is written of a model, which takes longer to find out than to read, and seldom changes.
 
     Attributes:
-        variables: By their keys.
+        variables: The model's, in the order of the reader's.
+        reader: Reads their values.
         constants: The object graph, and the mark of these names, as they are written.
         sizes: The bytes of the variables, by their keys.
         optimizers: The model's.
@@ -137,7 +143,8 @@ class _Plan(NamedTuple):
         identities: Theirs.
     """
 
-    variables: Mapping[str, Any]
+    variables: Sequence[Any]
+    reader: Reader
     constants: Mapping[bytes, Value]
     sizes: Mapping[bytes, int]
     optimizers: Sequence[Any]
@@ -145,8 +152,9 @@ class _Plan(NamedTuple):
     identities: Sequence[int]
 
     def holds(self, model: keras.Model) -> bool:
-        """Whether the model is made of the same things still."""
-        return list(map(id, _made_of(model, self.optimizers))) == self.identities
+        """Whether the model is made of the same things still, and the reader reads their values."""
+        same = list(map(id, _made_of(model, self.optimizers))) == self.identities
+        return same and all(map(operator.is_, map(value_of, self.variables), self.reader.variables))
 
 
 def _made_of(model: keras.Model, known: Iterable[Any]) -> list[Any]:

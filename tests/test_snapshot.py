@@ -227,7 +227,7 @@ def address(variable: tf.Variable) -> int:
 
 
 class TestSeveralThreads:
-    """They copy great values together, and stay for the next save."""
+    """They copy great values together, one looks at the model while it is read, and they stay for the next save."""
 
     @pytest.fixture(autouse=True)
     def one_other(self, monkeypatch) -> None:
@@ -262,6 +262,22 @@ class TestSeveralThreads:
 
         assert not waited
         assert all(value.data.any() for value in copies.values())
+
+    def test_a_model_is_looked_at_without_them_if_they_are_busy(self) -> None:
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        state = ModelState(model)
+        state.snapshot()
+        model.compile("adam")
+        model.optimizer.build(model.trainable_variables)
+        freed = threading.Event()
+        busy = snapshot._threads().submit(freed.wait, 20)
+
+        keys = state.snapshot().values.keys()
+        waited = busy.done()
+        freed.set()
+
+        assert not waited
+        assert "optimizer/dense/kernel/momentum/.ATTRIBUTES/VARIABLE_VALUE" in keys
 
     def test_a_forked_child_has_its_own(self) -> None:
         self.great().move(Arena())
