@@ -24,7 +24,7 @@ from keras_ckpt import background, bundle_reader, restoring, session, sharing, s
 
 WATCHED: dict[str, list[tuple[Any, str]]] = {
     "callback: all else": [(kc.ModelCheckpoint, "on_train_batch_end"), (session.Session, "save")],
-    "callback: is the model made of the same things": [(state._Plan, "holds")],
+    "callback: is the model as it was (beside the next)": [(state._Plan, "holds")],
     "callback: one operation reads all variables": [(snapshot._Call, "run")],
     "callback: its handles and the rest of the snapshot": [(state.ModelState, "snapshot")],
     "copies": [(snapshot.Snapshot, "detach"), (snapshot.Snapshot, "move")],
