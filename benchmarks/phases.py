@@ -20,10 +20,15 @@ import savers
 
 import keras_ckpt as kc
 import models
-from keras_ckpt import background, bundle_reader, restoring, session, sharing, snapshot, source, state, writer
+from keras_ckpt import background, bundle_reader, restoring, session, sharing, snapshot, source, state, training, writer
 
 WATCHED: dict[str, list[tuple[Any, str]]] = {
-    "callback: all else": [(kc.ModelCheckpoint, "on_train_batch_end"), (session.Session, "save")],
+    "callback: all else": [
+        (kc.ModelCheckpoint, "on_train_batch_end"),
+        (kc.BackupAndRestore, "on_train_batch_end"),
+        (session.Session, "save"),
+    ],
+    "callback: the states of others, and random numbers": [(training.Training, "_now")],
     "callback: is the model as it was (beside the next)": [(state._Plan, "holds")],
     "callback: one operation reads all variables": [(snapshot._Call, "run")],
     "callback: its handles and the rest of the snapshot": [(state.ModelState, "snapshot")],
@@ -81,7 +86,7 @@ class Phases:
 
 
 class Collect(keras.callbacks.Callback):
-    """After each save waits until it is done, and takes its phases."""
+    """Waits until each save is done before the next batch, and takes its phases."""
 
     def __init__(self, phases: Phases, every: int) -> None:
         super().__init__()
@@ -89,18 +94,26 @@ class Collect(keras.callbacks.Callback):
         self._phases = phases
         self._every = every
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         background.wait()
         times = self._phases.take()
-        if (batch + 1) % self._every == 0:
+        if batch and batch % self._every == 0:
             self.samples.append(times)
 
+    def get_state(self) -> None:
+        """Nothing of it is to be backed up."""
 
-def of_saves(phases: Phases, model: keras.Model, every: int) -> list[Mapping[str, float]]:
+    def set_state(self, state: None) -> None:
+        pass
+
+
+def of_saves(
+    phases: Phases, model: keras.Model, every: int, saver: str = "this: ModelCheckpoint"
+) -> list[Mapping[str, float]]:
     """The phases of saves in a `fit`, but of the first ones."""
     collect = Collect(phases, every)
     with savers.scratch() as path:
-        models.train(model, SAVES * every, kc.ModelCheckpoint(path, save_freq=every, keep=1), collect)
+        models.train(model, SAVES * every, savers.SAVERS[saver].make(path, every, 1), collect)
     return collect.samples[4:]
 
 
@@ -138,6 +151,7 @@ def main() -> None:
         for jit in (False, True)
         for name in states
     }
+    saves[f"{states[-1]}, BackupAndRestore"] = of_saves(phases, models.dense(states[-1]), 8, "this: BackupAndRestore")
     print(table("a save, ms", {"500 KB": of_saves(phases, models.small(), 1), **saves}), end="\n\n")
     print(table("a restore, ms", {name: of_restores(phases, name) for name in states}))
 
