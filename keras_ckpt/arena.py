@@ -221,7 +221,9 @@ class Arena:
                 saved.ranges[key] = {part.key: part.within(table, checksums[part.key]) for part in still}
             elif key in saved.ranges:
                 kept = saved.ranges[key].items()
-                saved.ranges[key] = {each: entry for each, entry in kept if each not in gone}
+                # Those of another shape have other keys, and nothing tells which of them have changed.
+                same = {part.key for part in still}
+                saved.ranges[key] = {each: entry for each, entry in kept if each in same}
 
 
 def arena_of(model: object) -> Arena:

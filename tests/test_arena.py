@@ -224,6 +224,16 @@ class TestTables:
 
         assert second < first < {part.key for part in parts_of(b"table", value(self.TABLE))}
 
+    def test_ranges_of_another_shape_are_forgotten(self) -> None:
+        """Nothing tells which of them a change of some bytes has changed."""
+        memory, saved = filled(table=self.TABLE)
+        memory.take(b"table", self.changed(slice(0, 1)))
+        changed = self.changed(slice(0, 2)).data.view(np.float32)
+
+        memory.take(b"table", value(changed.reshape(2048, 1024)))
+
+        assert not saved.ranges[b"table"]
+
     @pytest.mark.parametrize("rows", [slice(None), slice(0, 3000), slice(0, None, 8)], ids=str)
     def test_one_of_which_much_changes_is_forgotten(self, rows) -> None:
         """Also the ranges of it that were known."""
