@@ -31,7 +31,7 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     "callback: the states of others, and random numbers": [(training.Training, "_now")],
     "callback: is the model as it was (beside the next)": [(state._Plan, "holds")],
     "callback: one operation reads all variables": [(snapshot._Call, "run")],
-    "callback: its handles and the rest of the snapshot": [(state.ModelState, "snapshot")],
+    "callback: the rest of the snapshot": [(state.ModelState, "snapshot")],
     "copies": [(snapshot.Snapshot, "detach"), (snapshot.Snapshot, "move")],
     "what the directory holds, what to keep": [
         (writer, "examine"),
