@@ -16,6 +16,7 @@ from keras_ckpt.data import ResumableDataset
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError, PlanError
 from keras_ckpt.policies import LatestN
+from keras_ckpt.position import steps_per_epoch
 from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.session import OnFullDisk, Session, checked_on_full_disk
@@ -131,7 +132,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"BackupAndRestore needs a built model, or it could not restore {self.model.name!r} after a crash. "
                 "Build it before fit(): model.build(input_shape), or call it on a batch of data."
             )
-        if self.data is not None and _argument_of_fit("steps_per_epoch") is not None:
+        if self.data is not None and steps_per_epoch() is not None:
             raise ValueError(
                 "fit() was given steps_per_epoch, with which Keras goes on with what is left of an epoch in the next. "
                 f"A ResumableDataset has {len(self.data)} batches an epoch: leave steps_per_epoch out."
@@ -208,16 +209,6 @@ def _list_of(callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
             return caller
-        frame = frame.f_back
-    return None
-
-
-def _argument_of_fit(name: str) -> Any:
-    """An argument of the `fit` that is calling; Keras tells a callback nothing of it."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "fit" and name in frame.f_locals:
-            return frame.f_locals[name]
         frame = frame.f_back
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import uuid
 import warnings
 import weakref
@@ -44,6 +45,19 @@ def set_position(model: keras.Model, position: Position | None) -> None:
         _positions[model] = position, _optimizer(model)
 
 
+def steps_per_epoch() -> int | None:
+    """After how many batches the `fit` that is calling ends an epoch; `None` if its data say so themselves.
+
+    Keras tells a callback nothing of it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "fit" and "steps_per_epoch" in frame.f_locals:
+            return frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
+        frame = frame.f_back
+    return None
+
+
 class Progress:
     """Counts the steps and epochs of one `fit`; a model that belongs to no run begins one.
 
@@ -57,6 +71,7 @@ class Progress:
     def __init__(self, model: keras.Model, steps: int | None) -> None:
         self.model = model
         self.steps = steps
+        self._data_end = steps if steps_per_epoch() is None else None
         self.position = position_of(model) or Position(uuid.uuid4().hex)
         if model in _positions and _positions[model][1] is not _optimizer(model):
             warnings.warn(
@@ -111,16 +126,18 @@ class Progress:
         """How many batches the execution ran that ended with this index.
 
         Keras names the index at which a whole execution of `steps_per_execution` batches would have ended. Where the
-        data may have ended earlier or, with `steps_per_epoch`, later, the optimizer knows how many it was.
+        data end earlier at a place that is not known, the compiled optimizer knows best how many it was.
         """
-        ran = batch - self._last_batch
+        whole = batch - self._last_batch
         if self.model.steps_per_execution == 1:
-            return ran
+            return whole
+        if self._data_end is not None:
+            return min(batch + 1, self._data_end) - (self._last_batch + 1)
         before, self._iterations = self._iterations, _iterations(self.model)
         if self.steps is not None and batch + 1 < self.steps:
-            return ran
+            return whole
         counted = self._iterations - before
-        return counted if 1 <= counted <= ran else ran
+        return counted if 1 <= counted <= whole else whole
 
 
 def _iterations(model: keras.Model) -> int:

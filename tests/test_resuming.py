@@ -83,6 +83,61 @@ def test_an_error_within_a_with_statement_loses_nothing_that_is_whole(backup, wh
     assert same(whole, again)
 
 
+def half_precision() -> keras.Model:
+    """Its optimizer leaves out batches whose gradients are not finite, as the first ones are here."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="mixed_float16"), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=2.0**40), "mse")
+    return model
+
+
+class OwnOptimizer(keras.Model):
+    """Applies another optimizer than the compiled one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(1)
+        self.inner = keras.optimizers.SGD(0.01)
+
+    def build(self, input_shape) -> None:
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        self.inner.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
+
+
+def own_optimizer() -> keras.Model:
+    model = OwnOptimizer()
+    model.compile("sgd", "mse")
+    model.build((None, 4))
+    return model
+
+
+@pytest.mark.parametrize("make", [half_precision, own_optimizer])
+def test_several_batches_in_one_execution_whatever_optimizer_is_applied_how_often(backup, make) -> None:
+    """The last execution of an epoch is shorter, and its end is the epoch's end."""
+
+    def trained(*callbacks: keras.callbacks.Callback) -> keras.Model:
+        keras.utils.set_random_seed(1)
+        model = make()
+        model.steps_per_execution = 4
+        with kc.BackupAndRestore(backup, save_freq=100, data=data()) as each:
+            return train(each, *callbacks, model=model)
+
+    whole = trained()
+    with pytest.raises(RuntimeError, match="injected"):
+        trained(Fails("on_test_batch_end", 2))
+    assert [(each.step, each.batch) for each in kc.CheckpointDirectory(backup)] == [(20, 10)]
+
+    assert same(whole, trained())
+
+
 def test_the_line_at_a_restart_says_what_was_found(backup, capsys) -> None:
     """The step, the epoch, the batch, what was restored, and what was not."""
 
