@@ -53,7 +53,8 @@ def steps_per_epoch() -> int | None:
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "fit" and "steps_per_epoch" in frame.f_locals:
-            return frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
+            given: int | None = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
+            return given
         frame = frame.f_back
     return None
 

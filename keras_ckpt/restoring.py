@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_ckpt import background, commit, state
+from keras_ckpt import background, commit, naming, state
 from keras_ckpt.bundle import read_index
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.document import decode
@@ -272,8 +272,8 @@ def _put_back(
     prefix = os.path.join(files.path, name)
     with _damage():
         source = Source(files, name, model, digested)
-    wanted = state.names(model)
-    report = _compare(wanted, source, prefix, record, None if strict else state.automatic_stems(model))
+    wanted = naming.named_variables(model)
+    report = _compare(wanted, source, prefix, record, None if strict else naming.automatic_stems(model))
     differences = _differences(report, source)
     if strict and differences:
         raise MismatchError(

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_ckpt import state
+from keras_ckpt import naming, state
 from keras_ckpt.bundle import read_index
 from keras_ckpt.bundle_reader import read_values
 from keras_ckpt.errors import DamagedCheckpointError
@@ -52,14 +52,14 @@ class Source:
         named = {key.removesuffix(state.SUFFIX): key for key in keys}
         self.keys: Mapping[str, str] = named
         if self.foreign:
-            for optimizer in state.optimizers(model).values():
+            for optimizer in naming.optimizers(model).values():
                 if not optimizer.built:
                     optimizer.build(model.trainable_variables)
             self.keys = _keys_by_graph(folder.tensorflow_path(name), model, named)
             if unknown := sorted(set(self.keys.values()) - listed):
                 raise DamagedCheckpointError(f"its object graph names {unknown[0]!r:.200}, which its index does not")
         else:
-            state.build_optimizers(model, named)
+            naming.build_optimizers(model, named)
 
     def kind(self, name: str) -> tuple[tuple[int, ...], str]:
         """The shape and the type of a variable."""
@@ -77,7 +77,7 @@ def _keys_by_graph(path: str, model: keras.Model, named: Mapping[str, str]) -> d
     """The keys of a checkpoint that TensorFlow named by its object graph; what is the model's, by the model's names."""
     graph = state.object_graph(tf.train.load_checkpoint(path))
     _check_graph(graph)
-    variables = {id(variable): name for name, variable in state.names(model).items()}
+    variables = {id(variable): name for name, variable in naming.named_variables(model).items()}
     view = tf.train.CheckpointView(path)
     # What the model is called there is up to the one who wrote it; or it is the root itself.
     children = {child.local_name for child in graph.nodes[0].children} - {"save_counter"}

@@ -31,8 +31,9 @@ PURE = [
 ORDER = [
     "errors", "streams", "locks", "files", "bundle", "record", "policies", "listing", "tables", "commit", "background",
     "directory", "cli", "writer", "schedule", "monitor", "document", "bundle_writer", "arena", "snapshot",
-    "bundle_reader", "sharing", "state", "position", "source", "restoring", "session", "manager", "model_checkpoint",
-    "data", "seeds", "callback_states", "epoch_rest", "signals", "training", "backup_and_restore", "demo",
+    "bundle_reader", "sharing", "naming", "state", "position", "source", "restoring", "session", "manager",
+    "model_checkpoint", "data", "seeds", "callback_states", "epoch_rest", "signals", "training", "backup_and_restore",
+    "demo",
 ]  # fmt: skip
 
 

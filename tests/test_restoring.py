@@ -10,8 +10,9 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt import record as sidecars
+from keras_ckpt.naming import named_variables
 from keras_ckpt.position import position_of
-from keras_ckpt.state import ModelState, names
+from keras_ckpt.state import ModelState
 from keras_ckpt.writer import Writer
 from models import X, Y, dense_model, fit, same, values
 from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
@@ -85,7 +86,7 @@ def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
             each.compile("adam", "mse")
             each.optimizer.build(each.trainable_variables)
     random = np.random.default_rng(1)
-    for variable in names(model).values():
+    for variable in named_variables(model).values():
         variable.assign(
             random.integers(0, 100, variable.shape).astype(
                 variable.dtype if isinstance(variable.dtype, str) else "float32"
@@ -96,8 +97,8 @@ def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
 
     kc.restore(other, tmp_path)
 
-    for name, variable in names(other).items():
-        assert np.array_equal(variable.numpy(), names(model)[name].numpy()), name
+    for name, variable in named_variables(other).items():
+        assert np.array_equal(variable.numpy(), named_variables(model)[name].numpy()), name
 
 
 @pytest.mark.parametrize(
@@ -602,6 +603,6 @@ def test_a_great_model_comes_back_bit_for_bit(tmp_path, bias) -> None:
 
     report = kc.restore(other, tmp_path)
 
-    assert report.matched == tuple(names(other))
+    assert report.matched == tuple(named_variables(other))
     for mine, theirs in zip(model.variables, other.variables, strict=True):
         assert np.array_equal(mine.numpy(), theirs.numpy())

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt.state import GRAPH_KEY, NAMES_KEY, SUFFIX, ModelState, names
+from keras_ckpt.naming import named_variables
+from keras_ckpt.state import GRAPH_KEY, NAMES_KEY, SUFFIX, ModelState
 from models import X, Y, dense_model, fit
 
 
@@ -152,18 +153,18 @@ def test_names_read_like_the_model(build) -> None:
     """Paths without the names of the model and the optimizer, slots under their variable."""
     keras.backend.clear_session()
 
-    assert sorted(names(build())) == sorted(MODELS[build].split())
+    assert sorted(named_variables(build())) == sorted(MODELS[build].split())
 
 
 @pytest.mark.parametrize("build", MODELS)
 def test_names_are_the_same_in_a_notebooks_third_try(build) -> None:
     """Whatever Keras has counted before: nine layers, so that the numbers go from one digit to two."""
     keras.backend.clear_session()
-    first = {name: variable.shape for name, variable in names(build()).items()}
+    first = {name: variable.shape for name, variable in named_variables(build()).items()}
     for _ in range(9):
         keras.layers.Dense(1), keras.layers.Dropout(0.1), keras.optimizers.AdamW()
 
-    assert {name: variable.shape for name, variable in names(build()).items()} == first
+    assert {name: variable.shape for name, variable in named_variables(build()).items()} == first
 
 
 def test_names_do_not_depend_on_the_order_in_which_layers_were_made() -> None:
@@ -179,7 +180,7 @@ def test_names_do_not_depend_on_the_order_in_which_layers_were_made() -> None:
     remade = build(again, keras.layers.Dense.from_config(head.get_config()))
 
     for one, layers in ((model, (backbone, head)), (remade, (again, remade.layers[-1]))):
-        of = names(one)
+        of = named_variables(one)
         assert of["model/dense/kernel"] is layers[0].kernel
         assert of["model/dense_1/kernel"] is layers[1].kernel
 
@@ -198,9 +199,9 @@ def test_names_do_not_depend_on_how_a_model_came_to_be() -> None:
     fit(by_fit)
     copy, from_json = keras.models.clone_model(at_once), keras.models.model_from_json(at_once.to_json())
 
-    expected = set(names(at_once))
+    expected = set(named_variables(at_once))
     for model in (by_shape, by_call, by_fit, copy, from_json):
-        assert set(names(model, weights_only=True)) == expected
+        assert set(named_variables(model, weights_only=True)) == expected
 
 
 def test_names_do_not_depend_on_an_error_before() -> None:
@@ -217,7 +218,7 @@ def test_names_do_not_depend_on_an_error_before() -> None:
 
         path = models[1].variables[0].path
         assert path.startswith(f"{broken.name}/{models[1].name}/")
-        assert set(names(models[1])) == set(names(models[0]))
+        assert set(named_variables(models[1])) == set(named_variables(models[0]))
     finally:
         keras.backend.clear_session()
 
@@ -232,7 +233,7 @@ def test_names_do_not_depend_on_who_built_the_optimizer() -> None:
     finally:
         keras.mixed_precision.set_dtype_policy("float32")
 
-    first, second = (set(names(model)) for model in models)
+    first, second = (set(named_variables(model)) for model in models)
     assert first == second
     assert "optimizer/adam/dense/kernel/momentum" in first
 
@@ -245,7 +246,7 @@ def test_every_variable_has_a_name_of_its_own(optimizer) -> None:
     model = dense_model(optimizer=getattr(keras.optimizers, optimizer)())
     fit(model)
 
-    variables = names(model).values()
+    variables = named_variables(model).values()
 
     everything = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     assert {id(variable) for variable in variables} == {id(variable) for variable in everything}
@@ -259,8 +260,8 @@ def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) ->
 
     on_disk = dict(tf.train.list_variables(prefix))
     extra = {GRAPH_KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
-    assert on_disk.keys() - extra == {f"{name}{SUFFIX}" for name in names(model)}
-    for name, variable in names(model).items():
+    assert on_disk.keys() - extra == {f"{name}{SUFFIX}" for name in named_variables(model)}
+    for name, variable in named_variables(model).items():
         assert np.array_equal(tf.train.load_variable(prefix, name + SUFFIX), variable.numpy())
 
 
@@ -311,7 +312,7 @@ def test_layers_in_a_list_have_names_though_tensorflow_does_not_see_them() -> No
     model = Listed()
     model(X[:1])
 
-    assert sorted(names(model)) == [
+    assert sorted(named_variables(model)) == [
         "model/dense/bias",
         "model/dense/kernel",
         "model/dense_1/bias",

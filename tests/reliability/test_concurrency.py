@@ -39,7 +39,8 @@ READERS_AND_A_WRITER = """
 import json, os, sys, warnings
 import numpy as np
 import keras, keras_ckpt as kc
-from keras_ckpt.state import ModelState, names
+from keras_ckpt.naming import named_variables
+from keras_ckpt.state import ModelState
 from keras_ckpt.writer import Writer
 from models import dense_model
 
