@@ -30,14 +30,14 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
     weights, layers = model.variables, layers_of(model)
     paths = _numbered(_paths_in(model, layers), _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
-    tracked = _tracked(model)
-    found += [(f"model/{path}", each) for path, each in tracked.items() if isinstance(each, tf.Variable)]
+    below = tracked(model)
+    found += [(f"model/{path}", each) for path, each in below.items() if isinstance(each, tf.Variable)]
     if not weights_only:
         states = states_of(layers)
         paths_of_states = _numbered([_segments(variable)[-2:] for variable in states], _automatic_names(layers))
         found += [(f"states/{path}", variable) for path, variable in zip(paths_of_states, states, strict=True)]
         references = _references(weights, paths)
-        for prefix, optimizer in _optimizers(model, tracked).items():
+        for prefix, optimizer in _optimizers(model, below).items():
             found += _optimizer_variables(prefix, optimizer, references)
         measured = model.metrics_variables
         paths = _numbered([_owned(variable) for variable in measured], _automatic_names(_metrics(model)))
@@ -52,14 +52,14 @@ def optimizers(model: keras.Model) -> dict[str, Any]:
     That of `compile` is `optimizer`. Others that a model holds, such as those of the two halves of a GAN, have the path
     of their attribute in it: `optimizer/d_optimizer`.
     """
-    return _optimizers(model, _tracked(model))
+    return _optimizers(model, tracked(model))
 
 
-def _optimizers(model: keras.Model, tracked: Mapping[str, Any]) -> dict[str, Any]:
+def _optimizers(model: keras.Model, below: Mapping[str, Any]) -> dict[str, Any]:
     main = getattr(model, "optimizer", None)
     found = {} if main is None else {"optimizer": main}
     inner = {id(each) for each in _inner_optimizers(main)}
-    for path, each in tracked.items():
+    for path, each in below.items():
         if isinstance(each, keras.optimizers.Optimizer) and each is not main and id(each) not in inner:
             found[f"optimizer/{path}"] = each
             inner |= {id(each) for each in _inner_optimizers(each)}
@@ -112,11 +112,11 @@ def _paths_in(model: keras.Model, layers: Sequence[Any]) -> list[tuple[str, ...]
     return paths
 
 
-def _tracked(model: keras.Model) -> dict[str, Any]:
+def tracked(root: Any) -> dict[str, Any]:
     """What TensorFlow tracks below a model, but not below its optimizer, by the shortest path of attributes."""
     found: dict[str, Any] = {}
-    queue: collections.deque[tuple[str, Any]] = collections.deque([("", model)])
-    seen = {id(model), id(getattr(model, "optimizer", None))}
+    queue: collections.deque[tuple[str, Any]] = collections.deque([("", root)])
+    seen = {id(root), id(getattr(root, "optimizer", None))}
     while queue:
         path, parent = queue.popleft()
         for name, child in tf.train.TrackableView.children(parent).items():

@@ -344,9 +344,10 @@ def _compare(
     shared = [name for name in wanted if name in source.keys]
     mismatched = {}
     for name in shared:
-        kind = tuple(wanted[name].shape), tf.as_dtype(wanted[name].dtype).name
-        if kind != source.kind(name):
-            mismatched[name] = f"{_kind(kind)} in the model, {_kind(source.kind(name))} in the checkpoint"
+        shape, dtype = tf.TensorShape(wanted[name].shape), tf.as_dtype(wanted[name].dtype).name
+        there = source.kind(name)
+        if dtype != there[1] or not shape.is_compatible_with(there[0]):
+            mismatched[name] = f"{_kind(shape, dtype)} in the model, {_kind(*there)} in the checkpoint"
     missing = [name for name in wanted if name not in source.keys]
     unexpected = sorted(name for name in source.keys if name not in wanted)
     if automatic is not None:
@@ -405,8 +406,8 @@ def _unsure(model: Iterable[str], disk: Iterable[str], automatic: Collection[str
     return {name for name in model if any(here[group] != there[group] for group, _ in numbered(name))}
 
 
-def _kind(kind: tuple[tuple[int, ...], str]) -> str:
-    return f"shape {kind[0]} {kind[1]}"
+def _kind(shape: Any, dtype: str) -> str:
+    return f"shape {shape} {dtype}"
 
 
 def _count(names: Iterable[str], part: str) -> int:

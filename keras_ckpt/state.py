@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import math
 import operator
 import os
 import platform
@@ -117,7 +116,7 @@ class ModelState(tf.train.Checkpoint):
         graph = _object_graph(self, {id(variable): key for key, variable in variables.items()})
         texts = {GRAPH_KEY: graph.SerializeToString(), NAMES_KEY: b"1"}
         constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
-        sizes = {key.encode(): math.prod(each.shape) * tf.as_dtype(each.dtype).size for key, each in variables.items()}
+        sizes = {key.encode(): _size(variable) for key, variable in variables.items()}
         reader = Reader({key: value_of(variable) for key, variable in variables.items()})
         return _Plan([*variables.values()], reader, constants, sizes, kept, made_of, list(map(id, made_of)))
 
@@ -154,8 +153,11 @@ def _made_of(model: keras.Model, known: Iterable[Any]) -> list[Any]:
     layers = naming.layers_of(model)
     attributes = [each for layer in layers for each in vars(layer).values()]
     # Asked once for each class, because TensorFlow's answer takes long.
-    kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, tf.Variable | keras.optimizers.Optimizer)}
+    kinds = set(map(type, attributes))
+    holders = {kind for kind in kinds if issubclass(kind, tf.Module | tf.random.Generator)}
+    kinds = holders | {kind for kind in kinds if issubclass(kind, tf.Variable | keras.optimizers.Optimizer)}
     found = [each for each in attributes if type(each) in kinds]
+    found += [each for holder in found if type(holder) in holders for each in naming.tracked(holder).values()]
     slots = [variable for optimizer in known for variable in optimizer.variables]
     return [*layers, *found, *model.variables, *naming.states_of(layers), *slots, *model.metrics_variables]
 
@@ -170,6 +172,12 @@ def plain_errors() -> Iterator[None]:
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number)) from error
         raise
+
+
+def _size(variable: Any) -> int:
+    """The bytes of a variable; 0 if it may have any shape."""
+    elements: int | None = tf.TensorShape(variable.shape).num_elements()
+    return (elements or 0) * int(tf.as_dtype(variable.dtype).size)
 
 
 def versions() -> dict[str, str]:

@@ -101,6 +101,49 @@ def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
         assert np.array_equal(variable.numpy(), named_variables(model)[name].numpy()), name
 
 
+class Remembers(keras.layers.Layer):
+    """Has variables of any number of rows, and of any shape."""
+
+    def __init__(self, columns: int = 2) -> None:
+        super().__init__()
+        self.rows = tf.Variable(tf.zeros((1, columns)), shape=(None, columns), trainable=False)
+        self.any = tf.Variable(0.0, shape=tf.TensorShape(None), trainable=False)
+
+    def call(self, x):
+        return x
+
+
+def remembering(columns: int = 2) -> keras.Model:
+    model = keras.Sequential([keras.Input((4,)), Remembers(columns), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    return model
+
+
+def test_variables_without_a_fixed_shape_come_back_in_the_one_that_they_had(tmp_path) -> None:
+    """Whatever it was when the fit began, or is in the model that is restored."""
+
+    class Grows(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            self.model.layers[0].rows.assign(tf.fill((100_000 * (epoch + 1), 2), float(epoch)))
+            self.model.layers[0].any.assign(tf.range(float(epoch)))
+
+    fit(remembering(), Grows(), kc.ModelCheckpoint(tmp_path), epochs=3)
+
+    for epoch, record in enumerate(kc.CheckpointDirectory(tmp_path)):
+        other = remembering()
+        assert not kc.restore(other, record).mismatched
+        assert other.layers[0].rows.numpy().tolist() == [[epoch, epoch]] * (100_000 * (epoch + 1))
+        assert other.layers[0].any.numpy().tolist() == [*range(epoch)]
+
+
+def test_a_shape_that_a_variable_cannot_have_is_a_difference(tmp_path) -> None:
+    """Though it may have many."""
+    fit(remembering(), kc.ModelCheckpoint(tmp_path))
+
+    with pytest.raises(kc.MismatchError, match=r"rows: shape \(None, 3\) float32 in the model, shape \(1, 2\) float32"):
+        kc.restore(remembering(3), tmp_path)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,6 +1,7 @@
 """A snapshot is of one moment, whatever training does afterwards."""
 
 import concurrent.futures
+import operator
 import os
 import threading
 
@@ -348,6 +349,41 @@ def test_what_a_model_is_given_later_is_in_the_next_one() -> None:
     model.another = tf.Variable(1.0)
     assert new() == {"model/another"}
     assert not new()
+
+
+class Holds(tf.Module):
+    """As a layer of Sonnet's or of TensorFlow's own."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.inner = tf.Module()
+        self.inner.number = tf.Variable(number)
+        self.inner.generator = tf.random.Generator.from_seed(int(number))
+
+
+@pytest.mark.parametrize("where", ["holds", "holds.inner", "holds.inner.number", "holds.inner.generator", "generator"])
+def test_what_is_put_in_the_place_of_another_thing_is_read_from_then_on(where) -> None:
+    """Also in what is no Keras layer: the one before would be saved again and again, without a word."""
+
+    def holder(number: int) -> keras.Model:
+        model = Late()
+        model.build((None, 2))
+        model.holds, model.generator = Holds(number), tf.random.Generator.from_seed(number)
+        return model
+
+    model, other = holder(1), holder(2)
+    state = ModelState(model)
+    state.snapshot()
+    place, _, name = where.rpartition(".")
+    owner, new = (operator.attrgetter(place)(each) if place else each for each in (model, other))
+
+    setattr(owner, name, getattr(new, name))
+
+    variables = ModelState(model).snapshot().values
+    now = state.snapshot().values
+    assert {key: each.numpy().tolist() for key, each in now.items()} == {
+        key: each.numpy().tolist() for key, each in variables.items()
+    }
 
 
 def test_a_variable_that_keeps_its_values_elsewhere_from_now_on_is_read_there() -> None:
