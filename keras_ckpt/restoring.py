@@ -23,10 +23,10 @@ from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.document import decode
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError, MismatchError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import check_files, held, read_record, unmanaged, unreadable
+from keras_ckpt.listing import check_files, held, read_record, unmanaged
 from keras_ckpt.position import Position, set_position
 from keras_ckpt.record import CheckpointFile, CheckpointRecord, step_in
-from keras_ckpt.source import Source
+from keras_ckpt.source import Source, what_fails_is_damaged
 
 _LINES = 12
 _ATTEMPTS = 100
@@ -174,7 +174,7 @@ def _restore_first(
 
 
 def _document(files: Folder, name: str) -> Any:
-    with _damage():
+    with what_fails_is_damaged():
         read_index(files, name)
         reader = tf.train.load_checkpoint(files.tensorflow_path(name))
         if not reader.has_tensor(state.TRAINING_KEY):
@@ -270,8 +270,7 @@ def _put_back(
     digested: Sequence[CheckpointFile],
 ) -> RestoreReport:
     prefix = os.path.join(files.path, name)
-    with _damage():
-        source = Source(files, name, model, digested)
+    source = Source(files, name, model, digested)
     wanted = naming.named_variables(model)
     report = _compare(wanted, source, prefix, record, None if strict else naming.automatic_stems(model))
     differences = _differences(report, source)
@@ -282,8 +281,7 @@ def _put_back(
             + "\nBuild and compile the model as it was when the checkpoint was saved, or restore what matches with "
             "strict=False."
         )
-    with _damage():
-        values = source.read(report.matched)
+    values = source.read(report.matched)
     if spoiled := [each for each, value in values.items() if each.startswith("model/") and not is_finite(value)]:
         # Before anything changes, so that who makes warnings errors keeps the model as it is.
         warnings.warn(f"{prefix} has NaN or infinity in {', '.join(_shortened(spoiled))}", stacklevel=4)
@@ -293,19 +291,6 @@ def _put_back(
     continues = record is not None and record.run_id and model.compiled and not differences
     set_position(model, _position(record) if record and continues else None)
     return report
-
-
-@contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    """Whatever cannot be read is damaged, unless the process has run out of something."""
-    try:
-        yield
-    except DamagedCheckpointError:
-        raise
-    except OSError as error:
-        raise unreadable(error) from error
-    except Exception as error:
-        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:

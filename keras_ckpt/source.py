@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,14 +14,14 @@ from keras_ckpt.bundle import read_index
 from keras_ckpt.bundle_reader import read_values
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.files import Folder
-from keras_ckpt.listing import refuse_changed
+from keras_ckpt.listing import refuse_changed, unreadable
 from keras_ckpt.record import CheckpointFile
 
 
 class Source:
     """An open checkpoint.
 
-    Opening it builds the optimizers of the model that have slots in it.
+    Opening it builds the optimizers of the model that have slots in it; what they raise is no damage.
 
     Args:
         folder: The directory of the checkpoint, open for as long as this is read from.
@@ -34,32 +35,35 @@ class Source:
         keys: The key of each variable by its name in the model, or on disk where the model has none of it.
 
     Raises:
-        Exception: Of any kind: TensorFlow's readers raise almost anything when a file is not what they expect.
+        DamagedCheckpointError: It cannot be read.
     """
 
     def __init__(self, folder: Folder, name: str, model: keras.Model, digested: Sequence[CheckpointFile] = ()) -> None:
-        for file in digested:
-            if file.name == f"{name}.index":
-                refuse_changed(file, *folder.digest(file.name))
         self._folder = folder
         self._name = name
         self._digested = [file for file in digested if file.name != f"{name}.index"]
-        self._index = read_index(folder, name)
+        with what_fails_is_damaged():
+            for file in digested:
+                if file.name == f"{name}.index":
+                    refuse_changed(file, *folder.digest(file.name))
+            self._index = read_index(folder, name)
         listed = self._index.variables
         self.foreign = state.NAMES_KEY not in listed
         counter = f"save_counter{state.SUFFIX}"  # TensorFlow's own, no part of a model
         keys = [key for key in listed if key.endswith(state.SUFFIX) and key != counter]
         named = {key.removesuffix(state.SUFFIX): key for key in keys}
         self.keys: Mapping[str, str] = named
-        if self.foreign:
+        with model.distribute_strategy.scope():
+            if not self.foreign:
+                naming.build_optimizers(model, named)
+                return
             for optimizer in naming.optimizers(model).values():
                 if not optimizer.built:
                     optimizer.build(model.trainable_variables)
+        with what_fails_is_damaged():
             self.keys = _keys_by_graph(folder.tensorflow_path(name), model, named)
             if unknown := sorted(set(self.keys.values()) - listed):
                 raise DamagedCheckpointError(f"its object graph names {unknown[0]!r:.200}, which its index does not")
-        else:
-            naming.build_optimizers(model, named)
 
     def kind(self, name: str) -> tuple[tuple[int, ...], str]:
         """The shape and the type of a variable."""
@@ -69,8 +73,22 @@ class Source:
     def read(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
         """Reads variables, all before any is used, and checks what was to be checked."""
         keys = {name: self.keys[name].encode() for name in names}
-        values = read_values(self._folder, self._name, self._index, list(set(keys.values())), self._digested)
+        with what_fails_is_damaged():
+            values = read_values(self._folder, self._name, self._index, list(set(keys.values())), self._digested)
         return {name: values[key] for name, key in keys.items()}
+
+
+@contextlib.contextmanager
+def what_fails_is_damaged() -> Iterator[None]:
+    """Readers raise almost anything where a file is not what they expect. What the process lacks is no damage."""
+    try:
+        yield
+    except (DamagedCheckpointError, MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except OSError as error:
+        raise unreadable(error) from error
+    except Exception as error:
+        raise DamagedCheckpointError(f"it cannot be read: {error}") from error
 
 
 def _keys_by_graph(path: str, model: keras.Model, named: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt import record as sidecars
+from keras_ckpt import source
 from keras_ckpt.naming import named_variables
 from keras_ckpt.position import position_of
 from keras_ckpt.state import ModelState
@@ -134,6 +135,42 @@ def test_variables_without_a_fixed_shape_come_back_in_the_one_that_they_had(tmp_
         assert not kc.restore(other, record).mismatched
         assert other.layers[0].rows.numpy().tolist() == [[epoch, epoch]] * (100_000 * (epoch + 1))
         assert other.layers[0].any.numpy().tolist() == [*range(epoch)]
+
+
+class Fussy(keras.optimizers.SGD):
+    """Does not want to be built."""
+
+    def build(self, variables) -> None:
+        raise LookupError("not today")
+
+
+def test_an_error_of_the_optimizer_is_no_damage(runs, model) -> None:
+    """Nor is an older checkpoint restored in its place."""
+    with pytest.raises(LookupError, match="not today"):
+        kc.restore(dense_model(optimizer=Fussy(momentum=0.9)), runs)
+
+
+def test_a_model_of_a_strategy_is_restored_in_its_scope(runs, model) -> None:
+    """Whoever restores it need not think of that, as with fit()."""
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        other = dense_model(run_eagerly=False)
+
+    kc.restore(other, runs)
+
+    assert same(model, other)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM")], ids=repr)
+def test_a_lack_of_memory_is_no_damage(runs, model, monkeypatch, error) -> None:
+    """An older checkpoint would want as much."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(source, "read_values", fail)
+
+    with pytest.raises(type(error)):
+        kc.restore(dense_model(), runs)
 
 
 def test_a_shape_that_a_variable_cannot_have_is_a_difference(tmp_path) -> None:
