@@ -153,12 +153,16 @@ class Arena:
             key: Its key, for which there is room.
             value: What to copy. Strings, which are nobody else's, are left as they are.
             change: Whether what is there may be changed. If not, because it is yet to be written, a value that differs
-                is copied to another place, and needs no room.
+                is copied to another place, and needs no room. What is not there yet is no change.
         """
         if value.dtype == STRING:
             return value
         room = self._rooms.get(key)
-        if room is None or key not in self._filled or not room.holds(value.data):
+        if room is not None and key not in self._filled and len(room.data) == len(value.data):
+            # Nobody has anything of what is not filled yet, and nothing of it is on disk.
+            np.copyto(room.data, value.data)
+            self._filled.add(key)
+        elif room is None or not room.holds(value.data):
             if room is None or not change:
                 return value._replace(data=value.data.copy())
             self._change(key, value, room.data)
@@ -195,7 +199,7 @@ class Arena:
 
     def _change(self, key: bytes, value: Value, room: np.ndarray) -> None:
         # What is on disk is forgotten first, because an interrupt may come at any time.
-        changed = _changed_parts(key, value, room) if key in self._filled else None
+        changed = _changed_parts(key, value, room)
         if changed is None:
             self._forget(key)
             np.copyto(room, value.data)
@@ -203,7 +207,6 @@ class Arena:
             self._forget_parts(key, value, changed)
             for part in changed:
                 np.copyto(room[part.start : part.end], value.data[part.start : part.end])
-        self._filled.add(key)
 
     def _forget(self, key: bytes) -> None:
         for saved in self.saved.values():

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Sequence
 
 import keras
@@ -82,10 +83,22 @@ def taken(path: pathlib.Path) -> int:
 class TestWhatStaysTheSame:
     """The layer that is not trained."""
 
-    @pytest.fixture
-    def saved(self, tmp_path) -> tuple[pathlib.Path, dict[int, dict[str, bytes]], keras.Model]:
-        model, copies = frozen_model(), Copies()
-        train(model, kc.ModelCheckpoint(tmp_path / "run"), copies, epochs=4)
+    @pytest.fixture(params=["one after another", "with XLA", "with XLA, while all are yet to be written"])
+    def saved(self, tmp_path, request) -> tuple[pathlib.Path, dict[int, dict[str, bytes]], keras.Model]:
+        model, copies, freed = frozen_model(), Copies(), threading.Event()
+        model.jit_compile = "XLA" in request.param
+
+        def begin(batch: int, logs: object) -> None:
+            if batch == 1 and not copies.taken and "while" in request.param:
+                background.wait()  # until there is memory for copies
+                background.Job(freed.wait, "another moment", 0)
+
+        def end(epoch: int, logs: object) -> None:
+            if epoch == 3:
+                freed.set()
+
+        waits = keras.callbacks.LambdaCallback(on_train_batch_begin=begin, on_epoch_end=end)
+        train(model, kc.ModelCheckpoint(tmp_path / "run"), copies, waits, epochs=4)
         return tmp_path / "run", copies.taken, model
 
     def test_it_is_written_once(self, saved) -> None:
