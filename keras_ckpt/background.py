@@ -9,6 +9,7 @@ import concurrent.futures
 import functools
 import os
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
@@ -31,7 +32,7 @@ class Job(Generic[Result]):
     def __init__(self, work: Callable[[], Result], moment: Hashable, size: int) -> None:
         self.moment = moment
         self.size = size
-        self._future = _thread().submit(work)
+        self._future = _thread().submit(_do, work)
         _jobs.append(self)
 
     def done(self) -> bool:
@@ -47,7 +48,8 @@ class Job(Generic[Result]):
     def result(self) -> Result:
         """What the work returned, or an error that it raised; waits until it is done."""
         self.wait()
-        _jobs.remove(self)
+        if self in _jobs:
+            _jobs.remove(self)
         return self._future.result()
 
 
@@ -68,12 +70,27 @@ def wait() -> None:
         pending[0].wait()
 
 
-def _end() -> None:
+def tell() -> None:
+    """Waits until all is done, and warns of the errors that nobody asks for, because their training was interrupted."""
     wait()
-    for job in _jobs:
-        # Its training was interrupted, so nobody has asked for the result.
+    for job in [job for job in _jobs if job.done()]:
+        _jobs.remove(job)
         if error := job.error():
-            warnings.warn(str(error), stacklevel=2)
+            warnings.warn(f"After its training was interrupted, a save failed: {error}", stacklevel=2)
+
+
+def _do(work: Callable[[], Result]) -> Result:
+    try:
+        return work()
+    except BaseException as error:
+        # Whoever keeps the error would keep the model's values with it.
+        each: BaseException | None = error
+        while each is not None:
+            traceback.clear_frames(each.__traceback__)
+            each = each.__context__
+        raise
+    finally:
+        del work
 
 
 def _forget() -> None:
@@ -92,4 +109,4 @@ _jobs: list[Job[Any]] = []
 os.register_at_fork(after_in_child=_forget)
 # At the end of a process its threads cannot begin others any more, which writing a file does; this comes before. Python
 # has no public name for it.
-threading._register_atexit(_end)  # type: ignore[attr-defined] # noqa: SLF001
+threading._register_atexit(tell)  # type: ignore[attr-defined] # noqa: SLF001

@@ -137,7 +137,7 @@ def _restore(
 ) -> tuple[RestoreReport, Any]:
     """Restores, and reads something else of the very same files."""
     expected = checkpoint if isinstance(checkpoint, CheckpointRecord) else None
-    background.wait()
+    background.tell()
     for _ in range(_ATTEMPTS):
         directory, names = _locate(checkpoint)
         try:

@@ -73,6 +73,7 @@ class Session:
         on_background: bool,
         weights_only: bool = False,
     ) -> None:
+        background.tell()
         self.missed = 0
         self._on_background = on_background
         self._saves: collections.deque[_Save] = collections.deque()

@@ -289,6 +289,82 @@ class TestErrors:
         assert on_disk(tmp_path) == ["ckpt-3"]
 
 
+class TestErrorsThatNobodyHeardOf:
+    """Because the training was interrupted before they could be told."""
+
+    @pytest.fixture
+    def interrupted(self, tmp_path) -> kc.CheckpointDirectory:
+        """Its second save failed."""
+        runs = kc.CheckpointDirectory(tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            fit(
+                dense_model(),
+                kc.ModelCheckpoint(runs.path, save_freq=2),
+                After({3: lambda: pathlib.Path(runs.path, "ckpt-4.data-00000-of-00001").write_bytes(b"mine")}),
+                Interrupts(4),
+                batches=9,
+            )
+        return runs
+
+    def test_are_told_of_by_the_next_restore(self, interrupted) -> None:
+        """Once."""
+        with pytest.warns(UserWarning, match="a save failed: .* has a file ckpt-4.data-00000-of-00001"):
+            kc.restore(dense_model(), interrupted)
+
+        kc.restore(dense_model(), interrupted)
+
+    def test_are_told_of_by_the_next_training(self, interrupted, tmp_path) -> None:
+        """Which is another one, and ends well."""
+        with pytest.warns(UserWarning, match="a save failed: .* has a file ckpt-4.data-00000-of-00001"):
+            fit(dense_model(), kc.ModelCheckpoint(tmp_path / "other"))
+
+        assert on_disk(tmp_path / "other") == ["ckpt-5"]
+
+    def test_are_told_of_by_the_end_of_the_process(self, tmp_path) -> None:
+        """On its error output."""
+        (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
+        ended = python(f"""
+checkpoint = kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2)
+fit(dense_model(), checkpoint, Interrupts(2, RuntimeError("no more")), batches=9)
+""")
+
+        assert "has a file ckpt-2.data-00000-of-00001" in ended.stderr
+
+    def test_are_raised_too_where_the_training_goes_on(self, tmp_path) -> None:
+        """A callback may restore meanwhile."""
+        runs, other = kc.CheckpointDirectory(tmp_path), dense_model()
+        (tmp_path / "ckpt-4.data-00000-of-00001").write_bytes(b"mine")
+        restores = After({4: lambda: kc.restore(other, runs)})
+
+        with pytest.raises(kc.DirectoryNotEmptyError), pytest.warns(UserWarning, match="a save failed"):
+            fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=2), restores, batches=9)
+
+
+def test_an_error_does_not_keep_the_values_that_were_to_be_saved() -> None:
+    """Nor does what led to it."""
+
+    class Great:
+        pass
+
+    def fails(great: Great) -> None:
+        held = [great]
+        try:
+            raise OSError("no")
+        except OSError as error:
+            raise kc.SaveError(f"no, for all {len(held)}") from error
+
+    great = Great()
+    alive = weakref.ref(great)
+    job = background.Job(functools.partial(fails, great), "moment", 1)
+    del great
+    with pytest.raises(kc.SaveError, match="for all 1") as caught:
+        job.result()
+    background.Job(bool, "moment", 1).result()  # the thread has turned to something else
+
+    assert caught.value.__cause__
+    assert alive() is None
+
+
 class TestLeaving:
     """The training, or the process."""
 
@@ -304,16 +380,6 @@ fit(dense_model(), checkpoint, busy, After({{3: busy.free_soon}}), Interrupts(4,
         assert "no more" in ended.stderr
         assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
         assert kc.CheckpointDirectory(tmp_path).verify().ok
-
-    def test_a_process_that_ends_tells_of_an_error_that_nobody_heard_of(self, tmp_path) -> None:
-        """On its error output."""
-        (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
-        ended = python(f"""
-checkpoint = kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2)
-fit(dense_model(), checkpoint, Interrupts(2, RuntimeError("no more")), batches=9)
-""")
-
-        assert "has a file ckpt-2.data-00000-of-00001" in ended.stderr
 
     def test_the_training_after_an_interrupted_one_waits(self, tmp_path) -> None:
         """It goes on in the same directory, in a notebook."""
