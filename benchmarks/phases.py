@@ -20,7 +20,19 @@ import savers
 
 import keras_ckpt as kc
 import models
-from keras_ckpt import background, bundle_reader, restoring, session, sharing, snapshot, source, state, training, writer
+from keras_ckpt import (
+    background,
+    bundle_reader,
+    naming,
+    restoring,
+    session,
+    sharing,
+    snapshot,
+    source,
+    state,
+    training,
+    writer,
+)
 
 WATCHED: dict[str, list[tuple[Any, str]]] = {
     "callback: all else": [
@@ -44,7 +56,7 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     "background: all else": [(writer.Writer, "save")],
     "restore: all else": [(kc, "restore")],
     "restore: the index": [(source, "read_index")],
-    "restore: the model's names": [(state, "names"), (state, "build_optimizers")],
+    "restore: the model's names": [(naming, "named_variables"), (naming, "build_optimizers")],
     "restore: do the names and shapes fit": [(restoring, "_compare"), (restoring, "_differences")],
     "restore: memory for the values": [(bundle_reader, "_empty"), (bundle_reader, "_memory_of")],
     "restore: reading, digests and checksums": [(source, "read_values")],
