@@ -15,6 +15,8 @@ import msgspec
 
 from keras_ckpt.errors import DirectoryInUseError
 
+_LOOKS = 20
+
 
 class WriterLock:
     """The mark of a directory's one writing process; it ends when the last reference to it is dropped.
@@ -100,8 +102,9 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _read_holder(descriptor: int) -> str:
-    try:
-        holder = msgspec.json.decode(os.pread(descriptor, 4096, 0), type=dict[str, str | int])
-        return "process {pid} on {host} since {since} ({command})".format_map(holder)
-    except (msgspec.MsgspecError, KeyError, OSError, RecursionError, ValueError):
-        return "a process that left no name"
+    for _ in range(_LOOKS):
+        with contextlib.suppress(msgspec.MsgspecError, KeyError, OSError, RecursionError, ValueError):
+            holder = msgspec.json.decode(os.pread(descriptor, 4096, 0), type=dict[str, str | int])
+            return "process {pid} on {host} since {since} ({command})".format_map(holder)
+        time.sleep(0.01)  # it has the lock, and may be about to leave its name
+    return "a process that left no name"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 
 import pytest
 
@@ -23,6 +24,20 @@ def test_a_second_process_is_refused_with_the_holders_name(tmp_path, holder) -> 
     """The one that holds the lock is named by its process, host and command."""
     with pytest.raises(DirectoryInUseError, match=f"process {holder.pid} on .* since"), Folder(tmp_path) as folder:
         folder.lock()
+
+
+def test_a_holder_that_is_about_to_leave_its_name_is_named_too(tmp_path, holder) -> None:
+    """It does so when it has the lock, and another one may look in between."""
+    lock = tmp_path / PRIVATE / "lock"
+    name = lock.read_bytes()
+    lock.write_bytes(b"")
+    leaves = threading.Timer(0.05, lock.write_bytes, [name])
+    leaves.start()
+
+    with pytest.raises(DirectoryInUseError, match=f"process {holder.pid} on .* since"), Folder(tmp_path) as folder:
+        folder.lock()
+
+    leaves.join()
 
 
 def test_the_lock_of_a_dead_process_is_free(tmp_path, holder) -> None:
