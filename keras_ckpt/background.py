@@ -76,7 +76,7 @@ def tell() -> None:
     for job in [job for job in _jobs if job.done()]:
         _jobs.remove(job)
         if error := job.error():
-            warnings.warn(f"After its training was interrupted, a save failed: {error}", stacklevel=2)
+            warnings.warn(f"A save in the background failed: {error}", stacklevel=2)
 
 
 def _do(work: Callable[[], Result]) -> Result:

@@ -135,7 +135,8 @@ class Progress:
         if self._data_end is not None:
             return min(batch + 1, self._data_end) - (self._last_batch + 1)
         before, self._iterations = self._iterations, _iterations(self.model)
-        if self.steps is not None and batch + 1 < self.steps:
+        skips = isinstance(_optimizer(self.model), keras.optimizers.LossScaleOptimizer)
+        if skips and self.steps is not None and batch + 1 < self.steps:
             return whole
         counted = self._iterations - before
         return counted if 1 <= counted <= whole else whole

@@ -32,6 +32,11 @@ TRAINING_KEY = "_KERAS_CKPT_TRAINING"
 """The key of what a backup holds beside the model: a string of JSON, and with `/0`, `/1` and so on the arrays in it."""
 
 
+# What TensorFlow tracks has a class of which no public name tells; it is below all that have one.
+_Tracked = tf.Module.__mro__[-2]
+_OWN = keras.layers.Layer, keras.Variable
+
+
 class ModelState(tf.train.Checkpoint):
     """A model's training state as a `tf.train.Checkpoint` whose files read like the model.
 
@@ -153,11 +158,10 @@ def _made_of(model: keras.Model, known: Iterable[Any]) -> list[Any]:
     layers = naming.layers_of(model)
     attributes = [each for layer in layers for each in vars(layer).values()]
     # Asked once for each class, because TensorFlow's answer takes long.
-    kinds = set(map(type, attributes))
-    holders = {kind for kind in kinds if issubclass(kind, tf.Module | tf.random.Generator)}
-    kinds = holders | {kind for kind in kinds if issubclass(kind, tf.Variable | keras.optimizers.Optimizer)}
+    kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, _Tracked) and not issubclass(kind, _OWN)}
     found = [each for each in attributes if type(each) in kinds]
-    found += [each for holder in found if type(holder) in holders for each in naming.tracked(holder).values()]
+    holders = [each for each in found if not isinstance(each, tf.Variable | keras.optimizers.Optimizer)]
+    found += [each for holder in holders for each in naming.tracked(holder).values()]
     slots = [variable for optimizer in known for variable in optimizer.variables]
     return [*layers, *found, *model.variables, *naming.states_of(layers), *slots, *model.metrics_variables]
 

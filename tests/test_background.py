@@ -308,14 +308,14 @@ class TestErrorsThatNobodyHeardOf:
 
     def test_are_told_of_by_the_next_restore(self, interrupted) -> None:
         """Once."""
-        with pytest.warns(UserWarning, match="a save failed: .* has a file ckpt-4.data-00000-of-00001"):
+        with pytest.warns(UserWarning, match="in the background failed: .* has a file ckpt-4.data-00000-of-00001"):
             kc.restore(dense_model(), interrupted)
 
         kc.restore(dense_model(), interrupted)
 
     def test_are_told_of_by_the_next_training(self, interrupted, tmp_path) -> None:
         """Which is another one, and ends well."""
-        with pytest.warns(UserWarning, match="a save failed: .* has a file ckpt-4.data-00000-of-00001"):
+        with pytest.warns(UserWarning, match="in the background failed: .* has a file ckpt-4.data-00000-of-00001"):
             fit(dense_model(), kc.ModelCheckpoint(tmp_path / "other"))
 
         assert on_disk(tmp_path / "other") == ["ckpt-5"]
@@ -336,7 +336,7 @@ fit(dense_model(), checkpoint, Interrupts(2, RuntimeError("no more")), batches=9
         (tmp_path / "ckpt-4.data-00000-of-00001").write_bytes(b"mine")
         restores = After({4: lambda: kc.restore(other, runs)})
 
-        with pytest.raises(kc.DirectoryNotEmptyError), pytest.warns(UserWarning, match="a save failed"):
+        with pytest.raises(kc.DirectoryNotEmptyError), pytest.warns(UserWarning, match="in the background failed"):
             fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=2), restores, batches=9)
 
 

@@ -339,6 +339,8 @@ class TestWhenItSaves:
         [
             ({"epochs": 2}, [3, 6, 9, 10, 13, 16, 19, 20]),
             ({"epochs": 2, "steps_per_epoch": 4}, [3, 6, 9, 10]),
+            ({"epochs": 2, "steps_per_epoch": 20}, [3, 6, 9, 10, 13, 16, 19, 20]),
+            ({"epochs": 3, "steps_per_epoch": 8}, [3, 6, 9, 10, 13, 16, 19]),
         ],
     )
     def test_several_batches_in_one_execution(self, runs, options, expected) -> None:

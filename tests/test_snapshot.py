@@ -4,6 +4,7 @@ import concurrent.futures
 import operator
 import os
 import threading
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -361,7 +362,18 @@ class Holds(tf.Module):
         self.inner.generator = tf.random.Generator.from_seed(int(number))
 
 
-@pytest.mark.parametrize("where", ["holds", "holds.inner", "holds.inner.number", "holds.inner.generator", "generator"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "holds",
+        "holds.inner",
+        "holds.inner.number",
+        "holds.inner.generator",
+        "generator",
+        "of_tensorflow.number",
+        "of_two.second.number",
+    ],
+)
 def test_what_is_put_in_the_place_of_another_thing_is_read_from_then_on(where) -> None:
     """Also in what is no Keras layer: the one before would be saved again and again, without a word."""
 
@@ -369,6 +381,8 @@ def test_what_is_put_in_the_place_of_another_thing_is_read_from_then_on(where) -
         model = Late()
         model.build((None, 2))
         model.holds, model.generator = Holds(number), tf.random.Generator.from_seed(number)
+        model.of_tensorflow = tf.train.Checkpoint(number=tf.Variable(number))
+        model.of_two = Two(tf.Module(), Holds(number).inner)
         return model
 
     model, other = holder(1), holder(2)
@@ -384,6 +398,13 @@ def test_what_is_put_in_the_place_of_another_thing_is_read_from_then_on(where) -
     assert {key: each.numpy().tolist() for key, each in now.items()} == {
         key: each.numpy().tolist() for key, each in variables.items()
     }
+
+
+class Two(NamedTuple):
+    """A tuple whose items have names."""
+
+    first: tf.Module
+    second: tf.Module
 
 
 def test_a_variable_that_keeps_its_values_elsewhere_from_now_on_is_read_there() -> None:
