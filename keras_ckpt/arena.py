@@ -181,8 +181,7 @@ class Arena:
             if key not in self._filled or _compare(room.address, base + begin, size):
                 changed[key] = room.address, base + begin, size
             taken[key] = Value(dtype, shape, room.data, place=room.place)
-        for key in changed:
-            self._forget(key)
+        self._forget(*changed)
         for copy in changed.values():
             ctypes.memmove(*copy)
         self._filled.update(changed)
@@ -208,10 +207,11 @@ class Arena:
             for part in changed:
                 np.copyto(room[part.start : part.end], value.data[part.start : part.end])
 
-    def _forget(self, key: bytes) -> None:
+    def _forget(self, *keys: bytes) -> None:
         for saved in self.saved.values():
-            saved.entries.pop(key, None)
-            saved.ranges.pop(key, None)
+            for key in keys:
+                saved.entries.pop(key, None)
+                saved.ranges.pop(key, None)
 
     def _forget_parts(self, key: bytes, value: Value, changed: Sequence[Part]) -> None:
         gone = {part.key for part in changed}

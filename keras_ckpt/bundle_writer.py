@@ -232,15 +232,19 @@ def _header(shards: int) -> bytes:
 
 def _entry(entry: Entry) -> bytes:
     """A `BundleEntryProto`."""
-    shard = _number(3, entry.shard) if entry.shard else b""
-    place = _number(4, entry.offset) + _number(5, entry.size) + b"\x35" + struct.pack("<I", entry.checksum)
-    slices = b"".join(_message(7, b"".join(map(_extent, each))) for each in entry.slices)
-    return _kind(entry.dtype, entry.shape) + shard + place + slices
+    place = _located(entry.shard, entry.offset, entry.size) + b"\x35" + struct.pack("<I", entry.checksum)
+    slices = b"".join([_message(7, b"".join(map(_extent, each))) for each in entry.slices])
+    return _kind(entry.dtype, entry.shape) + place + slices
 
 
 @functools.lru_cache  # many variables are of one kind
 def _kind(dtype: int, shape: Sequence[int]) -> bytes:
     return _number(1, dtype) + _message(2, b"".join(_message(2, _number(1, size)) for size in shape))
+
+
+@functools.lru_cache(1 << 12)  # most are where they were in the last checkpoint
+def _located(shard: int, offset: int, size: int) -> bytes:
+    return (_number(3, shard) if shard else b"") + _number(4, offset) + _number(5, size)
 
 
 def _extent(extent: tuple[int, int]) -> bytes:
