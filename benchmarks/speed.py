@@ -49,7 +49,7 @@ Samples = dict[str, list[float]]
 def in_fit(state: str, jit_compile: bool) -> tuple[Samples, Samples]:
     """How long training stands still for each save, and how much longer the batches of a `fit` take for each."""
     model = models.dense(state, jit_compile)
-    saves, every = (2, 16 if jit_compile else 4) if state.startswith("1 GB") else (5, 20)
+    saves, every = (2, 16 if jit_compile else 8) if state.startswith("1 GB") else (5, 20)
     batches = every * saves + every // 2
     models.train(model, 2)
     blocked: Samples = {MEMCPY: memcpy(model), **{name: [] for name in SAVERS}}
