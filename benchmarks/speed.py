@@ -1,9 +1,9 @@
 """What a save and a restore cost, beside the peers and what the machine can do: a table for each figure.
 
-Run it from the top of the repository, alone on the machine: `python benchmarks/speed.py`. All of it takes an hour or
-two; `python benchmarks/speed.py small bytes` measures some figures, `--states` some sizes. What is compared is measured
-in one process, in turns. The samples go to `benchmarks/speed.json`, beside those of figures that were not measured this
-time; the tables and a plot of all to `benchmarks/speed.md` and `benchmarks/speed.svg`.
+Run it from the top of the repository, alone on the machine: `python benchmarks/speed.py`. All of it takes about three
+hours; `python benchmarks/speed.py small bytes` measures some figures, `--states` some sizes. What is compared is
+measured in one process, in turns. The samples go to `benchmarks/speed.json`, beside those of figures that were not
+measured this time; the tables and a plot of all to `benchmarks/speed.md` and `benchmarks/speed.svg`.
 """
 
 from __future__ import annotations
@@ -313,12 +313,17 @@ def disk_usage(path: pathlib.Path) -> int:
 
 
 def memory(state: str) -> Samples:
-    """The most memory that a `fit` with saves takes beyond one without, as a multiple of the state."""
+    """The most memory that a `fit` with saves takes beyond one without, as a multiple of the state.
+
+    Each time in a process of its own, for what one has had is seldom given back.
+    """
     command = [sys.executable, __file__, "--states", state, "--memory-of"]
-    return {
-        name: [float(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout.split()[-1])]
-        for name in SAVERS
-    }
+    peaks: Samples = {name: [] for name in SAVERS}
+    for _ in range(ROUNDS):
+        for name, found in peaks.items():
+            ended = subprocess.run([*command, name], check=True, capture_output=True, text=True)
+            found.append(float(ended.stdout.split()[-1]))
+    return peaks
 
 
 def memory_of(state: str, name: str) -> float:
