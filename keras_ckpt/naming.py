@@ -113,10 +113,10 @@ def _paths_in(model: keras.Model, layers: Sequence[Any]) -> list[tuple[str, ...]
 
 
 def tracked(root: Any) -> dict[str, Any]:
-    """What TensorFlow tracks below a model, but not below its optimizer, by the shortest path of attributes."""
+    """What TensorFlow tracks below something, but not below optimizers, by the shortest path of attributes."""
     found: dict[str, Any] = {}
     queue: collections.deque[tuple[str, Any]] = collections.deque([("", root)])
-    seen = {id(root), id(getattr(root, "optimizer", None))}
+    seen = {id(root)}
     while queue:
         path, parent = queue.popleft()
         for name, child in tf.train.TrackableView.children(parent).items():

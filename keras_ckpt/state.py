@@ -34,7 +34,7 @@ TRAINING_KEY = "_KERAS_CKPT_TRAINING"
 
 # What TensorFlow tracks has a class of which no public name tells; it is below all that have one.
 _Tracked = tf.Module.__mro__[-2]
-_OWN = keras.layers.Layer, keras.Variable
+_PARTS_OF_KERAS = keras.layers.Layer, keras.Variable
 
 
 class ModelState(tf.train.Checkpoint):
@@ -158,8 +158,9 @@ def _made_of(model: keras.Model, known: Iterable[Any]) -> list[Any]:
     layers = naming.layers_of(model)
     attributes = [each for layer in layers for each in vars(layer).values()]
     # Asked once for each class, because TensorFlow's answer takes long.
-    kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, _Tracked) and not issubclass(kind, _OWN)}
-    found = [each for each in attributes if type(each) in kinds]
+    kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, _Tracked)}
+    others = {kind for kind in kinds if not issubclass(kind, _PARTS_OF_KERAS)}  # which the model does not list
+    found = [each for each in attributes if type(each) in others]
     holders = [each for each in found if not isinstance(each, tf.Variable | keras.optimizers.Optimizer)]
     found += [each for holder in holders for each in naming.tracked(holder).values()]
     slots = [variable for optimizer in known for variable in optimizer.variables]

@@ -371,6 +371,7 @@ class Holds(tf.Module):
         "holds.inner.generator",
         "generator",
         "of_tensorflow.number",
+        "of_tensorflow.optimizer",
         "of_two.second.number",
     ],
 )
@@ -381,7 +382,9 @@ def test_what_is_put_in_the_place_of_another_thing_is_read_from_then_on(where) -
         model = Late()
         model.build((None, 2))
         model.holds, model.generator = Holds(number), tf.random.Generator.from_seed(number)
-        model.of_tensorflow = tf.train.Checkpoint(number=tf.Variable(number))
+        model.of_tensorflow = tf.train.Checkpoint(
+            number=tf.Variable(number), optimizer=keras.optimizers.SGD(float(number))
+        )
         model.of_two = Two(tf.Module(), Holds(number).inner)
         return model
 
