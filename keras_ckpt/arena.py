@@ -10,6 +10,7 @@ import ctypes
 import functools
 import io
 import mmap
+import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -125,12 +126,17 @@ class Arena:
         self.saved: dict[str, Saved] = {}
         self._rooms: dict[bytes, _Room] = {}
         self._filled: set[bytes] = set()
+        self._making_room = threading.Lock()
 
     def make_room(self, sizes: Mapping[bytes, int]) -> None:
         """Gets memory for what has none of its size yet, in one block and in this order.
 
         Great values begin with a page, so that their pages can be written without the others.
         """
+        with self._making_room:
+            self._make_room(sizes)
+
+    def _make_room(self, sizes: Mapping[bytes, int]) -> None:
         places, end = {}, 0
         for key, size in sizes.items():
             if key not in self._rooms or len(self._rooms[key].data) != size:
@@ -153,19 +159,21 @@ class Arena:
             key: Its key, for which there is room.
             value: What to copy. Strings, which are nobody else's, are left as they are.
             change: Whether what is there may be changed. If not, because it is yet to be written, a value that differs
-                is copied to another place, and needs no room. What is not there yet is no change.
+                is copied to another place, and needs no room.
         """
         if value.dtype == STRING:
             return value
         room = self._rooms.get(key)
-        if room is not None and key not in self._filled and len(room.data) == len(value.data):
-            # Nobody has anything of what is not filled yet, and nothing of it is on disk.
-            np.copyto(room.data, value.data)
-            self._filled.add(key)
-        elif room is None or not room.holds(value.data):
-            if room is None or not change:
+        filled = key in self._filled
+        if room is None or not (filled and room.holds(value.data)):
+            # A room that is not filled is not free either: its first bytes are in a page that is written.
+            if room is None or not change or len(room.data) != len(value.data):
                 return value._replace(data=value.data.copy())
-            self._change(key, value, room.data)
+            if filled:
+                self._change(key, value, room.data)
+            else:
+                np.copyto(room.data, value.data)
+                self._filled.add(key)
         return Value(value.dtype, value.shape, room.data, place=room.place)
 
     def take_packed(self, values: Iterable[Packed], data: np.ndarray) -> dict[bytes, Value]:

@@ -5,13 +5,13 @@ So a backup is never there before what was saved earlier. Leaving the process wa
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.thread
 import functools
 import os
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -25,15 +25,15 @@ class Job(Generic[Result]):
 
     Args:
         work: Does it.
-        moment: Of which moment of a training it is.
-        size: The bytes of a model that it holds; those of one moment are held once, however many jobs hold them.
+        moment: Of which moment of a training it is: the run, and the step.
+        size: The bytes that it holds; those of one moment are the same ones, however many jobs hold them.
     """
 
-    def __init__(self, work: Callable[[], Result], moment: Hashable, size: int) -> None:
+    def __init__(self, work: Callable[[], Result], moment: tuple[str, int], size: int) -> None:
         self.moment = moment
         self.size = size
         self._future = _thread().submit(_do, work)
-        _jobs.append(self)
+        _jobs[self] = None
 
     def done(self) -> bool:
         return self._future.done()
@@ -48,35 +48,46 @@ class Job(Generic[Result]):
     def result(self) -> Result:
         """What the work returned, or an error that it raised; waits until it is done."""
         self.wait()
-        if self in _jobs:
-            _jobs.remove(self)
+        _jobs.pop(self, None)
         return self._future.result()
 
 
-def is_full(moment: Hashable, size: int) -> bool:
+def is_full(moment: tuple[str, int], size: int) -> bool:
     """Whether one more job would hold too much beside those of other moments that are yet to be done."""
-    others = {job.moment: job.size for job in _jobs if job.size and job.moment != moment and not job.done()}
+    others: dict[tuple[str, int], int] = {}
+    for job in _pending():
+        if job.size and job.moment != moment:
+            others[job.moment] = max(job.size, others.get(job.moment, 0))
     return bool(others) and sum(others.values()) + size > LITTLE
 
 
 def is_idle() -> bool:
-    """Whether all is done."""
-    return all(job.done() for job in _jobs)
+    """Whether there is nothing to be done of what holds something."""
+    return not any(job.size for job in _pending())
 
 
 def wait() -> None:
-    """Waits until all is done, well or not. What is being done does not wait for itself."""
-    while not hasattr(_here, "works") and (pending := [job for job in _jobs if not job.done()]):
-        pending[0].wait()
+    """Waits until all that there is by now is done, well or not. What is being done does not wait for itself."""
+    if not hasattr(_here, "works"):
+        for job in _pending():
+            job.wait()
 
 
 def tell() -> None:
     """Waits until all is done, and warns of the errors that nobody asks for, because their training was interrupted."""
     wait()
-    for job in [job for job in _jobs if job.done()]:
-        _jobs.remove(job)
-        if error := job.error():
-            warnings.warn(f"A save in the background failed: {error}", stacklevel=2)
+    for job in list(_jobs):
+        if job.done():
+            _jobs.pop(job, None)
+            if error := job.error():
+                # Python shows a text once, so each error has one of its own.
+                run, step = job.moment
+                what = f"The save of step {step} of run {run} in the background failed"
+                warnings.warn(f"{what}: {error}", stacklevel=2)
+
+
+def _pending() -> list[Job[Any]]:
+    return [job for job in list(_jobs) if not job.done()]
 
 
 def _do(work: Callable[[], Result]) -> Result:
@@ -105,7 +116,8 @@ def _thread() -> concurrent.futures.Executor:
 
 
 _here = threading.local()
-_jobs: list[Job[Any]] = []
+# A dict, because other threads may add and remove while one looks.
+_jobs: dict[Job[Any], None] = {}
 os.register_at_fork(after_in_child=_forget)
 # At the end of a process its threads cannot begin others any more, which writing a file does; this comes before. Python
 # has no public name for it.

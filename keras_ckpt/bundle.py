@@ -28,7 +28,7 @@ from keras_ckpt.files import Folder
 
 _INDEX_LIMIT = 1 << 28
 _ENTRY_LIMIT = 1_000_000
-_KEY_LIMIT = 4096
+KEY_LIMIT = 4096
 _DIMENSION_LIMIT = 254
 _SHARD_LIMIT = 99_999  # as the name of a data file has five digits for it
 
@@ -193,7 +193,7 @@ def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
         rest, at = _varint(index, at)
         length, at = _varint(index, at)
         middle = at + rest
-        if shared > len(key) or middle + length > limit or shared + rest > _KEY_LIMIT:
+        if shared > len(key) or middle + length > limit or shared + rest > KEY_LIMIT:
             raise DamagedCheckpointError(f"has an entry at {began} with a length that cannot be")
         if not shared:
             whole.add(began - offset)

@@ -18,7 +18,7 @@ import google_crc32c
 import msgspec
 import numpy as np
 
-from keras_ckpt.bundle import Entry, Slice, masked
+from keras_ckpt.bundle import KEY_LIMIT, Entry, Slice, masked
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
 from keras_ckpt.streams import PORTION, NewFile
@@ -126,7 +126,12 @@ def write_bundle(
 
     Returns:
         The files, with their sizes and digests, and the entries of the index by their keys.
+
+    Raises:
+        ValueError: A key is longer than what is read.
+        OSError: The files cannot be written.
     """
+    _refuse_long(itertools.chain(*groups, *(link.entries for link in linked)))
     number = len(linked) + len(groups)
     files: list[CheckpointFile] = []
     entries: dict[bytes, Entry] = {}
@@ -148,6 +153,14 @@ def write_bundle(
         table.write(memoryview(_table([(b"", _header(number)), *encoded])))
         files.append(CheckpointFile(index, *table.finish()))
     return tuple(files), entries
+
+
+def _refuse_long(keys: Iterable[bytes]) -> None:
+    longest = max(keys, key=len, default=b"")
+    if len(longest) > KEY_LIMIT:
+        raise ValueError(
+            f"a variable has a name of {len(longest)} bytes, at most {KEY_LIMIT} are read: {longest.decode():.50}..."
+        )
 
 
 def data_file(name: str, shard: int, number: int) -> str:

@@ -36,9 +36,9 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
         states = states_of(layers)
         paths_of_states = _numbered([_segments(variable)[-2:] for variable in states], _automatic_names(layers))
         found += [(f"states/{path}", variable) for path, variable in zip(paths_of_states, states, strict=True)]
-        references = _references(weights, paths)
+        names = dict(zip(map(id, weights), paths, strict=True))
         for prefix, optimizer in _optimizers(model, below).items():
-            found += _optimizer_variables(prefix, optimizer, references)
+            found += _optimizer_variables(prefix, optimizer, weights, names)
         measured = model.metrics_variables
         paths = _numbered([_owned(variable) for variable in measured], _automatic_names(_metrics(model)))
         found += [(f"metrics/{path}", variable) for path, variable in zip(paths, measured, strict=True)]
@@ -128,31 +128,41 @@ def tracked(root: Any) -> dict[str, Any]:
     return found
 
 
-def _references(weights: Sequence[keras.Variable], paths: Sequence[str]) -> dict[str, list[str]]:
-    """The names of the weights by what optimizers make of their paths; those that share a path in the model's order."""
-    references: dict[str, list[str]] = collections.defaultdict(list)
-    for variable, path in zip(weights, paths, strict=True):
-        references[variable.path.replace("/", "_")].append(path)
-    return references
+def _by_reference(variables: Iterable[keras.Variable], names: Mapping[int, str]) -> dict[str, list[str]]:
+    """The names of weights, which are given by identity, by what optimizers make of their paths."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for variable in variables:
+        if id(variable) in names:
+            found[variable.path.replace("/", "_")].append(names[id(variable)])
+    return found
 
 
 def _optimizer_variables(
-    prefix: str, optimizer: Any, references: Mapping[str, Sequence[str]]
+    prefix: str, optimizer: Any, weights: Sequence[keras.Variable], names: Mapping[int, str]
 ) -> Iterable[tuple[str, keras.Variable]]:
     """The variables of an optimizer, a slot under the name of its weight."""
     owned = [("", *_owned(variable))[-2:] for variable in optimizer.variables]
     inner = list(dict.fromkeys(owner for owner, _ in owned if owner not in ("", optimizer.name)))
     automatic = _automatic_names(_inner_optimizers(optimizer))
     owners = dict(zip(inner, _numbered([(each,) for each in inner], automatic), strict=True))
+    references = _by_reference(weights, names)
+    # No public name tells what an optimizer trains.
+    trained = {
+        each.name: _by_reference(each._trainable_variables, names)  # noqa: SLF001
+        for each in (optimizer, *_inner_optimizers(optimizer))
+        if each.built
+    }
     used: collections.Counter[tuple[str, str]] = collections.Counter()
+    anonymous = list(dict.fromkeys(name for _, name in owned if _anonymous(name)))
+    numbered = dict(zip(anonymous, _numbered([(each,) for each in anonymous], {}), strict=True))
     for (owner, name), variable in zip(owned, optimizer.variables, strict=True):
         place = f"{prefix}/{owners[owner]}" if owner in owners else prefix
         reference = _reference(name, references)
         if reference is None:
-            yield f"{place}/{name}", variable
+            yield f"{place}/{numbered.get(name, name)}", variable
             continue
-        # Variables that share a path have their slots in the same order.
-        sharing = references[reference]
+        # Of weights that share a path, those that are trained have their slots in the order of the optimizer.
+        sharing = trained.get(owner, {}).get(reference) or references[reference]
         which = min(used[owner, name], len(sharing) - 1)
         used[owner, name] += 1
         yield f"{place}/{sharing[which]}/{name[len(reference) + 1 :]}", variable
@@ -234,11 +244,15 @@ def _numbered(paths: Sequence[tuple[str, ...]], automatic: dict[str, str]) -> li
 def _unique(names: Iterable[str]) -> list[str]:
     """The names, those that were there already with `~2`, `~3` and so on."""
     counts: collections.Counter[str] = collections.Counter()
-    unique = []
+    unique: dict[str, None] = {}
     for name in names:
         counts[name] += 1
-        unique.append(name if counts[name] == 1 else f"{name}~{counts[name]}")
-    return unique
+        new = name if counts[name] == 1 else f"{name}~{counts[name]}"
+        while new in unique:  # somebody has called another so
+            counts[name] += 1
+            new = f"{name}~{counts[name]}"
+        unique[new] = None
+    return list(unique)
 
 
 def _anonymous(segment: str) -> str | None:

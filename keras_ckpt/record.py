@@ -21,6 +21,7 @@ from keras_ckpt.errors import DamagedCheckpointError, FormatVersionError
 FORMAT_VERSION = 1
 SIZE_LIMIT = 1 << 20
 """The greatest size of a sidecar in bytes; a larger file is not read."""
+REASON_LIMIT = 200
 
 if TYPE_CHECKING:
     Metric = float
@@ -99,7 +100,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     mode: Mode | None = None
     modes: dict[str, Mode] = {}
     time: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    reason: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    reason: Annotated[str, msgspec.Meta(max_length=REASON_LIMIT)] = ""
     metadata: dict[str, Any] = {}
     versions: dict[str, str] = {}
     timings: dict[str, Annotated[float, msgspec.Meta(ge=0)]] = {}

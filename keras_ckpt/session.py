@@ -16,7 +16,7 @@ from keras_ckpt.arena import arena_of
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
 from keras_ckpt.position import Position, Progress
-from keras_ckpt.record import CheckpointRecord, step_in
+from keras_ckpt.record import REASON_LIMIT, CheckpointRecord, step_in
 from keras_ckpt.schedule import SaveSchedule
 from keras_ckpt.sharing import SharingWrite
 from keras_ckpt.snapshot import Snapshot
@@ -78,6 +78,7 @@ class Session:
         self._on_background = on_background
         self._saves: collections.deque[_Save] = collections.deque()
         self._skipped = self._ready = False
+        self._size = 0
         self._on_full_disk = on_full_disk
         self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
         self._state = state.ModelState(callback.model, weights_only)
@@ -117,7 +118,7 @@ class Session:
         That is for saves by batches and time; in the last batch of an epoch, it is never so.
         """
         position = self.progress.position
-        if position.batch == self.progress.steps or not background.is_full(self._moment(), self._state.size):
+        if position.batch == self.progress.steps or not background.is_full(self._moment(), self._size):
             return False
         if not self._skipped:
             self._skipped = True
@@ -150,11 +151,13 @@ class Session:
         Raises:
             SaveError: This save, or an earlier one, failed.
         """
-        if background.is_full(self._moment(), self._state.size):
+        self._size = self._state.size + snapshot.others_size
+        if background.is_full(self._moment(), self._size):
             background.wait()
         self.settle()
         position, now = self.progress.position, time.time()
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
+        facts["reason"] = facts["reason"][:REASON_LIMIT]
         if self._copies_at_once:
             snapshot.detach(self._arena, background.is_idle())
         went_on = time.perf_counter() if self._on_background else None
@@ -164,14 +167,16 @@ class Session:
             newest = self._writer.directory.latest() if amends else None
             if newest and newest.step == position.step and sharing.is_in(newest, _is_of_model):
                 # The epoch's last batch was saved already; what is new is what was measured since.
-                return self._writer.amend(newest, **facts)
+                amended = self._writer.amend(newest, **facts)
+                if amended is not None:
+                    return amended
             facts.update(step=position.step, size=0, time=now, versions=state.versions())
             record = self._writer.save(sharing, began=began, went_on=went_on, **facts)
             if record is not None:
                 sharing.remember(record)
             return record
 
-        self._saves.append(_Save(background.Job(write, self._moment(), self._state.size), then))
+        self._saves.append(_Save(background.Job(write, self._moment(), self._size), then))
         self.settle(wait=not self._on_background)
 
     def settle(self, wait: bool = False) -> None:

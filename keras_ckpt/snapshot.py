@@ -112,6 +112,7 @@ class Snapshot:
 
     Attributes:
         values: The tensors by key.
+        others_size: The bytes of what is written beside the variables.
     """
 
     def __init__(
@@ -120,7 +121,9 @@ class Snapshot:
         others: Mapping[str, Any],
         constants: Mapping[bytes, Value] = MappingProxyType({}),
     ) -> None:
-        self.values = reader.read() | {key: tf.convert_to_tensor(each) for key, each in others.items()}
+        added = {key: tf.convert_to_tensor(each) for key, each in others.items()}
+        self.others_size = sum(each.shape.num_elements() * each.dtype.size for each in added.values())
+        self.values = reader.read() | added
         self._constants = constants
         self._names = [*self.values]
         self._little = reader.little

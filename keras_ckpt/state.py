@@ -30,7 +30,8 @@ NAMES_KEY = "_KERAS_CKPT_NAMES"
 """The key of a string that marks a checkpoint whose names are those of this module."""
 TRAINING_KEY = "_KERAS_CKPT_TRAINING"
 """The key of what a backup holds beside the model: a string of JSON, and with `/0`, `/1` and so on the arrays in it."""
-
+_OVERHEAD = 1 << 10
+"""About so many bytes of objects there are for each value of a snapshot."""
 
 # What TensorFlow tracks has a class of which no public name tells; it is below all that have one.
 _Tracked = tf.Module.__mro__[-2]
@@ -74,8 +75,8 @@ class ModelState(tf.train.Checkpoint):
 
     @property
     def size(self) -> int:
-        """The bytes of the variables, when they were looked at last; 0 before the first time."""
-        return sum(self._plan.sizes.values()) if self._plan else 0
+        """The bytes of a snapshot, when the variables were looked at last; 0 before the first time."""
+        return sum(self._plan.sizes.values()) + _OVERHEAD * len(self._plan.sizes) if self._plan else 0
 
     def sizes(self) -> Mapping[bytes, int]:
         """The bytes of each variable, by its key in a snapshot."""
@@ -180,9 +181,11 @@ def plain_errors() -> Iterator[None]:
 
 
 def _size(variable: Any) -> int:
-    """The bytes of a variable; 0 if it may have any shape."""
-    elements: int | None = tf.TensorShape(variable.shape).num_elements()
-    return (elements or 0) * int(tf.as_dtype(variable.dtype).size)
+    """The bytes of a variable as it is now."""
+    elements = tf.TensorShape(variable.shape).num_elements()
+    if elements is None:
+        elements = tf.size(value_of(variable))
+    return int(elements) * int(tf.as_dtype(variable.dtype).size)
 
 
 def versions() -> dict[str, str]:

@@ -67,6 +67,7 @@ class Writer:
         self.only = only
         self.base = base
         self._lock: WriterLock | None = None
+        self._session: object = None
         self._known: Known = {}
 
     def open(self, session: object = None) -> None:
@@ -87,11 +88,11 @@ class Writer:
                 f"Two callbacks of this training save into {self.directory.path}. Give each a directory of its own; "
                 "two ModelCheckpoints may become one with keep=first | second."
             )
-        lock.session = session
+        lock.session = self._session = session
 
     def close(self) -> None:
         """Lets another process write here."""
-        if self._lock is not None:
+        if self._lock is not None and self._lock.session is self._session:
             self._lock.session = None
             with contextlib.suppress(OSError), Folder(self.directory.path) as folder:
                 folder.remove_stage(self._lock)
@@ -124,7 +125,8 @@ class Writer:
 
         Raises:
             DiskFullError: There is no room for it. The others are untouched.
-            SaveError: It could not be saved. The others are untouched.
+            SaveError: It could not be saved, or another run than that of this session was, meanwhile. The others are
+                untouched.
         """
         began = time.perf_counter() if began is None else began
         what = f"Could not save step {step} into"
@@ -133,6 +135,8 @@ class Writer:
             with self._explaining(what):
                 listing = examine(folder, self._known)
             candidate = self._candidate(listing, step, facts)
+            if self._session is not None:
+                self._refuse_other_run(listing, candidate)
             # Refuses what no sidecar can hold before anything is written.
             sidecars.encode(candidate)
             if not self._wanted(candidate, listing.records) or _pinned(listing, step):
@@ -173,9 +177,8 @@ class Writer:
 
     def retain(self, folder: Folder, listing: Listing) -> None:
         """Removes what the policy does not keep. The caller holds the mutex, and listed the directory under it."""
-        doomed = [] if listing.newer else self.unkept(listing.records)
         with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
-            remove(folder, listing, doomed)
+            remove(folder, listing, [] if listing.newer else self.unkept(listing.records))
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
         """Those that the policy does not keep and nobody pinned, oldest first."""
@@ -188,6 +191,8 @@ class Writer:
         # Asked for each time: the directory may be another one since, and then so is its lock.
         with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
             self._lock = folder.lock()
+            if self._lock.session is None:
+                self._lock.session = self._session
             with self._lock.saving:
                 if not self._lock.recovered:
                     with folder.mutex():
@@ -223,6 +228,16 @@ class Writer:
             directory=self.directory.path,
             **facts,
         )
+
+    def _refuse_other_run(self, listing: Listing, candidate: CheckpointRecord) -> None:
+        """Refuses to go on where another training saves at the same time."""
+        newest = listing.records[-1] if listing.records else candidate
+        if newest.run_id != candidate.run_id:
+            raise SaveError(
+                f"Could not save step {candidate.step} into {self.directory.path}: by now it holds checkpoints of "
+                f"another run, the newest of step {newest.step}, which another fit of this process has saved. Give "
+                "each fit a directory of its own. What was there before is untouched."
+            )
 
     def _wanted(self, candidate: CheckpointRecord, records: Sequence[CheckpointRecord]) -> bool:
         """Whether the policies would keep it; "save" and "prune" are one question."""

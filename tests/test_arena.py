@@ -166,6 +166,17 @@ def test_what_is_to_be_written_yet_is_not_changed() -> None:
     assert saved.entries.keys() == {b"a", b"b", b"c"}
 
 
+def test_room_beside_what_is_to_be_written_yet_is_not_filled() -> None:
+    """Its first bytes are in the page with the last ones that are written."""
+    memory, _ = filled(a=np.ones(5))
+    memory.make_room({b"b": 20})
+
+    copy = memory.take(b"b", value(np.ones(5)), change=False)
+
+    assert not memory.has(b"b", copy)
+    assert memory.has(b"b", memory.take(b"b", value(np.ones(5))))
+
+
 def test_a_value_of_another_size_gets_other_memory() -> None:
     """And what was on disk of the one before is forgotten."""
     memory, saved = filled(a=np.ones(5), b=np.ones(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import pathlib
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import keras
+import numpy as np
 import pytest
 
 import keras_ckpt as kc
@@ -69,10 +72,16 @@ class Busy(keras.callbacks.Callback):
         self.events.append(self.freed)
         self.began = False
 
+    def get_state(self) -> dict[str, int]:
+        return {}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        pass
+
     def on_epoch_begin(self, epoch, logs=None) -> None:
         if not self.began:
             self.began = True
-            background.Job(self.freed.wait, "another moment", 1)
+            background.Job(self.freed.wait, ("another run", 1), 1)
 
     def free(self) -> None:
         self.freed.set()
@@ -134,14 +143,14 @@ def test_a_snapshot_is_let_go_when_it_is_written() -> None:
     snapshot = ModelState(dense_model()).snapshot()
     alive = weakref.ref(snapshot)
     freed = threading.Event()
-    background.Job(freed.wait, "another moment", 1)
-    job = background.Job(functools.partial(id, snapshot), "moment", 1)
+    background.Job(freed.wait, ("another run", 1), 1)
+    job = background.Job(functools.partial(id, snapshot), ("run", 1), 1)
     del snapshot
     assert alive() is not None
 
     freed.set()
     job.result()
-    background.Job(bool, "moment", 1).result()  # the thread has turned to something else
+    background.Job(bool, ("run", 1), 1).result()  # the thread has turned to something else
 
     assert alive() is None
 
@@ -313,6 +322,18 @@ class TestErrorsThatNobodyHeardOf:
 
         kc.restore(dense_model(), interrupted)
 
+    def test_are_told_of_each_time(self, tmp_path) -> None:
+        """Python shows a warning of the same words once."""
+        (tmp_path / "ckpt-1.data-00000-of-00001").write_bytes(b"mine")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), Interrupts(1))
+                background.tell()
+
+        assert len([each for each in told if "in the background failed" in str(each.message)]) == 2
+
     def test_are_told_of_by_the_next_training(self, interrupted, tmp_path) -> None:
         """Which is another one, and ends well."""
         with pytest.warns(UserWarning, match="in the background failed: .* has a file ckpt-4.data-00000-of-00001"):
@@ -340,6 +361,61 @@ fit(dense_model(), checkpoint, Interrupts(2, RuntimeError("no more")), batches=9
             fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=2), restores, batches=9)
 
 
+def test_threads_that_save_and_restore_do_not_disturb_each_other() -> None:
+    """One takes up what it has saved, the other tells of what nobody takes up."""
+    ended = threading.Event()
+
+    def train() -> None:
+        jobs: list[background.Job] = []
+        while not ended.is_set():
+            jobs.append(background.Job(bool, ("run", 1), 1))
+            while jobs and jobs[0].done():
+                jobs.pop(0).result()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        training = threads.submit(train)
+        try:
+            for _ in range(200):
+                background.tell()
+                time.sleep(0.001)
+        finally:
+            ended.set()
+    training.result()
+
+
+def test_of_saves_of_one_moment_the_greatest_counts() -> None:
+    """One of the whole model holds more than one of its weights."""
+    freed = threading.Event()
+    for size in (100 << 20, 30 << 20):
+        job = background.Job(freed.wait, ("run", 10), size)
+    full = background.is_full(("run", 15), 30 << 20)
+    freed.set()
+    job.result()
+
+    assert full
+
+
+def test_what_is_saved_beside_the_model_counts_too(tmp_path) -> None:
+    """A callback may hold more than the model does."""
+
+    class Holds(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            self.held = np.full(5 << 20, batch, "float64")
+
+    busy = Busy()
+    left_out = pytest.warns(UserWarning, match=r"The save of step 2 .* is left out")
+    with left_out, kc.BackupAndRestore(tmp_path, save_freq=1) as backup:
+        fit(dense_model(), busy, Holds(), backup, After({4: busy.free}), batches=5)
+
+
+def test_many_little_variables_count_as_more_than_their_bytes() -> None:
+    """A snapshot of them is objects, most of all."""
+    state = ModelState(dense_model())
+    state.snapshot()
+
+    assert state.size > 1000 * len(state.names())
+
+
 def test_an_error_does_not_keep_the_values_that_were_to_be_saved() -> None:
     """Nor does what led to it."""
 
@@ -355,11 +431,11 @@ def test_an_error_does_not_keep_the_values_that_were_to_be_saved() -> None:
 
     great = Great()
     alive = weakref.ref(great)
-    job = background.Job(functools.partial(fails, great), "moment", 1)
+    job = background.Job(functools.partial(fails, great), ("run", 1), 1)
     del great
     with pytest.raises(kc.SaveError, match="for all 1") as caught:
         job.result()
-    background.Job(bool, "moment", 1).result()  # the thread has turned to something else
+    background.Job(bool, ("run", 1), 1).result()  # the thread has turned to something else
 
     assert caught.value.__cause__
     assert alive() is None
@@ -380,6 +456,36 @@ fit(dense_model(), checkpoint, busy, After({{3: busy.free_soon}}), Interrupts(4,
         assert "no more" in ended.stderr
         assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
         assert kc.CheckpointDirectory(tmp_path).verify().ok
+
+    def test_it_waits_whatever_was_imported_first(self, tmp_path) -> None:
+        """A directory may be looked at before Keras and its threads are there. Great values are written by threads."""
+        script = f"""
+import keras_ckpt as kc
+kc.CheckpointDirectory({str(tmp_path)!r}).latest()
+import keras
+from tests.models import Interrupts, fit
+model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(width) for width in (1500, 1500, 1))])
+model.compile("sgd", "mse", run_eagerly=True)
+fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, RuntimeError("no more")))
+"""
+        subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+
+        assert on_disk(tmp_path) == ["ckpt-2"]
+
+    def test_who_waits_does_not_wait_for_what_comes_later(self) -> None:
+        """A training in another thread may save without end."""
+        first, second = threading.Event(), threading.Event()
+        background.Job(first.wait, ("run", 1), 1)
+        waits = threading.Thread(target=background.wait)
+        waits.start()
+        later = background.Job(second.wait, ("run", 2), 1)
+        first.set()
+        waits.join(30)
+        ended = not waits.is_alive()
+        second.set()
+        later.result()
+
+        assert ended
 
     def test_the_training_after_an_interrupted_one_waits(self, tmp_path) -> None:
         """It goes on in the same directory, in a notebook."""
@@ -409,11 +515,11 @@ fit(dense_model(), checkpoint, busy, After({{3: busy.free_soon}}), Interrupts(4,
     def test_a_forked_child_neither_waits_nor_is_waited_for(self) -> None:
         """As the processes that prepare data are."""
         freed = threading.Event()
-        job = background.Job(freed.wait, "moment", 1)
+        job = background.Job(freed.wait, ("run", 1), 1)
         child = os.fork()
         if not child:  # pragma: no cover - another process
             background.wait()
-            os._exit(background.Job(lambda: 5, "moment", 1).result())
+            os._exit(background.Job(lambda: 5, ("run", 1), 1).result())
         status = os.waitpid(child, 0)[1]
         freed.set()
         job.result()

@@ -140,6 +140,15 @@ def test_names_of_any_kind(tmp_path, names) -> None:
     assert [float(each) for each in read_together(tmp_path, tensors)] == [1.0, 2.0]
 
 
+def test_a_name_that_nobody_would_read_is_refused(tmp_path) -> None:
+    """Before there is a checkpoint that cannot be restored."""
+    longest, longer = "a" * 4096, "a" * 4097
+    write(tmp_path, {longest: tf.constant(1.0)})
+
+    with Folder(tmp_path) as folder, pytest.raises(ValueError, match="a name of 4097 bytes, at most 4096 are read"):
+        Snapshot(Reader({}), {longer: tf.constant(1.0)})(folder, "ckpt-2")
+
+
 @pytest.mark.parametrize("writes", [write, write_pages])
 @pytest.mark.parametrize("size", [PORTION - 1, PORTION, PORTION + 1, 2 * PORTION, 3 * PORTION + 4095, 5 * PORTION + 7])
 def test_more_than_a_portion_is_written_whole(tmp_path, writes, size) -> None:

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 
 import keras
@@ -15,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt import background
+from keras_ckpt import background, streams
 from keras_ckpt.bundle import read_index
 from keras_ckpt.files import Folder
 from keras_ckpt.state import ModelState, value_of
@@ -91,7 +92,7 @@ class TestWhatStaysTheSame:
         def begin(batch: int, logs: object) -> None:
             if batch == 1 and not copies.taken and "while" in request.param:
                 background.wait()  # until there is memory for copies
-                background.Job(freed.wait, "another moment", 0)
+                background.Job(freed.wait, ("another run", 1), 0)
 
         def end(epoch: int, logs: object) -> None:
             if epoch == 3:
@@ -228,6 +229,30 @@ def test_callbacks_that_save_the_same_step_share_all_but_what_one_has_alone(tmp_
     assert inodes[0] & inodes[1]
     for name in names:
         assert on_disk(str(tmp_path / name / "ckpt-6")) == now(model)
+
+
+def test_what_is_written_while_another_callback_copies_is_as_its_digest_says(tmp_path, monkeypatch) -> None:
+    """With XLA, on a slow disk: one saves the weights alone, and the other finds no memory but in the same pages."""
+    write = streams._write_all
+
+    def slowly(*arguments: object, **named: object) -> None:
+        time.sleep(0.1)
+        write(*arguments, **named)
+
+    monkeypatch.setattr(streams, "_write_all", slowly)
+    model = keras.Sequential([keras.Input((700,)), *(keras.layers.Dense(width) for width in (45, 1200, 1800, 1))])
+    model.compile("adam", "mse", jit_compile=True)
+    train(
+        model,
+        kc.ModelCheckpoint(tmp_path / "all"),
+        kc.ModelCheckpoint(tmp_path / "weights", save_weights_only=True, save_freq=2),
+        epochs=1,
+    )
+
+    for name in ("weights", "all"):
+        found = kc.CheckpointDirectory(tmp_path / name).verify()
+        assert found.ok, found
+        assert len(found.listing.records) == 1
 
 
 def test_a_file_that_is_mostly_dead_is_written_anew(tmp_path) -> None:

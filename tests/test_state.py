@@ -90,6 +90,20 @@ def two_of_one_path() -> keras.Model:
     return model
 
 
+def towers(frozen: int) -> keras.Model:
+    """Two inner models whose layers have the same name; one is not trained."""
+    inputs = values = keras.Input((4,))
+    for number in range(2):
+        inner = keras.Input((4,))
+        tower = keras.Model(inner, keras.layers.Dense(4, name="same")(inner), name=f"tower{number}")
+        tower.trainable = number != frozen
+        values = tower(values)
+    model = keras.Model(inputs, values)
+    model.compile(keras.optimizers.SGD(momentum=0.9), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
 def mixed() -> keras.Model:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), keras.layers.Dense(2)])
     model.layers[0].trainable = False
@@ -204,6 +218,35 @@ def test_names_do_not_depend_on_how_a_model_came_to_be() -> None:
         assert set(named_variables(model, weights_only=True)) == expected
 
 
+@pytest.mark.parametrize(("frozen", "trained"), [(0, "same/kernel~2"), (1, "same/kernel")])
+def test_a_slot_has_the_name_of_its_own_variable(frozen, trained) -> None:
+    """Of two with one path, that of the one that is trained."""
+    model = towers(frozen)
+    named = named_variables(model)
+    kernel, slot = model.trainable_variables[0], model.optimizer.variables[2]
+
+    assert kernel is named[f"model/{trained}"]
+    assert slot is named[f"optimizer/{trained}/momentum"]
+
+
+def test_a_name_that_another_would_get_is_its_own() -> None:
+    """No variable is left out."""
+
+    class Marked(keras.layers.Layer):
+        def build(self, shape) -> None:
+            self.weights_of_it = [self.add_weight(name=name) for name in ("weight", "weight~2")]
+
+        def call(self, x):
+            return x * sum(self.weights_of_it)
+
+    inputs = values = keras.Input((4,))
+    for _ in range(2):
+        inner = keras.Input((4,))
+        values = keras.Model(inner, Marked(name="same")(inner))(values)
+
+    assert len(named_variables(keras.Model(inputs, values))) == 4
+
+
 def test_names_do_not_depend_on_an_error_before() -> None:
     """A call that TensorFlow refuses leaves its scope open in Keras, in front of every later path."""
     models = [dense_model()]
@@ -250,6 +293,16 @@ def test_every_variable_has_a_name_of_its_own(optimizer) -> None:
 
     everything = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     assert {id(variable) for variable in variables} == {id(variable) for variable in everything}
+
+
+@pytest.mark.parametrize("optimizer", ["Nadam", "Adafactor", "Muon"])
+def test_variables_of_an_optimizer_without_a_name_have_the_same_in_each_process(optimizer) -> None:
+    """Keras numbers them through all that it makes."""
+    first, second = (dense_model(optimizer=getattr(keras.optimizers, optimizer)()) for _ in range(2))
+    for model in (first, second):
+        fit(model)
+
+    assert set(named_variables(first)) == set(named_variables(second))
 
 
 def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) -> None:
@@ -335,6 +388,8 @@ def test_what_keras_keeps_private_is_as_this_module_expects() -> None:
 
     assert next(iter(model._flatten_layers())).name == model.name
     assert model._initial_epoch is None
+    model.optimizer.build(model.trainable_variables)
+    assert model.optimizer._trainable_variables == model.trainable_variables
     assert all(variable._value is variable.value for variable in model.variables)
     assert hasattr(model.metrics[1], "_user_metrics")
     assert hasattr(model.metrics[1], "_user_weighted_metrics")

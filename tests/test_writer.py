@@ -15,7 +15,7 @@ from keras_ckpt import record as sidecars
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError, FormatVersionError, SaveError
 from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.listing import check_files
-from keras_ckpt.policies import BestN, EveryNSteps, LatestN
+from keras_ckpt.policies import BestN, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.writer import Writer, by_prefix
 
 
@@ -250,6 +250,37 @@ def test_two_writers_of_one_session_are_refused(filler) -> None:
 
     first.save(payload(), step=1)
     assert verify(filler.runs) == [1]
+
+
+def test_of_two_at_once_the_one_that_saves_first_goes_on(filler) -> None:
+    """A fit within another, into the same directory: each would take the other's checkpoints for its own."""
+    outer, inner = Writer(filler.runs), Writer(filler.runs)
+    outer.open({"epochs": 3})
+    inner.open({"epochs": 1})
+    inner.save(payload(b"inner"), step=1, run_id="inner")
+
+    with pytest.raises(
+        SaveError, match=r"Could not save step 1 .*another run, the newest of step 1, which another fit"
+    ):
+        outer.save(payload(b"outer"), step=1, run_id="outer")
+    outer.close()
+    inner.save(payload(b"inner"), step=2, run_id="inner")
+
+    assert verify(filler.runs) == [1, 2]
+
+
+def test_a_session_goes_on_in_a_directory_that_is_made_anew(filler) -> None:
+    """Somebody has removed it; and at the end nothing of the package's own stays."""
+    writer = Writer(filler.runs)
+    writer.open({"epochs": 3})
+    writer.save(payload(), step=1)
+    shutil.rmtree(filler.runs.path)
+
+    writer.save(payload(), step=2)
+    writer.close()
+
+    assert verify(filler.runs) == [2]
+    assert leftovers(filler.runs) == []
 
 
 def test_a_new_session_takes_over(filler) -> None:
@@ -558,6 +589,24 @@ def test_a_saved_checkpoint_without_a_state_file_is_saved(filler, monkeypatch) -
         patch.setattr(commit, "write_state", full)
         with pytest.raises(DiskFullError, match="is saved, but older ones could not be removed"):
             Writer(filler.runs).save(payload(), step=10)
+
+    assert verify(filler.runs) == [10]
+
+
+def test_a_saved_checkpoint_is_saved_though_the_policy_fails_afterwards(filler) -> None:
+    """And is not said to be untouched."""
+
+    class Fails(PreservationPolicy):
+        calls = 0
+
+        def select(self, records):
+            self.calls += 1
+            if self.calls == 2:
+                raise ValueError("no answer")
+            return {record.step for record in records}
+
+    with pytest.raises(SaveError, match=r"is saved, but older ones could not be removed from .*no answer"):
+        Writer(filler.runs, Fails()).save(payload(), step=10)
 
     assert verify(filler.runs) == [10]
 
