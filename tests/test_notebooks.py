@@ -1,13 +1,25 @@
 """The notebooks run from top to bottom, and once more where they ran before."""
 
+import functools
 import pathlib
 
 import nbformat
 import pytest
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+class Manager(AsyncKernelManager):
+    """Without Jupyter's heartbeat, whose thread may wait for ever for a message that it has seen already."""
+
+    def client(self, **options) -> AsyncKernelClient:
+        client = super().client(**options)
+        client.start_channels = functools.partial(client.start_channels, hb=False)
+        return client
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -17,7 +29,8 @@ def test_the_notebook_runs_twice(tmp_path, monkeypatch, path) -> None:
     for _ in range(2):
         notebook = nbformat.read(path, as_version=4)
 
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        resources = {"metadata": {"path": str(tmp_path)}}
+        NotebookClient(notebook, timeout=300, resources=resources, kernel_manager_class=Manager).execute()
 
         assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
