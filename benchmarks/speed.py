@@ -1,6 +1,6 @@
 """What a save and a restore cost, beside the peers and what the machine can do: a table for each figure.
 
-Run it from the top of the repository, alone on the machine: `python benchmarks/speed.py`. All of it takes about three
+Run it from the top of the repository, alone on the machine: `python benchmarks/speed.py`. All of it takes five to six
 hours; `python benchmarks/speed.py small bytes` measures some figures, `--states` some sizes. What is compared is
 measured in one process, in turns. The samples go to `benchmarks/speed.json`, beside those of figures that were not
 measured this time; the tables and a plot of all to `benchmarks/speed.md` and `benchmarks/speed.svg`.

@@ -164,16 +164,11 @@ class Arena:
         if value.dtype == STRING:
             return value
         room = self._rooms.get(key)
-        filled = key in self._filled
-        if room is None or not (filled and room.holds(value.data)):
-            # A room that is not filled is not free either: its first bytes are in a page that is written.
-            if room is None or not change or len(room.data) != len(value.data):
+        if room is None or key not in self._filled or not room.holds(value.data):
+            # A room that is not filled is not free either: its first bytes may be in a page that is being written.
+            if room is None or not change:
                 return value._replace(data=value.data.copy())
-            if filled:
-                self._change(key, value, room.data)
-            else:
-                np.copyto(room.data, value.data)
-                self._filled.add(key)
+            self._change(key, value, room.data)
         return Value(value.dtype, value.shape, room.data, place=room.place)
 
     def take_packed(self, values: Iterable[Packed], data: np.ndarray) -> dict[bytes, Value]:
@@ -206,7 +201,7 @@ class Arena:
 
     def _change(self, key: bytes, value: Value, room: np.ndarray) -> None:
         # What is on disk is forgotten first, because an interrupt may come at any time.
-        changed = _changed_parts(key, value, room)
+        changed = _changed_parts(key, value, room) if key in self._filled else None
         if changed is None:
             self._forget(key)
             np.copyto(room, value.data)
@@ -214,6 +209,7 @@ class Arena:
             self._forget_parts(key, value, changed)
             for part in changed:
                 np.copyto(room[part.start : part.end], value.data[part.start : part.end])
+        self._filled.add(key)
 
     def _forget(self, *keys: bytes) -> None:
         for saved in self.saved.values():

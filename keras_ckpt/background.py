@@ -119,6 +119,6 @@ _here = threading.local()
 # A dict, because other threads may add and remove while one looks.
 _jobs: dict[Job[Any], None] = {}
 os.register_at_fork(after_in_child=_forget)
-# At the end of a process its threads cannot begin others any more, which writing a file does; this comes before. Python
-# has no public name for it.
+# At the end of a process its threads cannot begin others any more, which writing a file does. This comes before, for
+# it is registered after `concurrent.futures.thread` was imported. Python has no public name for it.
 threading._register_atexit(tell)  # type: ignore[attr-defined] # noqa: SLF001

@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 SIZE_LIMIT = 1 << 20
 """The greatest size of a sidecar in bytes; a larger file is not read."""
 REASON_LIMIT = 200
+"""The greatest length of a reason in characters."""
 
 if TYPE_CHECKING:
     Metric = float

@@ -78,7 +78,7 @@ class Session:
         self._on_background = on_background
         self._saves: collections.deque[_Save] = collections.deque()
         self._skipped = self._ready = False
-        self._size = 0
+        self._snapshot_size = 0
         self._on_full_disk = on_full_disk
         self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
         self._state = state.ModelState(callback.model, weights_only)
@@ -118,7 +118,7 @@ class Session:
         That is for saves by batches and time; in the last batch of an epoch, it is never so.
         """
         position = self.progress.position
-        if position.batch == self.progress.steps or not background.is_full(self._moment(), self._size):
+        if position.batch == self.progress.steps or not background.is_full(self._moment(), self._snapshot_size):
             return False
         if not self._skipped:
             self._skipped = True
@@ -151,8 +151,8 @@ class Session:
         Raises:
             SaveError: This save, or an earlier one, failed.
         """
-        self._size = self._state.size + snapshot.others_size
-        if background.is_full(self._moment(), self._size):
+        self._snapshot_size = self._state.size + snapshot.others_size
+        if background.is_full(self._moment(), self._snapshot_size):
             background.wait()
         self.settle()
         position, now = self.progress.position, time.time()
@@ -176,7 +176,7 @@ class Session:
                 sharing.remember(record)
             return record
 
-        self._saves.append(_Save(background.Job(write, self._moment(), self._size), then))
+        self._saves.append(_Save(background.Job(write, self._moment(), self._snapshot_size), then))
         self.settle(wait=not self._on_background)
 
     def settle(self, wait: bool = False) -> None:
