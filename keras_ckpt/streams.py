@@ -22,6 +22,7 @@ _AHEAD = 4 << 20
 _PIECES = 1000
 """So many pieces of memory may be read into at once; the kernel's limit is a little more."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class OpenFile:
@@ -86,9 +87,9 @@ def _portions(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[tu
 
 def _cut(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[memoryview]:
     """Memory for all of a file, in pieces of a portion at most."""
-    # It costs nothing before it is written to. It is used again when what was there is digested: by then no more
-    # portions than these are under way.
-    scratch, used = memoryview(pages((_PORTIONS + 4) * _AHEAD)), 0
+    # It costs nothing before it is written to, and then little by little: a great page would cost milliseconds. It is
+    # used again when what was there is digested: by then no more portions than these are under way.
+    scratch, used = memoryview(mmap.mmap(-1, (_PORTIONS + 4) * _AHEAD, flags=_ANONYMOUS)), 0
     at = 0
     for begin, part in [*parts, (size, memoryview(b""))]:
         for start in range(at, begin, _AHEAD):
@@ -179,7 +180,7 @@ class NewFile:
 
 def pages(size: int) -> mmap.mmap:
     """Memory that begins with a page, in great pages if the kernel has them."""
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, max(size, 1), flags=_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
