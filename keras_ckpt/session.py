@@ -215,7 +215,7 @@ class Session:
             self._writer.close()
 
     def _make_ready(self) -> None:
-        """Gets the memory for copies before there is something to copy; of a model that has its optimizer's slots."""
+        """Gets the memory for copies before there is something to copy, with that of slots, made in the first batch."""
         self._ready = True
         make_room = functools.partial(self._arena.make_room, self._state.sizes())
         self._saves.append(_Save(background.Job(make_room, self._moment(), 0), lambda outcome: None))
