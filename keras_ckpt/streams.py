@@ -22,7 +22,6 @@ _AHEAD = 4 << 20
 _PIECES = 1000
 """So many pieces of memory may be read into at once; the kernel's limit is a little more."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class OpenFile:
@@ -87,9 +86,9 @@ def _portions(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[tu
 
 def _cut(size: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[memoryview]:
     """Memory for all of a file, in pieces of a portion at most."""
-    # It costs nothing before it is written to, and then little by little: a great page would cost milliseconds. It is
-    # used again when what was there is digested: by then no more portions than these are under way.
-    scratch, used = memoryview(mmap.mmap(-1, (_PORTIONS + 4) * _AHEAD, flags=_ANONYMOUS)), 0
+    # It costs nothing before it is written to. Often that is a few bytes, and a great page takes milliseconds.
+    # It is used again when what was there is digested: by then no more portions than these are under way.
+    scratch, used = memoryview(pages((_PORTIONS + 4) * _AHEAD, great=False)), 0
     at = 0
     for begin, part in [*parts, (size, memoryview(b""))]:
         for start in range(at, begin, _AHEAD):
@@ -178,11 +177,11 @@ class NewFile:
             self._under_way.popleft().result()
 
 
-def pages(size: int) -> mmap.mmap:
-    """Memory that begins with a page, in great pages if the kernel has them."""
-    memory = mmap.mmap(-1, max(size, 1), flags=_ANONYMOUS)
+def pages(size: int, great: bool = True) -> mmap.mmap:
+    """Memory that begins with a page; in great pages, if the kernel has them, or in none of these."""
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(mmap.MADV_HUGEPAGE if great else mmap.MADV_NOHUGEPAGE)
     return memory
 
 
