@@ -186,6 +186,9 @@ class CheckpointManager(tf.train.CheckpointManager):
         began = time.perf_counter()
         if not self._interval_is_over(check_interval):
             return None
+        if not isinstance(metrics or {}, Mapping):
+            raise TypeError(f"save() expected a dict of metrics. Received: metrics={metrics!r:.200}")
+        measured = {name: as_metric(name, value) for name, value in (metrics or {}).items()}
         counter = self._checkpoint.save_counter
         if int(counter.numpy()) == 0:
             self._refuse_to_begin_over()
@@ -193,9 +196,6 @@ class CheckpointManager(tf.train.CheckpointManager):
         number = _integer(counter if checkpoint_number is None else checkpoint_number)
         if number < 0:
             raise ValueError(f"A checkpoint's number is 0 or more. Received: checkpoint_number={number}")
-        if not isinstance(metrics or {}, Mapping):
-            raise TypeError(f"save() expected a dict of metrics. Received: metrics={metrics!r:.200}")
-        measured = {name: as_metric(name, value) for name, value in (metrics or {}).items()}
         options, callbacks = _without_callbacks(options)
 
         def write(prefix: str) -> None:
@@ -215,6 +215,8 @@ class CheckpointManager(tf.train.CheckpointManager):
             time=time.time(),
             versions=state.versions(),
         )
+        # Not before: a save that failed can be tried again at once.
+        self._begin_interval()
         if record is None:
             return None
         path = os.path.join(self._directory, record.name)
@@ -239,8 +241,7 @@ class CheckpointManager(tf.train.CheckpointManager):
                 if self._latest() == name:
                     raise
                 continue  # pruned meanwhile, in favour of another
-            if self._interval is not None:
-                self._last_step = _integer(self._step_counter)
+            self._begin_interval()
             return os.path.join(self._directory, name)
         self._tell_of_damaged(name)
         if self._init_fn is not None:
@@ -307,8 +308,11 @@ class CheckpointManager(tf.train.CheckpointManager):
             least = self._last_step + (self._interval if check_interval else 1)
             if step == self._last_step or (check_interval and step < least):
                 return False
-        self._last_step = step
         return True
+
+    def _begin_interval(self) -> None:
+        if self._interval is not None:
+            self._last_step = _integer(self._step_counter)
 
     def _mode_of(self, monitor: str) -> Mode:
         if monitor == self._monitor and self._mode is not None:
@@ -326,6 +330,11 @@ class _HourlyWriter(Writer):
         self._opened = time.time() - 1.0
 
     def retain(self, folder: Folder, listing: Listing) -> None:
+        with self._explaining("What was to be saved is saved, but what is to be preserved could not be noted in"):
+            listing = self._preserved(folder, listing)
+        super().retain(folder, listing)
+
+    def _preserved(self, folder: Folder, listing: Listing) -> Listing:
         preserved = read_state(folder)[1]
         last = min(time.time(), self._opened if preserved is None else preserved)
         for record in self.unkept(listing.records):
@@ -334,7 +343,7 @@ class _HourlyWriter(Writer):
                 folder.replace(f"{record.name}.keep", PRESERVED.encode())
                 listing = listing.joined_by(msgspec.structs.replace(record, pin=PRESERVED))
         write_state(folder, listing.records, last)
-        super().retain(folder, listing)
+        return listing
 
 
 def _without_callbacks(

@@ -1,5 +1,6 @@
 """`CheckpointManager`: what TensorFlow's does, it does; and what a policy keeps."""
 
+import errno
 import inspect
 import os
 import pathlib
@@ -11,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
+from keras_ckpt.files import Folder
 from models import dense_model, fit
 
 
@@ -539,6 +541,49 @@ def test_what_is_kept_for_good_is_pinned(ours, monkeypatch) -> None:
 
     records = {record.step: record.pin for record in kc.CheckpointDirectory(ours.directory)}
     assert records == {1: "keep_checkpoint_every_n_hours", 2: "keep_checkpoint_every_n_hours", 3: None}
+
+
+def test_a_full_disk_that_has_no_room_for_a_pin_removes_nothing(ours, monkeypatch) -> None:
+    """What was to be saved is saved, which the error says, and the next save makes up for the rest."""
+    now, replace = [1_000_000.0], Folder.replace
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    manager = ours.manager(1, keep_checkpoint_every_n_hours=2)
+
+    def save() -> None:
+        now[0] += 3600
+        manager.save()
+
+    def full(folder: Folder, name: str, data: bytes) -> None:
+        if name.endswith(".keep"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        replace(folder, name, data)
+
+    save()
+    save()
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "replace", full)
+        with pytest.raises(kc.DiskFullError, match="is saved, but what is to be preserved could not be noted"):
+            save()
+    assert ours.on_disk() == {"ckpt-2", "ckpt-3"}
+
+    save()
+    assert ours.on_disk() == {"ckpt-2", "ckpt-4"}
+
+
+def test_a_save_that_failed_can_be_tried_again(ours) -> None:
+    """The interval begins with what was saved."""
+    step = tf.Variable(1)
+    manager = ours.manager(step_counter=step, checkpoint_interval=5)
+    foreign = pathlib.Path(ours.directory, "ckpt-1.data-00000-of-00001")
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"mine")
+    with pytest.raises(kc.DirectoryNotEmptyError):
+        manager.save()
+    with pytest.raises(TypeError):
+        manager.save(metrics={"loss": "low"})
+
+    assert manager.save(metrics={"loss": 0.5}) == ours.prefixes("ckpt-2")[0]
+    assert manager.save() is None
 
 
 def test_a_directory_of_one_run_has_one_run_id(ours) -> None:
