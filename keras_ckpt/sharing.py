@@ -195,12 +195,13 @@ def _link(
     """
     record = saved.record
     files = {file.name: file for file in record.files}
+    number_there = sum(".data-" in name for name in files)
     linked: list[Linked] = []
     # What cannot be linked is written.
     with contextlib.suppress(OSError), Folder(record.directory) as folder:
         disks = folder.shares_disk(stage)
         for shard, entries in candidates.items():
-            file = files[data_file(record.name, shard, len(files) - 1)]
+            file = files[data_file(record.name, shard, number_there)]
             if not disks or not _is_worthwhile(entries, file):
                 unchanged.update(entries)
                 continue

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 import keras
+import msgspec
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -19,6 +20,7 @@ import keras_ckpt as kc
 from keras_ckpt import background, streams
 from keras_ckpt.bundle import read_index
 from keras_ckpt.files import Folder
+from keras_ckpt.record import CheckpointFile, encode
 from keras_ckpt.state import ModelState, value_of
 
 X = np.random.default_rng(0).random((8, 700), "float32")
@@ -200,6 +202,22 @@ def test_a_file_that_somebody_writes_to_is_shared_no_more(tmp_path) -> None:
 
     assert kc.CheckpointDirectory(tmp_path).verify().listing.damaged.keys() == {"ckpt-2", "ckpt-4"}
     assert on_disk(str(tmp_path / "ckpt-6")) == copies.taken[6]
+
+
+def test_a_checkpoint_that_lists_another_file_is_shared_too(tmp_path) -> None:
+    """A sidecar may name more than TensorFlow's files."""
+    model = frozen_model()
+    train(model, kc.ModelCheckpoint(tmp_path), epochs=1)
+    record = kc.CheckpointDirectory(tmp_path).latest()
+    with Folder(str(tmp_path)) as folder:
+        folder.create(f"{record.name}.notes", b"good")
+        notes = CheckpointFile(f"{record.name}.notes", *folder.digest(f"{record.name}.notes"))
+        folder.replace(f"{record.name}.json", encode(msgspec.structs.replace(record, files=(*record.files, notes))))
+    assert len(kc.CheckpointDirectory(tmp_path).latest().files) == 3
+
+    train(model, kc.ModelCheckpoint(tmp_path), epochs=1)
+
+    assert any(file.shared for file in kc.CheckpointDirectory(tmp_path).latest().files)
 
 
 def test_another_training_shares_too(tmp_path) -> None:
