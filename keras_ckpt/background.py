@@ -32,8 +32,15 @@ class Job(Generic[Result]):
     def __init__(self, work: Callable[[], Result], moment: tuple[str, int], size: int) -> None:
         self.moment = moment
         self.size = size
-        self._future = _thread().submit(_do, work)
+        self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        # Before it can begin, for Ctrl-C may come in between.
         _jobs[self] = None
+        try:
+            _thread().submit(_do, self._future, work)
+        except BaseException:
+            if self._future.cancel():
+                _jobs.pop(self, None)
+            raise
 
     def done(self) -> bool:
         return self._future.done()
@@ -90,18 +97,20 @@ def _pending() -> list[Job[Any]]:
     return [job for job in list(_jobs) if not job.done()]
 
 
-def _do(work: Callable[[], Result]) -> Result:
+def _do(future: concurrent.futures.Future[Result], work: Callable[[], Result]) -> None:
     try:
-        return work()
+        if future.set_running_or_notify_cancel():
+            future.set_result(work())
     except BaseException as error:
         # Whoever keeps the error would keep the model's values with it.
         each: BaseException | None = error
         while each is not None:
             traceback.clear_frames(each.__traceback__)
             each = each.__context__
-        raise
+        future.set_exception(error)
+        raise  # or the executor would keep the work for as long as somebody has the error
     finally:
-        del work
+        del future, work
 
 
 def _forget() -> None:

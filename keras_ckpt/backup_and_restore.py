@@ -177,20 +177,20 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def on_train_end(self, logs: Logs = None) -> None:
         training, self._training = self._current(), None
-        if not training.end():
-            warnings.warn(
-                "Training was stopped because its loss is not a finite number. The backup of before stays in "
-                f"{self.backup_dir}: the same script goes on from it, and CheckpointDirectory.clear() removes it.",
-                stacklevel=2,
-            )
-        elif self.delete_checkpoint:
-            training.forget()
-            try:
-                self.directory.clear()
-                files.remove_unused(self.backup_dir)
-            except PlanError as error:
-                warnings.warn(f"The backup stays: {error}", stacklevel=2)
-        training.leave()
+        with training.ending() as well:
+            if not well:
+                warnings.warn(
+                    "Training was stopped because its loss is not a finite number. The backup of before stays in "
+                    f"{self.backup_dir}: the same script goes on from it, and CheckpointDirectory.clear() removes it.",
+                    stacklevel=2,
+                )
+            elif self.delete_checkpoint:
+                training.forget()
+                try:
+                    self.directory.clear()
+                    files.remove_unused(self.backup_dir)
+                except PlanError as error:
+                    warnings.warn(f"The backup stays: {error}", stacklevel=2)
 
     def _current(self) -> Training:
         if self._training is None:

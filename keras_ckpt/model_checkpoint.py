@@ -59,9 +59,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         metadata: A dict to put into each sidecar, or a function of `logs` that returns one.
         on_full_disk: Whether a save that finds no room is a warning and training goes on (`"warn"`), or an error
             (`"raise"`).
-        save_on_background: Whether training goes on while a save is written. A save that comes meanwhile waits; one by
-            batches or time in the middle of an epoch that nothing ranks is left out instead, with a warning for the
-            first. An error comes with the next batch, and `fit` ends when all is written.
+        save_on_background: Whether training goes on while a save is written. One that comes meanwhile, and with which
+            more than 64 MB would wait, waits itself; if it is by batches or time in the middle of an epoch, and nothing
+            ranks it, it is left out instead, with a warning for the first. An error comes with the next batch, and
+            `fit` ends when all is written.
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch.
@@ -266,19 +267,22 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         """Warns once: of a metric that is not there, and of a validation that does not come."""
         now = CheckpointRecord(sequence=1, step=0, metrics=metrics_in(logs, ()))
         for monitor in sorted(self._ranking.monitors - logs.keys()):
-            records = list(self.directory)
-            if self._warned or any(monitor in record.metrics for record in records):
+            others_are_there = missing(monitor, [now])
+            # A look at the directory waits for the save that has just begun.
+            if self._warned or not (others_are_there or self._epochs == 2) or self._is_on_disk(monitor):
                 continue
-            if missing(monitor, [*records, now]):
-                self._warned = True
+            self._warned = True
+            if others_are_there:
                 warnings.warn(no_such_metric(monitor, logs), stacklevel=2)
-            elif self._epochs == 2:
-                self._warned = True
+            else:
                 warnings.warn(
                     f"Two epochs have ended without {monitor!r}. Until it comes nothing can be ranked by it, and "
                     "what is saved at an epoch's end stays. Does fit() have validation data?",
                     stacklevel=2,
                 )
+
+    def _is_on_disk(self, monitor: str) -> bool:
+        return any(monitor in record.metrics for record in self.directory)
 
 
 @dataclasses.dataclass(frozen=True)

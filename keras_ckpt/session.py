@@ -48,8 +48,9 @@ class _Save(NamedTuple):
 class Session:
     """One `fit` that saves into one directory.
 
-    A save is a snapshot, which training waits for, and its writing, for which it does not, unless it is told to. Of one
-    model there is one snapshot at a time, however many callbacks share it: the next save waits until it is written.
+    A save is a snapshot, which training waits for, and its writing, for which it does not, unless it is told to. The
+    next save waits until it is written, if both would hold too much: of great models there is one snapshot at a time,
+    however many callbacks share it.
 
     Args:
         callback: The callback that saves.
@@ -94,6 +95,11 @@ class Session:
             writer.close()
             raise
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether there is a save of whose end nobody was told yet."""
+        return bool(self._saves)
+
     def batch_end(self, batch: int) -> str | None:
         """Counts what ran, and says what made a save due if one is."""
         if not self._ready:
@@ -115,10 +121,12 @@ class Session:
     def skips(self) -> bool:
         """Whether a save of now would have to wait for one of an earlier step, so that it is better left out.
 
-        That is for saves by batches and time; in the last batch of an epoch, it is never so.
+        That is for saves by batches and time that training does not wait for anyway; in the last batch of an epoch, it
+        is never so.
         """
         position = self.progress.position
-        if position.batch == self.progress.steps or not background.is_full(self._moment(), self._snapshot_size):
+        waits = not self._on_background or position.batch == self.progress.steps
+        if waits or not background.is_full(self._moment(), self._snapshot_size):
             return False
         if not self._skipped:
             self._skipped = True

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -19,8 +20,9 @@ class SignalWatch:
     """Notes the first signal that asks the process to end; a second one leaves at once.
 
     Args:
-        under_way: Says of the frame in which a signal came whether the training is under way there. An error may have
-            ended it without a word; then the signal has its effect as if nobody watched.
+        under_way: A method that says of the frame in which a signal came whether the training is under way there. An
+            error may have ended it without a word; then, or if nobody has its object any more, the signal has its
+            effect as if nobody watched.
 
     Attributes:
         caught: The signal that came, `None` if none did.
@@ -28,8 +30,14 @@ class SignalWatch:
 
     def __init__(self, under_way: Callable[[FrameType | None], bool]) -> None:
         self.caught: signal.Signals | None = None
-        self.under_way = under_way
+        # Python keeps who watches its signals, and would keep the training with it.
+        self._under_way = weakref.WeakMethod(under_way)
         self._before: dict[int, Any] = {}
+
+    def under_way(self, frame: FrameType | None) -> bool:
+        """Whether the training is under way in a frame."""
+        method = self._under_way()
+        return method is not None and method(frame)
 
     def start(self) -> None:
         """Begins to watch, where Python allows it: in the main thread."""

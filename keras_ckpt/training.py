@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -193,11 +193,17 @@ class Training:
                 print(f"\n{self._watch.caught.name}: backed up at step {newest.step} in {self._directory.path}")
             self._watch.answer(self._exit_code)
 
-    def end(self) -> bool:
-        """The training has ended; says whether it ended well."""
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[bool]:
+        """The training has ended; says whether it ended well. Afterwards a signal of the last moment has its effect."""
         self._forget_the_beginning()
-        self._session.close()
-        return not self._is_broken()
+        try:
+            self._session.close()
+            yield not self._is_broken()
+        except BaseException:
+            self._watch.stop()  # it has its own effect, which a signal might hide
+            raise
+        self.leave()
 
     def forget(self) -> None:
         """The backup is to be removed, and a later one in its place is of another training."""
@@ -211,13 +217,11 @@ class Training:
     def end_by_error(self) -> None:
         """An error has ended the training: saves what is whole of it."""
         self._forget_the_beginning()
-        try:
-            self._save_last("error")
-        except CheckpointError as error:
-            warnings.warn(str(error), stacklevel=3)
-        finally:
-            self._session.close()
-            self.leave()
+        with contextlib.ExitStack() as last:
+            last.callback(self.leave)
+            last.callback(self._session.close)
+            with _errors_as_warnings():
+                self._save_last("error")
 
     def _check(self, data: ResumableDataset) -> None:
         if self._steps != len(data):
@@ -389,20 +393,26 @@ class Training:
             return  # the backup before is worth more
         metadata = {INITIAL_EPOCH: moment.place.epoch, ENDED: _ended[self._directory.path]}
         self._changed = False
-        self._session.save(began, moment.snapshot, then=self._ended, reason=reason, metadata=metadata)
+        try:
+            self._session.save(began, moment.snapshot, then=self._ended, reason=reason, metadata=metadata)
+        except BaseException:
+            self._changed = True  # for all that is known
+            raise
 
     def _ended(self, outcome: Outcome) -> None:
-        if outcome.record is None:
-            self._changed = True
-            self._held = None  # it is used up
+        self._changed = self._changed or outcome.record is None
 
     def _save_last(self, reason: str) -> None:
         began = time.perf_counter()
-        self._session.settle(wait=True)
+        # Whatever became of those before it.
+        while self._session.is_saving:
+            with _errors_as_warnings():
+                self._session.settle(wait=True)
         if self._changed and (self._held or self._whole):
-            self._save(reason, began, self._held or self._now())
+            moment, self._held = self._held or self._now(), None  # a snapshot is used up by a save
+            self._save(reason, began, moment)
             self._session.settle(wait=True)
-        background.wait()  # other callbacks have saved too
+        background.tell()  # of what other callbacks have saved, before the process may end
 
     def _is_finite(self) -> bool:
         return all(is_finite(each.value) for each in self._model.trainable_variables)
@@ -418,6 +428,15 @@ class Training:
                 return True
             frame = frame.f_back
         return False
+
+
+@contextlib.contextmanager
+def _errors_as_warnings() -> Iterator[None]:
+    """Has a save that failed told of by a warning, because something else ends the training."""
+    try:
+        yield
+    except CheckpointError as error:
+        warnings.warn(str(error), stacklevel=5)
 
 
 def _settings(model: keras.Model) -> dict[str, Any]:

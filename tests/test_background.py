@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import gc
 import os
 import pathlib
 import signal
@@ -22,10 +23,11 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt import background
+from keras_ckpt.arena import arena_of
 from keras_ckpt.files import Folder
 from keras_ckpt.state import ModelState
 from keras_ckpt.writer import Writer
-from tests.models import Interrupts, dense_model, fit, same, values
+from tests.models import Interrupts, X, Y, dense_model, fit, same, values
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,23 @@ def test_training_goes_on_while_a_save_is_written(tmp_path) -> None:
 
     assert seen == [[]]
     assert on_disk(tmp_path) == ["ckpt-12", "ckpt-4", "ckpt-8"]
+
+
+def test_an_epoch_without_the_metric_does_not_wait_for_its_save(tmp_path) -> None:
+    """As with `validation_freq`: whether there is no such metric, only the directory knows, which would wait."""
+    busy, seen = Busy(), []
+
+    class Looks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            seen.append(on_disk(tmp_path))
+            busy.free()
+
+    would_free = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: threading.Timer(5, busy.free).start())
+    checkpoint = kc.ModelCheckpoint(tmp_path, keep=kc.BestN(1) | kc.LatestN(1))
+    fit(dense_model(), would_free, checkpoint, busy, Looks(), epochs=2, validation_data=(X, Y), validation_freq=2)
+
+    assert seen[0] == []
+    assert on_disk(tmp_path) == ["ckpt-10"]
 
 
 def test_it_waits_if_told_to(tmp_path) -> None:
@@ -187,6 +206,14 @@ class TestWhatComesMeanwhile:
         """It may be the best."""
         busy = Busy()
         checkpoint = kc.ModelCheckpoint(tmp_path, monitor="loss", save_freq=2, keep=kc.BestN(10))
+        fit(dense_model(), checkpoint, busy, After({1: busy.free_soon}), batches=5)
+
+        assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
+
+    def test_one_that_training_waits_for_is_not_left_out(self, tmp_path) -> None:
+        """It waits for what another callback saves in the background too."""
+        busy = Busy()
+        checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=2, save_on_background=False)
         fit(dense_model(), checkpoint, busy, After({1: busy.free_soon}), batches=5)
 
         assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
@@ -297,6 +324,76 @@ class TestErrors:
 
         assert on_disk(tmp_path) == ["ckpt-3"]
 
+    def test_backups_that_failed_do_not_keep_the_last_from_being_saved(self, tmp_path) -> None:
+        """Of the first the training ends, and the others are told of."""
+        busy = Busy()
+
+        def free() -> None:
+            busy.free()
+            background.wait()
+
+        adds = [Adds(tmp_path / f"ckpt-{step}.data-00000-of-00001") for step in (2, 3)]
+        told = pytest.warns(UserWarning, match="ckpt-3")
+        raised = pytest.raises(kc.DirectoryNotEmptyError, match="ckpt-2")
+        with told, raised, kc.BackupAndRestore(tmp_path, save_freq=1) as backup:
+            fit(dense_model(), *adds, busy, After({4: free}), backup, batches=9)
+
+        assert on_disk(tmp_path) == ["ckpt-4"]
+
+    def test_the_error_that_ended_the_training_is_raised_though_no_backup_could_be_saved(self, tmp_path) -> None:
+        """All of them are told of, and the next training may begin."""
+        busy = Busy()
+
+        class Frees(Interrupts):
+            def on_train_batch_end(self, batch, logs=None) -> None:
+                if batch == 2:
+                    busy.free()
+                    background.wait()
+                super().on_train_batch_end(batch, logs)
+
+        adds = [Adds(tmp_path / f"ckpt-{step}.data-00000-of-00001") for step in (1, 2)]
+        told, raised = pytest.warns(UserWarning, match="has a file"), pytest.raises(RuntimeError, match="no more")
+        with told as warned, raised, kc.BackupAndRestore(tmp_path, save_freq=1) as backup:
+            fit(dense_model(), busy, *adds, Frees(3, RuntimeError("no more")), backup, batches=9)
+
+        texts = " ".join(str(each.message) for each in warned)
+        assert "ckpt-1.data" in texts
+        assert "ckpt-2.data" in texts
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_a_backup_that_failed_does_not_cost_the_one_of_an_error_in_validation(self, tmp_path) -> None:
+        """Validation may be changing the model, so what is saved is from before it."""
+        busy = Busy()
+
+        class Fails(keras.callbacks.Callback):
+            def on_test_batch_end(self, batch, logs=None) -> None:
+                busy.free()
+                background.wait()
+                raise RuntimeError("no more")
+
+        adds = Adds(tmp_path / "ckpt-2.data-00000-of-00001")
+        told, raised = pytest.warns(UserWarning, match="ckpt-2"), pytest.raises(RuntimeError, match="no more")
+        with told, raised, kc.BackupAndRestore(tmp_path, save_freq=2) as backup:
+            fit(dense_model(), adds, busy, Fails(), backup, batches=3, validation_data=(X, Y))
+
+        assert on_disk(tmp_path) == ["ckpt-3"]
+
+    def test_a_backup_that_ctrl_c_cuts_off_is_saved_after_all(self, tmp_path, monkeypatch) -> None:
+        """The first waits for the backup, the second does not wait for the disk; leaving the `with` statement does."""
+        monkeypatch.setattr(background, "LITTLE", 0)
+        busy, main = Busy(), threading.main_thread().ident
+
+        class Impatient(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None) -> None:
+                for seconds in (0.3, 0.6):
+                    threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGINT)).start()
+                threading.Timer(1, busy.free).start()
+
+        with pytest.raises(KeyboardInterrupt), kc.BackupAndRestore(tmp_path) as backup:
+            fit(dense_model(), busy, Impatient(), backup, epochs=2)
+
+        assert on_disk(tmp_path) == ["ckpt-5"]
+
 
 class TestErrorsThatNobodyHeardOf:
     """Because the training was interrupted before they could be told."""
@@ -350,6 +447,21 @@ fit(dense_model(), checkpoint, Interrupts(2, RuntimeError("no more")), batches=9
 """)
 
         assert "has a file ckpt-2.data-00000-of-00001" in ended.stderr
+
+    def test_are_told_of_by_a_process_that_a_signal_ends(self, tmp_path) -> None:
+        """The backup was saved, the checkpoint of the same batch was not."""
+        code = f"""
+path = pathlib.Path({str(tmp_path)!r})
+stop = After({{4: lambda: os.kill(os.getpid(), signal.SIGTERM)}})
+adds = Adds(path / "run" / "ckpt-4.data-00000-of-00001")
+checkpoint = kc.ModelCheckpoint(path / "run", save_freq=4)
+fit(dense_model(), checkpoint, adds, stop, kc.BackupAndRestore(path / "backup"), batches=9)
+"""
+        ended = python(code)
+
+        assert ended.returncode == -signal.SIGTERM, ended.stderr
+        assert "has a file ckpt-4.data-00000-of-00001" in ended.stderr
+        assert on_disk(tmp_path / "backup") == ["ckpt-4"]
 
     def test_are_raised_too_where_the_training_goes_on(self, tmp_path) -> None:
         """A callback may restore meanwhile."""
@@ -441,6 +553,33 @@ def test_an_error_does_not_keep_the_values_that_were_to_be_saved() -> None:
     assert alive() is None
 
 
+@pytest.mark.parametrize("began", [False, True])
+def test_a_job_that_ctrl_c_cuts_off_is_waited_for_if_it_began(monkeypatch, began) -> None:
+    """If it did not, nobody waits for it."""
+    freed, thread = threading.Event(), concurrent.futures.ThreadPoolExecutor(1)
+
+    class Interrupted:
+        def submit(self, *job: object) -> None:
+            if began:
+                running = thread.submit(*job)
+                while not running.running():
+                    time.sleep(0.001)
+                time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(background, "_thread", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            background.Job(freed.wait, ("run", 1), 1)
+    idle = background.is_idle()
+    freed.set()
+    background.wait()
+    thread.shutdown()
+
+    assert idle is not began
+    assert background.is_idle()
+
+
 class TestLeaving:
     """The training, or the process."""
 
@@ -511,6 +650,42 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
 
         assert kc.restore(other, tmp_path).step == 2
         assert same(model, other)
+
+    def test_a_backup_that_an_error_ended_keeps_nothing(self, tmp_path) -> None:
+        """Python keeps who watches its signals: not the model, the data and the copies with it."""
+        model, backup = dense_model(), kc.BackupAndRestore(tmp_path)
+        alive = weakref.ref(model)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, backup, Interrupts(2))
+        keras.utils.clear_session()
+        del model, backup
+        gc.collect()
+
+        assert alive() is None
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
+    def test_the_memory_for_copies_is_given_back_at_once(self, tmp_path, callback) -> None:
+        """Not when Python comes to look for what is unreachable."""
+        model = dense_model()
+        gc.disable()
+        try:
+            fit(model, callback(tmp_path))
+            background.Job(bool, ("run", 1), 1).result()  # the thread has turned to something else
+
+            assert not arena_of(model)._rooms
+        finally:
+            gc.enable()
+
+    def test_an_error_of_the_last_backup_ends_the_watch_for_signals(self, tmp_path) -> None:
+        """They are for whoever had them before."""
+        adds = Adds(tmp_path / "ckpt-5.data-00000-of-00001")
+        with pytest.raises(kc.DirectoryNotEmptyError):
+            fit(dense_model(), adds, kc.BackupAndRestore(tmp_path))
+
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_a_forked_child_neither_waits_nor_is_waited_for(self) -> None:
         """As the processes that prepare data are."""
