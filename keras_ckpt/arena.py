@@ -145,7 +145,7 @@ class Arena:
                 places[key] = begin, end
         if places:
             block = np.frombuffer(pages(_whole_pages(end)), np.uint8)
-            np.copyto(block, 0)  # the kernel gives a page when it is written to, which takes longest
+            block[:: mmap.PAGESIZE] = 0  # the kernel gives a page when it is written to, which takes longest
             address = _address(block)
             for key, (begin, end) in places.items():
                 self._forget(key)
