@@ -121,7 +121,9 @@ def _forget() -> None:
 
 @functools.cache
 def _thread() -> concurrent.futures.Executor:
-    return concurrent.futures.ThreadPoolExecutor(1, "keras_ckpt-save", lambda: setattr(_here, "works", True))
+    executor = concurrent.futures.ThreadPoolExecutor(1, "keras_ckpt-save", lambda: setattr(_here, "works", True))
+    executor.submit(int).result()  # Ctrl-C while a thread begins would leave one of which the executor does not know
+    return executor
 
 
 _here = threading.local()

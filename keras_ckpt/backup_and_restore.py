@@ -123,6 +123,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             self._states = CallbackStates(
                 each for each in others if not isinstance(each, keras.callbacks.BackupAndRestore)
             )
+            self._recover()
             if self.directory.listing():
                 self._kept_logs = keep_csv_logs(others)
 
@@ -130,17 +131,15 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if not self.model.built:
             raise ValueError(
                 f"BackupAndRestore needs a built model, or it could not restore {self.model.name!r} after a crash. "
-                "Build it before fit(): model.build(input_shape), or call it on a batch of data."
+                "Build it before fit(): call it on a batch of data, or, if it has a build() of its own, "
+                "model.build(input_shape)."
             )
         if self.data is not None and steps_per_epoch() is not None:
             raise ValueError(
                 "fit() was given steps_per_epoch, with which Keras goes on with what is left of an epoch in the next. "
                 f"A ResumableDataset has {len(self.data)} batches an epoch: leave steps_per_epoch out."
             )
-        _refuse_what_is_no_backup(self.directory)
-        if os.path.isdir(self.backup_dir):
-            # A backup that was complete when its process died is one.
-            Writer(self.directory).open()
+        self._recover()
         if self._training is not None:
             self._training.leave()  # an error ended it
         for logger in self._kept_logs:
@@ -196,6 +195,12 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if self._training is None:
             raise RuntimeError("BackupAndRestore was not told that training begins: on_train_begin() comes first.")
         return self._training
+
+    def _recover(self) -> None:
+        """Finishes what a process that died had begun: a backup that was complete by then is one."""
+        _refuse_what_is_no_backup(self.directory)
+        if os.path.isdir(self.backup_dir):
+            Writer(self.directory).open()
 
     def _open_session(self) -> Session:
         writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))

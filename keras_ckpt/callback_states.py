@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import datetime
 import enum
 import os
@@ -47,7 +48,8 @@ class CallbackStates:
     """The states of callbacks.
 
     A callback that has `get_state()` and `set_state(state)` is asked. Of any other the attributes are looked at: those
-    that changed since this object was made are its state, as far as they are plain values, variables or metrics.
+    that changed since this object was made are its state, as far as they are plain values, variables or metrics; also
+    those that changed back, for in another process they may have changed by the time when they are put back.
 
     Args:
         callbacks: The callbacks, before their `on_train_begin`.
@@ -63,13 +65,19 @@ class CallbackStates:
             for name, callback in self._callbacks.items()
             if not _has_own_state(callback)
         }
+        self._moved: dict[str, set[str]] = {name: set() for name in self._begun}
         self.unsaved: list[str] = []
+
+    def look(self) -> None:
+        """Notes what has changed by now."""
+        for name in self._begun:
+            self._changed(name, self._callbacks[name])
 
     def take(self) -> dict[str, Any]:
         """The states as they are now, by the names of the callbacks that have one."""
         self.unsaved = []
         states = {name: self._state(name, callback) for name, callback in self._callbacks.items()}
-        return {name: state for name, state in states.items() if state not in (None, {})}
+        return {name: state for name, state in states.items() if state is not None}
 
     def put_back(self, states: Mapping[str, Any]) -> list[str]:
         """Puts states back that `take` gave, in this process or in another.
@@ -79,10 +87,12 @@ class CallbackStates:
         """
         known = [name for name in self._callbacks if name in states]
         for name in known:
-            callback, state = self._callbacks[name], states[name]
+            # A copy: the callback goes on to change it, and it may be put back once more.
+            callback, state = self._callbacks[name], copy.deepcopy(states[name])
             if _has_own_state(callback):
                 callback.set_state(state)
                 continue
+            self._moved[name].update(state)
             for attribute, value in state.items():
                 if not _fill(getattr(callback, attribute, None), value):
                     setattr(callback, attribute, value)
@@ -95,14 +105,18 @@ class CallbackStates:
     def _state(self, name: str, callback: Any) -> Any:
         if _has_own_state(callback):
             return self._own_state(name, callback)
-        begun = self._begun[name]
+        return self._changed(name, callback) or None
+
+    def _changed(self, name: str, callback: Any) -> dict[str, Any]:
+        begun, moved = self._begun[name], self._moved[name]
         changed = {}
         for attribute, value in _attributes(callback).items():
             mark = _mark(value)
-            if attribute in begun and isinstance(mark, bytes) and begun[attribute] == mark:
-                continue
-            if isinstance(mark, bytes):
-                changed[attribute] = _plain(value)
+            if isinstance(mark, _Digest):
+                before = begun.get(attribute)
+                if attribute in moved or not isinstance(before, _Digest) or before != mark:
+                    moved.add(attribute)
+                    changed[attribute] = _plain(value)
             elif not _is_kerass(callback) and not (isinstance(value, _FIXED) and begun.get(attribute) is value):
                 self.unsaved.append(f"{name}.{attribute}")
         return changed
@@ -220,4 +234,8 @@ def _mark(value: Any) -> Any:
     for array in arrays:
         hasher.update(f"{array.dtype} {array.shape}".encode())
         hasher.update(array.tobytes())
-    return hasher.digest()
+    return _Digest(hasher.digest())
+
+
+class _Digest(bytes):
+    """That of a plain value; bytes of a callback's own are none."""

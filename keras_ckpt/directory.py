@@ -320,7 +320,8 @@ class CheckpointDirectory(tables.Shown):
             listing = examine(folder)
             if pinned := [record.step for record in listing.records if record.pinned]:
                 raise PlanError(f"{self.path} has pinned checkpoints: {pinned}. Nothing was removed; unpin them first.")
-            remove(folder, listing, listing.records)
+            if listing.records:
+                remove(folder, listing, listing.records)
             del lock
         return [record.step for record in listing.records]
 

@@ -136,7 +136,6 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             "epochs": self._epochs,
             "warned": self._warned,
             "elapsed": self._schedule.elapsed(),
-            "batch": self._session.progress.position.batch if self._session else 0,
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -146,8 +145,14 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._epochs = state["epochs"]
         self._warned = state["warned"]
         self._schedule.resume(state["elapsed"])
-        if self._session is not None:
-            self._session.progress.resume(state["batch"])
+
+    def go_on_within(self, batch: int) -> None:
+        """Goes on in the middle of an epoch that another process began.
+
+        Args:
+            batch: How many of its batches are done.
+        """
+        self._current().progress.resume(batch)
 
     def on_train_begin(self, logs: Logs = None) -> None:
         self._session = None

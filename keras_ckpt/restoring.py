@@ -114,7 +114,7 @@ def restore(
     if not model.built or not model.variables:
         raise ValueError(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "
-            "model.build(input_shape), or call it on a batch of data."
+            "call it on a batch of data, or, if it has a build() of its own, model.build(input_shape)."
         )
     return _restore(model, checkpoint, strict, check_digests, lambda files, name: None)[0]
 

@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Unseeded functions of keras.random draw from a generator that has no public name.
+# Unseeded functions of keras.random draw from a generator that has no public name, and so do TensorFlow's.
 from keras.src.random.seed_generator import global_seed_generator
+from tensorflow.python.eager import context
 
 
 def get_state() -> dict[str, Any]:
     """Where each generator is, as plain values.
 
-    Those inside of TensorFlow's own operations, such as an unseeded `tf.random.uniform`, show theirs to nobody.
+    Those inside of TensorFlow's own operations, such as an unseeded `tf.random.uniform` in a graph, show theirs to
+    nobody. What is called eagerly is seeded by a generator, if the script has called `tf.random.set_seed`.
     """
     # Python's last: where Keras's is made only now, it is made of a number that is drawn from Python's.
     return {
         "keras": np.asarray(global_seed_generator().state),
         "tensorflow": None if (generator := _tensorflows()) is None else generator.state.numpy(),
+        "operations": _of_operations(),
         "numpy": np.random.get_state(legacy=False),
         "python": random.getstate(),
     }
@@ -32,8 +35,18 @@ def set_state(state: Mapping[str, Any]) -> None:
     global_seed_generator().state.assign(state["keras"])
     if (generator := _tensorflows()) is not None and state["tensorflow"] is not None:
         generator.state.assign(state["tensorflow"])
+    if (operations := state["operations"]) is not None:
+        tf.random.set_seed(operations["seed"])
+        context.context()._rng.setstate(operations["generator"])  # noqa: SLF001
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+def _of_operations() -> dict[str, Any] | None:
+    seed = context.global_seed()
+    if not isinstance(seed, int):
+        return None
+    return {"seed": seed, "generator": context.context()._rng.getstate()}  # noqa: SLF001
 
 
 def _tensorflows() -> tf.random.Generator | None:

@@ -194,14 +194,13 @@ def _link(
     What is unchanged in the others is added to `unchanged`.
     """
     record = saved.record
-    files = {file.name: file for file in record.files}
-    number_there = sum(".data-" in name for name in files)
+    files = {file.name.rpartition("-of-")[0]: file for file in record.files}
     linked: list[Linked] = []
     # What cannot be linked is written.
     with contextlib.suppress(OSError), Folder(record.directory) as folder:
         disks = folder.shares_disk(stage)
         for shard, entries in candidates.items():
-            file = files[data_file(record.name, shard, number_there)]
+            file = files[data_file(record.name, shard, 0).rpartition("-of-")[0]]
             if not disks or not _is_worthwhile(entries, file):
                 unchanged.update(entries)
                 continue

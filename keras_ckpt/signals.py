@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import signal
@@ -93,5 +94,6 @@ class SignalWatch:
             handler(number, frame)
             return
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(Exception):  # there may be none, or nobody who reads it
+                stream.flush()
         os.kill(os.getpid(), number)

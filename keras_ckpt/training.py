@@ -26,7 +26,8 @@ from keras_ckpt.data import ResumableDataset
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.document import UnplainError, encode
 from keras_ckpt.epoch_rest import EpochRest
-from keras_ckpt.errors import CheckpointError, FormatVersionError
+from keras_ckpt.errors import FormatVersionError
+from keras_ckpt.model_checkpoint import ModelCheckpoint
 from keras_ckpt.restoring import is_finite, restore_backup
 from keras_ckpt.session import Outcome, Session
 from keras_ckpt.signals import SignalWatch
@@ -115,19 +116,22 @@ class Training:
         resumes = bool(directory.listing())
         if resumes:
             self._resume()
+        if data is not None:
+            data.get_state()  # by their first batch they are known again; later it would be that of another pass
         self._session = open_session()
-        if not resumes:
-            # A crash before the first save is due must not leave another callback's checkpoints without their run.
-            optimizer = self._model.optimizer
-            if optimizer is not None and not optimizer.built:
-                optimizer.build(self._model.trainable_variables)
-            self._save("begin", time.perf_counter(), self._now())
-            self._session.settle(wait=True)
-        self._watch.start()
+        try:
+            if not resumes:
+                self._save_the_beginning()
+            self._watch.start()
+        except BaseException:
+            # A notebook keeps the error, and with it whatever has a reference here.
+            self._session.close()
+            raise
 
     def epoch_begin(self, epoch: int) -> None:
         """The other callbacks have begun an epoch."""
         self._forget_the_beginning()
+        self._states.look()
         self._place = _Place(epoch)
         if self._data is not None:
             self._pass = self._data.passes
@@ -186,11 +190,15 @@ class Training:
         self._held = self._now() if self._changed else None
 
     def answer(self) -> None:
-        """Answers a signal that came, if one did, and saves the training before."""
-        if self._watch.caught is not None:
+        """Answers a signal that came, if one did, and saves the training before.
+
+        In a validation after which nothing but the end of the epoch knows of a state that is whole, that answers.
+        """
+        if self._watch.caught is not None and (self._whole or self._held or not self._changed):
             self._save_last(self._watch.caught.name)
             if newest := self._directory.latest():
-                print(f"\n{self._watch.caught.name}: backed up at step {newest.step} in {self._directory.path}")
+                with contextlib.suppress(Exception):  # who reads it may have got the same signal
+                    print(f"\n{self._watch.caught.name}: backed up at step {newest.step} in {self._directory.path}")
             self._watch.answer(self._exit_code)
 
     @contextlib.contextmanager
@@ -222,6 +230,14 @@ class Training:
             last.callback(self._session.close)
             with _errors_as_warnings():
                 self._save_last("error")
+
+    def _save_the_beginning(self) -> None:
+        """A crash before the first save is due must not leave another callback's checkpoints without their run."""
+        optimizer = self._model.optimizer
+        if optimizer is not None and not optimizer.built:
+            optimizer.build(self._model.trainable_variables)
+        self._save("begin", time.perf_counter(), self._now())
+        self._session.settle(wait=True)
 
     def _check(self, data: ResumableDataset) -> None:
         if self._steps != len(data):
@@ -339,6 +355,9 @@ class Training:
             warnings.warn(
                 "The metrics of the epoch under way begin anew: they are made in its first step.", stacklevel=4
             )
+        for each in callbacks.callbacks:
+            if isinstance(each, ModelCheckpoint):
+                each.go_on_within(batch)
         self._states.put_back(document["callbacks"])
         seeds.set_state(document["seeds"])
         self._session.progress.resume(batch)
@@ -435,7 +454,7 @@ def _errors_as_warnings() -> Iterator[None]:
     """Has a save that failed told of by a warning, because something else ends the training."""
     try:
         yield
-    except CheckpointError as error:
+    except Exception as error:  # noqa: BLE001 - there may be no memory for it, for one
         warnings.warn(str(error), stacklevel=5)
 
 

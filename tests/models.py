@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 
 import keras
 import numpy as np
+
+from keras_ckpt.files import PRIVATE, Folder
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(40, 4)).astype("float32")
@@ -41,6 +44,13 @@ def same(model: keras.Model, other: keras.Model) -> bool:
     """Whether two models hold the same to the bit."""
     pairs = zip(values(model), values(other), strict=True)
     return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
+
+
+def into_a_stage(path: pathlib.Path) -> None:
+    """Has the checkpoints of a directory where they are when they are complete, but nobody sees them yet."""
+    with Folder(path) as folder, folder.folder(PRIVATE) as private, private.folder("stage-0", create=True) as stage:
+        for name in [name for name in folder.names() if name.startswith("ckpt-")]:
+            folder.move(name, stage)
 
 
 class Reports(keras.callbacks.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import functools
 import gc
 import os
@@ -25,6 +26,7 @@ import keras_ckpt as kc
 from keras_ckpt import background
 from keras_ckpt.arena import arena_of
 from keras_ckpt.files import Folder
+from keras_ckpt.snapshot import Snapshot
 from keras_ckpt.state import ModelState
 from keras_ckpt.writer import Writer
 from tests.models import Interrupts, X, Y, dense_model, fit, same, values
@@ -361,7 +363,10 @@ class TestErrors:
         assert "ckpt-2.data" in texts
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    def test_a_backup_that_failed_does_not_cost_the_one_of_an_error_in_validation(self, tmp_path) -> None:
+    @pytest.mark.parametrize("reason", ["ckpt-2", "Cannot allocate"])
+    def test_a_backup_that_failed_does_not_cost_the_one_of_an_error_in_validation(
+        self, tmp_path, monkeypatch, reason
+    ) -> None:
         """Validation may be changing the model, so what is saved is from before it."""
         busy = Busy()
 
@@ -371,8 +376,16 @@ class TestErrors:
                 background.wait()
                 raise RuntimeError("no more")
 
+        move = Snapshot.move
+
+        def fails_once(*arguments: object) -> None:
+            monkeypatch.setattr(Snapshot, "move", move)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
         adds = Adds(tmp_path / "ckpt-2.data-00000-of-00001")
-        told, raised = pytest.warns(UserWarning, match="ckpt-2"), pytest.raises(RuntimeError, match="no more")
+        if reason != "ckpt-2":
+            adds = After({2: lambda: monkeypatch.setattr(Snapshot, "move", fails_once)})
+        told, raised = pytest.warns(UserWarning, match=reason), pytest.raises(RuntimeError, match="no more")
         with told, raised, kc.BackupAndRestore(tmp_path, save_freq=2) as backup:
             fit(dense_model(), adds, busy, Fails(), backup, batches=3, validation_data=(X, Y))
 
@@ -582,6 +595,24 @@ def test_a_job_that_ctrl_c_cuts_off_is_waited_for_if_it_began(monkeypatch, began
 
 class TestLeaving:
     """The training, or the process."""
+
+    def test_a_process_ends_whenever_ctrl_c_came(self, tmp_path) -> None:
+        """Also while the thread that writes began."""
+        ended = python(f"""
+start = threading.Thread.start
+def interrupted(thread):
+    threading.Thread.start = start
+    start(thread)
+    raise KeyboardInterrupt
+threading.Thread.start = interrupted
+try:
+    background.Job(bool, ("run", 1), 1)
+except KeyboardInterrupt:
+    fit(dense_model(), kc.ModelCheckpoint({str(tmp_path)!r}))
+""")
+
+        assert ended.returncode == 0, ended.stderr
+        assert on_disk(tmp_path) == ["ckpt-5"]
 
     def test_a_process_that_ends_waits(self, tmp_path) -> None:
         """An error in another callback ended the training, so that nobody else has waited."""

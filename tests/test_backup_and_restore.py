@@ -9,9 +9,8 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.position import position_of
-from models import Interrupts, X, dense_model, fit, same
+from models import Interrupts, X, dense_model, fit, into_a_stage, same
 
 
 @pytest.fixture
@@ -390,9 +389,7 @@ def test_a_backup_that_was_complete_when_its_process_died_is_restored(backup) ->
     """It is not yet in its place, and the script that runs again goes on from it all the same."""
     model, other = dense_model(), dense_model()
     fit(model, kc.BackupAndRestore(backup, delete_checkpoint=False))
-    with Folder(backup) as folder, folder.folder(PRIVATE) as private, private.folder("stage-0", create=True) as stage:
-        for name in [name for name in folder.names() if name.startswith("ckpt-")]:
-            folder.move(name, stage)
+    into_a_stage(backup)
     assert not kc.CheckpointDirectory(backup).listing()
 
     fit(other, kc.BackupAndRestore(backup), epochs=1)

@@ -310,6 +310,14 @@ def test_pruning_by_a_number_is_refused(filler) -> None:
         runs.prune(10)
 
 
+def test_clearing_leaves_a_file_of_that_name_where_there_is_no_checkpoint(tmp_path) -> None:
+    """It may be anything."""
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "/runs/a/model-5"\n')
+
+    assert CheckpointDirectory(tmp_path).clear() == []
+    assert (tmp_path / "checkpoint").exists()
+
+
 def test_clearing_leaves_the_state_file_of_tensorflow(tmp_path) -> None:
     """Where the checkpoints are TensorFlow's own."""
     (tmp_path / "ckpt-1.index").touch()
