@@ -17,7 +17,7 @@ from keras_ckpt.bundle import Entry, Index, read_index
 from keras_ckpt.bundle_writer import Linked, Value, checksum_of, data_file, write_bundle
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointError
-from keras_ckpt.files import Folder
+from keras_ckpt.files import Folder, Stamp
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 from keras_ckpt.writer import look_for_room
 
@@ -49,19 +49,22 @@ class SharingWrite:
         self._arena = arena
         self._directory = directory
         self._entries: Mapping[bytes, Entry] = {}
+        self._stamps: Mapping[str, Stamp] = {}
 
     def __call__(self, stage: Folder, name: str) -> Sequence[CheckpointFile]:
         if not self._arena.saved and (newest := self._directory.latest()):
             self._look_at(newest)
         values = dict(self._values)
         linked: list[Linked] = []
+        stamps: list[Stamp] = []
         unchanged: set[bytes] = set()
         for saved in reversed(self._arena.saved.values()):
             if _size(values) >= _WORTHWHILE:
-                linked += _link(stage, saved, self._candidates(saved, values), values, unchanged, len(linked))
+                linked += _link(stage, saved, self._candidates(saved, values), values, unchanged, stamps)
         _join(values, self._values, unchanged)
         look_for_room(stage, _size(values))
         files, self._entries = write_bundle(stage, name, _grouped(values, unchanged), linked)
+        self._stamps = {file.name: stamp for file, stamp in zip(files, stamps, strict=False)}
         return files
 
     def remember(self, record: CheckpointRecord) -> None:
@@ -74,7 +77,9 @@ class SharingWrite:
                     ranges[key] = {part.key: self._entries[part.key] for part in parts_of(key, value)}
         # Without the stamps there will be no links.
         with contextlib.suppress(OSError), Folder(record.directory) as folder:
-            stamps = {file.name: folder.stamp(file.name) for file in record.files if file.size >= _WORTHWHILE}
+            new = [file.name for file in record.files if file.size >= _WORTHWHILE and not file.shared]
+            # Of those that were linked, that of before: somebody may have written to them since.
+            stamps = {**self._stamps, **{name: folder.stamp(name) for name in new}}
             self._arena.remember(Saved(record, stamps, frozenset(self._values), entries, ranges))
 
     def is_in(self, record: CheckpointRecord, counts: Callable[[bytes], bool]) -> bool:
@@ -187,11 +192,11 @@ def _link(
     candidates: Mapping[int, Mapping[bytes, Entry]],
     values: dict[bytes, Value],
     unchanged: set[bytes],
-    number: int,
+    stamps: list[Stamp],
 ) -> list[Linked]:
     """Links the files of a checkpoint that are worth it, and takes what they have out of the values.
 
-    What is unchanged in the others is added to `unchanged`.
+    What is unchanged in the others is added to `unchanged`, the stamps of the links to `stamps`.
     """
     record = saved.record
     files = {file.name.rpartition("-of-")[0]: file for file in record.files}
@@ -206,10 +211,12 @@ def _link(
                 continue
             with folder.held([file.name]) as held:
                 # What somebody has written to since is not what it was, and may be damaged.
-                if held.stamp(file.name) != saved.stamps.get(file.name):
+                stamp = held.stamp(file.name)
+                if stamp != saved.stamps.get(file.name):
                     continue
-                new = f"shared-{number + len(linked)}"
+                new = f"shared-{len(stamps)}"
                 held.link(file.name, stage, new)
+                stamps.append(stamp)
             linked.append(Linked(msgspec.structs.replace(file, name=new, shared=True), entries))
             for key in entries:
                 del values[key]

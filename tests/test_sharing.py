@@ -20,8 +20,9 @@ import keras_ckpt as kc
 from keras_ckpt import background, streams
 from keras_ckpt.bundle import read_index
 from keras_ckpt.files import Folder
-from keras_ckpt.record import CheckpointFile, encode
+from keras_ckpt.record import CheckpointFile, CheckpointRecord, encode
 from keras_ckpt.state import ModelState, value_of
+from keras_ckpt.writer import Writer
 
 X = np.random.default_rng(0).random((8, 700), "float32")
 Y = np.random.default_rng(1).random((8, 1), "float32")
@@ -199,6 +200,23 @@ def test_a_file_that_somebody_writes_to_is_shared_no_more(tmp_path) -> None:
             damage(tmp_path / "ckpt-2.data-00000-of-00001", copies.taken[2]["model/frozen/kernel"])
 
     train(model, kc.ModelCheckpoint(tmp_path), copies, keras.callbacks.LambdaCallback(on_epoch_begin=write))
+
+    assert kc.CheckpointDirectory(tmp_path).verify().listing.damaged.keys() == {"ckpt-2", "ckpt-4"}
+    assert on_disk(str(tmp_path / "ckpt-6")) == copies.taken[6]
+
+
+def test_a_file_that_somebody_writes_to_while_it_is_linked_is_shared_no_more(tmp_path, monkeypatch) -> None:
+    """It is known as it was when it was looked at."""
+    model, copies, save = frozen_model(), Copies(), Writer.save
+
+    def damaging(writer: Writer, *arguments: object, **named: object) -> CheckpointRecord | None:
+        record = save(writer, *arguments, **named)
+        if record and record.step == 4:
+            damage(tmp_path / "ckpt-2.data-00000-of-00001", copies.taken[2]["model/frozen/kernel"])
+        return record
+
+    monkeypatch.setattr(Writer, "save", damaging)
+    train(model, kc.ModelCheckpoint(tmp_path), copies)
 
     assert kc.CheckpointDirectory(tmp_path).verify().listing.damaged.keys() == {"ckpt-2", "ckpt-4"}
     assert on_disk(str(tmp_path / "ckpt-6")) == copies.taken[6]
