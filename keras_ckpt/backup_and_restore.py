@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import warnings
@@ -14,7 +15,7 @@ from keras_ckpt import files
 from keras_ckpt.callback_states import CallbackStates, keep_csv_logs
 from keras_ckpt.data import ResumableDataset
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.errors import DirectoryNotEmptyError, PlanError
+from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, PlanError
 from keras_ckpt.policies import LatestN
 from keras_ckpt.position import steps_per_epoch
 from keras_ckpt.record import CheckpointRecord
@@ -123,7 +124,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             self._states = CallbackStates(
                 each for each in others if not isinstance(each, keras.callbacks.BackupAndRestore)
             )
-            self._recover()
+            with contextlib.suppress(CheckpointError):  # on_train_begin raises it, if it comes to that
+                self._recover()
             if self.directory.listing():
                 self._kept_logs = keep_csv_logs(others)
 

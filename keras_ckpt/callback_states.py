@@ -70,8 +70,10 @@ class CallbackStates:
 
     def look(self) -> None:
         """Notes what has changed by now."""
-        for name in self._begun:
-            self._changed(name, self._callbacks[name])
+        for name, moved in self._moved.items():
+            for attribute, value in _attributes(self._callbacks[name]).items():
+                if attribute not in moved and self._is_another(name, attribute, _mark(value)):
+                    moved.add(attribute)
 
     def take(self) -> dict[str, Any]:
         """The states as they are now, by the names of the callbacks that have one."""
@@ -113,13 +115,17 @@ class CallbackStates:
         for attribute, value in _attributes(callback).items():
             mark = _mark(value)
             if isinstance(mark, _Digest):
-                before = begun.get(attribute)
-                if attribute in moved or not isinstance(before, _Digest) or before != mark:
+                if attribute in moved or self._is_another(name, attribute, mark):
                     moved.add(attribute)
                     changed[attribute] = _plain(value)
             elif not _is_kerass(callback) and not (isinstance(value, _FIXED) and begun.get(attribute) is value):
                 self.unsaved.append(f"{name}.{attribute}")
         return changed
+
+    def _is_another(self, name: str, attribute: str, mark: Any) -> bool:
+        """Whether a plain value is another than at the beginning."""
+        before = self._begun[name].get(attribute)
+        return isinstance(mark, _Digest) and not (isinstance(before, _Digest) and before == mark)
 
     def _own_state(self, name: str, callback: Any) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +36,7 @@ def set_state(state: Mapping[str, Any]) -> None:
     global_seed_generator().state.assign(state["keras"])
     if (generator := _tensorflows()) is not None and state["tensorflow"] is not None:
         generator.state.assign(state["tensorflow"])
-    if (operations := state["operations"]) is not None:
+    if (operations := state.get("operations")) is not None:
         tf.random.set_seed(operations["seed"])
         context.context()._rng.setstate(operations["generator"])  # noqa: SLF001
     np.random.set_state(state["numpy"])
@@ -44,9 +45,9 @@ def set_state(state: Mapping[str, Any]) -> None:
 
 def _of_operations() -> dict[str, Any] | None:
     seed = context.global_seed()
-    if not isinstance(seed, int):
+    if not isinstance(seed, numbers.Integral):
         return None
-    return {"seed": seed, "generator": context.context()._rng.getstate()}  # noqa: SLF001
+    return {"seed": int(seed), "generator": context.context()._rng.getstate()}  # noqa: SLF001
 
 
 def _tensorflows() -> tf.random.Generator | None:

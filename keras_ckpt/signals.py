@@ -52,7 +52,9 @@ class SignalWatch:
         for number in SIGNALS:
             owner = getattr(signal.getsignal(number), "__self__", None)
             if isinstance(owner, SignalWatch) and not owner.under_way(inspect.currentframe()):
-                owner.stop()  # its training was ended by an error
+                # Its training was ended by an error.
+                self.caught = self.caught or owner.caught
+                owner.stop()
             # What is ignored stays ignored, and what was not set by Python could not be put back.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._note)

@@ -114,19 +114,16 @@ class Training:
         if data is not None:
             self._check(data)
         resumes = bool(directory.listing())
-        if resumes:
-            self._resume()
-        if data is not None:
-            data.get_state()  # by their first batch they are known again; later it would be that of another pass
-        self._session = open_session()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._forget_the_beginning)
+            if resumes:
+                self._resume()
+            self._session = open_session()
+            undo.callback(self._session.close)  # a notebook keeps an error, and with it whatever has a reference here
             if not resumes:
                 self._save_the_beginning()
             self._watch.start()
-        except BaseException:
-            # A notebook keeps the error, and with it whatever has a reference here.
-            self._session.close()
-            raise
+            undo.pop_all()
 
     def epoch_begin(self, epoch: int) -> None:
         """The other callbacks have begun an epoch."""
@@ -272,7 +269,6 @@ class Training:
         if record.metadata.get(ENDED) != _ended[self._directory.path]:
             self._warn_of_another_fit(record.metadata.get(ENDED))
         restored = self._states.put_back(document["callbacks"])
-        seeds.set_state(document["seeds"])
         lost = [*self._states.strangers(document["callbacks"]), *document["unsaved"]]
         # Fewer epochs may be asked for than are done.
         past = self._epochs is not None and begin >= self._epochs
@@ -280,9 +276,12 @@ class Training:
         if batch and not self._can_go_on_within(document):
             self._warn_of_the_epoch(begin, batch)
             batch = 0
-        if self._data is not None and document["data"] is not None:
-            self._data.set_state(document["data"], batch if batch != self._steps else 0)
-            restored.append("place in the data")
+        if self._data is not None:
+            if document["data"] is not None:
+                self._data.set_state(document["data"], batch if batch != self._steps else 0)
+                restored.append("place in the data")
+            self._data.get_state()  # by their first batch they are known again; later it would be that of another pass
+        seeds.set_state(document["seeds"])  # a look at the data may have drawn from them
         if batch and self._callbacks is not None and self._steps is not None:
             self._go_on = functools.partial(self._go_on_within, document, self._callbacks, self._steps)
         ended = past or (document["stopped"] and not document["batch"])

@@ -42,6 +42,14 @@ def _free(monkeypatch) -> Iterator[None]:
         event.set()
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Has its effect, as in a terminal; a process that was begun in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class After(keras.callbacks.Callback):
     """Calls something at the end of a batch, counted from 1 through all epochs."""
 
@@ -342,6 +350,7 @@ class TestErrors:
 
         assert on_disk(tmp_path) == ["ckpt-4"]
 
+    @pytest.mark.usefixtures("_ctrl_c")
     def test_the_error_that_ended_the_training_is_raised_though_no_backup_could_be_saved(self, tmp_path) -> None:
         """All of them are told of, and the next training may begin."""
         busy = Busy()
@@ -391,6 +400,7 @@ class TestErrors:
 
         assert on_disk(tmp_path) == ["ckpt-3"]
 
+    @pytest.mark.usefixtures("_ctrl_c")
     def test_a_backup_that_ctrl_c_cuts_off_is_saved_after_all(self, tmp_path, monkeypatch) -> None:
         """The first waits for the backup, the second does not wait for the disk; leaving the `with` statement does."""
         monkeypatch.setattr(background, "LITTLE", 0)
@@ -682,6 +692,7 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
         assert kc.restore(other, tmp_path).step == 2
         assert same(model, other)
 
+    @pytest.mark.usefixtures("_ctrl_c")
     def test_a_backup_that_an_error_ended_keeps_nothing(self, tmp_path) -> None:
         """Python keeps who watches its signals: not the model, the data and the copies with it."""
         model, backup = dense_model(), kc.BackupAndRestore(tmp_path)
@@ -710,6 +721,7 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
         finally:
             gc.enable()
 
+    @pytest.mark.usefixtures("_ctrl_c")
     def test_an_error_of_the_last_backup_ends_the_watch_for_signals(self, tmp_path) -> None:
         """They are for whoever had them before."""
         adds = Adds(tmp_path / "ckpt-5.data-00000-of-00001")

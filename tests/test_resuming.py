@@ -385,6 +385,31 @@ def test_whoever_wraps_the_data_after_a_crash_can_go_on_after_the_next_one(backu
     train(kc.BackupAndRestore(backup, 4, data=kc.ResumableDataset(shuffled)))
 
 
+def test_a_function_that_draws_for_its_data_does_not_disturb_the_generators(backup) -> None:
+    """The data are looked at before these are put back."""
+
+    class Draws(keras.callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drawn = []
+
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            self.drawn.append(float(np.random.rand()))
+
+    def drawing(number: int) -> tf.data.Dataset:
+        np.random.rand()
+        return tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+
+    whole = Draws()
+    train(kc.BackupAndRestore(backup, data=kc.ResumableDataset(drawing)), whole)
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=kc.ResumableDataset(drawing)), Draws(), Fails("on_train_batch_end", 14))
+    again = Draws()
+    train(kc.BackupAndRestore(backup, data=kc.ResumableDataset(drawing)), again)
+
+    assert again.drawn == whole.drawn
+
+
 @pytest.mark.parametrize("complete", [False, True])
 def test_the_rows_of_a_csv_log_stay(backup, tmp_path, complete) -> None:
     """Also where the backup was complete, but not yet in its place, when the process died."""
@@ -683,6 +708,28 @@ def test_what_answered_signals_before_does_so_after(backup) -> None:
         assert signal.getsignal(signal.SIGTERM) == ours == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_that_an_error_hid_is_answered_by_the_next_training(backup, tmp_path) -> None:
+    """Which the script may begin anew after any error."""
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+
+    class Breaks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise RuntimeError("injected")
+
+    first = kc.BackupAndRestore(backup, data=data())
+    try:
+        with pytest.raises(RuntimeError, match="injected"):
+            train(first, Breaks())
+        assert heard == []
+        train(kc.BackupAndRestore(tmp_path / "other", data=data()))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert heard == [signal.SIGUSR1]
 
 
 def test_a_handler_that_lets_the_training_go_on_is_called_after_the_backup(backup) -> None:
