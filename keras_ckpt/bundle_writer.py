@@ -136,14 +136,14 @@ def write_bundle(
     files: list[CheckpointFile] = []
     entries: dict[bytes, Entry] = {}
     for shard, link in enumerate(linked):
-        file = msgspec.structs.replace(link.file, name=data_file(name, shard, number))
+        file = msgspec.structs.replace(link.file, name=_data_file(name, shard, number))
         folder.rename(link.file.name, file.name)
         files.append(file)
         entries |= {key: entry._replace(shard=shard) for key, entry in link.entries.items()}
     # Each is on its way to the disk while the next is made.
     with contextlib.ExitStack() as under_way:
         for shard, group in enumerate(groups, len(linked)):
-            data = data_file(name, shard, number)
+            data = _data_file(name, shard, number)
             new = under_way.enter_context(folder.writing(data))
             entries |= _write_values(new, group, shard)
             files.append(CheckpointFile(data, *new.finish()))
@@ -163,7 +163,7 @@ def _refuse_long(keys: Iterable[bytes]) -> None:
         )
 
 
-def data_file(name: str, shard: int, number: int) -> str:
+def _data_file(name: str, shard: int, number: int) -> str:
     """The name of one of so many data files of a checkpoint."""
     return f"{name}.data-{shard:05d}-of-{number:05d}"
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Unseeded functions of keras.random draw from a generator that has no public name, and so do TensorFlow's.
+# Two generators have no public name: that of unseeded functions of keras.random, and that which seeds TensorFlow's
+# functions where they are called eagerly.
 from keras.src.random.seed_generator import global_seed_generator
 from tensorflow.python.eager import context
 
@@ -38,7 +39,7 @@ def set_state(state: Mapping[str, Any]) -> None:
         generator.state.assign(state["tensorflow"])
     if (operations := state.get("operations")) is not None:
         tf.random.set_seed(operations["seed"])
-        context.context()._rng.setstate(operations["generator"])  # noqa: SLF001
+        _eager().setstate(operations["generator"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
 
@@ -47,7 +48,13 @@ def _of_operations() -> dict[str, Any] | None:
     seed = context.global_seed()
     if not isinstance(seed, numbers.Integral):
         return None
-    return {"seed": int(seed), "generator": context.context()._rng.getstate()}  # noqa: SLF001
+    return {"seed": int(seed), "generator": _eager().getstate()}
+
+
+def _eager() -> random.Random:
+    """It is there once `tf.random.set_seed` was called."""
+    generator: random.Random = context.context()._rng  # noqa: SLF001
+    return generator
 
 
 def _tensorflows() -> tf.random.Generator | None:

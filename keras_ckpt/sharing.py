@@ -14,7 +14,7 @@ import msgspec
 
 from keras_ckpt.arena import Arena, Saved, is_table, parts_of
 from keras_ckpt.bundle import Entry, Index, read_index
-from keras_ckpt.bundle_writer import Linked, Value, checksum_of, data_file, write_bundle
+from keras_ckpt.bundle_writer import Linked, Value, checksum_of, write_bundle
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointError
 from keras_ckpt.files import Folder, Stamp
@@ -199,13 +199,14 @@ def _link(
     What is unchanged in the others is added to `unchanged`, the stamps of the links to `stamps`.
     """
     record = saved.record
-    files = {file.name.rpartition("-of-")[0]: file for file in record.files}
+    # Their names are in the order of their numbers.
+    files = sorted((file for file in record.files if ".data-" in file.name), key=lambda file: file.name)
     linked: list[Linked] = []
     # What cannot be linked is written.
     with contextlib.suppress(OSError), Folder(record.directory) as folder:
         disks = folder.shares_disk(stage)
         for shard, entries in candidates.items():
-            file = files[data_file(record.name, shard, 0).rpartition("-of-")[0]]
+            file = files[shard]
             if not disks or not _is_worthwhile(entries, file):
                 unchanged.update(entries)
                 continue

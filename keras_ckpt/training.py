@@ -189,7 +189,7 @@ class Training:
     def answer(self) -> None:
         """Answers a signal that came, if one did, and saves the training before.
 
-        In a validation after which nothing but the end of the epoch knows of a state that is whole, that answers.
+        Where no state is whole, as in the validation after an epoch whose last batch was not known, its end answers.
         """
         if self._watch.caught is not None and (self._whole or self._held or not self._changed):
             self._save_last(self._watch.caught.name)
@@ -454,7 +454,7 @@ def _errors_as_warnings() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - there may be no memory for it, for one
-        warnings.warn(str(error), stacklevel=5)
+        warnings.warn(str(error) or repr(error), stacklevel=5)
 
 
 def _settings(model: keras.Model) -> dict[str, Any]:

@@ -579,21 +579,23 @@ def test_an_error_does_not_keep_the_values_that_were_to_be_saved() -> None:
 @pytest.mark.parametrize("began", [False, True])
 def test_a_job_that_ctrl_c_cuts_off_is_waited_for_if_it_began(monkeypatch, began) -> None:
     """If it did not, nobody waits for it."""
-    freed, thread = threading.Event(), concurrent.futures.ThreadPoolExecutor(1)
+    started, freed, thread = threading.Event(), threading.Event(), concurrent.futures.ThreadPoolExecutor(1)
+
+    def work() -> None:
+        started.set()
+        freed.wait()
 
     class Interrupted:
         def submit(self, *job: object) -> None:
             if began:
-                running = thread.submit(*job)
-                while not running.running():
-                    time.sleep(0.001)
-                time.sleep(0.1)
+                thread.submit(*job)
+                started.wait()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(background, "_thread", Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            background.Job(freed.wait, ("run", 1), 1)
+            background.Job(work, ("run", 1), 1)
     idle = background.is_idle()
     freed.set()
     background.wait()

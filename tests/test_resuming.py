@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import keras
@@ -26,6 +27,14 @@ HERE = pathlib.Path(__file__).parent
 @pytest.fixture
 def backup(tmp_path) -> pathlib.Path:
     return tmp_path / "backup"
+
+
+@pytest.fixture
+def answer_usr1() -> Iterator[Callable[[Callable[[], object]], object]]:
+    """Has SIGUSR1 call something, as long as the test runs."""
+    before = signal.getsignal(signal.SIGUSR1)
+    yield lambda action: signal.signal(signal.SIGUSR1, lambda number, frame: action())
+    signal.signal(signal.SIGUSR1, before)
 
 
 def data() -> kc.ResumableDataset:
@@ -694,26 +703,24 @@ def test_without_the_main_thread_there_is_a_warning(backup) -> None:
     assert failed == [False]
 
 
-def test_what_answered_signals_before_does_so_after(backup) -> None:
+def test_what_answered_signals_before_does_so_after(backup, answer_usr1) -> None:
     """After a fit that ended well, and at the first signal after one that an error ended."""
     heard = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
-    try:
-        train(kc.BackupAndRestore(backup, data=data()))
-        ours = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(RuntimeError):
-            train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert heard == [signal.SIGUSR1]
-        assert signal.getsignal(signal.SIGTERM) == ours == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    answer_usr1(lambda: heard.append(signal.SIGUSR1))
+    train(kc.BackupAndRestore(backup, data=data()))
+    ours = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+    assert heard == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGTERM) == ours == signal.SIG_DFL
 
 
-def test_a_signal_that_an_error_hid_is_answered_by_the_next_training(backup, tmp_path) -> None:
+def test_a_signal_that_an_error_hid_is_answered_by_the_next_training(backup, tmp_path, answer_usr1) -> None:
     """Which the script may begin anew after any error."""
     heard = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    answer_usr1(lambda: heard.append(signal.SIGUSR1))
 
     class Breaks(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None) -> None:
@@ -721,45 +728,35 @@ def test_a_signal_that_an_error_hid_is_answered_by_the_next_training(backup, tmp
             raise RuntimeError("injected")
 
     first = kc.BackupAndRestore(backup, data=data())
-    try:
-        with pytest.raises(RuntimeError, match="injected"):
-            train(first, Breaks())
-        assert heard == []
-        train(kc.BackupAndRestore(tmp_path / "other", data=data()))
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(RuntimeError, match="injected"):
+        train(first, Breaks())
+    assert heard == []
 
+    train(kc.BackupAndRestore(tmp_path / "other", data=data()))
     assert heard == [signal.SIGUSR1]
 
 
-def test_a_handler_that_lets_the_training_go_on_is_called_after_the_backup(backup) -> None:
+def test_a_handler_that_lets_the_training_go_on_is_called_after_the_backup(backup, answer_usr1) -> None:
     """As that of a scheduler may."""
     saved = []
-    before = signal.signal(
-        signal.SIGUSR1, lambda number, frame: saved.append(kc.CheckpointDirectory(backup).latest().step)
-    )
+    answer_usr1(lambda: saved.append(kc.CheckpointDirectory(backup).latest().step))
 
     class Signals(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None) -> None:
             if batch == 4:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
-    try:
-        history = train(kc.BackupAndRestore(backup, data=data()), Signals()).history
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    history = train(kc.BackupAndRestore(backup, data=data()), Signals()).history
 
     assert saved == [5, 15, 25]
     assert len(history.epoch) == 3
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
-def test_a_signal_in_a_validation_is_answered_after_it_where_the_last_batch_was_not_known(backup) -> None:
+def test_a_signal_in_a_validation_is_answered_after_it_where_the_last_batch_was_not_known(backup, answer_usr1) -> None:
     """Keras begins one more batch, to see that there is none."""
     saved = []
-    before = signal.signal(
-        signal.SIGUSR1, lambda number, frame: saved.append(kc.CheckpointDirectory(backup).latest().step)
-    )
+    answer_usr1(lambda: saved.append(kc.CheckpointDirectory(backup).latest().step))
 
     class Signals(keras.callbacks.Callback):
         def on_test_batch_begin(self, batch, logs=None) -> None:
@@ -767,17 +764,9 @@ def test_a_signal_in_a_validation_is_answered_after_it_where_the_last_batch_was_
                 os.kill(os.getpid(), signal.SIGUSR1)
 
     batches = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4).filter(lambda x, y: True)
-    try:
-        dense_model(run_eagerly=False).fit(
-            batches,
-            epochs=2,
-            validation_data=(X, Y),
-            callbacks=[kc.BackupAndRestore(backup), Signals()],
-            shuffle=False,
-            verbose=0,
-        )
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    callbacks = [kc.BackupAndRestore(backup), Signals()]
+    model = dense_model(run_eagerly=False)
+    model.fit(batches, epochs=2, validation_data=(X, Y), callbacks=callbacks, shuffle=False, verbose=0)
 
     assert saved == [10, 20]
 
