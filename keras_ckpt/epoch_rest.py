@@ -35,21 +35,20 @@ class EpochRest:
         self._done = done
         self._steps = steps
         self._stopped = False
-        self._train_function = self._model.train_function
+        self._logs = logs
         self._trained = logs is not None
-        if self._trained:
-            self._model.train_function = lambda iterator: logs
         for hook in _HOOKS:
             setattr(callbacks, hook, getattr(self, hook))
 
     def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
-        if not self._trained:
+        if self._trained:
+            # The step follows at once: no error of a callback can come before it and keep this in the model.
+            self._train_function, self._model.train_function = self._model.train_function, self._take_no_step
+        else:
             type(self._callbacks).on_train_batch_begin(self._callbacks, self._done + batch, logs)
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        if self._trained:
-            self._model.train_function = self._train_function
-        else:
+        if not self._trained:
             type(self._callbacks).on_train_batch_end(self._callbacks, self._done + batch, logs)
         # Where somebody has stopped the training, it is to stay stopped.
         if (self._trained or self._done + batch + 1 >= self._steps) and not self._model.stop_training:
@@ -62,6 +61,10 @@ class EpochRest:
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._end()
         self._callbacks.on_epoch_end(epoch, logs)
+
+    def _take_no_step(self, iterator: Any) -> Logs:
+        self._model.train_function = self._train_function
+        return self._logs
 
     def _end(self) -> None:
         for hook in _HOOKS:
