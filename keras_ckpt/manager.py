@@ -189,14 +189,16 @@ class CheckpointManager(tf.train.CheckpointManager):
         if not isinstance(metrics or {}, Mapping):
             raise TypeError(f"save() expected a dict of metrics. Received: metrics={metrics!r:.200}")
         measured = {name: as_metric(name, value) for name, value in (metrics or {}).items()}
+        if checkpoint_number is not None and _integer(checkpoint_number) < 0:
+            raise ValueError(f"A checkpoint's number is 0 or more. Received: checkpoint_number={checkpoint_number!r}")
+        epoch = None if epoch is None else _integer(epoch)
+        extra = encodable_metadata(metadata or {})
+        options, callbacks = _without_callbacks(options)
         counter = self._checkpoint.save_counter
         if int(counter.numpy()) == 0:
             self._refuse_to_begin_over()
         counter.assign_add(1)
         number = _integer(counter if checkpoint_number is None else checkpoint_number)
-        if number < 0:
-            raise ValueError(f"A checkpoint's number is 0 or more. Received: checkpoint_number={number}")
-        options, callbacks = _without_callbacks(options)
 
         def write(prefix: str) -> None:
             with state.plain_errors():
@@ -206,11 +208,11 @@ class CheckpointManager(tf.train.CheckpointManager):
             by_prefix(write),
             step=number,
             began=began,
-            epoch=None if epoch is None else _integer(epoch),
+            epoch=epoch,
             metrics=measured,
             monitor=self._monitor,
             mode=self._mode,
-            metadata={**self._metadata, **encodable_metadata(metadata or {})},
+            metadata={**self._metadata, **extra},
             reason="save",
             time=time.time(),
             versions=state.versions(),

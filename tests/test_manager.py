@@ -437,10 +437,22 @@ def test_what_is_pruned_while_it_is_restored_gives_way_to_the_next(ours, monkeyp
     assert int(reader.value) == 2
 
 
-def test_a_negative_number_is_refused(ours) -> None:
-    """Names have none."""
-    with pytest.raises(ValueError, match="checkpoint_number=-1"):
-        ours.manager().save(-1)
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"checkpoint_number": -1}, "checkpoint_number=-1"),
+        ({"epoch": "second"}, "second"),
+        ({"metadata": [1]}, "metadata must be a dict"),
+    ],
+)
+def test_a_refused_argument_does_not_count(ours, arguments, text) -> None:
+    """The next save has the number that this one would have had."""
+    manager = ours.manager()
+
+    with pytest.raises((ValueError, TypeError), match=text):
+        manager.save(**arguments)
+
+    assert manager.save() == ours.prefixes("ckpt-1")[0]
 
 
 @pytest.mark.parametrize("keep", [None, 2, kc.EveryNSteps(2) | kc.LatestN(1)])
