@@ -194,11 +194,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         epoch = None if epoch is None else _integer(epoch)
         extra = encodable_metadata(metadata or {})
         options, callbacks = _without_callbacks(options)
-        counter = self._checkpoint.save_counter
-        if int(counter.numpy()) == 0:
-            self._refuse_to_begin_over()
-        counter.assign_add(1)
-        number = _integer(counter if checkpoint_number is None else checkpoint_number)
+        number = self._count(checkpoint_number)
 
         def write(prefix: str) -> None:
             with state.plain_errors():
@@ -283,6 +279,14 @@ class CheckpointManager(tf.train.CheckpointManager):
             raise DamagedCheckpointError(f"No checkpoint in {self._directory} can be restored. {'. '.join(newer)}.")
         warnings.warn(f"In {self._directory}: {'. '.join(newer)}. Going back to {name}.", stacklevel=3)
 
+    def _count(self, checkpoint_number: Any) -> int:
+        """Counts a save, and gives its number."""
+        counter = self._checkpoint.save_counter
+        if int(counter.numpy()) == 0:
+            self._refuse_to_begin_over()
+        counter.assign_add(1)
+        return _integer(counter if checkpoint_number is None else checkpoint_number)
+
     def _refuse_to_begin_over(self) -> None:
         """Keeps a checkpoint that was never saved nor restored from taking over what others saved here."""
         newest = self._writer.directory.latest()
@@ -299,7 +303,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         warnings.warn(
             f"{self._directory} holds checkpoints, and this one was not restored from them, so its numbers begin again "
             f"and theirs may be saved over. To go on with them, {restore}.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def _interval_is_over(self, check_interval: bool) -> bool:
@@ -332,7 +336,7 @@ class _HourlyWriter(Writer):
         self._opened = time.time() - 1.0
 
     def retain(self, folder: Folder, listing: Listing) -> None:
-        with self._explaining("What was to be saved is saved, but what is to be preserved could not be noted in"):
+        with self.explaining("What was to be saved is saved, but what is to be preserved could not be noted in"):
             listing = self._preserved(folder, listing)
         super().retain(folder, listing)
 

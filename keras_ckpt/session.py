@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import time
 import warnings
@@ -166,12 +167,16 @@ class Session:
         position, now = self.progress.position, time.time()
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
         facts["reason"] = facts["reason"][:REASON_LIMIT]
+        explaining = functools.partial(self._writer.explaining, f"Could not save step {position.step} into")
         if self._copies_at_once:
-            snapshot.detach(self._arena, background.is_idle())
+            with explaining():
+                snapshot.detach(self._arena, background.is_idle())
         went_on = time.perf_counter() if self._on_background else None
 
         def write() -> CheckpointRecord | None:
-            sharing = SharingWrite(snapshot.move(self._arena), self._arena, self._writer.directory)
+            with explaining():
+                values = snapshot.move(self._arena)
+            sharing = SharingWrite(values, self._arena, self._writer.directory)
             newest = self._writer.directory.latest() if amends else None
             if newest and newest.step == position.step and sharing.is_in(newest, _is_of_model):
                 # The epoch's last batch was saved already; what is new is what was measured since.
@@ -225,7 +230,12 @@ class Session:
     def _make_ready(self) -> None:
         """Gets the memory for copies before there is something to copy, with that of slots, made in the first batch."""
         self._ready = True
-        make_room = functools.partial(self._arena.make_room, self._state.sizes())
+        sizes = self._state.sizes()
+
+        def make_room() -> None:
+            with contextlib.suppress(OSError):  # the save that needs it says so
+                self._arena.make_room(sizes)
+
         self._saves.append(_Save(background.Job(make_room, self._moment(), 0), lambda outcome: None))
 
     def _moment(self) -> tuple[str, int]:

@@ -28,6 +28,7 @@ from keras_ckpt.document import UnplainError, encode
 from keras_ckpt.epoch_rest import EpochRest
 from keras_ckpt.errors import FormatVersionError
 from keras_ckpt.model_checkpoint import ModelCheckpoint
+from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.restoring import is_finite, restore_backup
 from keras_ckpt.session import Outcome, Session
 from keras_ckpt.signals import SignalWatch
@@ -261,32 +262,22 @@ class Training:
         if document is None:
             self._begin_with(begin)
             return
-        if document["version"] > _VERSION:
-            raise FormatVersionError(
-                f"{record.prefix} was saved by a newer version of keras_ckpt, {record.versions.get('keras_ckpt')}: go "
-                "on with that one."
-            )
+        _refuse_newer(document, record)
         if record.metadata.get(ENDED) != _ended[self._directory.path]:
             self._warn_of_another_fit(record.metadata.get(ENDED))
-        restored = self._states.put_back(document["callbacks"])
-        lost = [*self._states.strangers(document["callbacks"]), *document["unsaved"]]
         # Fewer epochs may be asked for than are done.
         past = self._epochs is not None and begin >= self._epochs
         batch = 0 if past else document["batch"]
         if batch and not self._can_go_on_within(document):
             self._warn_of_the_epoch(begin, batch)
             batch = 0
-        if self._data is not None:
-            if document["data"] is not None:
-                self._data.set_state(document["data"], batch if batch != self._steps else 0)
-                restored.append("place in the data")
-            self._data.get_state()  # by their first batch they are known again; later it would be that of another pass
-        seeds.set_state(document["seeds"])  # a look at the data may have drawn from them
+        restored = self._put_back(document, batch)
         if batch and self._callbacks is not None and self._steps is not None:
             self._go_on = functools.partial(self._go_on_within, document, self._callbacks, self._steps)
         ended = past or (document["stopped"] and not document["batch"])
         self._begin_with(self._epochs if ended else begin)
         self._warn_of_other_settings(document["settings"])
+        lost = [*self._states.strangers(document["callbacks"]), *document["unsaved"]]
         print(
             f"Found {record.prefix}; "
             + ("nothing is left to train after " if ended else "going on from ")
@@ -296,6 +287,17 @@ class Training:
             + f"; restored: {', '.join(['model', 'random numbers', *restored])}"
             + (f"; not restored: {', '.join(lost)}" if lost else "")
         )
+
+    def _put_back(self, document: Any, batch: int) -> list[str]:
+        """Puts back what is beside the model, for an epoch of which so many batches are done, and says what."""
+        restored = self._states.put_back(document["callbacks"])
+        if self._data is not None:
+            if document["data"] is not None:
+                self._data.set_state(document["data"], batch if batch != self._steps else 0)
+                restored.append("place in the data")
+            self._data.get_state()  # by their first batch they are known again; later it would be that of another pass
+        seeds.set_state(document["seeds"])  # a look at the data may have drawn from them
+        return restored
 
     def _begin_with(self, epoch: int | None) -> None:
         """Tells `fit` with which epoch to begin, which it reads before its first one."""
@@ -455,6 +457,14 @@ def _errors_as_warnings() -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - there may be no memory for it, for one
         warnings.warn(str(error) or repr(error), stacklevel=5)
+
+
+def _refuse_newer(document: Any, record: CheckpointRecord) -> None:
+    if document["version"] > _VERSION:
+        raise FormatVersionError(
+            f"{record.prefix} was saved by a newer version of keras_ckpt, {record.versions.get('keras_ckpt')}: go "
+            "on with that one."
+        )
 
 
 def _settings(model: keras.Model) -> dict[str, Any]:

@@ -37,6 +37,7 @@ _FULL = {
 _MENDS = _FULL | {
     errno.EACCES: "Make the directory writable for this user, or choose another.",
     errno.EROFS: "The file system is mounted read-only: choose another directory.",
+    errno.ENOMEM: "A save needs memory for a copy of all that it saves: free some.",
 }
 
 
@@ -132,7 +133,7 @@ class Writer:
         what = f"Could not save step {step} into"
         lock = self._claim()
         with lock.saving, Folder(self.directory.path, create=True) as folder:
-            with self._explaining(what):
+            with self.explaining(what):
                 listing = examine(folder, self._known)
             candidate = self._candidate(listing, step, facts)
             if self._session is not None:
@@ -142,7 +143,7 @@ class Writer:
             if not self._wanted(candidate, listing.records) or _pinned(listing, step):
                 return None
             try:
-                with self._explaining(what), folder.stage(lock) as stage:
+                with self.explaining(what), folder.stage(lock) as stage:
                     look_for_room(stage, _size_of_newest(listing) if size is None else size)
                     record = _stage(stage, candidate, write, began, went_on)
                     with folder.mutex():
@@ -166,7 +167,7 @@ class Writer:
             Its record, `None` if it was pruned meanwhile.
         """
         what = f"Could not add to step {record.step} in"
-        with self._explaining(what), Folder(self.directory.path) as folder, folder.mutex():
+        with self.explaining(what), Folder(self.directory.path) as folder, folder.mutex():
             listing = examine(folder, self._known)
             current = [each for each in _of(listing, record.step) if each.sequence == record.sequence]
             if not current:
@@ -177,7 +178,7 @@ class Writer:
 
     def retain(self, folder: Folder, listing: Listing) -> None:
         """Removes what the policy does not keep. The caller holds the mutex, and listed the directory under it."""
-        with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
+        with self.explaining("What was to be saved is saved, but older ones could not be removed from"):
             remove(folder, listing, [] if listing.newer else self.unkept(listing.records))
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
@@ -189,7 +190,7 @@ class Writer:
 
     def _claim(self) -> WriterLock:
         # Asked for each time: the directory may be another one since, and then so is its lock.
-        with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
+        with self.explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
             self._lock = folder.lock()
             if self._lock.session is None:
                 self._lock.session = self._session
@@ -201,7 +202,7 @@ class Writer:
         return self._lock
 
     @contextlib.contextmanager
-    def _explaining(self, what: str) -> Iterator[None]:
+    def explaining(self, what: str) -> Iterator[None]:
         """Says of any error what could not be done, and how to mend it."""
         try:
             yield

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-from keras_ckpt import background
+from keras_ckpt import arena, background
 from keras_ckpt.arena import arena_of
 from keras_ckpt.files import Folder
 from keras_ckpt.snapshot import Snapshot
@@ -399,6 +399,22 @@ class TestErrors:
             fit(dense_model(), adds, busy, Fails(), backup, batches=3, validation_data=(X, Y))
 
         assert on_disk(tmp_path) == ["ckpt-3"]
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    def test_no_memory_for_copies_is_an_error_of_the_save(self, tmp_path, monkeypatch, jit_compile) -> None:
+        """It says which, and what to do; also where the memory was asked for before there was anything to save."""
+
+        def none(size: int) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+        model = dense_model()
+        model.jit_compile = jit_compile
+        monkeypatch.setattr(arena, "pages", none)
+
+        with pytest.raises(kc.SaveError, match=r"Could not save step 2 into .* Cannot allocate memory\. A save needs"):
+            fit(model, kc.ModelCheckpoint(tmp_path, save_freq=2))
+
+        assert on_disk(tmp_path) == []
 
     @pytest.mark.usefixtures("_ctrl_c")
     def test_a_backup_that_ctrl_c_cuts_off_is_saved_after_all(self, tmp_path, monkeypatch) -> None:
