@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -43,7 +44,7 @@ class EpochRest:
     def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         if self._trained:
             # The step follows at once: no error of a callback can come before it and keep this in the model.
-            self._train_function, self._model.train_function = self._model.train_function, self._take_no_step
+            self._model.train_function = functools.partial(self._take_no_step, self._model.train_function)
         else:
             type(self._callbacks).on_train_batch_begin(self._callbacks, self._done + batch, logs)
 
@@ -62,8 +63,8 @@ class EpochRest:
         self._end()
         self._callbacks.on_epoch_end(epoch, logs)
 
-    def _take_no_step(self, iterator: Any) -> Logs:
-        self._model.train_function = self._train_function
+    def _take_no_step(self, train_function: Callable[..., Logs], iterator: Any) -> Logs:
+        self._model.train_function = train_function
         return self._logs
 
     def _end(self) -> None:

@@ -336,7 +336,7 @@ class _HourlyWriter(Writer):
         self._opened = time.time() - 1.0
 
     def retain(self, folder: Folder, listing: Listing) -> None:
-        with self.explaining("What was to be saved is saved, but what is to be preserved could not be noted in"):
+        with self._explaining("What was to be saved is saved, but what is to be preserved could not be noted in"):
             listing = self._preserved(folder, listing)
         super().retain(folder, listing)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -167,14 +166,13 @@ class Session:
         position, now = self.progress.position, time.time()
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
         facts["reason"] = facts["reason"][:REASON_LIMIT]
-        explaining = functools.partial(self._writer.explaining, f"Could not save step {position.step} into")
         if self._copies_at_once:
-            with explaining():
+            with self._writer.explaining(position.step):
                 snapshot.detach(self._arena, background.is_idle())
         went_on = time.perf_counter() if self._on_background else None
 
         def write() -> CheckpointRecord | None:
-            with explaining():
+            with self._writer.explaining(position.step):
                 values = snapshot.move(self._arena)
             sharing = SharingWrite(values, self._arena, self._writer.directory)
             newest = self._writer.directory.latest() if amends else None

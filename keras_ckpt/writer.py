@@ -130,10 +130,9 @@ class Writer:
                 untouched.
         """
         began = time.perf_counter() if began is None else began
-        what = f"Could not save step {step} into"
         lock = self._claim()
         with lock.saving, Folder(self.directory.path, create=True) as folder:
-            with self.explaining(what):
+            with self.explaining(step):
                 listing = examine(folder, self._known)
             candidate = self._candidate(listing, step, facts)
             if self._session is not None:
@@ -143,7 +142,7 @@ class Writer:
             if not self._wanted(candidate, listing.records) or _pinned(listing, step):
                 return None
             try:
-                with self.explaining(what), folder.stage(lock) as stage:
+                with self.explaining(step), folder.stage(lock) as stage:
                     look_for_room(stage, _size_of_newest(listing) if size is None else size)
                     record = _stage(stage, candidate, write, began, went_on)
                     with folder.mutex():
@@ -167,7 +166,7 @@ class Writer:
             Its record, `None` if it was pruned meanwhile.
         """
         what = f"Could not add to step {record.step} in"
-        with self.explaining(what), Folder(self.directory.path) as folder, folder.mutex():
+        with self._explaining(what), Folder(self.directory.path) as folder, folder.mutex():
             listing = examine(folder, self._known)
             current = [each for each in _of(listing, record.step) if each.sequence == record.sequence]
             if not current:
@@ -178,7 +177,7 @@ class Writer:
 
     def retain(self, folder: Folder, listing: Listing) -> None:
         """Removes what the policy does not keep. The caller holds the mutex, and listed the directory under it."""
-        with self.explaining("What was to be saved is saved, but older ones could not be removed from"):
+        with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
             remove(folder, listing, [] if listing.newer else self.unkept(listing.records))
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
@@ -188,9 +187,13 @@ class Writer:
         kept = kept_in_training(self.keep, records)
         return [record for record in records if record.step not in kept and not record.pinned]
 
+    def explaining(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Says of any error in the saving of a step what it is, and how to mend it."""
+        return self._explaining(f"Could not save step {step} into")
+
     def _claim(self) -> WriterLock:
         # Asked for each time: the directory may be another one since, and then so is its lock.
-        with self.explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
+        with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
             self._lock = folder.lock()
             if self._lock.session is None:
                 self._lock.session = self._session
@@ -202,7 +205,7 @@ class Writer:
         return self._lock
 
     @contextlib.contextmanager
-    def explaining(self, what: str) -> Iterator[None]:
+    def _explaining(self, what: str) -> Iterator[None]:
         """Says of any error what could not be done, and how to mend it."""
         try:
             yield
