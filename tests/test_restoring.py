@@ -56,6 +56,29 @@ def test_takes_a_record_a_directory_or_a_path(runs, model, monkeypatch, form) ->
     assert same(model, other)
 
 
+@pytest.mark.parametrize("restore", ["ours", "TensorFlow's"])
+def test_a_model_that_looks_strings_up_predicts_the_same(runs, restore) -> None:
+    """Its vocabulary is in the script, its table of embeddings in the checkpoint."""
+
+    def make() -> keras.Model:
+        lookup = keras.layers.StringLookup(vocabulary=["low", "middle", "high"])
+        text = keras.Input((1,), dtype="string")
+        model = keras.Model(text, keras.layers.Dense(1)(keras.layers.Embedding(4, 2)(lookup(text))[:, 0]))
+        model.compile("adam", "mse")
+        return model
+
+    words = tf.constant([["low"], ["high"], ["middle"], ["another"]])
+    model, other = make(), make()
+    model.fit(words, np.arange(4.0), verbose=0, callbacks=[kc.ModelCheckpoint(runs.path)])
+
+    if restore == "ours":
+        kc.restore(other, runs)
+    else:
+        tf.train.Checkpoint(model=other).restore(runs.latest().prefix).expect_partial()
+
+    np.testing.assert_array_equal(other.predict(words, verbose=0), model.predict(words, verbose=0))
+
+
 def test_an_optimizer_that_is_not_built_is_built(runs, model) -> None:
     """A compiled model gets its slots back before its first batch."""
     other = dense_model()
