@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from keras_ckpt.policies import LatestN as LatestN
     from keras_ckpt.policies import PreservationPolicy as PreservationPolicy
     from keras_ckpt.record import CheckpointRecord as CheckpointRecord
-    from keras_ckpt.restoring import RestoreReport as RestoreReport
+    from keras_ckpt.report import RestoreReport as RestoreReport
     from keras_ckpt.restoring import restore as restore
 
 _HOMES = {
@@ -57,7 +57,8 @@ _HOMES = {
     "model_checkpoint": ("ModelCheckpoint",),
     "policies": ("BestN", "EveryNEpochs", "EveryNHours", "EveryNSteps", "LatestN", "PreservationPolicy"),
     "record": ("CheckpointRecord",),
-    "restoring": ("RestoreReport", "restore"),
+    "report": ("RestoreReport",),
+    "restoring": ("restore",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -421,9 +421,7 @@ class _Held(Folder):
 
 def _links(stack: contextlib.ExitStack, descriptors: Mapping[str, int]) -> str:
     """A directory of links to open files, for as long as the stack is."""
-    import tempfile
-
-    path = stack.enter_context(tempfile.TemporaryDirectory(prefix="keras_ckpt-"))
+    path = stack.enter_context(temporary_directory())
     for name, descriptor in descriptors.items():
         os.symlink(f"/proc/self/fd/{descriptor}", os.path.join(path, name))
     return path
@@ -439,6 +437,47 @@ def _make_directories(path: str) -> None:
         os.mkdir(path)
     with Folder(parent) as folder:
         folder.sync()
+
+
+def files_below(path: str, limit: int) -> dict[str, bytes]:
+    """The files in a directory and below it, by their paths from there.
+
+    Raises:
+        ValueError: A file has more than `limit` bytes.
+    """
+    found = {}
+    for parent, _, names in os.walk(path):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                data = file.read(limit + 1)
+            if len(data) > limit:
+                raise ValueError(f"{name} has more than {limit} bytes")
+            found[os.path.relpath(os.path.join(parent, name), path)] = data
+    return dict(sorted(found.items()))
+
+
+def write_below(path: str, files: Mapping[str, bytes]) -> None:
+    """Writes files into a directory and below it, by their paths from there.
+
+    Raises:
+        ValueError: A path leads out of the directory.
+    """
+    for name, data in files.items():
+        place = os.path.normpath(os.path.join(path, name))
+        if not place.startswith(os.path.join(path, "")) or "\0" in name or "\\" in name:
+            raise ValueError(f"the path {name!r:.200} leads out of its directory")
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        with open(place, "xb") as file:
+            file.write(data)
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[str]:
+    """A directory for temporary files, for as long as it is used."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="keras_ckpt-") as path:
+        yield path
 
 
 def lasting_tensorflow_path(directory: str, name: str) -> str:

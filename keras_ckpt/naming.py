@@ -16,80 +16,84 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_ckpt.parts import (
+    inner_optimizers,
+    layers_of,
+    losses_of,
+    metrics_of,
+    optimizers_of,
+    states_of,
+    tracked,
+    variables_in,
+)
+
 
 def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
     """The variables of a model's training state by name, in the model's order.
 
     Args:
         model: A built model.
-        weights_only: Whether to leave out the optimizer and the metrics.
+        weights_only: Whether to leave out the optimizers, the losses and the metrics.
 
     Returns:
         `keras.Variable`s, and `tf.Variable`s that a layer holds beside them.
     """
     weights, layers = model.variables, layers_of(model)
-    paths = _numbered(_paths_in(model, layers), _automatic_names(layers))
+    own = _within(model, layers, map(_segments, weights))
+    paths = _numbered(own, _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
-    below = tracked(model)
-    found += [(f"model/{path}", each) for path, each in below.items() if isinstance(each, tf.Variable)]
+    found += [(f"model/{path}", each) for path, each in tracked(model).items() if isinstance(each, tf.Variable)]
     if not weights_only:
         states = states_of(layers)
         paths_of_states = _numbered([_segments(variable)[-2:] for variable in states], _automatic_names(layers))
         found += [(f"states/{path}", variable) for path, variable in zip(paths_of_states, states, strict=True)]
         names = dict(zip(map(id, weights), paths, strict=True))
-        for prefix, optimizer in _optimizers(model, below).items():
+        for prefix, optimizer in optimizers_of(model).items():
             found += _optimizer_variables(prefix, optimizer, weights, names)
-        measured = model.metrics_variables
-        paths = _numbered([_owned(variable) for variable in measured], _automatic_names(_metrics(model)))
-        found += [(f"metrics/{path}", variable) for path, variable in zip(paths, measured, strict=True)]
+        found += _loss_variables(model, {id(variable) for _, variable in found})
+        found += _metric_variables(model)
     unique = _unique([name for name, _ in found])
     return dict(zip(unique, (variable for _, variable in found), strict=True))
 
 
-def optimizers(model: keras.Model) -> dict[str, Any]:
-    """The optimizers of a model by the prefix of their variables' names.
+def trained_by(optimizer: Any) -> list[Any]:
+    """The variables that an optimizer was built for, in its order."""
+    # No public name tells it.
+    return list(optimizer._trainable_variables) if optimizer.built else []  # noqa: SLF001
 
-    That of `compile` is `optimizer`. Others that a model holds, such as those of the two halves of a GAN, have the path
-    of their attribute in it: `optimizer/d_optimizer`.
+
+def build_optimizers(
+    model: keras.Model,
+    wanted: Mapping[str, Any],
+    names_on_disk: Collection[str],
+    built: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Builds each optimizer that was built in a checkpoint, for the variables that it was built for there.
+
+    Args:
+        model: The model.
+        wanted: Its variables by name.
+        names_on_disk: The names of the variables in the checkpoint.
+        built: For each optimizer that was built there, by prefix, the names of the variables that it trained, in its
+            order. `None` if the checkpoint does not tell; then the slots on disk do.
     """
-    return _optimizers(model, tracked(model))
-
-
-def _optimizers(model: keras.Model, below: Mapping[str, Any]) -> dict[str, Any]:
-    main = getattr(model, "optimizer", None)
-    found = {} if main is None else {"optimizer": main}
-    inner = {id(each) for each in _inner_optimizers(main)}
-    for path, each in below.items():
-        if isinstance(each, keras.optimizers.Optimizer) and each is not main and id(each) not in inner:
-            found[f"optimizer/{path}"] = each
-            inner |= {id(each) for each in _inner_optimizers(each)}
-    return found
-
-
-def build_optimizers(model: keras.Model, names_on_disk: Collection[str]) -> None:
-    """Builds the optimizers that have slots on disk, as they are built by their first step."""
-    present = optimizers(model)
-    if all(optimizer.built for optimizer in present.values()):
-        return
-    wanted = named_variables(model)
+    waiting = {prefix: each for prefix, each in optimizers_of(model).items() if not each.built}
     weights = {name: variable for name, variable in wanted.items() if name.startswith("model/")}
-    others = tuple(f"{prefix}/" for prefix in present if prefix != "optimizer")
-    for prefix, optimizer in present.items():
-        unknown = [name for name in names_on_disk if name.startswith(f"{prefix}/") and name not in wanted]
-        if optimizer.built:
+    unknown = [name for name in names_on_disk if name not in wanted]
+    for prefix, optimizer in waiting.items():
+        if built is not None:
+            variables = [weights.get(name) for name in built.get(prefix, ())]
+            if variables and all(variable is not None for variable in variables):
+                optimizer.build(variables)
             continue
-        if prefix == "optimizer":
-            if any(not name.startswith(others) for name in unknown):
-                optimizer.build(model.trainable_variables)
-            continue
-        slots = [name.removeprefix(f"{prefix}/") for name in unknown]
-        trained = [
-            variable
-            for name, variable in weights.items()
-            if any(slot.startswith(f"{name.removeprefix('model/')}/") for slot in slots)
-        ]
-        if trained:
-            optimizer.build(trained)
+        inner = tuple(f"{other}/" for other in waiting if other.startswith(f"{prefix}/"))
+        own = [name for name in unknown if name.startswith(f"{prefix}/") and not name.startswith(inner)]
+        if own:
+            places = {name.removeprefix(f"{prefix}/").rpartition("/")[0] for name in own}
+            if inner_optimizers(optimizer):
+                places = {place.partition("/")[2] for place in places}
+            trained = [variable for name, variable in weights.items() if name.removeprefix("model/") in places]
+            optimizer.build(trained or model.trainable_variables)
 
 
 def automatic_stems(model: keras.Model) -> frozenset[str]:
@@ -97,34 +101,34 @@ def automatic_stems(model: keras.Model) -> frozenset[str]:
     return frozenset(_automatic_names(layers_of(model)).values())
 
 
-def _paths_in(model: keras.Model, layers: Sequence[Any]) -> list[tuple[str, ...]]:
-    """The paths of a model's variables, from the outermost layer that belongs to it."""
+def named_objects(model: keras.Model) -> dict[str, Any]:
+    """The objects of a model that may hold more than variables, by name: layers, losses, metrics and optimizers."""
+    top, *layers = layers_of(model)
+    own = _within(model, [top, *layers], (tuple((layer.path or layer.name).split("/")) for layer in layers))
+    paths = _numbered(own, _automatic_names([top, *layers]))
+    metrics = metrics_of(model)
+    names = _numbered([(metric.name,) for metric in metrics], _automatic_names(metrics))
+    return {
+        "model": top,
+        **{f"model/{path}": layer for path, layer in zip(paths, layers, strict=True)},
+        **{f"losses/{path}" if path else "losses": loss for path, loss in losses_of(model).items()},
+        **{f"metrics/{name}": metric for name, metric in zip(names, metrics, strict=True)},
+        **optimizers_of(model),
+    }
+
+
+def _within(model: keras.Model, layers: Sequence[Any], paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Paths of what a model holds, from the outermost layer that belongs to it."""
     known = {layer.name for layer in layers}
     # The model's own name leads the paths of what is built in its scope; a layer of that name is another thing.
     own = model.name if all(layer.name != model.name for layer in layers[1:]) else None
-    paths = []
-    for variable in model.variables:
-        path = _segments(variable)
+    found = []
+    for path in paths:
         # An error while a layer is built leaves its scope open, and Keras puts it before everything that comes later.
-        while len(path) > 1 and path[0] not in known and not _anonymous(path[0]):
-            path = path[1:]
-        paths.append(path[path[0] == own and len(path) > 1 :])
-    return paths
-
-
-def tracked(root: Any) -> dict[str, Any]:
-    """What TensorFlow tracks below something, but not below optimizers, by the shortest path of attributes."""
-    found: dict[str, Any] = {}
-    queue: collections.deque[tuple[str, Any]] = collections.deque([("", root)])
-    seen = {id(root)}
-    while queue:
-        path, parent = queue.popleft()
-        for name, child in tf.train.TrackableView.children(parent).items():
-            if id(child) not in seen:
-                seen.add(id(child))
-                found[f"{path}{name}"] = child
-                if not isinstance(child, keras.optimizers.Optimizer):
-                    queue.append((f"{path}{name}/", child))
+        start = 0
+        while start < len(path) - 1 and path[start] not in known and not _anonymous(path[start]):
+            start += 1
+        found.append(path[start + (path[start] == own and start < len(path) - 1) :])
     return found
 
 
@@ -143,15 +147,10 @@ def _optimizer_variables(
     """The variables of an optimizer, a slot under the name of its weight."""
     owned = [("", *_owned(variable))[-2:] for variable in optimizer.variables]
     inner = list(dict.fromkeys(owner for owner, _ in owned if owner not in ("", optimizer.name)))
-    automatic = _automatic_names(_inner_optimizers(optimizer))
+    automatic = _automatic_names(inner_optimizers(optimizer))
     owners = dict(zip(inner, _numbered([(each,) for each in inner], automatic), strict=True))
     references = _by_reference(weights, names)
-    # No public name tells what an optimizer trains.
-    trained = {
-        each.name: _by_reference(each._trainable_variables, names)  # noqa: SLF001
-        for each in (optimizer, *_inner_optimizers(optimizer))
-        if each.built
-    }
+    trained = {each.name: _by_reference(trained_by(each), names) for each in (optimizer, *inner_optimizers(optimizer))}
     used: collections.Counter[tuple[str, str]] = collections.Counter()
     anonymous = list(dict.fromkeys(name for _, name in owned if _anonymous(name)))
     numbered = dict(zip(anonymous, _numbered([(each,) for each in anonymous], {}), strict=True))
@@ -188,25 +187,20 @@ def _owned(variable: keras.Variable) -> tuple[str, ...]:
     return _segments(variable)[-2:]
 
 
-def layers_of(model: keras.Model) -> list[Any]:
-    # No public name gives the layers inside of layers that are not models.
-    return list(model._flatten_layers(include_self=True, recursive=True))  # noqa: SLF001
+def _loss_variables(model: keras.Model, known: Container[int]) -> Iterable[tuple[str, Any]]:
+    """The variables of losses that are not the model's too."""
+    for path, loss in losses_of(model).items():
+        place = f"losses/{path}" if path else "losses"
+        yield from ((f"{place}/{name}", each) for name, each in variables_in(loss) if id(each) not in known)
 
 
-def states_of(layers: Iterable[Any]) -> list[Any]:
-    """What stateful recurrent layers carry from batch to batch, which Keras does not count among their variables."""
-    stateful = [layer for layer in layers if getattr(layer, "stateful", False)]
-    found = [each for layer in stateful for each in keras.tree.flatten(getattr(layer, "states", None) or ())]
-    return list({id(each): each for each in found}.values())  # a layer and the one that runs it have the same
-
-
-def _inner_optimizers(optimizer: Any) -> list[Any]:
-    inner = getattr(optimizer, "inner_optimizer", None)
-    return [*([] if inner is None else [inner]), *getattr(optimizer, "optimizers", ())]
-
-
-def _metrics(model: keras.Model) -> list[Any]:
-    return [each for metric in model.metrics for each in (metric, *getattr(metric, "metrics", ()))]
+def _metric_variables(model: keras.Model) -> Iterable[tuple[str, Any]]:
+    """The variables of metrics; those of `compile` that Keras has not built yet come last."""
+    metrics = metrics_of(model)
+    found = [*model.metrics_variables, *(each for metric in metrics for each in metric.variables)]
+    measured = list({id(each): each for each in found}.values())
+    paths = _numbered([_owned(variable) for variable in measured], _automatic_names(metrics))
+    return [(f"metrics/{path}", variable) for path, variable in zip(paths, measured, strict=True)]
 
 
 def _automatic_names(named: Iterable[Any]) -> dict[str, str]:

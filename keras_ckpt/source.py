@@ -1,4 +1,4 @@
-"""A checkpoint on disk as a source of variables: their keys by the model's names, their kinds, their values."""
+"""A checkpoint on disk as a source of variables: their kinds, their values, and what else it says of its model."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from blake3 import blake3
 
-from keras_ckpt import naming, state
+from keras_ckpt import description, naming, object_graph, state
 from keras_ckpt.bundle import read_index
 from keras_ckpt.bundle_reader import read_values
-from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.description import ASSET_LIMIT, Asset, Description
+from keras_ckpt.errors import CheckpointError, DamagedCheckpointError
 from keras_ckpt.files import Folder
 from keras_ckpt.listing import refuse_changed, unreadable
+from keras_ckpt.matching import Kind
 from keras_ckpt.record import CheckpointFile
+
+_LONGEST = 32
+"""A string takes so many bytes more on disk, at most: its length and two checksums."""
 
 
 class Source:
     """An open checkpoint.
 
-    Opening it builds the optimizers of the model that have slots in it; what they raise is no damage.
-
     Args:
         folder: The directory of the checkpoint, open for as long as this is read from.
         name: The checkpoint's name.
-        model: The model that is to be restored.
         digested: The files of which every byte is to be compared with what was written; the index at once, the others
             when they are read.
 
     Attributes:
         foreign: Whether TensorFlow named the variables, by its object graph.
-        keys: The key of each variable by its name in the model, or on disk where the model has none of it.
+        description: What the checkpoint says of its model, `None` if it is foreign, or of an older version.
 
     Raises:
         DamagedCheckpointError: It cannot be read.
     """
 
-    def __init__(self, folder: Folder, name: str, model: keras.Model, digested: Sequence[CheckpointFile] = ()) -> None:
+    def __init__(self, folder: Folder, name: str, digested: Sequence[CheckpointFile] = ()) -> None:
         self._folder = folder
         self._name = name
         self._digested = [file for file in digested if file.name != f"{name}.index"]
@@ -49,33 +53,85 @@ class Source:
             self._index = read_index(folder, name)
         listed = self._index.variables
         self.foreign = state.NAMES_KEY not in listed
+        self.description: Description | None = None
+        if description.KEY in listed:
+            self.description = description.decode(self._text(description.KEY))
         counter = f"save_counter{state.SUFFIX}"  # TensorFlow's own, no part of a model
         keys = [key for key in listed if key.endswith(state.SUFFIX) and key != counter]
-        named = {key.removesuffix(state.SUFFIX): key for key in keys}
-        self.keys: Mapping[str, str] = named
-        with model.distribute_strategy.scope():
-            if not self.foreign:
-                naming.build_optimizers(model, named)
-                return
-            for optimizer in naming.optimizers(model).values():
-                if not optimizer.built:
-                    optimizer.build(model.trainable_variables)
-        with what_fails_is_damaged():
-            self.keys = _keys_by_graph(folder.tensorflow_path(name), model, named)
-            if unknown := sorted(set(self.keys.values()) - listed):
-                raise DamagedCheckpointError(f"its object graph names {unknown[0]!r:.200}, which its index does not")
+        self._keys = {key.removesuffix(state.SUFFIX): key for key in keys}
 
-    def kind(self, name: str) -> tuple[tuple[int, ...], str]:
-        """The shape and the type of a variable."""
-        entry = self._index.entries[self.keys[name].encode()]
-        return entry.shape, tf.as_dtype(entry.dtype).name
+    def kinds(self) -> dict[str, Kind]:
+        """The kinds of the variables, by name."""
+        return {name: self._kind(key) for name, key in self._keys.items()}
+
+    def build_optimizers(self, model: keras.Model, wanted: Mapping[str, Any]) -> None:
+        """Builds the optimizers of a model as they were built here. What they raise is no damage."""
+        built = None if self.description is None else self.description.optimizers
+        with model.distribute_strategy.scope():
+            naming.build_optimizers(model, wanted, self._keys, built)
+
+    def find(self, model: keras.Model) -> list[str]:
+        """Finds a model in the object graph of a foreign checkpoint, and builds its optimizers.
+
+        Afterwards the variables have the names that they have in the model.
+
+        Returns:
+            What is said of optimizers that are not like the model's.
+        """
+        with what_fails_is_damaged():
+            graph = object_graph.ObjectGraph(self._text(object_graph.KEY))
+        with model.distribute_strategy.scope():
+            found = graph.find(model)
+        self._keys = {**found.keys, **found.unexpected}
+        if unknown := sorted(set(self._keys.values()) - self._index.variables):
+            raise DamagedCheckpointError(
+                f"it cannot be read: its object graph names {unknown[0]!r:.200}, which its index does not"
+            )
+        return found.strangers
 
     def read(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
         """Reads variables, all before any is used, and checks what was to be checked."""
-        keys = {name: self.keys[name].encode() for name in names}
+        keys = {name: self._keys[name].encode() for name in names}
         with what_fails_is_damaged():
             values = read_values(self._folder, self._name, self._index, list(set(keys.values())), self._digested)
         return {name: values[key] for name, key in keys.items()}
+
+    def read_learned(self) -> tuple[list[np.ndarray], list[bytes]]:
+        """Reads the arrays and the assets of what the objects of the model learned, and checks them."""
+        objects = () if self.description is None else self.description.objects.values()
+        assets = {asset.index: asset for each in objects for asset in each.assets.values()}
+        arrays = {index for each in objects for index in each.values.values()}
+        if assets.keys() != set(range(len(assets))) or arrays != set(range(len(arrays))):
+            raise DamagedCheckpointError("its description of the model refers to what is not there")
+        texts = [self._text(description.asset_key(index), assets[index]) for index in range(len(assets))]
+        keys = [description.value_key(index).encode() for index in range(len(arrays))]
+        with what_fails_is_damaged():
+            values = read_values(self._folder, self._name, self._index, keys) if keys else {}
+        return [_as_array(values[key]) for key in keys], texts
+
+    def _kind(self, key: str) -> Kind:
+        entry = self._index.entries[key.encode()]
+        return Kind(entry.shape, tf.as_dtype(entry.dtype).name)
+
+    def _text(self, key: str, asset: Asset | None = None) -> bytes:
+        """A string, which is compared with what is said of it. One that is too long is not read."""
+        name = key.encode()
+        with what_fails_is_damaged():
+            entry = self._index.entries[name]
+            if entry.dtype != tf.string.as_datatype_enum or entry.shape:
+                raise DamagedCheckpointError(f"{key} is no string")
+            if entry.size > _LONGEST + (ASSET_LIMIT if asset is None else asset.size):
+                raise DamagedCheckpointError(f"{key} has {entry.size} bytes, which are too many")
+            text = bytes(read_values(self._folder, self._name, self._index, [name])[name].numpy())
+            if asset and (len(text), f"blake3:{blake3(text).hexdigest()}") != (asset.size, asset.digest):
+                raise DamagedCheckpointError(f"{key} is not what was written")
+            return text
+
+
+def _as_array(tensor: tf.Tensor) -> np.ndarray:
+    array = tensor.numpy()
+    # Fixed strings are strings on disk, of which TensorFlow makes objects.
+    return np.array(array.tolist()) if tensor.dtype == tf.string else np.asarray(array)
 
 
 @contextlib.contextmanager
@@ -83,45 +139,9 @@ def what_fails_is_damaged() -> Iterator[None]:
     """Readers raise almost anything where a file is not what they expect. What the process lacks is no damage."""
     try:
         yield
-    except (DamagedCheckpointError, MemoryError, tf.errors.ResourceExhaustedError):
+    except (CheckpointError, MemoryError, tf.errors.ResourceExhaustedError):
         raise
     except OSError as error:
         raise unreadable(error) from error
     except Exception as error:
         raise DamagedCheckpointError(f"it cannot be read: {error}") from error
-
-
-def _keys_by_graph(path: str, model: keras.Model, named: Mapping[str, str]) -> dict[str, str]:
-    """The keys of a checkpoint that TensorFlow named by its object graph; what is the model's, by the model's names."""
-    graph = state.object_graph(tf.train.load_checkpoint(path))
-    _check_graph(graph)
-    variables = {id(variable): name for name, variable in naming.named_variables(model).items()}
-    view = tf.train.CheckpointView(path)
-    # What the model is called there is up to the one who wrote it; or it is the root itself.
-    children = {child.local_name for child in graph.nodes[0].children} - {"save_counter"}
-    roots = [(called, tf.train.Checkpoint(**{called: model})) for called in sorted(children)]
-    best: tuple[dict[str, str], str] = ({}, "")
-    for called, root in [*roots, ("", model)]:
-        found = {
-            variables[id(trackable)]: attribute.checkpoint_key
-            for node, trackable in view.match(root).items()
-            if id(trackable) in variables
-            for attribute in graph.nodes[node].attributes
-        }
-        best = max(best, (found, f"{called}/" if called else ""), key=lambda each: len(each[0]))
-    names, called = best
-    used = set(names.values())
-    for name, key in named.items():
-        if key not in used and name.startswith(called):
-            own = name.removeprefix(called)
-            names[own if own.startswith("optimizer/") else f"model/{own}"] = key
-    return names
-
-
-def _check_graph(graph: Any) -> None:
-    """TensorFlow takes a number below zero for one from the end, and would restore nothing, or another thing."""
-    children = [child.node_id for node in graph.nodes for child in node.children]
-    slots = [slot for node in graph.nodes for slot in node.slot_variables]
-    children += [number for slot in slots for number in (slot.original_variable_node_id, slot.slot_variable_node_id)]
-    if not all(0 <= number < len(graph.nodes) for number in (0, *children)):
-        raise DamagedCheckpointError("its object graph is not whole: it names an object that it does not have")

@@ -12,20 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import msgspec
 import tensorflow as tf
 
-# The one module of TensorFlow outside its public names that is needed: the format of the object graph, which is
-# as stable as the checkpoints on everybody's disk.
-from tensorflow.core.protobuf import trackable_object_graph_pb2
-
-from keras_ckpt import __version__, naming
+from keras_ckpt import __version__, compiled, description, naming, object_graph, parts
 from keras_ckpt.bundle_writer import Value, string_value
 from keras_ckpt.files import Folder
+from keras_ckpt.learned import Learners
 from keras_ckpt.snapshot import Reader, Snapshot, begin
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 """What TensorFlow appends to a variable's name in a checkpoint."""
-GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 NAMES_KEY = "_KERAS_CKPT_NAMES"
 """The key of a string that marks a checkpoint whose names are those of this module."""
 TRAINING_KEY = "_KERAS_CKPT_TRAINING"
@@ -103,11 +100,16 @@ class ModelState(tf.train.Checkpoint):
         if (plan := self._plan) is not None:
             # While TensorFlow reads, other threads may run Python: one sees whether these are the right things to read.
             holds = begin(functools.partial(plan.holds, self.model))
-            snapshot = Snapshot(plan.reader, others, plan.constants)
+            snapshot = plan.snapshot(others)
             if holds():
                 return snapshot
         self._plan = plan = self._new_plan()
-        return Snapshot(plan.reader, others, plan.constants)
+        return plan.snapshot(others)
+
+    def unsaved(self) -> list[str]:
+        """The state of the model that a checkpoint cannot have, each with its place in the model."""
+        plan = self._current_plan()
+        return [*plan.untracked, *plan.learners.take().failed]
 
     def _current_plan(self) -> _Plan:
         if self._plan is None or not self._plan.holds(self.model):
@@ -115,16 +117,49 @@ class ModelState(tf.train.Checkpoint):
         return self._plan
 
     def _new_plan(self) -> _Plan:
-        kept = list(naming.optimizers(self.model).values())
-        made_of = _made_of(self.model, kept)
-        variables = {f"{name}{SUFFIX}": variable for name, variable in self.names().items()}
+        model = self.model
+        optimizers = parts.optimizers_of(model)
+        owners = [*optimizers.values(), *parts.losses_of(model).values()]
+        made_of = _made_of(model, owners)
+        names = self.names()
+        by_id = {id(variable): name for name, variable in names.items()}
+        variables = {f"{name}{SUFFIX}": variable for name, variable in names.items()}
         variables[f"save_counter{SUFFIX}"] = self.save_counter
-        graph = _object_graph(self, {id(variable): key for key, variable in variables.items()})
-        texts = {GRAPH_KEY: graph.SerializeToString(), NAMES_KEY: b"1"}
-        constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
-        sizes = {key.encode(): _size(variable) for key, variable in variables.items()}
-        reader = Reader({key: value_of(variable) for key, variable in variables.items()})
-        return _Plan([*variables.values()], reader, constants, sizes, kept, made_of, list(map(id, made_of)))
+        graph = object_graph.written(self, {id(variable): key for key, variable in variables.items()})
+        described = self._described(optimizers, by_id)
+        texts = {object_graph.KEY: graph, NAMES_KEY: b"1", description.KEY: description.encode(described)}
+        return _Plan(
+            variables=[*variables.values()],
+            reader=Reader({key: value_of(variable) for key, variable in variables.items()}),
+            constants={key.encode(): string_value([text], ()) for key, text in texts.items()},
+            sizes={key.encode(): _size(variable) for key, variable in variables.items()},
+            described=described,
+            learners=Learners(model, by_id, self._weights_only),
+            untracked=parts.untracked(model, [*names.values(), *owners]),
+            owners=owners,
+            made_of=made_of,
+            identities=list(map(id, made_of)),
+        )
+
+    def _described(self, optimizers: Mapping[str, Any], names: Mapping[int, str]) -> description.Description:
+        """What a checkpoint says of the model, but for what its objects learned.
+
+        A variable that an optimizer trains and that is not the model's has the empty name.
+        """
+        lora = {
+            names[id(layer.lora_kernel_a if hasattr(layer, "lora_kernel_a") else layer.lora_embeddings_a)]: float(
+                layer.lora_alpha / layer.lora_rank
+            )
+            for layer in parts.layers_of(self.model)
+            if getattr(layer, "lora_enabled", False)
+        }
+        if self._weights_only:
+            return description.Description(lora=lora)
+        built = {prefix: optimizer for prefix, optimizer in optimizers.items() if optimizer.built}
+        trained = {prefix: [names.get(id(v), "") for v in naming.trained_by(built[prefix])] for prefix in built}
+        return description.Description(
+            optimizers=trained, compiled=compiled.encoded(compiled.note(self.model)), lora=lora
+        )
 
 
 class _Plan(NamedTuple):
@@ -133,9 +168,12 @@ class _Plan(NamedTuple):
     Attributes:
         variables: The model's, in the order of the reader's.
         reader: Reads their values.
-        constants: The object graph, and the mark of these names, as they are written.
+        constants: The object graph, the mark of these names, and what is said of the model, as they are written.
         sizes: The bytes of the variables, by their keys.
-        optimizers: The model's.
+        described: What is said of the model, but for what its objects learned.
+        learners: The objects that hold more than variables.
+        untracked: The places of variables that are not written.
+        owners: The model's optimizers and losses.
         made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
         identities: Theirs.
     """
@@ -144,28 +182,45 @@ class _Plan(NamedTuple):
     reader: Reader
     constants: Mapping[bytes, Value]
     sizes: Mapping[bytes, int]
-    optimizers: Sequence[Any]
+    described: description.Description
+    learners: Learners
+    untracked: Sequence[str]
+    owners: Sequence[Any]
     made_of: Sequence[Any]
     identities: Sequence[int]
 
+    def snapshot(self, others: Mapping[str, Any]) -> Snapshot:
+        """The values of now, with more to write beside them."""
+        if not self.learners:
+            return Snapshot(self.reader, others, self.constants)
+        taken = self.learners.take()
+        described = msgspec.structs.replace(self.described, objects=dict(taken.objects))
+        texts = {description.KEY: description.encode(described)}
+        texts |= {description.asset_key(index): data for index, data in enumerate(taken.assets)}
+        arrays = {description.value_key(index): array for index, array in enumerate(taken.arrays)}
+        constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
+        return Snapshot(self.reader, {**others, **arrays}, {**self.constants, **constants})
+
     def holds(self, model: keras.Model) -> bool:
         """Whether the model is made of the same things still, and the reader reads their values."""
-        same = list(map(id, _made_of(model, self.optimizers))) == self.identities
+        same = list(map(id, _made_of(model, self.owners))) == self.identities
         return same and all(map(operator.is_, map(value_of, self.variables), self.reader.variables))
 
 
-def _made_of(model: keras.Model, known: Iterable[Any]) -> list[Any]:
-    """The variables of a model and of its known optimizers, and what would show that there are more."""
-    layers = naming.layers_of(model)
+def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:
+    """The variables of a model, of its optimizers and of its losses, and what would show that there are more."""
+    layers = parts.layers_of(model)
     attributes = [each for layer in layers for each in vars(layer).values()]
     # Asked once for each class, because TensorFlow's answer takes long.
     kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, _Tracked)}
     others = {kind for kind in kinds if not issubclass(kind, _PARTS_OF_KERAS)}  # which the model does not list
     found = [each for each in attributes if type(each) in others]
     holders = [each for each in found if not isinstance(each, tf.Variable | keras.optimizers.Optimizer)]
-    found += [each for holder in holders for each in naming.tracked(holder).values()]
-    slots = [variable for optimizer in known for variable in optimizer.variables]
-    return [*layers, *found, *model.variables, *naming.states_of(layers), *slots, *model.metrics_variables]
+    found += [each for holder in holders for each in parts.tracked(holder).values()]
+    found += parts.contents_of(layers)
+    for owner in owners:
+        found += owner.variables if isinstance(owner, keras.optimizers.Optimizer) else vars(owner).values()
+    return [*layers, *found, *model.variables, *parts.states_of(layers), *model.metrics_variables]
 
 
 @contextlib.contextmanager
@@ -202,25 +257,3 @@ def value_of(variable: Any) -> Any:
     """A variable's value as TensorFlow's functions take it."""
     # The public property looks for scopes first, which takes longer than to read the variable.
     return variable._value if isinstance(variable, keras.Variable) else variable  # noqa: SLF001
-
-
-def object_graph(reader: Any) -> trackable_object_graph_pb2.TrackableObjectGraph:
-    """The object graph of a TensorFlow checkpoint."""
-    graph = trackable_object_graph_pb2.TrackableObjectGraph()
-    graph.ParseFromString(reader.get_tensor(GRAPH_KEY))
-    return graph
-
-
-def _object_graph(root: tf.train.Checkpoint, keys: dict[int, str]) -> trackable_object_graph_pb2.TrackableObjectGraph:
-    """TensorFlow's object graph of a checkpoint, with the given key for each variable."""
-    view = tf.train.TrackableView(root)
-    objects = view.descendants()
-    numbers = {id(each): number for number, each in enumerate(objects)}
-    graph = trackable_object_graph_pb2.TrackableObjectGraph()
-    for each in objects:
-        node = graph.nodes.add()
-        for name, child in view.children(each).items():
-            node.children.add(node_id=numbers[id(child)], local_name=name)
-        if id(each) in keys:
-            node.attributes.add(name="VARIABLE_VALUE", checkpoint_key=keys[id(each)], full_name=each.name)
-    return graph

@@ -29,11 +29,12 @@ from keras_ckpt.epoch_rest import EpochRest
 from keras_ckpt.errors import FormatVersionError
 from keras_ckpt.model_checkpoint import ModelCheckpoint
 from keras_ckpt.record import CheckpointRecord
-from keras_ckpt.restoring import is_finite, restore_backup
+from keras_ckpt.restoring import restore_backup
 from keras_ckpt.session import Outcome, Session
 from keras_ckpt.signals import SignalWatch
 from keras_ckpt.snapshot import Snapshot
 from keras_ckpt.state import TRAINING_KEY
+from keras_ckpt.transfer import is_finite
 
 Logs = Mapping[str, Any] | None
 
@@ -351,7 +352,7 @@ class Training:
         """Puts everything back once more: the other callbacks have begun the epoch a second time."""
         batch = document["batch"]
         self._build_metrics()
-        report, _ = restore_backup(self._model, self._directory)
+        report, _ = restore_backup(self._model, self._directory, again=True)
         if batch < steps and any(name.startswith("metrics/") for name in report.unexpected):
             warnings.warn(
                 "The metrics of the epoch under way begin anew: they are made in its first step.", stacklevel=4

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_ckpt import description, object_graph
 from keras_ckpt.naming import named_variables
-from keras_ckpt.state import GRAPH_KEY, NAMES_KEY, SUFFIX, ModelState
+from keras_ckpt.state import NAMES_KEY, SUFFIX, ModelState
 from models import X, Y, dense_model, fit
 
 
@@ -312,7 +313,7 @@ def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) ->
     prefix = ModelState(model).write(tmp_path / "state")
 
     on_disk = dict(tf.train.list_variables(prefix))
-    extra = {GRAPH_KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
+    extra = {object_graph.KEY, description.KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
     assert on_disk.keys() - extra == {f"{name}{SUFFIX}" for name in named_variables(model)}
     for name, variable in named_variables(model).items():
         assert np.array_equal(tf.train.load_variable(prefix, name + SUFFIX), variable.numpy())

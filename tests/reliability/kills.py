@@ -111,8 +111,9 @@ def _points(job: Job, action: Action, every: int) -> Iterator[tuple[str, int]]:
         if os.path.exists(job.path):
             shutil.copytree(job.path, original)
         counts = _calls(job, action)
-        points = [(call, number + 1) for call, count in counts.items() for number in range(count)]
-        for call, number in points[::every]:
+        # Of a selection each kind has its first.
+        points = [(call, number + 1) for call, count in counts.items() for number in range(0, count, every)]
+        for call, number in points:
             shutil.rmtree(job.path)
             if os.path.exists(original):
                 shutil.copytree(original, job.path)

@@ -24,7 +24,7 @@ from blake3 import blake3
 
 import keras_ckpt as kc
 from conftest import Filler, payload, somebody_else
-from keras_ckpt import restoring
+from keras_ckpt import transfer
 from keras_ckpt.files import Folder
 from keras_ckpt.listing import examine
 from keras_ckpt.policies import LatestN
@@ -422,7 +422,7 @@ def test_63_what_is_swapped_after_it_was_checked_is_not_what_is_read(run, monkey
         swap(INDEX, DATA)(run)
         return Source(*arguments)
 
-    monkeypatch.setattr(restoring, "Source", swap_then_open)
+    monkeypatch.setattr(transfer, "Source", swap_then_open)
 
     kc.restore(other, run / "ckpt-10")
 

@@ -1,0 +1,221 @@
+"""The parts of a model that hold state: layers, optimizers, losses, metrics, and what no part tracks.
+
+Keras tracks layers, and TensorFlow what an attribute holds. Optimizers in a list or a dict, and losses, are tracked by
+neither, so attributes are searched for them. A variable that nobody tracks is found too: its name belongs in a warning.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+_VARIABLES = keras.Variable | tf.Variable
+_MOST = 100_000
+"""A search looks at so many values at most."""
+_LONG = 1000
+"""A list of more numbers or strings than this is not searched."""
+_FRAMEWORKS = {"builtins", "keras", "tensorflow", "numpy", "collections", "functools", "threading", "weakref"}
+
+
+def layers_of(model: keras.Model) -> list[Any]:
+    """The model and all layers in it."""
+    # No public name gives the layers inside of layers that are not models.
+    return list(model._flatten_layers(include_self=True, recursive=True))  # noqa: SLF001
+
+
+def states_of(layers: Iterable[Any]) -> list[Any]:
+    """The states of stateful recurrent layers, which Keras does not count among their variables."""
+    stateful = [layer for layer in layers if getattr(layer, "stateful", False)]
+    found = [each for layer in stateful for each in keras.tree.flatten(getattr(layer, "states", None) or ())]
+    return list({id(each): each for each in found}.values())  # a layer and the one that runs it have the same
+
+
+def tracked(root: Any) -> dict[str, Any]:
+    """The objects that TensorFlow tracks below another, except below optimizers, by the shortest path of attributes."""
+    found: dict[str, Any] = {}
+    queue: collections.deque[tuple[str, Any]] = collections.deque([("", root)])
+    seen = {id(root)}
+    while queue:
+        path, parent = queue.popleft()
+        for name, child in tf.train.TrackableView.children(parent).items():
+            if id(child) not in seen:
+                seen.add(id(child))
+                found[f"{path}{name}"] = child
+                if not isinstance(child, keras.optimizers.Optimizer):
+                    queue.append((f"{path}{name}/", child))
+    return found
+
+
+def optimizers_of(model: keras.Model) -> dict[str, Any]:
+    """The optimizers of a model by the prefix of their variables' names.
+
+    The prefix of the optimizer of `compile` is `optimizer`. The prefix of another, such as one of the two of a GAN, has
+    the path of its attribute, and of its place in a list or a dict: `optimizer/d_optimizer`, `optimizer/optimizers/d`.
+    """
+    main = getattr(model, "optimizer", None)
+    found = {} if main is None else {"optimizer": main}
+    known = {id(each) for each in (main, *inner_optimizers(main))}
+    below = tracked(model)
+    for path, each in (*below.items(), *_held(layers_of(model), below)):
+        if isinstance(each, keras.optimizers.Optimizer) and id(each) not in known:
+            found[f"optimizer/{path}"] = each
+            known |= {id(each) for each in (each, *inner_optimizers(each))}
+    return found
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers that an optimizer runs, such as one that scales the loss."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return [*([] if inner is None else [inner]), *getattr(optimizer, "optimizers", ())]
+
+
+def losses_of(model: keras.Model) -> dict[str, Any]:
+    """The `Loss` objects of a model by path: those that `compile` was given, then those in attributes."""
+    given = getattr(model, "loss", None)
+    # A model that was given none has a deprecated method of this name.
+    places = [] if isinstance(given, types.MethodType) else [("", given)]
+    found: dict[int, tuple[str, Any]] = {}
+    for path, each in (*_search(places, lambda each: False), *_held(layers_of(model), tracked(model))):
+        if isinstance(each, keras.losses.Loss):
+            found.setdefault(id(each), (path.strip("/"), each))
+    return dict(found.values())
+
+
+def metrics_of(model: keras.Model) -> list[Any]:
+    """The metrics of a model and those inside them, with those of `compile` before Keras builds them."""
+    metrics = [each for metric in model.metrics for each in (metric, *getattr(metric, "metrics", ()))]
+    given = [getattr(each, "_user_metrics", None) for each in metrics]
+    given += [getattr(each, "_user_weighted_metrics", None) for each in metrics]
+    metrics += [each for each in keras.tree.flatten(given) if isinstance(each, keras.metrics.Metric)]
+    return list({id(each): each for each in metrics}.values())
+
+
+def variables_in(loss: Any) -> list[tuple[str, Any]]:
+    """The variables that the attributes of a loss hold, also in layers, lists and dicts, each with its path."""
+    found: dict[int, tuple[str, Any]] = {}
+    inside = _search(vars(loss).items(), lambda each: isinstance(each, keras.losses.Loss | keras.random.SeedGenerator))
+    for path, each in inside:
+        if isinstance(each, _VARIABLES):
+            found.setdefault(id(each), (path, each))
+        elif isinstance(each, keras.Layer):
+            for variable in each.variables:
+                found.setdefault(id(variable), (f"{path}/{variable.name}", variable))
+    return list(found.values())
+
+
+def untracked(model: keras.Model, known: Iterable[Any]) -> list[str]:
+    """The paths of variables, layers and optimizers that a layer holds where nothing tracks them.
+
+    Args:
+        model: The model.
+        known: All variables and optimizers that a checkpoint of the model has.
+    """
+    layers = layers_of(model)
+    seen = {id(each) for each in (*known, *layers)}
+    found = []
+    for path, each in _held(layers, tracked(model), _is_users_object):
+        is_state = isinstance(each, _VARIABLES | keras.optimizers.Optimizer) or (
+            isinstance(each, keras.Layer) and bool(each.variables)
+        )
+        if is_state and id(each) not in seen:
+            seen.add(id(each))
+            found.append(path)
+    return found
+
+
+def contents_of(layers: Iterable[Any]) -> list[Any]:
+    """The lists, tuples and dicts in attributes that a user gave to layers, and what short ones hold."""
+    found = [
+        value
+        for layer in layers
+        for name, value in vars(layer).items()
+        if isinstance(value, list | tuple | dict) and _is_users_attribute(layer, name)
+    ]
+    for container in found:  # which grows by those inside
+        if isinstance(container, list | tuple | dict) and len(container) <= _LONG and len(found) <= _MOST:
+            found.extend(container.values() if isinstance(container, dict) else container)
+    return found
+
+
+def _held(
+    layers: Iterable[Any], below: Mapping[str, Any], enter: Callable[[Any], bool] = lambda each: False
+) -> Iterator[tuple[str, Any]]:
+    """What attributes hold that a user gave to layers, by path.
+
+    Args:
+        layers: The layers, the model first.
+        below: What TensorFlow tracks below the model, by path.
+        enter: Says of an object whether its attributes are searched too.
+    """
+    places = {id(each): f"{path}/" for path, each in below.items()}
+    for index, layer in enumerate(layers):
+        place = places.get(id(layer), f"layers/{index}/") if index else ""
+        given = ((f"{place}{name}", value) for name, value in vars(layer).items() if _is_users_attribute(layer, name))
+        yield from _search(given, enter)
+
+
+def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
+    """Values by path, those in containers too, and those in attributes of the objects that are entered."""
+    stack = [*reversed(list(start))]
+    entered: set[int] = set()
+    for _ in range(_MOST):
+        if not stack:
+            return
+        path, value = stack.pop()
+        inside: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, dict):
+            inside = value.items()
+        elif isinstance(value, list | tuple | set | frozenset):
+            inside = enumerate(value)
+        else:
+            yield path, value
+            if enter(value):
+                inside = vars(value).items()
+        if inside and id(value) not in entered:
+            entered.add(id(value))
+            if not _is_data(value):
+                stack += reversed([(f"{path}/{key}", each) for key, each in inside])
+
+
+def _is_data(container: Any) -> bool:
+    """Whether a container is long and begins with a number or a string, so that a search is not worth its time."""
+    if not isinstance(container, list | tuple | dict | set | frozenset) or len(container) <= _LONG:
+        return False
+    first = next(iter(container.values() if isinstance(container, dict) else container))
+    return isinstance(first, str | bytes | int | float)
+
+
+def _is_users_attribute(layer: Any, name: str) -> bool:
+    """Whether an attribute of a layer is one that a user gave to it."""
+    is_open = isinstance(layer, keras.Model) or not type(layer).__module__.startswith("keras.")
+    return is_open and name not in _attributes_of_keras()
+
+
+@functools.cache
+def _attributes_of_keras() -> frozenset[str]:
+    """The attributes that Keras gives to models and layers."""
+    # Names of their own, so that the automatic names of the user's layers stay as they are.
+    first = keras.Input((1,), name="keras_ckpt_input")
+    examples = [
+        keras.Model(name="keras_ckpt_model"),
+        keras.Sequential(name="keras_ckpt_sequential"),
+        keras.Model(first, first, name="keras_ckpt_functional"),
+        keras.Layer(name="keras_ckpt_layer"),
+    ]
+    examples[0].compile(optimizer=None)
+    return frozenset({name for each in examples for name in vars(each)} | {"history", "_eval_epoch_iterator"})
+
+
+def _is_users_object(value: Any) -> bool:
+    """Whether the attributes of an object are a user's: its class is neither Python's nor a framework's."""
+    kind = type(value)
+    if kind.__module__.partition(".")[0] in _FRAMEWORKS or not hasattr(value, "__dict__"):
+        return False
+    known = _VARIABLES | keras.Layer | keras.metrics.Metric | keras.optimizers.Optimizer | keras.losses.Loss
+    return not isinstance(value, known | tf.Module | type | types.ModuleType | types.FunctionType | types.MethodType)
