@@ -1,11 +1,14 @@
-"""The one thread of the process that writes while training goes on. What it is given is done in that order.
+"""The one thread of the process that writes while training goes on.
 
-So a backup is never there before what was saved earlier. Leaving the process waits for it.
+Jobs are done in the order in which they come, so what was due earlier is on disk earlier. Of one moment of a training,
+a backup goes before checkpoints that only select: after a restart from it they are saved again. Leaving the process
+waits for all jobs.
 """
 
 from __future__ import annotations
 
 import concurrent.futures.thread
+import contextlib
 import functools
 import os
 import threading
@@ -27,19 +30,25 @@ class Job(Generic[Result]):
         work: Does it.
         moment: Of which moment of a training it is: the run, and the step.
         size: The bytes that it holds; those of one moment are the same ones, however many jobs hold them.
+        first: Whether it goes before other jobs of the moment that wait.
     """
 
-    def __init__(self, work: Callable[[], Result], moment: tuple[str, int], size: int) -> None:
+    def __init__(self, work: Callable[[], Result], moment: tuple[str, int], size: int, first: bool = False) -> None:
         self.moment = moment
         self.size = size
+        self._work: Callable[[], Result] | None = work
         self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         # Before it can begin, for Ctrl-C may come in between.
         _jobs[self] = None
         try:
-            _thread().submit(_do, self._future, work)
+            with _lock:
+                place = len(_queue)
+                while first and place and _queue[place - 1].moment == moment:
+                    place -= 1
+                _queue.insert(place, self)
+            _thread().submit(_do_next)
         except BaseException:
-            if self._future.cancel():
-                _jobs.pop(self, None)
+            self.drop()
             raise
 
     def done(self) -> bool:
@@ -57,6 +66,30 @@ class Job(Generic[Result]):
         self.wait()
         _jobs.pop(self, None)
         return self._future.result()
+
+    def drop(self) -> bool:
+        """Gives the job up, unless it has begun. Says whether it was given up; then it is as if it had never been."""
+        with _lock, contextlib.suppress(ValueError):
+            _queue.remove(self)
+            self._work = None
+            _jobs.pop(self, None)
+            return self._future.cancel()
+        return False
+
+    def do(self) -> None:
+        """Does the work, in the thread that is there for it."""
+        work, self._work = self._work, None
+        try:
+            if work is not None and self._future.set_running_or_notify_cancel():
+                self._future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            # Whoever keeps the error would keep the model's values with it.
+            work = None
+            each: BaseException | None = error
+            while each is not None:
+                traceback.clear_frames(each.__traceback__)
+                each = each.__context__
+            self._future.set_exception(error)
 
 
 def is_full(moment: tuple[str, int], size: int) -> bool:
@@ -97,26 +130,20 @@ def _pending() -> list[Job[Any]]:
     return [job for job in list(_jobs) if not job.done()]
 
 
-def _do(future: concurrent.futures.Future[Result], work: Callable[[], Result]) -> None:
-    try:
-        if future.set_running_or_notify_cancel():
-            future.set_result(work())
-    except BaseException as error:
-        # Whoever keeps the error would keep the model's values with it.
-        each: BaseException | None = error
-        while each is not None:
-            traceback.clear_frames(each.__traceback__)
-            each = each.__context__
-        future.set_exception(error)
-        raise  # or the executor would keep the work for as long as somebody has the error
-    finally:
-        del future, work
+def _do_next() -> None:
+    with _lock:
+        job = _queue.pop(0) if _queue else None  # one may have been dropped
+    if job is not None:
+        job.do()
 
 
 def _forget() -> None:
     """A forked child has none of its parent's threads."""
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()  # the parent's may have been held
     _thread.cache_clear()
     _jobs.clear()
+    _queue.clear()
 
 
 @functools.cache
@@ -127,6 +154,9 @@ def _thread() -> concurrent.futures.Executor:
 
 
 _here = threading.local()
+_lock = threading.Lock()
+_queue: list[Job[Any]] = []
+"""The jobs that have not begun."""
 # A dict, because other threads may add and remove while one looks.
 _jobs: dict[Job[Any], None] = {}
 os.register_at_fork(after_in_child=_forget)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -16,8 +15,8 @@ from keras_ckpt.callback_states import CallbackStates, keep_csv_logs
 from keras_ckpt.data import ResumableDataset
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, PlanError
+from keras_ckpt.notices import warn
 from keras_ckpt.policies import LatestN
-from keras_ckpt.position import steps_per_epoch
 from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.session import OnFullDisk, Session, checked_on_full_disk
@@ -103,7 +102,6 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._schedule = SaveSchedule(save_freq)
         self._callbacks: keras.callbacks.CallbackList | None = None
         self._training: Training | None = None
-        self._states = CallbackStates([])
         self._kept_logs: list[keras.callbacks.CSVLogger] = []
 
     def __enter__(self) -> Self:
@@ -121,9 +119,6 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             # To be the last, and see what the others have done. The loop that is under way has the old list.
             others = [each for each in self._callbacks.callbacks if each is not self]
             self._callbacks.callbacks = [*others, self]
-            self._states = CallbackStates(
-                each for each in others if not isinstance(each, keras.callbacks.BackupAndRestore)
-            )
             with contextlib.suppress(CheckpointError):  # on_train_begin raises it, if it comes to that
                 self._recover()
             if self.directory.listing():
@@ -136,11 +131,6 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 "Build it before fit(): call it on a batch of data, or, if it has a build() of its own, "
                 "model.build(input_shape)."
             )
-        if self.data is not None and steps_per_epoch() is not None:
-            raise ValueError(
-                "fit() was given steps_per_epoch, with which Keras goes on with what is left of an epoch in the next. "
-                f"A ResumableDataset has {len(self.data)} batches an epoch: leave steps_per_epoch out."
-            )
         self._recover()
         if self._training is not None:
             self._training.leave()  # an error ended it
@@ -148,8 +138,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             logger.append = False
         self._kept_logs = []
         self._schedule.start()
+        # Here, for what a callback sets when training begins belongs to the process, and not to the run.
+        others = self._callbacks.callbacks if self._callbacks is not None else []
+        states = CallbackStates(each for each in others if not isinstance(each, keras.callbacks.BackupAndRestore))
         self._training = Training(
-            self, self._callbacks, self._states, self.directory, self.data, self._open_session, self.exit_code
+            self, self._callbacks, states, self.directory, self.data, self._open_session, self.exit_code
         )
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
@@ -159,7 +152,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._current().batch_begin()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        self._current().batch_end(batch, logs)
+        training = self._current()
+        with training.unlocking():
+            training.batch_end(batch, logs)
 
     def on_test_begin(self, logs: Logs = None) -> None:
         if self._training is not None:
@@ -174,16 +169,23 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             self._training.answer()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        self._current().epoch_end(epoch, logs, keep=not self.delete_checkpoint)
+        training = self._current()
+        with training.unlocking():
+            training.epoch_end(epoch, logs, keep=not self.delete_checkpoint)
 
     def on_train_end(self, logs: Logs = None) -> None:
         training, self._training = self._current(), None
         with training.ending() as well:
             if not well:
-                warnings.warn(
+                warn(
                     "Training was stopped because its loss is not a finite number. The backup of before stays in "
-                    f"{self.backup_dir}: the same script goes on from it, and CheckpointDirectory.clear() removes it.",
-                    stacklevel=2,
+                    f"{self.backup_dir}: the same script goes on from it, and CheckpointDirectory.clear() removes it."
+                )
+            elif training.is_cut_short and self.delete_checkpoint:
+                training.note_the_end()
+                print(
+                    f"\nA callback has stopped the training before its last epoch. The backup stays in "
+                    f"{self.backup_dir}: the same script continues from it, and CheckpointDirectory.clear() removes it."
                 )
             elif self.delete_checkpoint:
                 training.forget()
@@ -191,7 +193,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                     self.directory.clear()
                     files.remove_unused(self.backup_dir)
                 except PlanError as error:
-                    warnings.warn(f"The backup stays: {error}", stacklevel=2)
+                    warn(f"The backup stays: {error}")
+            else:
+                training.note_the_end()
 
     def _current(self) -> Training:
         if self._training is None:
@@ -206,7 +210,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def _open_session(self) -> Session:
         writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
-        return Session(self, writer, self._schedule, self.on_full_disk, self.save_on_background)
+        return Session(self, writer, self._schedule, self.on_full_disk, self.save_on_background, backs_up=True)
 
 
 def _list_of(callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList | None:

@@ -6,12 +6,13 @@ import abc
 import collections
 import concurrent.futures
 import contextlib
+import itertools
 import math
 import numbers
 import random
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import keras
@@ -47,17 +48,27 @@ class ResumableDataset(tf.data.Dataset):
     model.fit(data, epochs=30, shuffle=False, callbacks=[backup])
     ```
 
+    With `steps_per_epoch`, an epoch ends in the middle of the data. Then the data have to be endless: give `fit` the
+    dataset repeated, and `BackupAndRestore` the dataset itself.
+
+    ```python
+    model.fit(data.repeat(), steps_per_epoch=100, epochs=30, shuffle=False, callbacks=[backup])
+    ```
+
     Args:
         x: One of these:
             arrays: NumPy arrays or tensors with samples along the first axis, or a dict, list or tuple of such;
-            a `tf.data.Dataset` of batches, whose shuffling is seeded and whose number of batches is known;
+            a `tf.data.Dataset` of batches, whose shuffling is seeded, and whose number of batches is known or which is
+            endless;
             a `keras.utils.PyDataset`; what it draws from Python's and NumPy's global generators becomes a function of
             the seed, the pass and the batch, and is read while the model waits, unless it has processes as workers;
             a Grain `MapDataset` of batches;
             a function of the number of a pass, from 0, that returns a `tf.data.Dataset` of batches.
+            The first batch is read at once, to know the data again.
         y: The targets, if `x` is arrays.
         sample_weight: A weight for each sample, if `x` is arrays.
-        class_weight: A dict of weights by the number of the class. `fit` cannot take it beside a `ResumableDataset`.
+        class_weight: A dict of weights by the number of the class, with the meaning that it has in `fit`. It gives
+            samples a weight, and leaves the targets as they are.
         batch_size: Samples a batch, if `x` is arrays; defaults to 32.
         shuffle: Whether each pass has another order: of the samples of arrays, of the batches of a `PyDataset`.
         seed: An int for that order. Without one, one is drawn from Python's `random`; a backup holds it.
@@ -85,7 +96,6 @@ class ResumableDataset(tf.data.Dataset):
         self._seed = tf.Variable(random.getrandbits(31) if seed is None else seed, dtype=tf.int64, trainable=False)
         self._next = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
         self._source = _source(x, y, sample_weight, batch_size, shuffle, self._seed)
-        self._fingerprint: int | None = None
         weigh = _weigher(class_weight) if class_weight else None
 
         @_plain
@@ -98,17 +108,23 @@ class ResumableDataset(tf.data.Dataset):
         if weigh is not None:
             passes = passes.map(weigh, num_parallel_calls=tf.data.AUTOTUNE)
         passes = passes.with_options(_options())
-        self._passes = passes.prefetch(tf.data.AUTOTUNE) if self._source.ahead else passes
+        passes = passes.prefetch(tf.data.AUTOTUNE) if self._source.ahead else passes
+        self._passes = _of_known_length(passes, self._source.count)
         super().__init__(tf.data.experimental.to_variant(self._passes))
+        # Here, not when it is asked for: of what cannot go back it takes the first pass, with a backup or without.
+        self._fingerprint = self._source.fingerprint()
+        if not self._source.repeatable:
+            self._next.assign([1, 0])
 
     @property
     def element_spec(self) -> Any:
         """The types of a batch."""
         return self._passes.element_spec
 
-    def cardinality(self) -> tf.Tensor:
-        """The number of batches of a pass."""
-        return tf.constant(self._source.count, tf.int64)
+    @property
+    def batches(self) -> int | None:
+        """The number of batches of a pass, `None` if it has no end."""
+        return self._source.count
 
     @property
     def passes(self) -> int:
@@ -118,10 +134,11 @@ class ResumableDataset(tf.data.Dataset):
     def get_state(self) -> dict[str, Any]:
         """What another process needs to go on: plain numbers and strings.
 
-        The first call reads a batch, by which the data are known again. Of what cannot go back that begins a pass.
+        Raises:
+            ValueError: The data are others each time that they are read.
         """
-        if self._fingerprint is None:
-            self._fingerprint = self._take_fingerprint()
+        if isinstance(self._fingerprint, ValueError):
+            raise self._fingerprint
         return {
             "kind": self._source.kind,
             "batches": self._source.count,
@@ -157,13 +174,6 @@ class ResumableDataset(tf.data.Dataset):
         self._source.go_to(self.passes, number)
         self._next.assign([number, batch])
 
-    def _take_fingerprint(self) -> int:
-        before = self._next.read_value()
-        first = next(iter(self.take(1)))
-        if self._source.repeatable:
-            self._next.assign(before)
-        return self._source.fingerprint(first)
-
     def _inputs(self) -> list[tf.data.Dataset]:
         return [self._passes]
 
@@ -185,14 +195,14 @@ class _Source(abc.ABC):
 
     Attributes:
         kind: Its name.
-        count: The number of batches of a pass.
+        count: The number of batches of a pass, `None` if it has no end.
         batch_size: Samples a batch, `None` if it is not known.
         repeatable: Whether a pass can be gone back to.
         ahead: Whether batches may be read while the model trains.
     """
 
     kind: str
-    count: int
+    count: int | None
     batch_size: int | None = None
     repeatable = True
     ahead = True
@@ -208,9 +218,9 @@ class _Source(abc.ABC):
     def go_to(self, now: int, number: int) -> None:  # noqa: B027 - most need not do anything
         """Makes ready for a pass that is not the next one."""
 
-    def fingerprint(self, first_batch: Any) -> int:
-        """A checksum of something that is the same whenever the data are."""
-        return _checksum(first_batch)
+    @abc.abstractmethod
+    def fingerprint(self) -> int | ValueError:
+        """A checksum of something that is the same whenever the data are, or why there is none."""
 
 
 class _Arrays(_Source):
@@ -252,7 +262,7 @@ class _Arrays(_Source):
 
         return batches.map(load, num_parallel_calls=tf.data.AUTOTUNE)
 
-    def fingerprint(self, first_batch: Any) -> int:
+    def fingerprint(self) -> int:
         # Not of a batch, which depends on the seed.
         return _checksum((keras.tree.map_structure(lambda each: each[: self.batch_size], self._arrays), self._samples))
 
@@ -269,6 +279,9 @@ class _Pipeline(_Source):
 
     def batches(self, number: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
         return self._dataset.skip(start)
+
+    def fingerprint(self) -> int:
+        return _checksum(next(iter(self._dataset)))
 
     def go_to(self, now: int, number: int) -> None:
         if number < now:
@@ -287,9 +300,9 @@ class _Function(_Source):
 
     def __init__(self, function: Callable[[int], tf.data.Dataset]) -> None:
         self._function = function
-        first = self._made(0)
-        self.count = _known_length(first)
-        self._spec = first.element_spec
+        self._first = self._made(0)
+        self.count = _known_length(self._first)
+        self._spec = self._first.element_spec
         # What TensorFlow reads from must not be taken away by Python.
         self._recent: collections.deque[tf.data.Dataset] = collections.deque(maxlen=4)
 
@@ -308,6 +321,9 @@ class _Function(_Source):
         variant.set_shape(())
         return tf.data.experimental.from_variant(variant, self._spec).skip(start)
 
+    def fingerprint(self) -> int:
+        return _checksum(next(iter(self._first)))
+
     def _made(self, number: int) -> tf.data.Dataset:
         made = self._function(number)
         if not isinstance(made, tf.data.Dataset):
@@ -322,7 +338,7 @@ class _Indexed(_Source):
     """Batches that Python fetches by their numbers."""
 
     def __init__(
-        self, kind: str, fetch: Callable[[int, int], Any], count: int, shuffle: bool, seed: tf.Variable
+        self, kind: str, fetch: Callable[[int, int], Any], count: int | None, shuffle: bool, seed: tf.Variable
     ) -> None:
         self.kind = kind
         self.count = count
@@ -330,31 +346,38 @@ class _Indexed(_Source):
         self._shuffle = shuffle
         self._seed = seed
         # As Keras: where the first two differ, any size will do.
-        first, second = (self._batch(0, index) for index in (0, min(1, count - 1)))
+        first, second = (self._batch(0, index) for index in (0, 0 if count == 1 else 1))
         self._spec = keras.tree.map_structure(_spec, first, second)
 
     @_plain
     def batches(self, number: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
         return tf.data.Dataset.from_generator(self._pass, args=(number, start), output_signature=self._spec)
 
-    def fingerprint(self, first_batch: Any) -> int:
-        first = _checksum(self._batch(0, 0))
-        if first != _checksum(self._batch(0, 0)):
-            raise ValueError(
+    def fingerprint(self) -> int | ValueError:
+        first = _checksum(self._sample())
+        if first != _checksum(self._sample()):
+            return ValueError(
                 f"A batch of this {self.kind} is another each time that it is read, so no pass can be gone on with. "
                 "Draw its random numbers from a generator that is made of the number of the batch."
             )
         return first
 
     def _pass(self, number: int, start: int) -> Iterator[Any]:
-        yield from (self._batch(int(number), index) for index in self._order(number)[start:])
+        yield from (self._batch(int(number), index) for index in self._order(number, int(start)))
 
-    def _order(self, number: int) -> Sequence[int]:
+    def _order(self, number: int, start: int) -> Iterable[int]:
+        """The numbers of the batches of a pass, from one on."""
+        if self.count is None:
+            return itertools.count(start)
         if not self._shuffle:
-            return range(self.count)
+            return range(start, self.count)
         # The raw stream is what NumPy promises to keep.
         raw = np.random.Philox(key=[int(self._seed), int(number)]).random_raw(self.count)
-        return list(map(int, np.argsort(raw, kind="stable")))
+        return list(map(int, np.argsort(raw, kind="stable")))[start:]
+
+    def _sample(self) -> Any:
+        """The first batch, whatever the seed."""
+        return self._batch(0, 0)
 
     def _batch(self, number: int, index: int) -> Any:
         return keras.tree.map_structure(_as_array, keras.tree.lists_to_tuples(self._fetch(number, index)))
@@ -365,10 +388,10 @@ class _PyDataset(_Indexed):
 
     def __init__(self, dataset: keras.utils.PyDataset, shuffle: bool, seed: tf.Variable) -> None:
         count = dataset.num_batches
-        if count is None:
+        if count is None and shuffle:
             raise ValueError(
-                f"ResumableDataset expected a PyDataset with a known number of batches. Received: {dataset!r:.200}, "
-                "whose num_batches is None"
+                f"An endless PyDataset has no order to shuffle. Received: shuffle=True beside {dataset!r:.200}. Let it "
+                "shuffle by itself, by the number of the batch."
             )
         kind, base = type(dataset), keras.utils.PyDataset
         self.repeatable = (kind.on_epoch_begin, kind.on_epoch_end) == (base.on_epoch_begin, base.on_epoch_end)
@@ -394,6 +417,10 @@ class _PyDataset(_Indexed):
                 "it anew before this fit."
             )
 
+    def _sample(self) -> Any:
+        with _seeded(0, 0, 0):
+            return keras.tree.map_structure(_as_array, keras.tree.lists_to_tuples(self._dataset[0]))
+
     def _item(self, number: int, index: int) -> Any:
         if not self._draws:
             return self._dataset[index]
@@ -402,7 +429,7 @@ class _PyDataset(_Indexed):
 
     def _pass(self, number: int, start: int) -> Iterator[Any]:
         self._begin(int(number))
-        order = self._order(number)[start:]
+        order = self._order(number, int(start))
         pool = self._pool()
         if pool is None:
             yield from (self._batch(int(number), index) for index in order)
@@ -432,7 +459,7 @@ class _PyDataset(_Indexed):
 def _draws_from_globals(dataset: keras.utils.PyDataset) -> bool:
     with _seeded(0, 0, 0):
         before = random.getstate(), repr(np.random.get_state(legacy=False))
-        _ = dataset[0], dataset[min(1, len(dataset) - 1)]
+        _ = dataset[0], dataset[0 if dataset.num_batches == 1 else 1]
         return before != (random.getstate(), repr(np.random.get_state(legacy=False)))
 
 
@@ -506,16 +533,28 @@ def _is_grain(x: Any) -> bool:
     return any(each.__name__ == "MapDataset" and each.__module__.startswith("grain") for each in type(x).__mro__)
 
 
-def _known_length(dataset: tf.data.Dataset) -> int:
+def _known_length(dataset: tf.data.Dataset) -> int | None:
+    """The number of batches of a pipeline, `None` if it has no end."""
     count = int(dataset.cardinality())
+    if count == tf.data.INFINITE_CARDINALITY:
+        return None
     if count <= 0:
-        what = {tf.data.INFINITE_CARDINALITY: "is infinite", tf.data.UNKNOWN_CARDINALITY: "is not known"}
+        what = "is not known" if count == tf.data.UNKNOWN_CARDINALITY else "is 0"
         raise ValueError(
-            "ResumableDataset expected a pipeline of a known number of batches. Received one whose number "
-            f"{what.get(count, 'is 0')}: end it with .take(n), or say what it is with "
-            ".apply(tf.data.experimental.assert_cardinality(n))."
+            f"ResumableDataset expected a pipeline of a known number of batches. Received one whose number {what}: end "
+            "it with .take(n), or say what it is with .apply(tf.data.experimental.assert_cardinality(n))."
         )
     return count
+
+
+def _of_known_length(passes: tf.data.Dataset, count: int | None) -> tf.data.Dataset:
+    """The same dataset, of which TensorFlow knows the number of batches, though the first pass may be shorter.
+
+    `assert_cardinality` would raise at the end of a shorter one. The nothing that follows here has no end, for all that
+    TensorFlow knows.
+    """
+    endless = passes.concatenate(passes.take(0).repeat())
+    return endless if count is None else endless.take(count)
 
 
 def _spec(first: np.ndarray, second: np.ndarray) -> tf.TensorSpec:
@@ -559,12 +598,11 @@ def _options() -> tf.data.Options:
 
 
 def _weigher(class_weight: Mapping[int, float]) -> Callable[..., Any]:
-    """A function that gives the samples of a batch the weights of their classes."""
-    if not all(isinstance(each, numbers.Integral) and each >= 0 for each in class_weight):
+    """A function that gives the samples of a batch the weights of their classes, as `fit` does."""
+    if not all(isinstance(each, numbers.Integral) for each in class_weight):
         raise ValueError(f"class_weight expected a dict by the numbers of classes. Received: {class_weight!r}")
-    weights = tf.constant(
-        [class_weight.get(each, 1.0) for each in range(int(max(class_weight)) + 1)], keras.config.floatx()
-    )
+    numbers_of_classes = tf.constant(sorted(map(int, class_weight)), tf.int64)
+    weights = tf.constant([class_weight[each] for each in sorted(class_weight)], keras.config.floatx())
 
     @_plain
     def weigh(*batch: Any) -> Any:
@@ -574,11 +612,25 @@ def _weigher(class_weight: Mapping[int, float]) -> Callable[..., Any]:
                 "class_weight needs batches of (x, y), y one tensor of classes, without sample_weight. "
                 f"Received: {keras.tree.map_structure(lambda each: each.shape, batch)}"
             )
-        if y.shape.rank > 1:
-            y = tf.argmax(y, axis=-1) if y.shape[-1] != 1 else tf.squeeze(y, axis=-1)
-        classes = tf.cast(tf.round(y) if y.dtype.is_floating else y, tf.int64)
-        # A class without a weight has the weight 1, be its number ever so great.
-        known = classes < len(weights)
-        return x, y, tf.where(known, tf.gather(weights, tf.where(known, classes, 0)), 1.0)
+        classes = _classes(y)
+        place = tf.searchsorted(numbers_of_classes, tf.reshape(classes, [-1]))
+        place = tf.reshape(tf.minimum(place, len(weights) - 1), tf.shape(classes))
+        # A class without a weight has the weight 1.
+        known = tf.gather(numbers_of_classes, place) == tf.cast(classes, tf.int64)
+        return x, y, tf.where(known, tf.gather(weights, place), 1.0)
 
     return weigh
+
+
+def _classes(y: tf.Tensor) -> tf.Tensor:
+    """The numbers of the classes in targets: given as such, with an axis of one, or as vectors of probabilities."""
+    if y.shape.rank is None:
+        raise ValueError(f"class_weight needs targets whose number of axes is known. Received: {y}")
+    if y.shape.rank < 2:
+        numbered = y
+    elif y.shape[-1] is None:
+        several = tf.shape(y)[-1] > 1
+        numbered = tf.cond(several, lambda: tf.cast(tf.argmax(y, axis=-1), y.dtype), lambda: tf.squeeze(y, axis=-1))
+    else:
+        numbered = tf.squeeze(y, axis=-1) if y.shape[-1] == 1 else tf.argmax(y, axis=-1)
+    return tf.cast(tf.round(numbered) if numbered.dtype.is_floating else numbered, tf.int64)

@@ -37,6 +37,7 @@ class Learned(msgspec.Struct, frozen=True, rename={"kind": "class"}, omit_defaul
     Attributes:
         kind: The name of its class.
         variables: The names of the variables that it stored, by the keys of its store.
+        own: The names of TensorFlow's variables in its attributes, which it may make only when it reads them.
         values: The numbers of the other arrays that it stored, by the keys of its store.
         assets: The files that it wrote, by path.
         config: Its config as JSON, if it can be adapted. A boundary or a vocabulary may be in there alone.
@@ -45,6 +46,7 @@ class Learned(msgspec.Struct, frozen=True, rename={"kind": "class"}, omit_defaul
 
     kind: str
     variables: dict[str, str] = {}
+    own: list[str] = []
     values: dict[str, Index] = {}
     assets: dict[str, Asset] = {}
     config: str | None = None

@@ -82,6 +82,10 @@ class Learners:
     def __len__(self) -> int:
         return len(self._objects)
 
+    def identities(self) -> set[int]:
+        """Theirs."""
+        return set(map(id, self._objects.values()))
+
     def take(self) -> Taken:
         """What they learned by now."""
         objects: dict[str, Learned] = {}
@@ -98,7 +102,7 @@ class Learners:
                 files[path] = Asset(index, len(data), digest)
             values = {key: len(arrays) + place for place, key in enumerate(one.arrays)}
             arrays += one.arrays.values()
-            objects[name] = Learned(type(each).__name__, one.variables, values, files, one.config, one.build)
+            objects[name] = Learned(type(each).__name__, one.variables, one.own, values, files, one.config, one.build)
         return Taken(objects, arrays, [data for _, data in assets.values()], failed)
 
     def _take(self, name: str, each: Any) -> _One:
@@ -117,6 +121,7 @@ class _One(NamedTuple):
     """What one object learned."""
 
     variables: dict[str, str]
+    own: list[str]
     arrays: dict[str, np.ndarray]
     files: dict[str, bytes]
     config: str | None
@@ -173,7 +178,8 @@ def _take(name: str, each: Any, names: Mapping[int, str]) -> _One:
     config = asked("get_config", lambda: _as_json(each.get_config())) if hasattr(each, "adapt") else None
     own_build = _has_own(each, "build_from_config") or _has_own(each, "get_build_config")
     build = asked("get_build_config", lambda: _as_json(each.get_build_config())) if own_build else None
-    return _One(variables, arrays, files or {}, config, build, failed)
+    own = [names[id(value)] for value in vars(each).values() if isinstance(value, tf.Variable) and id(value) in names]
+    return _One(variables, own, arrays, files or {}, config, build, failed)
 
 
 def _as_array(value: Any) -> np.ndarray:
@@ -215,10 +221,12 @@ class Pairing(NamedTuple):
     unexpected: Sequence[str]
     mismatched: Mapping[str, str]
 
-    def reads(self, name: str) -> bool:
-        """Whether a variable is one that an object reads by itself."""
-        place, _, _ = name.rpartition("/")
-        return place in self.given and any(_has_own(self.given[place][0], method) for method in _READING)
+    def read_by_themselves(self, names: Mapping[int, str]) -> set[str]:
+        """The variables that the given objects read by themselves, of those on disk and those in the model."""
+        given = [(each, learned) for each, learned in self.given.values() if _has_own(each, "load_own_variables")]
+        here = (value for each, _ in given for value in vars(each).values() if isinstance(value, tf.Variable))
+        there = {name for _, learned in given for name in learned.own}
+        return there | {names[id(value)] for value in here if id(value) in names}
 
 
 def pair(
@@ -251,7 +259,7 @@ def pair(
         given,
         {},
         (),
-        matched=[item for name, (_, learned) in given.items() for item in _items(name, learned)],
+        matched=[item for name, (each, learned) in given.items() for item in _items(name, learned, each)],
         missing=[_shown(name) for name in objects if name not in there],
         unexpected=[item for name in there if name not in objects for item in _items(name, there[name])],
         mismatched={_shown(name): reason for name, reason in reasons.items()},
@@ -276,11 +284,30 @@ def _shown(name: str) -> str:
     return f"learned/{name.removeprefix('model/')}"
 
 
-def _items(name: str, learned: Learned) -> list[str]:
-    """What an object learned beyond variables, in names for a report."""
+def _items(name: str, learned: Learned, each: Any = None) -> list[str]:
+    """What an object learned beyond variables, in names for a report; `each` is the one that is to have it."""
     config = json.loads(learned.config) if learned.config else {}
-    in_config = ["bin_boundaries"] if config.get("bin_boundaries") is not None and config.get("num_bins") else []
+    in_config = [*_other_settings(each, config)] if each is not None else []
+    if config.get("bin_boundaries") is not None and config.get("num_bins"):
+        in_config = ["bin_boundaries"]
     return [f"{_shown(name)}/{item}" for item in (*learned.assets, *learned.values, *in_config)]
+
+
+def _other_settings(each: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapted layer of a user's learned into its config, by the attributes that are to have it.
+
+    What differs is learned if it is missing in the layer, or a fraction or a collection. Anything else is the program's
+    choice.
+    """
+    if type(each) in _STEADY or not hasattr(each, "adapt"):
+        return {}
+    here = json.loads(_as_json(each.get_config()))
+    other = {name: value for name, value in config.items() if value is not None and here.get(name, value) != value}
+    return {
+        name: keras.saving.deserialize_keras_object(value)
+        for name, value in other.items()
+        if name in vars(each) and name not in _GIVEN and (here[name] is None or isinstance(value, float | list | dict))
+    }
 
 
 def _learned_more(one: _One) -> bool:
@@ -331,6 +358,10 @@ def give(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Ma
         DamagedCheckpointError: The path of a file leads out of its directory.
         Exception: What the object raises.
     """
+    config = json.loads(learned.config) if learned.config else {}
+    if isinstance(each, _LOOKUPS):
+        _give_vocabulary(each, config, store, files)
+        return
     if _has_own(each, "load_own_variables") or _has_own(each, "save_own_variables"):
         each.load_own_variables(dict(store))
     if files and _has_own(each, "load_assets"):
@@ -340,9 +371,27 @@ def give(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Ma
             except ValueError as error:
                 raise DamagedCheckpointError(f"an asset of {learned.kind} is not its own: {error}") from error
             each.load_assets(path)
-    if learned.config is not None:
-        _give_config(each, json.loads(learned.config))
+    _give_config(each, config)
     finalize(each)
+
+
+def _give_vocabulary(
+    each: Any, config: Mapping[str, Any], store: Mapping[str, np.ndarray], files: Mapping[str, bytes]
+) -> None:
+    """Gives a lookup its vocabulary. What Keras's own `load_assets` does fails with padded weights of terms."""
+    weights = store.get("idf_weights")
+    words: list[Any] | None = config.get("vocabulary")
+    if words is not None and each.get_config()["vocabulary"] is not None:
+        return  # both were given the same
+    if words is None:
+        lines = _lines(files.get("vocabulary.txt", b""))
+        words = [int(line) for line in lines] if isinstance(each, keras.layers.IntegerLookup) else lines
+    if words:
+        lookup = getattr(each, "_lookup_layer", each)
+        if weights is not None:
+            vars(lookup).pop("idf_weights", None)  # which has a length of its own
+            weights = weights[: len(words)]
+        each.set_vocabulary(words, weights)
 
 
 def has(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Mapping[str, bytes]) -> bool:
@@ -377,13 +426,9 @@ def _give_config(each: Any, config: Mapping[str, Any]) -> None:
     """Gives an object what it learned into its config alone."""
     if isinstance(each, keras.layers.Discretization):
         each.bin_boundaries = config["bin_boundaries"]
-    elif isinstance(each, _LOOKUPS):
-        if config["vocabulary"] is not None and each.get_config()["vocabulary"] is None:
-            each.set_vocabulary(config["vocabulary"], config.get("idf_weights"))
-    elif type(each) not in _STEADY:
-        for name, value in config.items():
-            if value is not None and vars(each).get(name, value) is None:
-                setattr(each, name, keras.saving.deserialize_keras_object(value))
+    else:
+        for name, value in _other_settings(each, config).items():
+            setattr(each, name, value)
 
 
 def _words(each: Any) -> list[str]:
@@ -392,7 +437,15 @@ def _words(each: Any) -> list[str]:
 
 def _words_in(learned: Learned, assets: Sequence[bytes]) -> list[str]:
     files = [assets[asset.index] for asset in learned.assets.values()]
-    return files[0].decode(errors="replace").splitlines() if files else []
+    return _lines(files[0]) if files else []
+
+
+def _lines(data: bytes) -> list[str]:
+    """The words in a vocabulary of Keras."""
+    lines = data.decode(errors="replace").splitlines()
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
 
 
 class Undo:

@@ -117,6 +117,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._due = 0
         self._epochs = 0
         self._warned = False
+        self._last: dict[str, Any] = {}
+        self._owed: dict[str, Any] = {}
 
     @property
     def best(self) -> float | None:
@@ -136,6 +138,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             "epochs": self._epochs,
             "warned": self._warned,
             "elapsed": self._schedule.elapsed(),
+            "last": self._last,
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -145,6 +148,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._epochs = state["epochs"]
         self._warned = state["warned"]
         self._schedule.resume(state["elapsed"])
+        self._last = self._owed = state.get("last", {})
 
     def go_on_within(self, batch: int) -> None:
         """Goes on in the middle of an epoch that another process began.
@@ -154,11 +158,24 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         """
         self._current().progress.resume(batch)
 
+    def save_owed(self) -> None:
+        """Saves what the process that died had yet to write, if the model is restored as it was for that save.
+
+        A backup of the same moment may be on disk before it.
+        """
+        owed, self._owed = self._owed, {}
+        position = self._current().progress.position
+        if not owed or (owed["step"], owed["batch"]) != (position.step, position.batch):
+            return
+        if all(record.step != position.step for record in self.directory):
+            self._write(time.perf_counter(), owed["facts"], _NOT_KEPT)
+
     def on_train_begin(self, logs: Logs = None) -> None:
         self._session = None
         self._pending = None
         self._due = 0
         self._epochs = 0
+        self._last = self._owed = {}
         self._schedule.start()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
@@ -234,27 +251,33 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         fit = self._current()
         self._due += 1
         metrics = metrics_in(logs, self._ranking.monitors)
-        start = self._described(metrics)
-
-        def say(outcome: Outcome) -> None:
-            if self.verbose > 0:
-                print(start, _result(outcome, otherwise))
-
         if not self._beats_threshold(metrics.get(self.monitor)):
-            say(Outcome(None))
+            self._say(self._described(metrics), Outcome(None), otherwise)
             return
+        metadata = encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata)
+        facts = {"reason": reason, "metrics": metrics, "metadata": metadata}
+        position = fit.progress.position
+        self._last = {"step": position.step, "batch": position.batch, "facts": facts}
+        self._write(began, facts, otherwise)
+
+    def _write(self, began: float, facts: Mapping[str, Any], otherwise: str) -> None:
+        """Saves the model as it is now, with some facts of its record."""
+        fit = self._current()
+        start = self._described(facts["metrics"])
         fit.save(
             began,
             fit.snapshot(),
             amends=fit.progress.position.batch == 0,
-            then=say,
-            reason=reason,
-            metrics=metrics,
+            then=lambda outcome: self._say(start, outcome, otherwise),
             monitor=self.monitor,
             mode=self._ranking.mode,
             modes=dict(self._ranking.modes),
-            metadata=encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata),
+            **facts,
         )
+
+    def _say(self, start: str, outcome: Outcome, otherwise: str) -> None:
+        if self.verbose > 0:
+            print(start, _result(outcome, otherwise))
 
     def _described(self, metrics: Mapping[str, float]) -> str:
         """What is said of a save before its outcome."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 import collections
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 _VARIABLES = keras.Variable | tf.Variable
+_TABLES = tf.lookup.experimental.MutableHashTable | tf.lookup.experimental.DenseHashTable
 _MOST = 100_000
 """A search looks at so many values at most."""
 _LONG = 1000
@@ -116,16 +118,32 @@ def untracked(model: keras.Model, known: Iterable[Any]) -> list[str]:
         model: The model.
         known: All variables and optimizers that a checkpoint of the model has.
     """
-    layers = layers_of(model)
+    layers, below = layers_of(model), tracked(model)
     seen = {id(each) for each in (*known, *layers)}
-    found = []
-    for path, each in _held(layers, tracked(model), _is_users_object):
+    found = [path for path, each in below.items() if isinstance(each, _TABLES) and _is_users_table(path, below, model)]
+    for path, each in _held(layers, below, _is_users_object):
         is_state = isinstance(each, _VARIABLES | keras.optimizers.Optimizer) or (
             isinstance(each, keras.Layer) and bool(each.variables)
         )
         if is_state and id(each) not in seen:
             seen.add(id(each))
             found.append(path)
+    return found
+
+
+def plain_attributes(model: keras.Model, but: Container[int]) -> dict[str, Any]:
+    """The numbers, strings, small arrays and short lists in attributes that a user gave to layers, by path.
+
+    Args:
+        model: The model.
+        but: The identities of layers that are left out.
+    """
+    found: dict[str, Any] = {}
+    for path, value in _held(layers_of(model), tracked(model), but=but):
+        if value is None or isinstance(value, str | int | float):
+            found[path] = value
+        elif isinstance(value, np.ndarray | np.generic) and value.size <= _LONG:
+            found[path] = value.tobytes()
     return found
 
 
@@ -144,7 +162,10 @@ def contents_of(layers: Iterable[Any]) -> list[Any]:
 
 
 def _held(
-    layers: Iterable[Any], below: Mapping[str, Any], enter: Callable[[Any], bool] = lambda each: False
+    layers: Iterable[Any],
+    below: Mapping[str, Any],
+    enter: Callable[[Any], bool] = lambda each: False,
+    but: Container[int] = (),
 ) -> Iterator[tuple[str, Any]]:
     """What attributes hold that a user gave to layers, by path.
 
@@ -152,12 +173,14 @@ def _held(
         layers: The layers, the model first.
         below: What TensorFlow tracks below the model, by path.
         enter: Says of an object whether its attributes are searched too.
+        but: The identities of layers that are left out.
     """
     places = {id(each): f"{path}/" for path, each in below.items()}
     for index, layer in enumerate(layers):
         place = places.get(id(layer), f"layers/{index}/") if index else ""
         given = ((f"{place}{name}", value) for name, value in vars(layer).items() if _is_users_attribute(layer, name))
-        yield from _search(given, enter)
+        if id(layer) not in but:
+            yield from _search(given, enter)
 
 
 def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
@@ -210,6 +233,11 @@ def _attributes_of_keras() -> frozenset[str]:
     ]
     examples[0].compile(optimizer=None)
     return frozenset({name for each in examples for name in vars(each)} | {"history", "_eval_epoch_iterator"})
+
+
+def _is_users_table(path: str, below: Mapping[str, Any], model: keras.Model) -> bool:
+    """Whether a table is not one of a layer of Keras, which knows how to save it."""
+    return not type(below.get(path.rpartition("/")[0], model)).__module__.startswith("keras.")
 
 
 def _is_users_object(value: Any) -> bool:

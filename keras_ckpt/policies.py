@@ -305,6 +305,11 @@ def selection(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -
     return selected
 
 
+def is_known(policy: PreservationPolicy) -> bool:
+    """Whether a policy is one of this package's: what they do not keep among few they do not keep among more."""
+    return all(type(part) in (LatestN, BestN, EveryNSteps, EveryNEpochs, EveryNHours) for part in policy.parts)
+
+
 def kept_in_training(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> set[int]:
     """The steps to keep while training goes on: what the policy selects, and more while it cannot rank.
 

@@ -7,7 +7,7 @@ import inspect
 import uuid
 import warnings
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -45,18 +45,28 @@ def set_position(model: keras.Model, position: Position | None) -> None:
         _positions[model] = position, _optimizer(model)
 
 
-def steps_per_epoch() -> int | None:
-    """After how many batches the `fit` that is calling ends an epoch; `None` if its data say so themselves.
+class FitData(NamedTuple):
+    """What the `fit` that is calling was given to train on.
 
-    Keras tells a callback nothing of it.
+    Attributes:
+        steps_per_epoch: After how many batches an epoch ends; `None` if the data say so themselves.
+        batches: How many batches the data have, `None` if they have no end, or it is not known.
     """
+
+    steps_per_epoch: int | None = None
+    batches: int | None = None
+
+
+def data_of_fit() -> FitData:
+    """What the `fit` that is calling trains on. Keras tells a callback nothing of it."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "fit" and "steps_per_epoch" in frame.f_locals:
-            given: int | None = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
-            return given
+        # Of no other frame: one whose variables were looked at is kept, with all that it has.
+        if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= frame.f_locals.keys():
+            steps: int | None = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
+            return FitData(steps, frame.f_locals["epoch_iterator"].data_adapter.num_batches)
         frame = frame.f_back
-    return None
+    return FitData()
 
 
 class Progress:
@@ -72,7 +82,7 @@ class Progress:
     def __init__(self, model: keras.Model, steps: int | None) -> None:
         self.model = model
         self.steps = steps
-        self._data_end = steps if steps_per_epoch() is None else None
+        self._data_end = steps if data_of_fit().steps_per_epoch is None else None
         self.position = position_of(model) or Position(uuid.uuid4().hex)
         if model in _positions and _positions[model][1] is not _optimizer(model):
             warnings.warn(

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Two generators have no public name: that of unseeded functions of keras.random, and that which seeds TensorFlow's
-# functions where they are called eagerly.
-from keras.src.random.seed_generator import global_seed_generator
+# These have no public name: the generator of unseeded functions of keras.random, a look whether it is there, and the
+# generator that seeds TensorFlow's functions where they are called eagerly.
+from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 from tensorflow.python.eager import context
 
 
@@ -22,10 +23,11 @@ def get_state() -> dict[str, Any]:
     Those inside of TensorFlow's own operations, such as an unseeded `tf.random.uniform` in a graph, show theirs to
     nobody. What is called eagerly is seeded by a generator, if the script has called `tf.random.set_seed`.
     """
-    # Python's last: where Keras's is made only now, it is made of a number that is drawn from Python's.
+    # A look makes no generator: Keras would draw the seed of a new one from Python's.
+    generator = get_global_attribute(GLOBAL_SEED_GENERATOR)
     return {
-        "keras": np.asarray(global_seed_generator().state),
-        "tensorflow": None if (generator := _tensorflows()) is None else generator.state.numpy(),
+        "keras": None if generator is None else np.asarray(generator.state),
+        "tensorflow": None if (random_generator := _tensorflows()) is None else random_generator.state.numpy(),
         "operations": _of_operations(),
         "numpy": np.random.get_state(legacy=False),
         "python": random.getstate(),
@@ -34,7 +36,10 @@ def get_state() -> dict[str, Any]:
 
 def set_state(state: Mapping[str, Any]) -> None:
     """Puts each generator where `get_state` found it."""
-    global_seed_generator().state.assign(state["keras"])
+    if state["keras"] is None:
+        set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+    else:
+        global_seed_generator().state.assign(state["keras"])
     if (generator := _tensorflows()) is not None and state["tensorflow"] is not None:
         generator.state.assign(state["tensorflow"])
     if (operations := state.get("operations")) is not None:

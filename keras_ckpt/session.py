@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -13,8 +13,11 @@ import keras
 
 from keras_ckpt import background, state
 from keras_ckpt.arena import arena_of
+from keras_ckpt.backlog import MOST, Backlog
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
+from keras_ckpt.notices import warn
+from keras_ckpt.policies import is_known, kept_in_training
 from keras_ckpt.position import Position, Progress
 from keras_ckpt.record import REASON_LIMIT, CheckpointRecord, step_in
 from keras_ckpt.schedule import SaveSchedule
@@ -25,6 +28,11 @@ from keras_ckpt.writer import Writer
 
 OnFullDisk = Literal["warn", "raise"]
 
+_firsts: weakref.WeakKeyDictionary[keras.Model, tuple[object, Callable[[], Any]]] = weakref.WeakKeyDictionary()
+"""What is to be saved of a model before anything else, with the fit for which that is so."""
+_warned: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+"""The models of which was said what no checkpoint has."""
+
 
 class Outcome(NamedTuple):
     """What became of a save.
@@ -32,17 +40,28 @@ class Outcome(NamedTuple):
     Attributes:
         record: What was saved, `None` if nothing was.
         error: Why it failed, if it did.
+        replaced: Whether a newer save came before it had begun, beside which the policy does not keep it.
     """
 
     record: CheckpointRecord | None
     error: Exception | None = None
+    replaced: bool = False
 
 
 class _Save(NamedTuple):
-    """A save that was begun, and who is to be told of its end."""
+    """A save that was begun, and who is to be told of its end.
+
+    Attributes:
+        job: What saves.
+        then: Told of the outcome.
+        number: Its number in the backlog, 0 if it is no save.
+        candidate: What a policy would see of it.
+    """
 
     job: background.Job[CheckpointRecord | None]
-    then: Callable[[Outcome], object]
+    then: Callable[[Outcome], object] = lambda outcome: None
+    number: int = 0
+    candidate: CheckpointRecord | None = None
 
 
 class Session:
@@ -50,7 +69,8 @@ class Session:
 
     A save is a snapshot, which training waits for, and its writing, for which it does not, unless it is told to. The
     next save waits until it is written, if both would hold too much: of great models there is one snapshot at a time,
-    however many callbacks share it.
+    however many callbacks share it. Training waits too where it would be too far ahead of the disk. A save that waits,
+    and that the policy would remove beside a newer one, is replaced by that.
 
     Args:
         callback: The callback that saves.
@@ -59,6 +79,7 @@ class Session:
         on_full_disk: Whether a save that finds no room is a warning, and training goes on, or an error.
         on_background: Whether training goes on while a save is written.
         weights_only: Whether to leave the optimizer out.
+        backs_up: Whether it goes before saves of the same moment that only select.
 
     Attributes:
         progress: Where the training is.
@@ -73,11 +94,14 @@ class Session:
         on_full_disk: OnFullDisk,
         on_background: bool,
         weights_only: bool = False,
+        backs_up: bool = False,
     ) -> None:
         background.tell()
         self.missed = 0
         self._on_background = on_background
         self._saves: collections.deque[_Save] = collections.deque()
+        self._backlog = Backlog()
+        self._backs_up = backs_up
         self._skipped = self._ready = False
         self._snapshot_size = 0
         self._on_full_disk = on_full_disk
@@ -85,8 +109,11 @@ class Session:
         self._state = state.ModelState(callback.model, weights_only)
         self._arena = arena_of(callback.model)
         self._copies_at_once = bool(callback.model.jit_compile)
+        self._attributes = self._state.attributes()
+        self._began_at = self.progress.position.step
         self._writer = writer
         self._schedule = schedule
+        self._fit = callback.params
         writer.open(session=callback.params)
         try:
             refuse_other_run(writer.directory, self.progress.position)
@@ -118,6 +145,22 @@ class Session:
         self._state.save_counter.assign(self.progress.position.step)
         return self._state.snapshot(others)
 
+    def copy(self, snapshot: Snapshot) -> None:
+        """Copies the values of a snapshot at once, so that training need not copy what it changes."""
+        with self._writer.explaining(self.progress.position.step):
+            snapshot.detach(self._arena, background.is_idle())
+
+    def hold_first(self, save: Callable[[], object]) -> None:
+        """Has something saved before any other save of the model in this fit. The method is not kept alive."""
+        _firsts[self.progress.model] = self._fit, weakref.WeakMethod(save)
+
+    def save_first(self) -> None:
+        """Saves what is to be saved first, if it was not yet."""
+        fit, save = _firsts.pop(self.progress.model, (None, lambda: None))
+        method = save() if fit is self._fit else None
+        if method is not None:
+            method()
+
     def skips(self) -> bool:
         """Whether a save of now would have to wait for one of an earlier step, so that it is better left out.
 
@@ -126,15 +169,15 @@ class Session:
         """
         position = self.progress.position
         waits = not self._on_background or position.batch == self.progress.steps
-        if waits or not background.is_full(self._moment(), self._snapshot_size):
+        if waits or not background.is_full(self._moment(), self._snapshot_size) or self._backlog.is_too_long(more=1):
             return False
+        self._backlog.due()
         if not self._skipped:
             self._skipped = True
-            warnings.warn(
+            warn(
                 f"The save of step {position.step} into {self._writer.directory.path} is left out, and so are later "
                 "ones that come while an earlier one is still being written. Save less often, or give "
-                "save_on_background=False to have training wait.",
-                stacklevel=2,
+                "save_on_background=False to have training wait."
             )
         return True
 
@@ -143,6 +186,7 @@ class Session:
         began: float,
         snapshot: Snapshot,
         *,
+        position: Position | None = None,
         amends: bool = False,
         then: Callable[[Outcome], object] = lambda outcome: None,
         **facts: Any,
@@ -152,6 +196,7 @@ class Session:
         Args:
             began: When training began to wait for it, by `time.perf_counter`.
             snapshot: What to write.
+            position: Where training was when the snapshot was taken; defaults to where it is.
             amends: Whether the facts may be added to a checkpoint of this step, if it has the same values.
             then: Told of the outcome, at once or at a later call in this thread.
             **facts: More fields of the record.
@@ -159,16 +204,21 @@ class Session:
         Raises:
             SaveError: This save, or an earlier one, failed.
         """
+        self.save_first()
+        self._warn_of_unsaved()
         self._snapshot_size = self._state.size + snapshot.others_size
-        if background.is_full(self._moment(), self._snapshot_size):
-            background.wait()
-        self.settle()
-        position, now = self.progress.position, time.time()
+        position, now = position or self.progress.position, time.time()
+        moment = position.run_id, position.step
         facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
         facts["reason"] = facts["reason"][:REASON_LIMIT]
+        number = self._backlog.due()
+        candidate = CheckpointRecord(sequence=number, step=position.step, time=now, **facts)
+        self._replace_waiting(candidate)
+        if not snapshot.is_copied and background.is_full(moment, self._snapshot_size):
+            background.wait()
+        self.settle()
         if self._copies_at_once:
-            with self._writer.explaining(position.step):
-                snapshot.detach(self._arena, background.is_idle())
+            self.copy(snapshot)
         went_on = time.perf_counter() if self._on_background else None
 
         def write() -> CheckpointRecord | None:
@@ -187,32 +237,64 @@ class Session:
                 sharing.remember(record)
             return record
 
-        self._saves.append(_Save(background.Job(write, self._moment(), self._snapshot_size), then))
+        job = background.Job(write, moment, self._snapshot_size, first=self._backs_up)
+        self._saves.append(_Save(job, then, number, candidate))
         self.settle(wait=not self._on_background)
 
+    def _replace_waiting(self, candidate: CheckpointRecord) -> None:
+        """Gives up saves that have not begun, and that the policy would not keep beside a newer one."""
+        waiting = [save for save in self._saves if save.candidate is not None]
+        others = [save.candidate for save in waiting if save.candidate and save.candidate.step != candidate.step]
+        kept = {record.step for record in others}
+        if self._writer.keep is not None and is_known(self._writer.keep):
+            kept = kept_in_training(self._writer.keep, [*others, candidate])
+        for save in waiting:
+            step = save.candidate.step if save.candidate else 0
+            if (step not in kept or step == candidate.step) and save.job.drop():
+                self._saves.remove(save)
+                save.then(Outcome(None, replaced=True))
+
+    def _warn_of_unsaved(self) -> None:
+        """Warns, with the first save after a batch, of state that no checkpoint of this model has."""
+        model = self.progress.model
+        if model in _warned or self.progress.position.step == self._began_at:
+            return
+        _warned.add(model)
+        if unsaved := self._state.unsaved(self._attributes):
+            warn(
+                f"Checkpoints of {model.name!r} do not have this state of it: {', '.join(unsaved[:20])}. A restored "
+                "model has what the program makes of it. Use keras.Variable, and hold variables, layers and optimizers "
+                "in attributes of a layer, or in lists and dicts there; what is no variable belongs into its "
+                "save_own_variables() or save_assets()."
+            )
+
     def settle(self, wait: bool = False) -> None:
-        """Tells of the saves that have ended.
+        """Tells of the saves that have ended, and waits where training would be too far ahead of the disk.
 
         Args:
-            wait: Whether to wait for those that have not.
+            wait: Whether to wait for all that have not.
 
         Raises:
             SaveError: One failed.
         """
-        while self._saves and (wait or self._saves[0].job.done()):
+        while self._saves and (wait or self._saves[0].job.done() or self._is_too_far()):
             # Whoever interrupts the waiting finds the save still there.
             self._saves[0].job.wait()
-            job, then = self._saves.popleft()
+            save = self._saves.popleft()
+            self._backlog.done(save.number)
             try:
-                outcome = Outcome(job.result())
+                outcome = Outcome(save.job.result())
             except Exception as error:
-                then(Outcome(None, error))
+                save.then(Outcome(None, error))
                 if not isinstance(error, DiskFullError) or self._on_full_disk == "raise":
                     raise
                 self.missed += 1
-                warnings.warn(f"{error} Training goes on.", stacklevel=2)
+                warn(f"{error} Training goes on.")
             else:
-                then(outcome)
+                save.then(outcome)
+
+    def _is_too_far(self) -> bool:
+        return len(self._saves) > MOST or self._backlog.is_too_long()
 
     def close(self) -> None:
         """Waits for what is under way, and lets another session write here.
@@ -223,7 +305,11 @@ class Session:
         try:
             self.settle(wait=True)
         finally:
-            self._writer.close()
+            self.unlock()
+
+    def unlock(self) -> None:
+        """Lets another session write here, until the next save."""
+        self._writer.close()
 
     def _make_ready(self) -> None:
         """Gets the memory for copies before there is something to copy, with that of slots, made in the first batch."""
@@ -234,7 +320,7 @@ class Session:
             with contextlib.suppress(OSError):  # the save that needs it says so
                 self._arena.make_room(sizes)
 
-        self._saves.append(_Save(background.Job(make_room, self._moment(), 0), lambda outcome: None))
+        self._saves.append(_Save(background.Job(make_room, self._moment(), 0)))
 
     def _moment(self) -> tuple[str, int]:
         return self.progress.position.run_id, self.progress.position.step

@@ -130,6 +130,11 @@ class Snapshot:
         self._aside: io.BytesIO | None = None
         self._copies: dict[bytes, Value] = {}
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether the values are copies, which training does not change."""
+        return self._aside is not None
+
     def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
         """Writes them as a TensorFlow checkpoint of that name, durably."""
         values = self._encoded()
@@ -142,6 +147,8 @@ class Snapshot:
             arena: Where to.
             change: Whether it may be changed now.
         """
+        if self.is_copied:
+            return
         self._aside = self._put_aside(arena)
         self._copies = self._encoded()
         self.values.clear()

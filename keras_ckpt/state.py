@@ -106,10 +106,19 @@ class ModelState(tf.train.Checkpoint):
         self._plan = plan = self._new_plan()
         return plan.snapshot(others)
 
-    def unsaved(self) -> list[str]:
-        """The state of the model that a checkpoint cannot have, each with its place in the model."""
+    def attributes(self) -> dict[str, Any]:
+        """The plain attributes of layers that no checkpoint has, by place, for `unsaved`."""
+        return parts.plain_attributes(self.model, self._current_plan().learners.identities())
+
+    def unsaved(self, before: Mapping[str, Any]) -> list[str]:
+        """The places of state that a checkpoint of the model does not have.
+
+        Args:
+            before: What `attributes` gave when training began. Those that changed since are state.
+        """
         plan = self._current_plan()
-        return [*plan.untracked, *plan.learners.take().failed]
+        moved = [name for name, value in self.attributes().items() if before.get(name, value) != value]
+        return [*plan.untracked, *plan.learners.take().failed, *moved]
 
     def _current_plan(self) -> _Plan:
         if self._plan is None or not self._plan.holds(self.model):

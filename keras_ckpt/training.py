@@ -9,7 +9,6 @@ import functools
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -23,11 +22,14 @@ from tensorflow.python.framework.config import is_op_determinism_enabled
 from keras_ckpt import background, seeds
 from keras_ckpt.callback_states import CallbackStates
 from keras_ckpt.data import ResumableDataset
+from keras_ckpt.data_place import DataPlace
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.document import UnplainError, encode
 from keras_ckpt.epoch_rest import EpochRest
-from keras_ckpt.errors import FormatVersionError
+from keras_ckpt.errors import FormatVersionError, MismatchError
 from keras_ckpt.model_checkpoint import ModelCheckpoint
+from keras_ckpt.notices import warn
+from keras_ckpt.position import Position, data_of_fit
 from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.restoring import restore_backup
 from keras_ckpt.session import Outcome, Session
@@ -35,6 +37,7 @@ from keras_ckpt.signals import SignalWatch
 from keras_ckpt.snapshot import Snapshot
 from keras_ckpt.state import TRAINING_KEY
 from keras_ckpt.transfer import is_finite
+from keras_ckpt.writer import Writer
 
 Logs = Mapping[str, Any] | None
 
@@ -45,6 +48,12 @@ ENDED = "ended"
 _ended: collections.Counter[str] = collections.Counter()
 INITIAL_EPOCH = "initial_epoch"
 """In the metadata of a backup: the epoch of `fit` to begin with."""
+STOPPED = "stopped"
+"""In the metadata of a backup: that a callback stopped its training, and the fit came to its end."""
+_WRAP = (
+    "To resume exactly, wrap the data, data = keras_ckpt.ResumableDataset(x, y, ...), and give it to fit(data) and to "
+    "BackupAndRestore(..., data=data)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +71,10 @@ class _Place:
 
 @dataclasses.dataclass(frozen=True)
 class _Moment:
-    """A training as it was at a place."""
+    """A training as it was at a place, and at a position in its run."""
 
     place: _Place
+    position: Position
     snapshot: Snapshot
 
 
@@ -95,35 +105,38 @@ class Training:
         self._model = callback.model
         self._callbacks = callbacks
         self._directory = directory
-        self._data = data
         self._exit_code = exit_code
         self._steps: int | None = params.get("steps")
         self._epochs: int | None = params.get("epochs")
         self._states = states
         self._watch = SignalWatch(self._under_way)
         self._place = _Place(0)
-        self._pass = 0
-        self._trains_on_data = False
+        self._fit = data_of_fit()
+        self._data = None if data is None else DataPlace(data, params.get("steps"), self._fit)
+        self._spec = None if data is None else data.element_spec
         self._logs: dict[str, Any] = {}
         self._due: str | None = None
         self._held: _Moment | None = None
         self._go_on: Callable[[], None] | None = None
+        self._first: _Moment | None = None
         # Whether nobody is in the middle of changing the state, and whether it changed since it was saved.
         self._whole = self._changed = False
+        # Whether a callback stopped the training in the middle of an epoch, and whether it was EarlyStopping.
+        self._stopped_within = self._ended_early = False
         self._told: set[str] = set()
-        others = callbacks.callbacks if callbacks is not None else []
-        self._ends_with_nan = any(isinstance(each, keras.callbacks.TerminateOnNaN) for each in others)
-        if data is not None:
-            self._check(data)
+        self._others = callbacks.callbacks if callbacks is not None else []
+        self._ends_with_nan = any(isinstance(each, keras.callbacks.TerminateOnNaN) for each in self._others)
         resumes = bool(directory.listing())
         with contextlib.ExitStack() as undo:
             undo.callback(self._forget_the_beginning)
             if resumes:
                 self._resume()
+            if resumes and self._go_on is None:
+                self._save_owed()
             self._session = open_session()
             undo.callback(self._session.close)  # a notebook keeps an error, and with it whatever has a reference here
             if not resumes:
-                self._save_the_beginning()
+                self._hold_the_beginning()
             self._watch.start()
             undo.pop_all()
 
@@ -133,7 +146,7 @@ class Training:
         self._states.look()
         self._place = _Place(epoch)
         if self._data is not None:
-            self._pass = self._data.passes
+            self._data.epoch_begin()
         if self._go_on is not None:
             self._go_on()
             self._go_on = None
@@ -146,22 +159,39 @@ class Training:
         """Other callbacks may have changed the model for it; what is held is from before."""
         self._whole = False
 
+    @contextlib.contextmanager
+    def unlocking(self) -> Iterator[None]:
+        """Lets another process write where an error ends the training; a notebook keeps the error and all it holds."""
+        try:
+            yield
+        except Exception:
+            self._session.unlock()
+            raise
+
     def batch_end(self, batch: int, logs: Logs) -> None:
         """The other callbacks have ended a batch, or the last of an execution of several."""
         began = time.perf_counter()
         self._logs = dict(logs or {})
+        before = self._session.progress.position.step
         reason = self._session.batch_end(batch)
-        self._place = _Place(self._place.epoch, self._session.progress.position.batch)
+        position = self._session.progress.position
+        self._place = _Place(self._place.epoch, position.batch)
         self._whole = self._changed = True
         self._session.settle()
-        if self._data is not None and not self._trains_on_data:
-            self._check_that_it_is_read(self._data)
-        if self._place.batch == self._steps:
+        if self._data is not None:
+            self._data.batch_end(position.step - before)
+        self._stopped_within = bool(self._model.stop_training) and None is not self._steps != position.batch
+        if self._stopped_within:
+            self._forget_the_first()
+            self._save("stop", began, self._now())
+        elif self._place.batch == self._steps:
             # The epoch's end saves what is due. Until then this is the last state that is whole.
             self._due = reason
             self._held = self._now()
         elif reason and not self._session.skips():
+            self._forget_the_first()
             self._save(reason, began, self._now())
+        self._session.save_first()
         self.answer()
 
     def epoch_end(self, epoch: int, logs: Logs, keep: bool) -> None:
@@ -175,11 +205,15 @@ class Training:
         began = time.perf_counter()
         self._logs = dict(logs or {})
         reasons = [reason for reason in (self._due, self._session.epoch_end()) if reason]
-        last = self._model.stop_training or epoch + 1 == self._epochs
-        if last and keep:
-            reasons = reasons or ["end"]
         self._held = self._due = None
+        self._ended_early = self._is_stopped_early(epoch)
+        if self._stopped_within:
+            self._whole = False  # the state in the middle of the epoch is the one to continue from
+            return
         self._place = _Place(epoch + 1)
+        last = self._model.stop_training or epoch + 1 == self._epochs
+        if last and (keep or self.is_cut_short):
+            reasons = reasons or ["end"]
         self._whole = self._changed = True
         if reasons:
             self._save(", ".join(reasons), began, self._now())
@@ -230,46 +264,73 @@ class Training:
             with _errors_as_warnings():
                 self._save_last("error")
 
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether a callback has stopped the training before its last epoch was done, and not because it was done."""
+        epochs_left = self._epochs is not None and self._place.epoch < self._epochs
+        return bool(self._model.stop_training) and not self._ended_early and (self._stopped_within or epochs_left)
+
+    def note_the_end(self) -> None:
+        """Notes in the backup that its training came to its end: nobody killed it after a callback stopped it."""
+        newest = self._directory.latest()
+        if newest is not None and self._model.stop_training:
+            Writer(self._directory).amend(newest, metadata={**newest.metadata, STOPPED: True})
+
+    def _is_stopped_early(self, epoch: int) -> bool:
+        """Whether an `EarlyStopping` stopped the training in this epoch."""
+        stops = [each for each in self._others if isinstance(each, keras.callbacks.EarlyStopping)]
+        return bool(self._model.stop_training) and any(each.stopped_epoch == epoch > 0 for each in stops)
+
+    def _hold_the_beginning(self) -> None:
+        """Takes the state before the first batch, and saves it when that has ended, or before any other save.
+
+        A crash must not leave another callback's checkpoints without their run. A fit whose first batch fails leaves
+        nothing.
+        """
+        self._first = self._now()
+        self._session.copy(self._first.snapshot)
+        self._session.hold_first(self._save_the_beginning)
+
     def _save_the_beginning(self) -> None:
-        """A crash before the first save is due must not leave another callback's checkpoints without their run."""
-        optimizer = self._model.optimizer
-        if optimizer is not None and not optimizer.built:
-            optimizer.build(self._model.trainable_variables)
-        self._save("begin", time.perf_counter(), self._now())
-        self._session.settle(wait=True)
+        first, self._first = self._first, None
+        if first is not None:
+            changed = self._changed
+            self._save("begin", time.perf_counter(), first)
+            self._changed = changed
 
-    def _check(self, data: ResumableDataset) -> None:
-        if self._steps != len(data):
-            number = "a number that is not known of" if self._steps is None else self._steps
-            raise ValueError(
-                f"fit() has {number} batches an epoch, the ResumableDataset that BackupAndRestore was given has "
-                f"{len(data)}. Give fit() that one itself, not what map() or batch() make of it, and neither "
-                "steps_per_epoch nor class_weight beside it; ResumableDataset takes a class_weight."
-            )
-
-    def _check_that_it_is_read(self, data: ResumableDataset) -> None:
-        if data.passes == self._pass:
-            raise ValueError(
-                "fit() does not train on the ResumableDataset that BackupAndRestore was given. Give both the same one: "
-                "model.fit(data, ..., callbacks=[keras_ckpt.BackupAndRestore(..., data=data)])."
-            )
-        self._trains_on_data = True
+    def _forget_the_first(self) -> None:
+        self._first = None
 
     def _resume(self) -> None:
-        """Puts back what is in the backup, as far as it is not to be put back within the epoch once more."""
-        report, document = restore_backup(self._model, self._directory)
-        record = self._directory[report.step or 0]
+        """Restores the backup. What belongs to the middle of an epoch is restored again when the epoch begins."""
+        newest = self._directory.latest()
+        ended = None if newest is None else newest.metadata.get(ENDED)
+        another = newest is not None and ended != _ended[self._directory.path]
+        try:
+            report, document = restore_backup(self._model, self._directory)
+            record = self._directory[report.step or 0]
+            begin = record.metadata[INITIAL_EPOCH]
+            if document is None:
+                self._begin_with(begin)
+                return
+            _refuse_newer(document, record)
+            self._resume_from(record, document)
+        except MismatchError as error:
+            if another:
+                raise MismatchError(f"{error}\n{self._another_fit(ended)}") from error
+            raise
+        if another:
+            warn(self._another_fit(ended))
+
+    def _resume_from(self, record: CheckpointRecord, document: Any) -> None:
         begin = record.metadata[INITIAL_EPOCH]
-        if document is None:
-            self._begin_with(begin)
-            return
-        _refuse_newer(document, record)
-        if record.metadata.get(ENDED) != _ended[self._directory.path]:
-            self._warn_of_another_fit(record.metadata.get(ENDED))
         # Fewer epochs may be asked for than are done.
         past = self._epochs is not None and begin >= self._epochs
+        if document["stopped"] and self._asks_for_more(record, document):
+            document["stopped"] = False
         batch = 0 if past else document["batch"]
-        if batch and not self._can_go_on_within(document):
+        self._warn_of_the_stream(record, document)
+        if batch and not self._can_resume_within(document):
             self._warn_of_the_epoch(begin, batch)
             batch = 0
         restored = self._put_back(document, batch)
@@ -285,18 +346,39 @@ class Training:
             + f"step {record.step}"
             + (f", epoch {min(begin + 1, self._epochs)} of {self._epochs}" if self._epochs and record.step else "")
             + (f", after batch {batch} of {self._steps}" if batch else "")
+            + (", where a callback stopped it: ask for more epochs, or more patience" if ended and not past else "")
             + f"; restored: {', '.join(['model', 'random numbers', *restored])}"
             + (f"; not restored: {', '.join(lost)}" if lost else "")
         )
 
+    def _asks_for_more(self, record: CheckpointRecord, document: Any) -> bool:
+        """Whether this fit asks for more than the one that a callback stopped.
+
+        More epochs are more, and so is more patience. A training that another callback than EarlyStopping stopped, by
+        a limit of its own, is asked for again by a new fit; but not by the restart of a process that was killed before
+        the end of the old one.
+        """
+        request = document.get("request")
+        if request is None:
+            return False
+        early = request["early"]
+        more_epochs = (self._epochs or math.inf) > (request["epochs"] or math.inf)
+        if early is None:
+            return more_epochs or STOPPED in record.metadata
+        return more_epochs or bool(early != self._early_stopping())
+
+    def _early_stopping(self) -> list[list[Any]]:
+        """How the `EarlyStopping` callbacks of this fit are set."""
+        stops = [each for each in self._others if isinstance(each, keras.callbacks.EarlyStopping)]
+        names = ("monitor", "mode", "patience", "baseline", "start_from_epoch")
+        return [[*(repr(getattr(each, name, None)) for name in names), abs(each.min_delta)] for each in stops]
+
     def _put_back(self, document: Any, batch: int) -> list[str]:
-        """Puts back what is beside the model, for an epoch of which so many batches are done, and says what."""
+        """Restores what is beside the model, for an epoch of which so many batches are done, and says what."""
         restored = self._states.put_back(document["callbacks"])
-        if self._data is not None:
-            if document["data"] is not None:
-                self._data.set_state(document["data"], batch if batch != self._steps else 0)
-                restored.append("place in the data")
-            self._data.get_state()  # by their first batch they are known again; later it would be that of another pass
+        if self._data is not None and document["data"] is not None:
+            self._data.set_state(document["data"], batch)
+            restored.append("place in the data")
         seeds.set_state(document["seeds"])  # a look at the data may have drawn from them
         return restored
 
@@ -322,31 +404,37 @@ class Training:
         now = _settings(self._model)
         known = [name for name in now if name in before]
         if other := [f"{name} {now[name]}, {before[name]} before" for name in known if before[name] != now[name]]:
-            warnings.warn(
-                f"What is computed from here on may differ in the last bits: {'; '.join(other)}.", stacklevel=5
-            )
+            warn(f"What is computed from here on may differ in the last bits: {'; '.join(other)}.")
 
-    def _can_go_on_within(self, document: Any) -> bool:
+    def _can_resume_within(self, document: Any) -> bool:
         if self._callbacks is None or self._steps is None or document["steps"] != self._steps:
             return False
         nothing_left = document["batch"] == self._steps or document["stopped"]
         return nothing_left or (self._data is not None and document["data"] is not None)
 
-    def _warn_of_another_fit(self, number: object) -> None:
-        warnings.warn(
-            f"When the backup in {self._directory.path} was saved, {number} trainings with that directory had ended in "
-            f"the process, and here it is {_ended[self._directory.path]}. If the script trains more than once, give "
-            "each fit() a backup_dir of its own, or one training is taken for the other.",
-            stacklevel=5,
+    def _another_fit(self, number: object) -> str:
+        return (
+            f"The backup in {self._directory.path} is of another fit() of the script: when it was saved, {number} "
+            f"trainings with that directory had ended in the process, and here it is {_ended[self._directory.path]}. "
+            "If the script trains more than once, give each fit() a backup_dir of its own, or one training is taken "
+            "for the other."
         )
 
     def _warn_of_the_epoch(self, epoch: int, batch: int) -> None:
-        warnings.warn(
+        warn(
             f"Epoch {epoch + 1} begins again at its first batch, on weights that have already seen {batch} of its "
-            "batches, because the place in the data is not known. To go on exactly, wrap the data, data = "
-            "keras_ckpt.ResumableDataset(x, y, ...), and give it to fit(data) and to BackupAndRestore(..., data=data).",
-            stacklevel=5,
+            f"batches, because the place in the data is not known. {_WRAP}"
         )
+
+    def _warn_of_the_stream(self, record: CheckpointRecord, document: Any) -> None:
+        """Warns where epochs are parts of a stream of batches, and the place in it is lost."""
+        known = self._data is not None and document["data"] is not None
+        if self._fit.steps_per_epoch is not None and record.step and not known:
+            warn(
+                f"With steps_per_epoch={self._fit.steps_per_epoch} an epoch begins where the last one ended. This one "
+                f"begins at the first batch of the data, because the place in the data is not known. {_WRAP} Give "
+                "fit() the dataset repeated: fit(data.repeat(), steps_per_epoch=...)."
+            )
 
     def _go_on_within(self, document: Any, callbacks: keras.callbacks.CallbackList, steps: int) -> None:
         """Puts everything back once more: the other callbacks have begun the epoch a second time."""
@@ -354,13 +442,12 @@ class Training:
         self._build_metrics()
         report, _ = restore_backup(self._model, self._directory, again=True)
         if batch < steps and any(name.startswith("metrics/") for name in report.unexpected):
-            warnings.warn(
-                "The metrics of the epoch under way begin anew: they are made in its first step.", stacklevel=4
-            )
+            warn("The metrics of the epoch in progress begin at zero: they are made in its first step.")
         for each in callbacks.callbacks:
             if isinstance(each, ModelCheckpoint):
                 each.go_on_within(batch)
         self._states.put_back(document["callbacks"])
+        self._save_owed()
         seeds.set_state(document["seeds"])
         self._session.progress.resume(batch)
         self._place = _Place(self._place.epoch, batch)
@@ -372,42 +459,51 @@ class Training:
             self._held = self._now()
         EpochRest(callbacks, batch, steps, self._logs if trained else None)
 
+    def _save_owed(self) -> None:
+        """Has other callbacks save what the process that died had yet to write of the very moment of the backup."""
+        for each in self._others:
+            if isinstance(each, ModelCheckpoint):
+                each.save_owed()
+
     def _build_metrics(self) -> None:
         """Makes the variables that metrics have from their first batch on, by a look at a step that is not taken."""
-        if self._data is not None:
+        if self._spec is not None:
             with contextlib.suppress(Exception):  # it is somebody else's, and may not be one that TensorFlow can trace
-                tf.function(self._model.train_step).get_concrete_function(self._data.element_spec)
+                tf.function(self._model.train_step).get_concrete_function(self._spec)
 
     def _now(self) -> _Moment:
         callbacks = self._states.take()
         if new := [name for name in self._states.unsaved if name not in self._told]:
             self._told.update(new)
-            warnings.warn(
+            warn(
                 f"These attributes of callbacks cannot be backed up: {', '.join(new)}. After a restart they are as "
-                "the script makes them. Give the class get_state() and set_state(state), of plain values and arrays.",
-                stacklevel=6,
+                "the script makes them. Give the class get_state() and set_state(state), of plain values and arrays."
             )
-        data = self._data.get_state() if self._data is not None else None
-        if data and 0 < self._place.batch < (self._steps or 0):
-            data["pass"] = self._pass
+        stopped = bool(self._model.stop_training)
         text, arrays = encode(
             {
                 "version": _VERSION,
                 "callbacks": callbacks,
                 "unsaved": self._states.unsaved,
                 "seeds": seeds.get_state(),
-                "data": data,
+                "data": None if self._data is None else self._data.get_state(self._place.batch),
                 "logs": {name: value for name, value in self._logs.items() if _is_plain(value)},
                 "due": self._due,
                 "steps": self._steps,
                 "batch": self._place.batch,
-                "stopped": bool(self._model.stop_training),
+                "stopped": stopped,
+                "request": self._request() if stopped else None,
                 "settings": _settings(self._model),
             }
         )
         # Copies: a callback may go on to change what it holds.
         copies = {f"{TRAINING_KEY}/{index}": array.copy() for index, array in enumerate(arrays)}
-        return _Moment(self._place, self._session.snapshot({TRAINING_KEY: text, **copies}))
+        snapshot = self._session.snapshot({TRAINING_KEY: text, **copies})
+        return _Moment(self._place, self._session.progress.position, snapshot)
+
+    def _request(self) -> dict[str, Any]:
+        """What was asked for of a training that a callback has stopped, to know later what is more."""
+        return {"epochs": self._epochs, "early": self._early_stopping() if self._ended_early else None}
 
     def _save(self, reason: str, began: float, moment: _Moment) -> None:
         if self._is_broken() or (self._ends_with_nan and not self._is_finite()):
@@ -415,13 +511,20 @@ class Training:
         metadata = {INITIAL_EPOCH: moment.place.epoch, ENDED: _ended[self._directory.path]}
         self._changed = False
         try:
-            self._session.save(began, moment.snapshot, then=self._ended, reason=reason, metadata=metadata)
+            self._session.save(
+                began,
+                moment.snapshot,
+                position=moment.position,
+                then=self._ended,
+                reason=reason,
+                metadata=metadata,
+            )
         except BaseException:
             self._changed = True  # for all that is known
             raise
 
     def _ended(self, outcome: Outcome) -> None:
-        self._changed = self._changed or outcome.record is None
+        self._changed = self._changed or (outcome.record is None and not outcome.replaced)
 
     def _save_last(self, reason: str) -> None:
         began = time.perf_counter()
@@ -457,7 +560,7 @@ def _errors_as_warnings() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - there may be no memory for it, for one
-        warnings.warn(str(error) or repr(error), stacklevel=5)
+        warn(str(error) or repr(error))
 
 
 def _refuse_newer(document: Any, record: CheckpointRecord) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -127,11 +128,30 @@ class _Transfer:
             if strangers and not self._request.weights_only:
                 warn(f"{self._prefix} has {' and '.join(strangers)}. It is left out, and the model's is as compiled.")
         elif not self._request.weights_only and not all(each.built for each in optimizers_of(self._model).values()):
-            self._judge(self._report(self._match("model/"), ()))  # before an optimizer is built for nothing
-            self._source.build_optimizers(self._model, self._wanted)
+            other = self._trained_otherwise()
+            # Before an optimizer is built for nothing.
+            self._judge(self._report(self._match("model/"), (), other))
+            if not other:
+                self._source.build_optimizers(self._model, self._wanted)
         else:
             return
         self._wanted = self._names()
+
+    def _trained_otherwise(self) -> dict[str, str]:
+        """The weights that one optimizer trained and the other would not, each with the reason.
+
+        What a `train_step` of a user's own trains, nobody knows before.
+        """
+        optimizer, description = getattr(self._model, "optimizer", None), self._source.description
+        own_step = type(self._model).train_step is not keras.Model.train_step
+        if optimizer is None or optimizer.built or own_step or description is None:
+            return {}
+        names = {id(variable): name for name, variable in self._wanted.items()}
+        here = {names[id(variable)] for variable in self._model.trainable_variables}
+        there = set(description.optimizers.get("optimizer", here))
+        reasons = dict.fromkeys(sorted(here - there), "trainable in the model, not trained in the checkpoint")
+        reasons |= dict.fromkeys(sorted(there - here), "trained in the checkpoint, not trainable in the model")
+        return {f"{_OPTIMIZER}{name.removeprefix('model/')}": reason for name, reason in reasons.items()}
 
     def _match(self, part: str = "") -> Matching:
         """Matches the variables whose names begin with a part, but for those that an object reads by itself."""
@@ -141,10 +161,9 @@ class _Transfer:
         adapted = {id(each) for owner in self._adapted for each in owner.variables}
         movable = {name for name, variable in self._wanted.items() if id(variable) in adapted}
         found = matching.match(here, there, self._automatic, movable)
-        left = [*found.missing, *found.unexpected, *found.mismatched]
-        own = {name for name in left if self._objects.reads(name)}
+        own = self._objects.read_by_themselves({id(variable): name for name, variable in self._wanted.items()})
         if self._request.weights_only:
-            own |= {name for name in left if matching.is_lora(name)}
+            own |= {name for name in (*found.missing, *found.unexpected) if matching.is_lora(name)}
         return Matching(
             found.matched,
             [name for name in found.missing if name not in own],
@@ -166,7 +185,9 @@ class _Transfer:
                 found |= {names[id(mine)]: other.value for mine, other in pairs if id(mine) in names}
         return found
 
-    def _report(self, found: Matching, fresh: Collection[str]) -> RestoreReport:
+    def _report(
+        self, found: Matching, fresh: Collection[str], mismatched: Mapping[str, str] = MappingProxyType({})
+    ) -> RestoreReport:
         record, objects = self._record, self._objects
         return RestoreReport(
             self._prefix,
@@ -175,7 +196,7 @@ class _Transfer:
             matched=(*found.matched, *fresh, *objects.matched),
             missing=(*(name for name in found.missing if name not in fresh), *objects.missing),
             unexpected=(*found.unexpected, *objects.unexpected),
-            mismatched={**found.mismatched, **objects.mismatched},
+            mismatched={**found.mismatched, **objects.mismatched, **mismatched},
         )
 
     def _judge(self, report: RestoreReport) -> list[str]:
@@ -192,7 +213,7 @@ class _Transfer:
                 + "\n".join(shortened(differences))
                 + f"\n{self._mend(bool(of_model))}"
             )
-        if not any(name.startswith("model/") for name in report.matched):
+        if not self._request.strict and not any(name.startswith(("model/", "learned/")) for name in report.matched):
             raise MismatchError(
                 f"{self._prefix} has nothing that fits the model {self._model.name!r}; nothing was restored.\n"
                 + "\n".join(shortened(differences))

@@ -275,7 +275,7 @@ warnings.simplefilter("ignore")
 background.LITTLE = 0
 busy = Busy()
 def stop():
-    assert on_disk({str(tmp_path)!r}) == ["ckpt-0"]
+    assert on_disk({str(tmp_path)!r}) == []
     busy.free_soon()
     os.kill(os.getpid(), signal.SIGTERM)
 backup = kc.BackupAndRestore({str(tmp_path)!r}, save_freq=1, exit_code=7)
@@ -345,7 +345,7 @@ class TestErrors:
         adds = [Adds(tmp_path / f"ckpt-{step}.data-00000-of-00001") for step in (2, 3)]
         told = pytest.warns(UserWarning, match="ckpt-3")
         raised = pytest.raises(kc.DirectoryNotEmptyError, match="ckpt-2")
-        with told, raised, kc.BackupAndRestore(tmp_path, save_freq=1) as backup:
+        with told, raised, kc.BackupAndRestore(tmp_path, save_freq=1, double_checkpoint=True) as backup:
             fit(dense_model(), *adds, busy, After({4: free}), backup, batches=9)
 
         assert on_disk(tmp_path) == ["ckpt-4"]
@@ -364,7 +364,7 @@ class TestErrors:
 
         adds = [Adds(tmp_path / f"ckpt-{step}.data-00000-of-00001") for step in (1, 2)]
         told, raised = pytest.warns(UserWarning, match="has a file"), pytest.raises(RuntimeError, match="no more")
-        with told as warned, raised, kc.BackupAndRestore(tmp_path, save_freq=1) as backup:
+        with told as warned, raised, kc.BackupAndRestore(tmp_path, save_freq=1, double_checkpoint=True) as backup:
             fit(dense_model(), busy, *adds, Frees(3, RuntimeError("no more")), backup, batches=9)
 
         texts = " ".join(str(each.message) for each in warned)

@@ -789,7 +789,7 @@ train(backup, Signals())
 
 @pytest.mark.parametrize(
     ("signals", "exit_code", "code", "steps"),
-    [(1, None, -signal.SIGTERM, [1]), (1, 75, 75, [1]), (2, None, -signal.SIGTERM, [0])],
+    [(1, None, -signal.SIGTERM, [1]), (1, 75, 75, [1]), (2, None, -signal.SIGTERM, [])],
     ids=["one", "one with an exit code", "two"],
 )
 def test_a_signal_ends_the_process_after_the_batch_and_a_second_at_once(
