@@ -10,15 +10,15 @@ import os
 import pathlib
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
-from blake3 import blake3
 
 from keras_ckpt import files
-from keras_ckpt.document import UnplainError, encode
+from keras_ckpt.capture import Captures, Leaf, Look
+from keras_ckpt.document import UnplainError, dict_of
 
 _NOT_STATE = {"params", "_model", "model", "monitor_op", "min_delta"}
 """What Keras's callbacks set in each process anew; of a stored `min_delta` they would turn the sign once more."""
@@ -44,15 +44,27 @@ _FIXED = (
 """Of these an object stays what it is, so that one that is still there has not changed."""
 
 
+class Taken(NamedTuple):
+    """The states of callbacks at one moment.
+
+    Attributes:
+        structure: The states by the names of the callbacks, as `document` writes them.
+        assumed: The arrays that are not part of a state, because they are assumed to be unchanged.
+    """
+
+    structure: Any
+    assumed: list[Leaf]
+
+
 class CallbackStates:
     """The states of callbacks.
 
-    A callback that has `get_state()` and `set_state(state)` is asked. Of any other the attributes are looked at: those
-    that changed since this object was made are its state, as far as they are plain values, variables or metrics; also
-    those that changed back, for in another process they may have changed by the time when they are put back.
+    A callback that has `get_state()` and `set_state(state)` is asked. The state of any other callback is made of its
+    attributes: of those that have changed since this object was made and are plain values, variables or metrics. An
+    attribute that changed back stays part of the state, because in another process it may have changed by then.
 
     Args:
-        callbacks: The callbacks, before their `on_train_begin`.
+        callbacks: The callbacks, after their `on_train_begin`.
 
     Attributes:
         unsaved: Names of what cannot be saved, such as `"Tracker.client"`.
@@ -60,8 +72,9 @@ class CallbackStates:
 
     def __init__(self, callbacks: Iterable[keras.callbacks.Callback]) -> None:
         self._callbacks = _named(callbacks)
+        self._captures = Captures()
         self._begun = {
-            name: {attribute: _mark(value) for attribute, value in _attributes(callback).items()}
+            name: self._looks(name, callback, first=True)
             for name, callback in self._callbacks.items()
             if not _has_own_state(callback)
         }
@@ -70,16 +83,26 @@ class CallbackStates:
 
     def look(self) -> None:
         """Notes what has changed by now."""
-        for name, moved in self._moved.items():
-            for attribute, value in _attributes(self._callbacks[name]).items():
-                if attribute not in moved and self._is_another(name, attribute, _mark(value)):
-                    moved.add(attribute)
+        for name in self._begun:
+            self._note_moved(name, self._looks(name, self._callbacks[name], without=self._moved[name]))
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> Taken:
         """The states as they are now, by the names of the callbacks that have one."""
         self.unsaved = []
-        states = {name: self._state(name, callback) for name, callback in self._callbacks.items()}
-        return {name: state for name, state in states.items() if state is not None}
+        states: dict[str, Any] = {}
+        assumed: list[Leaf] = []
+        for name, callback in self._callbacks.items():
+            if _has_own_state(callback):
+                states[name] = self._own_state(name, callback)
+                continue
+            looks = self._looks(name, callback)
+            self._note_moved(name, looks)
+            self._note_unsaved(name, looks)
+            plain = {attribute: look for attribute, look in looks.items() if isinstance(look, Look)}
+            moved = {attribute: look.structure for attribute, look in plain.items() if attribute in self._moved[name]}
+            states[name] = dict_of(moved) if moved else None
+            assumed += [leaf for attribute in plain.keys() - moved.keys() for leaf in plain[attribute].leaves]
+        return Taken(dict_of({name: state for name, state in states.items() if state is not None}), assumed)
 
     def put_back(self, states: Mapping[str, Any]) -> list[str]:
         """Puts states back that `take` gave, in this process or in another.
@@ -104,40 +127,47 @@ class CallbackStates:
         """The names in the states that no callback here has."""
         return [name for name in states if name not in self._callbacks]
 
-    def _state(self, name: str, callback: Any) -> Any:
-        if _has_own_state(callback):
-            return self._own_state(name, callback)
-        return self._changed(name, callback) or None
+    def _looks(self, name: str, callback: Any, first: bool = False, without: Iterable[str] = ()) -> dict[str, Any]:
+        """The attributes of a callback: a look at each that is plain, the value of each other."""
+        looks: dict[str, Any] = {}
+        for attribute, value in vars(callback).items():
+            if attribute not in _NOT_STATE and attribute not in without:
+                try:
+                    looks[attribute] = self._look(value, f"{name}.{attribute}", first)
+                except UnplainError:
+                    looks[attribute] = value
+        return looks
 
-    def _changed(self, name: str, callback: Any) -> dict[str, Any]:
+    def _look(self, value: Any, name: str, first: bool) -> Look:
+        if isinstance(value, keras.Variable | tf.Variable):
+            return self._captures.look_at_copies(_value(value))
+        if isinstance(value, keras.metrics.Metric):
+            return self._captures.look_at_copies([_value(each) for each in value.variables])
+        return self._captures.look(value, name, fingerprints=first)
+
+    def _note_moved(self, name: str, looks: Mapping[str, Any]) -> None:
         begun, moved = self._begun[name], self._moved[name]
-        changed = {}
-        for attribute, value in _attributes(callback).items():
-            mark = _mark(value)
-            if isinstance(mark, _Digest):
-                if attribute in moved or self._is_another(name, attribute, mark):
-                    moved.add(attribute)
-                    changed[attribute] = _plain(value)
-            elif not _is_kerass(callback) and not (isinstance(value, _FIXED) and begun.get(attribute) is value):
-                self.unsaved.append(f"{name}.{attribute}")
-        return changed
+        for attribute, look in looks.items():
+            before = begun.get(attribute)
+            if isinstance(look, Look) and not (isinstance(before, Look) and before.mark == look.mark):
+                moved.add(attribute)
 
-    def _is_another(self, name: str, attribute: str, mark: Any) -> bool:
-        """Whether a plain value is another than at the beginning."""
-        before = self._begun[name].get(attribute)
-        return isinstance(mark, _Digest) and not (isinstance(before, _Digest) and before == mark)
+    def _note_unsaved(self, name: str, looks: Mapping[str, Any]) -> None:
+        if not _is_kerass(self._callbacks[name]):
+            begun = self._begun[name]
+            unplain = {attribute: value for attribute, value in looks.items() if not isinstance(value, Look)}
+            for attribute, value in unplain.items():
+                if not (isinstance(value, _FIXED) and begun.get(attribute) is value):
+                    self.unsaved.append(f"{name}.{attribute}")
 
     def _own_state(self, name: str, callback: Any) -> Any:
         try:
-            state = callback.get_state()
-            encode(state)
+            return self._captures.look(callback.get_state(), f"{name}.get_state()").structure
         except UnplainError as error:
             self.unsaved.append(f"{name}.get_state(){error}")
-            return None
         except Exception as error:  # noqa: BLE001 - it is somebody else's, and no reason to end a training
             self.unsaved.append(f"{name}.get_state(), which raised {error!r}")
-            return None
-        return state
+        return None
 
 
 def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:
@@ -195,17 +225,9 @@ def _is_kerass(callback: Any) -> bool:
     return type(callback).__module__.startswith("keras.")
 
 
-def _attributes(callback: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(callback).items() if name not in _NOT_STATE}
-
-
-def _plain(value: Any) -> Any:
-    """What is saved of an attribute."""
-    if isinstance(value, keras.Variable | tf.Variable):
-        return value.numpy()
-    if isinstance(value, keras.metrics.Metric):
-        return [each.numpy() for each in value.variables]
-    return value
+def _value(variable: Any) -> np.ndarray:
+    """The value of a variable. TensorFlow copies it before the variable changes, for as long as it is held."""
+    return np.asarray(variable.value if isinstance(variable, keras.Variable) else variable.value())
 
 
 def _fill(target: Any, value: Any) -> bool:
@@ -228,20 +250,3 @@ def _fill(target: Any, value: Any) -> bool:
     else:
         return False
     return True
-
-
-def _mark(value: Any) -> Any:
-    """Something by which a value is known again after it was changed in its place; itself if it is not plain."""
-    try:
-        text, arrays = encode(_plain(value))
-    except UnplainError:
-        return value
-    hasher = blake3(text.encode())
-    for array in arrays:
-        hasher.update(f"{array.dtype} {array.shape}".encode())
-        hasher.update(array.tobytes())
-    return _Digest(hasher.digest())
-
-
-class _Digest(bytes):
-    """That of a plain value; bytes of a callback's own are none."""

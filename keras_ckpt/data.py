@@ -48,12 +48,8 @@ class ResumableDataset(tf.data.Dataset):
     model.fit(data, epochs=30, shuffle=False, callbacks=[backup])
     ```
 
-    With `steps_per_epoch`, an epoch ends in the middle of the data. Then the data have to be endless: give `fit` the
-    dataset repeated, and `BackupAndRestore` the dataset itself.
-
-    ```python
-    model.fit(data.repeat(), steps_per_epoch=100, epochs=30, shuffle=False, callbacks=[backup])
-    ```
+    With `steps_per_epoch`, an epoch ends in the middle of the data. Then the data have to be endless: give
+    `BackupAndRestore` the dataset, and `fit(data.repeat(), steps_per_epoch=100)` the dataset repeated.
 
     Args:
         x: One of these:

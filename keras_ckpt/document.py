@@ -12,47 +12,76 @@ import numpy as np
 import tensorflow as tf
 
 _PLAIN = (type(None), bool, int, float, str)
+LONG = 1000
+"""A list of more numbers than this may be an array on disk."""
+
+Wrap = Callable[[Any], Any]
+"""Makes of an array, or of a long list, what stands for it in a structure; `None` leaves a list as it is."""
 
 
 class UnplainError(TypeError):
     """A value has no plain form."""
 
 
-def encode(value: Any) -> tuple[str, list[np.ndarray]]:
-    """A value as JSON, and the arrays in it.
+def structure_of(value: Any, wrap: Wrap) -> Any:
+    """A value as `json` writes it, but for what stands for arrays.
 
     Args:
         value: None, booleans, numbers, strings, NumPy's arrays and scalars, generators of random numbers, and lists,
             tuples, sets, deques and dicts of these.
+        wrap: Called with each array, and with each list that is long and begins with a number. Returns what stands for
+            it; `None` leaves a list as it is.
 
     Raises:
         UnplainError: There is something else in it; the place is named.
     """
-    arrays: list[np.ndarray] = []
     try:
-        return json.dumps(_encoded(value, "", arrays)), arrays
+        return _encoded(value, "", wrap)
     except RecursionError as error:
         raise UnplainError(" is too deep, or in itself") from error
 
 
+def dict_of(structures: Mapping[str, Any]) -> Any:
+    """The structure of a dict whose values have these structures."""
+    return {"dict": [[key, structure] for key, structure in structures.items()], "more": []}
+
+
+def dumped(structure: Any) -> tuple[str, list[Any]]:
+    """A structure as JSON, and what stands for arrays in it, by the numbers that the text has for them."""
+    leaves: list[Any] = []
+
+    def number(leaf: Any) -> int:
+        leaves.append(leaf)
+        return len(leaves) - 1
+
+    return json.dumps(structure, default=number), leaves
+
+
 def decode(text: str, arrays: Mapping[int, Any]) -> Any:
-    """The value of which `encode` made the text and the arrays."""
+    """The value of a text that `dumped` made.
+
+    Args:
+        text: The text.
+        arrays: The arrays by the numbers that the text has for them.
+    """
     return _decoded(json.loads(text), arrays)
 
 
-def _encoded(value: Any, where: str, arrays: list[np.ndarray]) -> Any:
+def _encoded(value: Any, where: str, wrap: Wrap) -> Any:
     # Of the very type: a subclass may hold more than its base shows.
     kind = type(value)
     if kind in _PLAIN:
         return value
     if kind is list:
-        return [_encoded(each, f"{where}[{index}]", arrays) for index, each in enumerate(value)]
+        if len(value) > LONG and type(value[0]) in (int, float) and (leaf := wrap(value)) is not None:
+            return {"list": leaf, "more": []}
+        return [_encoded(each, f"{where}[{index}]", wrap) for index, each in enumerate(value)]
     if kind in _BUILDERS:
         more = [value.maxlen] if kind is collections.deque else []
-        return {kind.__name__: _parts(value, where, arrays), "more": more}
+        return {kind.__name__: _parts(value, where, wrap), "more": more}
     if kind in _GENERATORS:
         read, _ = _GENERATORS[kind]
-        return {kind.__name__: _encoded(read(value), where, arrays), "more": []}
+        return {kind.__name__: _encoded(read(value), where, wrap), "more": []}
     if kind is np.ndarray or isinstance(value, np.generic):
         try:
             tf.as_dtype(value.dtype)
@@ -60,16 +89,15 @@ def _encoded(value: Any, where: str, arrays: list[np.ndarray]) -> Any:
             pass
         else:
             if value.dtype.kind not in "OSU":
-                arrays.append(np.asarray(value))
-                return {"ndarray" if kind is np.ndarray else "scalar": len(arrays) - 1, "more": []}
+                return {"ndarray" if kind is np.ndarray else "scalar": wrap(np.asarray(value)), "more": []}
     raise UnplainError(f"{where} is of type {kind.__module__}.{kind.__qualname__}")
 
 
-def _parts(value: Any, where: str, arrays: list[np.ndarray]) -> list[Any]:
+def _parts(value: Any, where: str, wrap: Wrap) -> list[Any]:
     """The items of a collection; of a dict, pairs."""
     if not isinstance(value, dict):
-        return [_encoded(each, where, arrays) for each in value]
-    return [[_encoded(key, where, arrays), _encoded(item, f"{where}[{key!r}]", arrays)] for key, item in value.items()]
+        return [_encoded(each, where, wrap) for each in value]
+    return [[_encoded(key, where, wrap), _encoded(item, f"{where}[{key!r}]", wrap)] for key, item in value.items()]
 
 
 def _decoded(value: Any, arrays: Mapping[int, Any]) -> Any:
@@ -78,6 +106,8 @@ def _decoded(value: Any, arrays: Mapping[int, Any]) -> Any:
     if not isinstance(value, dict):
         return value
     (kind, content), (_, more) = value.items()
+    if kind == "list":
+        return np.asarray(arrays[content]).tolist()
     if kind in ("ndarray", "scalar"):
         # A copy, because what a callback holds, it may change.
         array = np.array(arrays[content])

@@ -98,6 +98,11 @@ class Folder:
         """The names in the directory, in no order."""
         return os.listdir(self.descriptor)
 
+    def inodes(self) -> dict[str, int]:
+        """The numbers of the files in the directory, by name. A file that is replaced has another number."""
+        with os.scandir(self.descriptor) as entries:
+            return {entry.name: entry.inode() for entry in entries}
+
     def exists(self, name: str) -> bool:
         try:
             os.lstat(name, dir_fd=self.descriptor)

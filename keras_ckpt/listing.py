@@ -6,25 +6,24 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
 
 import msgspec
 
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
-from keras_ckpt.files import PRIVATE, Folder, Stamp
+from keras_ckpt.files import PRIVATE, Folder
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
 _NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What a process has run out of says nothing of a file."""
 PIN_LIMIT = 4096
 """The greatest size of a pin's reason in bytes."""
-
-
-Known: TypeAlias = dict[str, tuple[Stamp, CheckpointRecord]]
-"""Records by name, each with the stamp of the sidecar that it was read from."""
+_CHECKED = 16
+"""So many known checkpoints are read again by a look, in turns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,30 +82,77 @@ class Listing:
         return dataclasses.replace(self, records=_oldest_first([*others, record]))
 
 
+class Known:
+    """What a look at a directory has found, so that the next look reads only what was replaced since.
+
+    A file may also be changed in its place, so the next look reads some other checkpoints again, in turns.
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[str, CheckpointRecord] = {}  # read longest ago first
+        self._listing: Listing | None = None
+        self._inodes: Mapping[str, int] = {}
+        self._owners: dict[str, str] = {}
+
+    def listing(self, inodes: Mapping[str, int]) -> Listing | None:
+        """The listing of the look before, if no file was replaced since."""
+        return self._listing if inodes == self._inodes else None
+
+    def forget(self, inodes: Mapping[str, int]) -> None:
+        """Forgets each checkpoint of which a file was replaced, and some others in turns."""
+        replaced = {file for file, _ in inodes.items() ^ self._inodes.items()}
+        names = {self._owners.get(file, file.rpartition(".")[0]) for file in replaced}
+        for name in [*names, *itertools.islice(self.records, _CHECKED)]:
+            if record := self.records.pop(name, None):
+                for file in _files(record):
+                    self._owners.pop(file, None)
+
+    def add(self, record: CheckpointRecord) -> None:
+        """Notes a checkpoint that was read and found whole."""
+        self.records[record.name] = record
+        self._owners |= dict.fromkeys(_files(record), record.name)
+
+    def keep(self, inodes: Mapping[str, int], listing: Listing) -> Listing:
+        """Notes a listing, and what was there before anything of it was read."""
+        self._inodes, self._listing = inodes, None if listing.damaged else listing
+        return listing
+
+
 def scan(
     folder: Folder, check: Callable[[CheckpointRecord], object] = lambda record: None, known: Known | None = None
 ) -> Listing:
-    """Reads all sidecars of a directory.
+    """Reads the sidecars of a directory.
 
     Args:
         folder: The directory.
-        check: Called with each record; a checkpoint for which it raises is among the damaged.
-        known: Sidecars that need not be read again.
+        check: Called with each record that is read; a checkpoint for which it raises is among the damaged.
+        known: What the look before has found.
     """
-    records, damaged, present = _sidecars(folder, check, {} if known is None else known)
-    ordered = sorted(records.values(), key=operator.attrgetter("sequence"))
-    sound = [record for record in ordered if record.name not in damaged]
+    known = known or Known()
+    inodes = folder.inodes()
+    listing = known.listing(inodes)
+    if listing is None:
+        known.forget(inodes)
+        listing = known.keep(inodes, _listed(folder, inodes, check, known))
+    return listing
+
+
+def _listed(
+    folder: Folder, inodes: Mapping[str, int], check: Callable[[CheckpointRecord], object], known: Known
+) -> Listing:
+    damaged, sequence, present = _read_others(folder, inodes.keys(), check, known)
+    sound = sorted(known.records.values(), key=operator.attrgetter("sequence"))
     newest = {record.step: record for record in sound}
     for record in sound:
         if (newer := newest[record.step]) is not record:
             damaged[record.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
-    indexed = {file[:-6] for file in present if file.endswith(".index")} - records.keys() - damaged.keys()
+    indexed = {file[:-6] for file in present if file.endswith(".index")} - known.records.keys() - damaged.keys()
     return Listing(
         folder.path,
         tuple(record for record in sound if newest[record.step] is record),
         {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(name, present, damaged[name])},
         _by_step(unmanaged(folder, {name for name in indexed if sidecars.step_in(name) is not None})),
-        ordered[-1].sequence if ordered else 0,
+        max([sequence, *(record.sequence for record in sound[-1:])]),
     )
 
 
@@ -119,7 +165,7 @@ def unmanaged(folder: Folder, names: set[str]) -> set[str]:
 
 
 def examine(folder: Folder, known: Known | None = None) -> Listing:
-    """Reads all sidecars of a directory, but known ones, and looks at the sizes of the files that they list."""
+    """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
     return scan(folder, lambda record: check(folder, record, digests=False), known)
 
 
@@ -285,41 +331,44 @@ def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
         return True
 
 
-def _sidecars(
-    folder: Folder, check: Callable[[CheckpointRecord], object], known: Known
-) -> tuple[dict[str, CheckpointRecord], dict[str, CheckpointError], set[str]]:
-    """The records by name, the errors of those that are damaged, and the names of all files."""
-    records: dict[str, CheckpointRecord] = {}
+def _read_others(
+    folder: Folder, present: Set[str], check: Callable[[CheckpointRecord], object], known: Known
+) -> tuple[dict[str, CheckpointError], int, Set[str]]:
+    """Reads the checkpoints that are not known.
+
+    Returns:
+        The errors of those that are damaged, the greatest place that one of them has in the order of saving, and the
+        names of all files.
+    """
     damaged: dict[str, CheckpointError] = {}
+    sequence = 0
     again = True
     while again:
         again = False
-        present = set(folder.names())
-        for file in present:
-            if not file.endswith(".json"):
-                continue
-            name = file[:-5]
-            if name in records or name in damaged or sidecars.step_in(name) is None:
+        names = {file[:-5] for file in present if file.endswith(".json")} - known.records.keys() - damaged.keys()
+        for name in names:
+            if sidecars.step_in(name) is None:
                 continue
             try:
-                records[name] = _read(folder, name, present, known)
-                check(records[name])
+                record = _read(folder, name, present)
+                sequence = max(sequence, record.sequence)
+                check(record)
+                known.add(record)
             except FileNotFoundError:
-                records.pop(name, None)
                 again = True  # it was removed since, so another may have come that this look at the names missed
             except CheckpointError as error:
                 damaged[name] = error
-    for name in known.keys() - records.keys():
-        del known[name]
-    return records, damaged, present
+        if again:
+            present = folder.inodes().keys()
+    return damaged, sequence, present
 
 
-def _read(folder: Folder, name: str, present: set[str], known: Known) -> CheckpointRecord:
-    # Before it is read: one that changes meanwhile is read again the next time.
-    stamp = folder.stamp(f"{name}.json")
-    if name not in known or known[name][0] != stamp:
-        known[name] = stamp, read_record(folder, name)
-    record = known[name][1]
+def _files(record: CheckpointRecord) -> list[str]:
+    return [f"{record.name}.json", f"{record.name}.keep", *(file.name for file in record.files)]
+
+
+def _read(folder: Folder, name: str, present: Set[str]) -> CheckpointRecord:
+    record = read_record(folder, name)
     if (pin := _read_pin(folder, name, present)) is not None:
         record = msgspec.structs.replace(record, pin=pin)
     for file in record.files:
@@ -342,7 +391,7 @@ def _in_transit(folder: Folder) -> set[str]:
     return found
 
 
-def _read_pin(folder: Folder, name: str, present: set[str]) -> str | None:
+def _read_pin(folder: Folder, name: str, present: Set[str]) -> str | None:
     if f"{name}.keep" not in present:
         return None
     try:
@@ -358,7 +407,7 @@ def unreadable(error: OSError) -> Exception:
     return DamagedCheckpointError(f"it cannot be read: {error}")
 
 
-def _is_checkpoint(name: str, present: set[str], error: CheckpointError) -> bool:
+def _is_checkpoint(name: str, present: Set[str], error: CheckpointError) -> bool:
     """Whether a JSON file that is no sidecar was meant as one; anybody may have a history-2.json."""
     return name.startswith("ckpt-") or f"{name}.index" in present or isinstance(error, FormatVersionError)
 

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping, Set
 from typing import Any, Literal
 
@@ -17,8 +16,9 @@ from keras_ckpt import tables
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DiskFullError
 from keras_ckpt.monitor import metrics_in, mode_of, no_such_metric
-from keras_ckpt.policies import BestN, PreservationPolicy, as_policy, missing
-from keras_ckpt.record import CheckpointRecord, Mode, as_metric, encodable_metadata
+from keras_ckpt.notices import warn
+from keras_ckpt.policies import BestN, PreservationPolicy, as_policy
+from keras_ckpt.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 from keras_ckpt.writer import Writer
@@ -116,6 +116,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._pending: str | None = None
         self._due = 0
         self._epochs = 0
+        self._seen: set[str] = set()
         self._warned = False
         self._last: dict[str, Any] = {}
         self._owed: dict[str, Any] = {}
@@ -136,6 +137,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             "pending": self._pending,
             "due": self._due,
             "epochs": self._epochs,
+            "seen": sorted(self._seen),
             "warned": self._warned,
             "elapsed": self._schedule.elapsed(),
             "last": self._last,
@@ -146,6 +148,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._pending = state["pending"]
         self._due = state["due"]
         self._epochs = state["epochs"]
+        self._seen = set(state.get("seen", ()))
         self._warned = state["warned"]
         self._schedule.resume(state["elapsed"])
         self._last = self._owed = state.get("last", {})
@@ -175,6 +178,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._pending = None
         self._due = 0
         self._epochs = 0
+        self._seen = set()
+        self._warned = False
         self._last = self._owed = {}
         self._schedule.start()
 
@@ -188,11 +193,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         reason = fit.batch_end(batch)
         if reason is not None:
             monitors = self._ranking.monitors
-            ranked = monitors <= (logs or {}).keys()
+            ranked = monitors <= metrics_in(logs).keys()
             if (ranked and monitors) or not fit.skips():
                 self._save(reason, logs, began, _NOT_KEPT if ranked else "waits for the epoch's end")
             elif self.verbose > 0:
-                start = self._described(metrics_in(logs, monitors))
+                start = self._described(metrics_in(logs))
                 print(start, "left out, because an earlier one is still being written")
             if not ranked:
                 self._pending = reason
@@ -201,10 +206,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         began = time.perf_counter()
         reasons = [reason for reason in (self._current().epoch_end(), self._pending) if reason is not None]
         self._pending = None
+        self._epochs += 1
+        self._look_for_metrics(logs or {})
         if reasons:
             self._save(", ".join(reasons), logs, began, _NOT_KEPT)
-        self._epochs += 1
-        self._warn_of_missing_metric(logs or {})
 
     def on_train_end(self, logs: Logs = None) -> None:
         session, self._session = self._session, None
@@ -212,12 +217,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return
         session.close()
         if self._due and not session.missed and not len(self.directory):
-            warnings.warn(
+            warn(
                 f"Nothing was saved into {self.filepath}: {self._due} saves were due, and none was to be kept by "
                 f"{self._ranking}. Was {self.monitor!r} ever a finite number, and better than "
                 f"initial_value_threshold={self.initial_value_threshold}? Join the policy with "
-                "keras_ckpt.LatestN(1) to have the newest in any case.",
-                stacklevel=2,
+                "keras_ckpt.LatestN(1) to have the newest in any case."
             )
 
     def _current(self) -> Session:
@@ -250,7 +254,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         """Saves; `otherwise` is what to say if nothing is saved."""
         fit = self._current()
         self._due += 1
-        metrics = metrics_in(logs, self._ranking.monitors)
+        metrics = metrics_in(logs)
         if not self._beats_threshold(metrics.get(self.monitor)):
             self._say(self._described(metrics), Outcome(None), otherwise)
             return
@@ -291,26 +295,29 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return True
         return value < threshold if self._ranking.mode == "min" else value > threshold
 
-    def _warn_of_missing_metric(self, logs: Mapping[str, Any]) -> None:
-        """Warns once: of a metric that is not there, and of a validation that does not come."""
-        now = CheckpointRecord(sequence=1, step=0, metrics=metrics_in(logs, ()))
-        for monitor in sorted(self._ranking.monitors - logs.keys()):
-            others_are_there = missing(monitor, [now])
-            # A look at the directory waits for the save that has just begun.
-            if self._warned or not (others_are_there or self._epochs == 2) or self._is_on_disk(monitor):
-                continue
+    def _look_for_metrics(self, logs: Mapping[str, Any]) -> None:
+        """Keeps everything while a metric that something ranks by does not come in this fit, and warns once."""
+        metrics = metrics_in(logs)
+        self._seen |= metrics.keys()
+        absent = sorted(self._ranking.monitors - self._seen)
+        missing = [monitor for monitor in absent if monitor in logs or any(map(_of_kind(monitor), metrics))]
+        self._current().rank(not missing)
+        if self._warned or not absent:
+            return
+        if missing:
             self._warned = True
-            if others_are_there:
-                warnings.warn(no_such_metric(monitor, logs), stacklevel=2)
-            else:
-                warnings.warn(
-                    f"Two epochs have ended without {monitor!r}. Until it comes nothing can be ranked by it, and "
-                    "what is saved at an epoch's end stays. Does fit() have validation data?",
-                    stacklevel=2,
-                )
+            warn(no_such_metric(missing[0], logs))
+        elif self._epochs == 2:
+            self._warned = True
+            warn(
+                f"Two epochs have ended without {absent[0]!r}. Until it comes nothing can be ranked by it, and what is "
+                "saved at an epoch's end stays. Does fit() have validation data?"
+            )
 
-    def _is_on_disk(self, monitor: str) -> bool:
-        return any(monitor in record.metrics for record in self.directory)
+
+def _of_kind(monitor: str) -> Callable[[str], bool]:
+    """Says of a metric whether it is measured where another is: in training, or in validation."""
+    return lambda name: name.startswith("val_") == monitor.startswith("val_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,14 +353,21 @@ def _checked_path(filepath: str | os.PathLike[str]) -> str:
     if not isinstance(filepath, str | os.PathLike):
         raise TypeError(f"ModelCheckpoint expected the path of a directory. Received: filepath={filepath!r}")
     path = os.fspath(filepath)
-    if isinstance(path, str) and path.endswith((".keras", ".h5")):
-        raise ValueError(
-            f"ModelCheckpoint saves into a directory; files of Keras's own formats are not supported yet. Received: "
-            f"filepath={path!r}. Give a directory, such as {re.sub(r'(.weights)?.(keras|h5)$', '', path)!r}."
-        )
-    if isinstance(path, str) and re.search(r"\{.*\}", path):
-        raise ValueError(
-            "ModelCheckpoint names checkpoints by their step, and metrics are in the sidecars, so the directory is no "
-            f"template. Received: filepath={path!r}. Give a name without braces."
-        )
-    return path
+    if not isinstance(path, str) or not (_FILE.search(path) or "{" in path):
+        return path
+    raise ValueError(
+        "ModelCheckpoint saves into a directory, where checkpoints are named by their step, and metrics are in the "
+        f"sidecars. Files of Keras's own formats, and templates of names, are not supported. Received: "
+        f"filepath={path!r}. Give a directory, such as {_directory_for(path)!r}."
+    )
+
+
+_FILE = re.compile(r"(\.weights)?\.(keras|h5|hdf5|hd5|ckpt)$", re.IGNORECASE)
+"""The endings of paths that are files elsewhere."""
+
+
+def _directory_for(path: str) -> str:
+    """A directory in the place of a file, or of a template of names."""
+    start = _FILE.sub("", path).partition("{")[0]
+    stem = start.rstrip("-_.= ") if not start.endswith("/") else start.rstrip("/")
+    return _FILE.sub("", stem) or "checkpoints"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -11,20 +12,13 @@ import keras
 from keras_ckpt.record import Mode, as_metric
 
 
-def metrics_in(logs: Mapping[str, Any] | None, monitors: Collection[str]) -> dict[str, float]:
-    """The logs of `fit` as metrics. What is not one number is left out.
-
-    Raises:
-        TypeError: It is left out, and is one of `monitors`.
-    """
+def metrics_in(logs: Mapping[str, Any] | None) -> dict[str, float]:
+    """The logs of `fit` as metrics. What is not one number is left out."""
     metrics = {}
     for name, value in (logs or {}).items():
-        try:
-            if value is not None:
+        if value is not None:
+            with contextlib.suppress(TypeError):
                 metrics[name] = as_metric(name, value)
-        except TypeError as error:
-            if name in monitors:
-                raise TypeError(f"The monitored metric cannot be ranked by. {error}") from error
     return metrics
 
 
@@ -34,28 +28,39 @@ def mode_of(model: keras.Model, monitor: str) -> Mode:
     Raises:
         ValueError: Keras does not know it either.
     """
+    outputs = getattr(model, "output_names", None) or ()
     name = monitor.removeprefix("val_")
-    if name == "loss":
-        return "min"
     directions = {each: direction for each, direction in _directions(model) if direction is not None}
-    if name in directions:
-        return "max" if directions[name] == "up" else "min"
-    known = sorted({"loss", *directions})
-    close = difflib.get_close_matches(name, known, n=1)
-    meant = f" Did you mean {monitor.removesuffix(name) + close[0]!r}?" if close else ""
-    raise ValueError(
+    # The logs of a model of several outputs name each metric after its output.
+    for each in (name, *(name.removeprefix(f"{output}_") for output in outputs if name.startswith(f"{output}_"))):
+        if each == "loss":
+            return "min"
+        if each in directions:
+            return "max" if directions[each] == "up" else "min"
+    text = (
         f"Nothing says whether less or more of monitor={monitor!r} is better. Pass mode='max' if more is, mode='min' "
-        f"if less is. Keras knows it of: {', '.join(known)}, each with val_ before it too.{meant}"
+        "if less is."
     )
+    if len(outputs) <= 1:
+        known = sorted({"loss", *directions})
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f" Did you mean {monitor.removesuffix(name) + close[0]!r}?" if close else ""
+        text += f" Keras knows it of {', '.join(known)}, and with validation data of the same with val_ before.{meant}"
+    raise ValueError(text)
 
 
-def no_such_metric(monitor: str, logs: Collection[str]) -> str:
-    """What to tell somebody who monitors a metric that is not there."""
-    close = difflib.get_close_matches(monitor, logs, n=1, cutoff=0.4)
+def no_such_metric(monitor: str, logs: Mapping[str, Any]) -> str:
+    """What to tell somebody who monitors a metric that is not there, or is not one number."""
+    kept = "so nothing can be ranked by it: every checkpoint is saved and none is removed."
+    if monitor in logs:
+        shape = getattr(logs[monitor], "shape", None)
+        what = f"an array of shape {tuple(shape)}" if shape else repr(logs[monitor])[:100]
+        return f"The monitored metric {monitor!r} is not one number but {what}, {kept} Reduce it, as by a mean."
+    numbers = sorted(metrics_in(logs))
+    close = difflib.get_close_matches(monitor, numbers, n=1, cutoff=0.4)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"The monitored metric {monitor!r} is not there, so nothing can be ranked by it: every checkpoint is saved and "
-        f"none is removed. The metrics are: {', '.join(sorted(logs)) or 'none'}.{hint}"
+        f"The monitored metric {monitor!r} is not there, {kept} The metrics are: {', '.join(numbers) or 'none'}.{hint}"
     )
 
 

@@ -299,15 +299,20 @@ def encodable_metadata(metadata: object) -> dict[str, Any]:
 
 
 def as_metric(name: str, value: object) -> float:
-    """A metric's value as a float.
+    """A metric's value as a float: one number, in an array of whatever shape.
 
     Raises:
         TypeError: It is not one number.
     """
-    if isinstance(value, bool) or getattr(value, "shape", ()) != () or isinstance(value, str | bytes):
+    number: Any = value
+    if getattr(value, "shape", ()) != () and getattr(value, "size", 0) == 1 and hasattr(value, "item"):
+        number = value.item()
+    elif hasattr(value, "numpy") and getattr(value, "shape", ()) != ():
+        return as_metric(name, value.numpy())
+    if isinstance(number, bool) or getattr(number, "shape", ()) != () or isinstance(number, str | bytes):
         raise TypeError(f"A metric is one number. Received: {name}={value!r:.200}. Reduce it first.")
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(number)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
             f"A metric is one number. Received: {name}={value!r:.200} ({error}). Reduce it first."

@@ -14,6 +14,7 @@ import keras
 from keras_ckpt import background, state
 from keras_ckpt.arena import arena_of
 from keras_ckpt.backlog import MOST, Backlog
+from keras_ckpt.capture import Later
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
 from keras_ckpt.notices import warn
@@ -41,11 +42,13 @@ class Outcome(NamedTuple):
         record: What was saved, `None` if nothing was.
         error: Why it failed, if it did.
         replaced: Whether a newer save came before it had begun, beside which the policy does not keep it.
+        changed: Whether an array was found to be changed that was assumed to be unchanged, so nothing was saved.
     """
 
     record: CheckpointRecord | None
     error: Exception | None = None
     replaced: bool = False
+    changed: bool = False
 
 
 class _Save(NamedTuple):
@@ -58,7 +61,7 @@ class _Save(NamedTuple):
         candidate: What a policy would see of it.
     """
 
-    job: background.Job[CheckpointRecord | None]
+    job: background.Job[Outcome]
     then: Callable[[Outcome], object] = lambda outcome: None
     number: int = 0
     candidate: CheckpointRecord | None = None
@@ -112,6 +115,7 @@ class Session:
         self._attributes = self._state.attributes()
         self._began_at = self.progress.position.step
         self._writer = writer
+        self._policies = writer.keep, writer.only
         self._schedule = schedule
         self._fit = callback.params
         writer.open(session=callback.params)
@@ -139,11 +143,11 @@ class Session:
         self.progress.epoch_end()
         return self._schedule.after_epoch()
 
-    def snapshot(self, others: Mapping[str, Any] = {}) -> Snapshot:
+    def snapshot(self, others: Mapping[str, Any] = {}, later: Later | None = None) -> Snapshot:
         """The model as it is now, with more to write beside it."""
         # Whoever goes on with TensorFlow's own manager numbers on from here.
         self._state.save_counter.assign(self.progress.position.step)
-        return self._state.snapshot(others)
+        return self._state.snapshot(others, later)
 
     def copy(self, snapshot: Snapshot) -> None:
         """Copies the values of a snapshot at once, so that training need not copy what it changes."""
@@ -160,6 +164,10 @@ class Session:
         method = save() if fit is self._fit else None
         if method is not None:
             method()
+
+    def rank(self, ranks: bool) -> None:
+        """Has the policies decide, or keeps everything for as long as there is nothing to rank by."""
+        self._writer.keep, self._writer.only = self._policies if ranks else (None, None)
 
     def skips(self) -> bool:
         """Whether a save of now would have to wait for one of an earlier step, so that it is better left out.
@@ -221,21 +229,23 @@ class Session:
             self.copy(snapshot)
         went_on = time.perf_counter() if self._on_background else None
 
-        def write() -> CheckpointRecord | None:
+        def write() -> Outcome:
+            if not snapshot.is_true:
+                return Outcome(None, changed=True)
             with self._writer.explaining(position.step):
                 values = snapshot.move(self._arena)
             sharing = SharingWrite(values, self._arena, self._writer.directory)
-            newest = self._writer.directory.latest() if amends else None
+            newest = self._writer.latest() if amends else None
             if newest and newest.step == position.step and sharing.is_in(newest, _is_of_model):
                 # The epoch's last batch was saved already; what is new is what was measured since.
                 amended = self._writer.amend(newest, **facts)
                 if amended is not None:
-                    return amended
+                    return Outcome(amended)
             facts.update(step=position.step, size=0, time=now, versions=state.versions())
             record = self._writer.save(sharing, began=began, went_on=went_on, **facts)
             if record is not None:
                 sharing.remember(record)
-            return record
+            return Outcome(record)
 
         job = background.Job(write, moment, self._snapshot_size, first=self._backs_up)
         self._saves.append(_Save(job, then, number, candidate))
@@ -283,7 +293,7 @@ class Session:
             save = self._saves.popleft()
             self._backlog.done(save.number)
             try:
-                outcome = Outcome(save.job.result())
+                outcome = save.job.result()
             except Exception as error:
                 save.then(Outcome(None, error))
                 if not isinstance(error, DiskFullError) or self._on_full_disk == "raise":
@@ -316,9 +326,10 @@ class Session:
         self._ready = True
         sizes = self._state.sizes()
 
-        def make_room() -> None:
+        def make_room() -> Outcome:
             with contextlib.suppress(OSError):  # the save that needs it says so
                 self._arena.make_room(sizes)
+            return Outcome(None)
 
         self._saves.append(_Save(background.Job(make_room, self._moment(), 0)))
 

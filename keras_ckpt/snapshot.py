@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
-import functools
 import io
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -19,13 +16,11 @@ from tensorflow.python.eager import context, execute
 
 from keras_ckpt.arena import GREAT, Arena, Packed
 from keras_ckpt.bundle_writer import STRING, Value, number_value, string_value, write_bundle
+from keras_ckpt.capture import Later
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
+from keras_ckpt.threads import share_out
 
-Result = TypeVar("Result")
-
-_THREADS = min(os.cpu_count() or 1, 4)
-"""So many copy great values; more would wait for the memory."""
 _NO_NUMBERS = (tf.string, tf.resource, tf.variant)
 _LITTLE, _ASIDE = 1 << 16, 16 << 20
 """Values of fewer bytes may be put aside, and so many bytes of them."""
@@ -109,10 +104,11 @@ class Snapshot:
         reader: Reads the variables.
         others: More to write, by key: what TensorFlow has a tensor for.
         constants: More, by key: what is encoded already.
+        later: More, by key: arrays that are known when the snapshot is moved.
 
     Attributes:
         values: The tensors by key.
-        others_size: The bytes of what is written beside the variables.
+        others_size: The bytes of the others.
     """
 
     def __init__(
@@ -120,15 +116,23 @@ class Snapshot:
         reader: Reader,
         others: Mapping[str, Any],
         constants: Mapping[bytes, Value] = MappingProxyType({}),
+        later: Later | None = None,
     ) -> None:
         added = {key: tf.convert_to_tensor(each) for key, each in others.items()}
-        self.others_size = sum(each.shape.num_elements() * each.dtype.size for each in added.values())
         self.values = reader.read() | added
         self._constants = constants
+        self._later = later or Later({})
+        sizes = [each.shape.num_elements() * each.dtype.size for each in added.values()]
+        self.others_size = sum(sizes) + self._later.size
         self._names = [*self.values]
         self._little = reader.little
         self._aside: io.BytesIO | None = None
         self._copies: dict[bytes, Value] = {}
+
+    @property
+    def is_true(self) -> bool:
+        """Whether all that was assumed of the arrays that are known later is so. Reads them: it takes its time."""
+        return self._later.is_true
 
     @property
     def is_copied(self) -> bool:
@@ -137,7 +141,7 @@ class Snapshot:
 
     def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
         """Writes them as a TensorFlow checkpoint of that name, durably."""
-        values = self._encoded()
+        values = self._encoded() | self._late()
         return write_bundle(folder, name, [{key: values[key] for key in sorted(values)}])[0]
 
     def detach(self, arena: Arena, change: bool) -> None:
@@ -166,12 +170,13 @@ class Snapshot:
         if not self._names:
             raise RuntimeError("A snapshot is saved once: what was copied of it may be another one's by now.")
         aside = self._aside or self._put_aside(arena)
-        values = self._encoded()
+        late = self._late()
+        values = self._encoded() | late
         self.values.clear()
         _copy(values, arena)
         values |= self._copies | self._bring_back(arena, aside)
         # In the order of the arena, whatever was copied first.
-        order = [*(name.encode() for name in self._names), *self._constants]
+        order = [*(name.encode() for name in self._names), *late, *self._constants]
         self._names, self._copies = [], {}
         return {key: values[key] for key in order}
 
@@ -189,6 +194,10 @@ class Snapshot:
         arena.aside.append(aside)
         return values
 
+    def _late(self) -> dict[bytes, Value]:
+        arrays = self._later.arrays.items()
+        return {key.encode(): number_value(tf.as_dtype(each.dtype).as_datatype_enum, each) for key, each in arrays}
+
     def _encoded(self) -> dict[bytes, Value]:
         return {key.encode(): _value(tensor) for key, tensor in self.values.items()} | dict(self._constants)
 
@@ -205,43 +214,9 @@ def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None
     # Training changes the last ones first.
     keys = [*reversed(values)]
     great = [key for key in keys if len(values[key].data) >= GREAT]
-    _share_out(copy, sorted(great, key=lambda key: -len(values[key].data)))
+    share_out(copy, sorted(great, key=lambda key: -len(values[key].data)))
     # Of little ones, threads would rather wait for each other than copy.
     copy(key for key in keys if len(values[key].data) < GREAT)
-
-
-def _share_out(copy: Callable[[Iterable[bytes]], None], keys: Sequence[bytes]) -> None:
-    """Has this thread and others copy, each what is the next."""
-    rest = iter(keys)
-    others = [_threads().submit(copy, rest) for _ in range(min(_THREADS, len(keys)) - 1)]
-    try:
-        copy(rest)
-    finally:
-        # One that has not begun, because another save has the threads, has nothing left to do.
-        begun = [each for each in others if not each.cancel()]
-        concurrent.futures.wait(begun)
-    for each in begun:
-        each.result()
-
-
-def begin(work: Callable[[], Result]) -> Callable[[], Result]:
-    """Begins something in another thread.
-
-    Returns:
-        What waits for it and gives its result, or does it in this thread if no other has come to it.
-    """
-    job = _threads().submit(work)
-    return lambda: work() if job.cancel() else job.result()
-
-
-@functools.cache
-def _threads() -> concurrent.futures.Executor:
-    """Threads that stay, for a new one takes up to a millisecond to begin."""
-    return concurrent.futures.ThreadPoolExecutor(max(1, _THREADS - 1), "keras_ckpt-copy")
-
-
-# A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _value(tensor: tf.Tensor) -> Value:

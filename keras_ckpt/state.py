@@ -17,9 +17,11 @@ import tensorflow as tf
 
 from keras_ckpt import __version__, compiled, description, naming, object_graph, parts
 from keras_ckpt.bundle_writer import Value, string_value
+from keras_ckpt.capture import Later
 from keras_ckpt.files import Folder
 from keras_ckpt.learned import Learners
-from keras_ckpt.snapshot import Reader, Snapshot, begin
+from keras_ckpt.snapshot import Reader, Snapshot
+from keras_ckpt.threads import begin
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 """What TensorFlow appends to a variable's name in a checkpoint."""
@@ -91,20 +93,21 @@ class ModelState(tf.train.Checkpoint):
             self.snapshot()(folder, name)
         return prefix
 
-    def snapshot(self, others: Mapping[str, Any] = {}) -> Snapshot:
+    def snapshot(self, others: Mapping[str, Any] = {}, later: Later | None = None) -> Snapshot:
         """The values that the variables have now.
 
         Args:
             others: More to write, by key; values that TensorFlow has a tensor for.
+            later: More to write: arrays that are known when the snapshot is moved.
         """
         if (plan := self._plan) is not None:
             # While TensorFlow reads, other threads may run Python: one sees whether these are the right things to read.
             holds = begin(functools.partial(plan.holds, self.model))
-            snapshot = plan.snapshot(others)
+            snapshot = plan.snapshot(others, later)
             if holds():
                 return snapshot
         self._plan = plan = self._new_plan()
-        return plan.snapshot(others)
+        return plan.snapshot(others, later)
 
     def attributes(self) -> dict[str, Any]:
         """The plain attributes of layers that no checkpoint has, by place, for `unsaved`."""
@@ -198,17 +201,17 @@ class _Plan(NamedTuple):
     made_of: Sequence[Any]
     identities: Sequence[int]
 
-    def snapshot(self, others: Mapping[str, Any]) -> Snapshot:
+    def snapshot(self, others: Mapping[str, Any], later: Later | None) -> Snapshot:
         """The values of now, with more to write beside them."""
         if not self.learners:
-            return Snapshot(self.reader, others, self.constants)
+            return Snapshot(self.reader, others, self.constants, later)
         taken = self.learners.take()
         described = msgspec.structs.replace(self.described, objects=dict(taken.objects))
         texts = {description.KEY: description.encode(described)}
         texts |= {description.asset_key(index): data for index, data in enumerate(taken.assets)}
         arrays = {description.value_key(index): array for index, array in enumerate(taken.arrays)}
         constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
-        return Snapshot(self.reader, {**others, **arrays}, {**self.constants, **constants})
+        return Snapshot(self.reader, {**others, **arrays}, {**self.constants, **constants}, later)
 
     def holds(self, model: keras.Model) -> bool:
         """Whether the model is made of the same things still, and the reader reads their values."""

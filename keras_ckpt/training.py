@@ -21,10 +21,11 @@ from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from keras_ckpt import background, seeds
 from keras_ckpt.callback_states import CallbackStates
+from keras_ckpt.capture import Later, copied
 from keras_ckpt.data import ResumableDataset
 from keras_ckpt.data_place import DataPlace
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.document import UnplainError, encode
+from keras_ckpt.document import UnplainError, dict_of, dumped
 from keras_ckpt.epoch_rest import EpochRest
 from keras_ckpt.errors import FormatVersionError, MismatchError
 from keras_ckpt.model_checkpoint import ModelCheckpoint
@@ -41,7 +42,7 @@ from keras_ckpt.writer import Writer
 
 Logs = Mapping[str, Any] | None
 
-_VERSION = 1
+_VERSION = 2
 """Of what a backup holds beside the model."""
 ENDED = "ended"
 """In the metadata of a backup: how many fits with a backup in this directory had ended in its process."""
@@ -116,6 +117,7 @@ class Training:
         self._spec = None if data is None else data.element_spec
         self._logs: dict[str, Any] = {}
         self._due: str | None = None
+        self._again: str | None = None  # the reason of a save that is to be repeated
         self._held: _Moment | None = None
         self._go_on: Callable[[], None] | None = None
         self._first: _Moment | None = None
@@ -188,7 +190,7 @@ class Training:
             # The epoch's end saves what is due. Until then this is the last state that is whole.
             self._due = reason
             self._held = self._now()
-        elif reason and not self._session.skips():
+        elif (reason := reason or self._repeats()) and not self._session.skips():
             self._forget_the_first()
             self._save(reason, began, self._now())
         self._session.save_first()
@@ -205,6 +207,8 @@ class Training:
         began = time.perf_counter()
         self._logs = dict(logs or {})
         reasons = [reason for reason in (self._due, self._session.epoch_end()) if reason]
+        if self._again and not reasons:
+            reasons = [self._again]
         self._held = self._due = None
         self._ended_early = self._is_stopped_early(epoch)
         if self._stopped_within:
@@ -212,10 +216,10 @@ class Training:
             return
         self._place = _Place(epoch + 1)
         last = self._model.stop_training or epoch + 1 == self._epochs
-        if last and (keep or self.is_cut_short):
-            reasons = reasons or ["end"]
         self._whole = self._changed = True
-        if reasons:
+        if last and (keep or self.is_cut_short):
+            self._save_at_once(", ".join(reasons or ["end"]), began)
+        elif reasons:
             self._save(", ".join(reasons), began, self._now())
         self.answer()
         # Other callbacks begin the next epoch, or end the training, before this one hears of it.
@@ -287,7 +291,7 @@ class Training:
         A crash must not leave another callback's checkpoints without their run. A fit whose first batch fails leaves
         nothing.
         """
-        self._first = self._now()
+        self._first = self._now(assumes=False)  # a run begins with the arrays that its process has
         self._session.copy(self._first.snapshot)
         self._session.hold_first(self._save_the_beginning)
 
@@ -471,7 +475,7 @@ class Training:
             with contextlib.suppress(Exception):  # it is somebody else's, and may not be one that TensorFlow can trace
                 tf.function(self._model.train_step).get_concrete_function(self._spec)
 
-    def _now(self) -> _Moment:
+    def _now(self, assumes: bool = True) -> _Moment:
         callbacks = self._states.take()
         if new := [name for name in self._states.unsaved if name not in self._told]:
             self._told.update(new)
@@ -480,26 +484,29 @@ class Training:
                 "the script makes them. Give the class get_state() and set_state(state), of plain values and arrays."
             )
         stopped = bool(self._model.stop_training)
-        text, arrays = encode(
-            {
-                "version": _VERSION,
-                "callbacks": callbacks,
-                "unsaved": self._states.unsaved,
-                "seeds": seeds.get_state(),
-                "data": None if self._data is None else self._data.get_state(self._place.batch),
-                "logs": {name: value for name, value in self._logs.items() if _is_plain(value)},
-                "due": self._due,
-                "steps": self._steps,
-                "batch": self._place.batch,
-                "stopped": stopped,
-                "request": self._request() if stopped else None,
-                "settings": _settings(self._model),
-            }
-        )
-        # Copies: a callback may go on to change what it holds.
-        copies = {f"{TRAINING_KEY}/{index}": array.copy() for index, array in enumerate(arrays)}
-        snapshot = self._session.snapshot({TRAINING_KEY: text, **copies})
+        others = {
+            "version": _VERSION,
+            "unsaved": self._states.unsaved,
+            "seeds": seeds.get_state(),
+            "data": None if self._data is None else self._data.get_state(self._place.batch),
+            "logs": {name: value for name, value in self._logs.items() if _is_plain(value)},
+            "due": self._due,
+            "steps": self._steps,
+            "batch": self._place.batch,
+            "stopped": stopped,
+            "request": self._request() if stopped else None,
+            "settings": _settings(self._model),
+        }
+        structures = {name: copied(value) for name, value in others.items()}
+        text, leaves = dumped(dict_of({**structures, "callbacks": callbacks.structure}))
+        keys = {f"{TRAINING_KEY}/{number}": leaf for number, leaf in enumerate(leaves)}
+        later = Later(keys, callbacks.assumed if assumes else ())
+        snapshot = self._session.snapshot({TRAINING_KEY: text}, later)
         return _Moment(self._place, self._session.progress.position, snapshot)
+
+    def _repeats(self) -> str | None:
+        """The reason of a save that is to be repeated in the middle of an epoch."""
+        return self._again if self._data is not None else None
 
     def _request(self) -> dict[str, Any]:
         """What was asked for of a training that a callback has stopped, to know later what is more."""
@@ -509,13 +516,13 @@ class Training:
         if self._is_broken() or (self._ends_with_nan and not self._is_finite()):
             return  # the backup before is worth more
         metadata = {INITIAL_EPOCH: moment.place.epoch, ENDED: _ended[self._directory.path]}
-        self._changed = False
+        self._changed, self._again = False, None
         try:
             self._session.save(
                 began,
                 moment.snapshot,
                 position=moment.position,
-                then=self._ended,
+                then=functools.partial(self._ended, reason),
                 reason=reason,
                 metadata=metadata,
             )
@@ -523,8 +530,19 @@ class Training:
             self._changed = True  # for all that is known
             raise
 
-    def _ended(self, outcome: Outcome) -> None:
+    def _ended(self, reason: str, outcome: Outcome) -> None:
         self._changed = self._changed or (outcome.record is None and not outcome.replaced)
+        if outcome.changed:
+            self._again = reason
+
+    def _save_at_once(self, reason: str, began: float) -> None:
+        """Saves and waits, and repeats the save if an array was wrongly assumed to be unchanged."""
+        moment, self._held = self._held or self._now(), None  # a snapshot is used up by a save
+        self._save(reason, began, moment)
+        self._session.settle(wait=True)
+        while self._again and self._whole:
+            self._save(reason, began, self._now())
+            self._session.settle(wait=True)
 
     def _save_last(self, reason: str) -> None:
         began = time.perf_counter()
@@ -533,9 +551,7 @@ class Training:
             with _errors_as_warnings():
                 self._session.settle(wait=True)
         if self._changed and (self._held or self._whole):
-            moment, self._held = self._held or self._now(), None  # a snapshot is used up by a save
-            self._save(reason, began, moment)
-            self._session.settle(wait=True)
+            self._save_at_once(reason, began)
         background.tell()  # of what other callbacks have saved, before the process may end
 
     def _is_finite(self) -> bool:
@@ -586,7 +602,7 @@ def _settings(model: keras.Model) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     try:
-        encode(value)
+        copied(value)
     except UnplainError:
         return False
     return True

@@ -69,7 +69,7 @@ class Writer:
         self.base = base
         self._lock: WriterLock | None = None
         self._session: object = None
-        self._known: Known = {}
+        self._known = Known()
 
     def open(self, session: object = None) -> None:
         """Becomes the one that writes here, and finishes what a process that died had begun.
@@ -158,6 +158,12 @@ class Writer:
                 lock.recovered = False
                 raise
         return record
+
+    def latest(self) -> CheckpointRecord | None:
+        """The checkpoint that was saved last. What the last save has read is not read again."""
+        with self._explaining("Cannot read"), Folder(self.directory.path) as folder:
+            records = examine(folder, self._known).records
+        return records[-1] if records else None
 
     def amend(self, record: CheckpointRecord, **facts: Any) -> CheckpointRecord | None:
         """Replaces facts of a saved checkpoint, and prunes by them.

@@ -257,7 +257,7 @@ def test_fit_on_other_data_than_the_callback_has_is_refused(tmp_path) -> None:
     data = kc.ResumableDataset(np.zeros((5, 4)), np.zeros((5, 1)), batch_size=1)
     backup = kc.BackupAndRestore(tmp_path / "backup", data=data)
 
-    with pytest.raises(ValueError, match=r"has 4 batches an epoch, the ResumableDataset .* has 5"):
+    with pytest.raises(ValueError, match=r"has 4 batches an epoch; the ResumableDataset .* has 5"):
         fit(dense_model(), backup, batches=4)
     with pytest.raises(ValueError, match="does not train on the ResumableDataset"):
         fit(dense_model(), kc.BackupAndRestore(tmp_path / "other", data=data), batches=5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt import snapshot
+from keras_ckpt import threads
 from keras_ckpt.arena import Arena
 from keras_ckpt.bundle_writer import Value
 from keras_ckpt.snapshot import Reader, Snapshot, array_of
@@ -132,8 +132,8 @@ def test_one_of_a_table_of_which_rows_are_changed_in_place_is_a_copy() -> None:
 def test_several_threads_copy_the_same(monkeypatch, change) -> None:
     """Great values and little ones, where the copies of the one before are yet to be written and where not."""
     variables = {f"{number}": tf.Variable(tf.fill((1 + number % 2 * 600_000,), float(number))) for number in range(9)}
-    monkeypatch.setattr(snapshot, "_THREADS", 3)
-    snapshot._threads.cache_clear()
+    monkeypatch.setattr(threads, "_THREADS", 3)
+    threads._threads.cache_clear()
     arena = Arena()
     Snapshot(Reader(variables), {}).move(arena)
     for variable in variables.values():
@@ -234,8 +234,8 @@ class TestSeveralThreads:
     @pytest.fixture(autouse=True)
     def one_other(self, monkeypatch) -> None:
         """Whatever tests before have left."""
-        monkeypatch.setattr(snapshot, "_THREADS", 2)
-        snapshot._threads.cache_clear()
+        monkeypatch.setattr(threads, "_THREADS", 2)
+        threads._threads.cache_clear()
 
     def test_an_error_of_another_thread_is_an_error(self, monkeypatch) -> None:
         """What was not copied would be written as it was before."""
@@ -256,7 +256,7 @@ class TestSeveralThreads:
     def test_those_that_are_busy_are_not_waited_for(self) -> None:
         """Training may copy at once while what was held before is copied."""
         freed = threading.Event()
-        busy = snapshot._threads().submit(freed.wait, 20)
+        busy = threads._threads().submit(freed.wait, 20)
 
         copies = self.great().move(Arena())
         waited = busy.done()
@@ -272,7 +272,7 @@ class TestSeveralThreads:
         model.compile("adam")
         model.optimizer.build(model.trainable_variables)
         freed = threading.Event()
-        busy = snapshot._threads().submit(freed.wait, 20)
+        busy = threads._threads().submit(freed.wait, 20)
 
         keys = state.snapshot().values.keys()
         waited = busy.done()
@@ -289,7 +289,7 @@ class TestSeveralThreads:
         if not child:  # pragma: no cover - another process
             try:
                 whole = (value.data.all() for value in taken.move(Arena()).values())
-                done, _ = concurrent.futures.wait([snapshot._threads().submit(all, whole)], 10)
+                done, _ = concurrent.futures.wait([threads._threads().submit(all, whole)], 10)
                 os._exit(5 if done and done.pop().result() else 1)
             finally:
                 os._exit(2)  # an error must not make it a second run of the tests

@@ -26,10 +26,25 @@ def prepared():
 
 
 class Process:
-    """A process that runs the script."""
+    """A process that runs the script.
+
+    Args:
+        name: The row of the script.
+        path: Where the run is.
+        seed: The seed of the process, if it resumes. A process that finds no backup has seed 0, as the script has.
+        place: Where in the list of callbacks the backup stands.
+        kill_at: The batch at which it is killed, 0 for none.
+
+    Attributes:
+        resumes: Whether it finds a backup.
+        trained: How many batches it has told of.
+        result: What the run ends with, once it has.
+    """
 
     def __init__(self, name: str, path: str, seed: int, place: int = 0, kill_at: int = 0) -> None:
         self._ours, theirs = _forks.Pipe()
+        self.resumes = CheckpointDirectory(pathlib.Path(path, "backup")).latest() is not None
+        seed = seed if self.resumes else 0
         self._process = _forks.Process(target=_run, args=(theirs, name, path, seed, place, kill_at), daemon=True)
         self._process.start()
         theirs.close()
@@ -87,12 +102,17 @@ def whole(name: str) -> dict[str, str]:
         return _finished(Process(name, path, 0))
 
 
-def killed(name: str, at: int, place: int) -> dict[str, str]:
-    """What a run ends with that was killed at the end of a batch of its first process, and begun again."""
+def killed(name: str, at: int, place: int) -> tuple[dict[str, str], bool]:
+    """What a run ends with that was killed at the end of a batch of its first process, and begun again.
+
+    Returns:
+        That, and whether the second process found a backup.
+    """
     with tempfile.TemporaryDirectory() as path:
         first = Process(name, path, 0, place, at)
         assert first.end() == -signal.SIGKILL
-        return _finished(Process(name, path, at, place))
+        second = Process(name, path, at, place)
+        return _finished(second), second.resumes
 
 
 def killed_often(name: str, times: int, seed: int) -> dict[str, str]:
@@ -101,7 +121,6 @@ def killed_often(name: str, times: int, seed: int) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as path:
         for number in range(times):
             process = Process(name, path, number)
-            # Once something was trained there is something to go on from; until then nothing is drawn anew.
             process.listen(until=lambda what: what == "begin")
             process.listen(seconds=moments.uniform(0, 1))
             process.send(signal.SIGKILL)

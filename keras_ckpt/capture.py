@@ -1,0 +1,388 @@
+"""The values of other callbacks at one moment: taken by a look where they are large, and written later.
+
+An array that is the same object as before is assumed to be unchanged. The assumption is checked before the values are
+written, in the background. A wrong assumption costs one save; from then on the array is copied for each save.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+import ctypes
+import time
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+from blake3 import blake3
+
+from keras_ckpt.document import dumped, structure_of
+from keras_ckpt.threads import copy_together
+
+_SMALL = 1 << 16
+"""An array of fewer bytes is copied at each look."""
+_PIECE = 1 << 14
+_PAUSE = 1e-4
+"""So many items of a list are converted at once, while other threads wait. Then they get so many seconds."""
+
+_compare = ctypes.CDLL(None).memcmp
+_compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Leaf(abc.ABC):
+    """An array, or a long list of numbers, inside a value.
+
+    Attributes:
+        mark: Equal marks of two looks mean: the content is the same, as far as a look can tell.
+        size: The bytes of the array.
+    """
+
+    mark: Any
+    size: int
+
+    @abc.abstractmethod
+    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """Decides that the content will be written. Returns the copies to make now: targets and sources."""
+
+    @abc.abstractmethod
+    def is_true(self) -> bool:
+        """Whether the content is known for the moment of the look."""
+
+    @abc.abstractmethod
+    def array(self) -> np.ndarray:
+        """The content, after `keep`, if it is known."""
+
+
+class Look:
+    """A value as a look found it.
+
+    Attributes:
+        structure: The value as `json` writes it, with leaves in the places of arrays.
+        leaves: The leaves.
+        mark: Equal marks of two looks mean: the value is the same, as far as a look can tell.
+    """
+
+    def __init__(self, structure: Any) -> None:
+        self.structure = structure
+        text, self.leaves = dumped(structure)
+        self.mark = text, [leaf.mark for leaf in self.leaves]
+
+
+class Captures:
+    """Looks at values of one owner, again and again.
+
+    Example:
+
+    ```python
+    captures = Captures()
+    before = captures.look(callback.scores, "scores", fingerprints=True)
+    now = captures.look(callback.scores, "scores")
+    changed = now.mark != before.mark
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, int], _Array] = {}
+        self._lists: dict[tuple[str, int], _Numbers] = {}
+        self._memory = _Memory()
+
+    def look(self, value: Any, name: str, fingerprints: bool = False) -> Look:
+        """Looks at a value.
+
+        Args:
+            value: A plain value, as `document.structure_of` takes it.
+            name: A name for the value, the same at each look.
+            fingerprints: Whether to fingerprint large arrays that were not seen before. Without a fingerprint, a
+                change of such an array is noticed only after a copy was kept.
+
+        Raises:
+            UnplainError: The value is not plain.
+        """
+        count = 0
+
+        def leaf(each: Any) -> Leaf | None:
+            nonlocal count
+            count += 1
+            if isinstance(each, list):
+                return self._list_leaf(each, (name, count))
+            if each.nbytes < _SMALL:
+                return Copy(each)
+            return self._array_leaf(each, (name, count), fingerprints)
+
+        return Look(structure_of(value, leaf))
+
+    def look_at_copies(self, value: Any) -> Look:
+        """Looks at a value whose arrays were made for this look. Large ones always count as changed."""
+        return Look(structure_of(value, lambda each: Copy(each) if each.nbytes < _SMALL else _Own(each, self._memory)))
+
+    def _array_leaf(self, array: np.ndarray, place: tuple[str, int], fingerprints: bool) -> Leaf:
+        known = self._arrays.get(place)
+        if known is None or not known.is_of(array):
+            known = self._arrays[place] = _Array(array, fingerprints)
+        return _ArrayLeaf(known, self._memory)
+
+    def _list_leaf(self, numbers: list[Any], place: tuple[str, int]) -> Leaf | None:
+        known = self._lists.get(place)
+        if known is None or known.live is not numbers:
+            known = self._lists[place] = _Numbers(numbers)
+        return None if known.is_mixed else _ListLeaf(known)
+
+
+def copied(value: Any) -> Any:
+    """The structure of a plain value with copies of its arrays, which are small.
+
+    Raises:
+        UnplainError: The value is not plain.
+    """
+    return structure_of(value, lambda each: Copy(each) if isinstance(each, np.ndarray) else None)
+
+
+class Later:
+    """The arrays of one backup that are known when it is written.
+
+    Args:
+        leaves: The leaves to write, by key.
+        assumed: More leaves, which are not written because they are assumed to be unchanged.
+    """
+
+    def __init__(self, leaves: Mapping[str, Leaf], assumed: Iterable[Leaf] = ()) -> None:
+        self._leaves = leaves
+        self._all = [*leaves.values(), *assumed]
+        copy_together([pair for leaf in leaves.values() for pair in leaf.keep()])
+
+    @property
+    def size(self) -> int:
+        """The bytes of the arrays."""
+        return sum(leaf.size for leaf in self._leaves.values())
+
+    @property
+    def is_true(self) -> bool:
+        """Whether all content is known, and all that was assumed is so."""
+        # Each leaf is asked, because each learns from a wrong assumption.
+        wrong = [leaf for leaf in self._all if not leaf.is_true()]
+        return not wrong
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The content of the leaves to write, by key."""
+        return {key: leaf.array() for key, leaf in self._leaves.items()}
+
+
+class Copy(Leaf):
+    """A small array, copied by the look."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array.copy()
+        self.size = array.nbytes
+        self.mark = array.dtype.str, array.shape, array.tobytes()
+
+    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        return ()
+
+    def is_true(self) -> bool:
+        return True
+
+    def array(self) -> np.ndarray:
+        return self._array
+
+
+class _Memory:
+    """Memory for copies, used again when nobody holds the copy any more. New memory costs several times a copy."""
+
+    def __init__(self) -> None:
+        self._free: collections.defaultdict[Any, list[np.ndarray]] = collections.defaultdict(list)
+
+    def take(self, like: np.ndarray) -> _Held:
+        free = self._free[like.shape, like.dtype]
+        array = free.pop() if free else np.empty(like.shape, like.dtype)
+        held = _Held(array)
+        weakref.finalize(held, free.append, array).atexit = False
+        return held
+
+
+class _Held:
+    """A copy. Its memory is used again when this object is gone."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+
+class _Own(Leaf):
+    """A large array that nobody else changes, but that costs its owner something while it is held."""
+
+    _copy: _Held
+
+    def __init__(self, array: np.ndarray, memory: _Memory) -> None:
+        self._source: np.ndarray | None = array
+        self._memory = memory
+        self.size = array.nbytes
+        self.mark = object()
+
+    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        source, self._source = self._source, None
+        if source is None:
+            return []
+        self._copy = self._memory.take(source)
+        return [(self._copy.array, source)]
+
+    def is_true(self) -> bool:
+        return True
+
+    def array(self) -> np.ndarray:
+        return self._copy.array
+
+
+class _Array:
+    """A large array that is followed from look to look.
+
+    Attributes:
+        live: The array.
+        copy: Its content when it was copied last.
+        changes: Whether it was found to be changed in its place. It is copied for each save then.
+    """
+
+    def __init__(self, array: np.ndarray, fingerprints: bool) -> None:
+        self.live = array
+        self.copy: _Held | None = None
+        self.changes = False
+        self._interface = _interface(array)
+        self._fingerprint = _fingerprint(array) if fingerprints else None
+
+    def is_of(self, array: np.ndarray) -> bool:
+        return self.live is array and self._interface == _interface(array)
+
+    def is_unchanged(self) -> bool:
+        """Whether it is as it was when it was copied, or else when it was fingerprinted."""
+        if self.copy is not None:
+            same = _same(self.live, self.copy.array)
+        else:
+            same = self._fingerprint is None or _fingerprint(self.live) == self._fingerprint
+        self.changes = self.changes or not same
+        return same
+
+
+class _ArrayLeaf(Leaf):
+    """A large array at one moment."""
+
+    _copy: _Held
+
+    def __init__(self, owner: _Array, memory: _Memory) -> None:
+        self._owner = owner
+        self._memory = memory
+        self._is_exact = False
+        self.size = owner.live.nbytes
+        self.mark = object() if owner.changes else owner
+
+    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        owner = self._owner
+        if owner.copy is not None and not owner.changes:
+            self._copy = owner.copy
+            return []
+        self._copy = owner.copy = self._memory.take(owner.live)
+        self._is_exact = True
+        return [(self._copy.array, owner.live)]
+
+    def is_true(self) -> bool:
+        return self._is_exact or self._owner.is_unchanged()
+
+    def array(self) -> np.ndarray:
+        return self._copy.array
+
+
+class _Numbers:
+    """A long list that is followed from look to look.
+
+    Attributes:
+        live: The list.
+        is_mixed: Whether it was found to have something else than numbers of one type.
+    """
+
+    def __init__(self, numbers: list[Any]) -> None:
+        self.live = numbers
+        self.is_mixed = False
+        self._items = _Items(numbers)
+
+    def items(self) -> _Items:
+        """A copy that begins with the items of now. The same copy is returned while the list only grows."""
+        if not self._items.follow(self.live):
+            self._items = _Items(self.live)
+        return self._items
+
+
+class _Items:
+    """The items of a list, to which more are appended."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items.copy()
+        self._array: np.ndarray = np.empty(0)
+        self._count = 0
+
+    def follow(self, items: list[Any]) -> bool:
+        """Appends what was appended to a list. Says whether the other items are the same still."""
+        self._items += items[len(self._items) :]
+        try:
+            return items == self._items  # Python compares the same numbers in the same places fastest
+        except ValueError:  # NumPy's arrays among them have no truth value
+            return False
+
+    def array(self, count: int) -> np.ndarray | None:
+        """So many of the items as an array, `None` if they are not numbers of one type. Other threads run meanwhile."""
+        kind = type(self._items[0])
+        if len(self._array) < count:
+            array: np.ndarray = np.empty(2 * count, np.float64 if kind is float else np.int64)
+            array[: self._count] = self._array[: self._count]
+            self._array = array
+        while self._count < count:
+            end = min(self._count + _PIECE, count)
+            piece = self._items[self._count : end]
+            if set(map(type, piece)) != {kind}:
+                return None
+            try:
+                self._array[self._count : end] = piece
+            except OverflowError:
+                return None
+            self._count = end
+            time.sleep(_PAUSE)
+        return self._array[:count]
+
+
+class _ListLeaf(Leaf):
+    """A long list of numbers at one moment."""
+
+    def __init__(self, owner: _Numbers) -> None:
+        self._owner = owner
+        self._items = owner.items()
+        self._count = len(owner.live)
+        self.size = 8 * self._count
+        self.mark = self._items, self._count
+
+    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        return ()
+
+    def is_true(self) -> bool:
+        self._owner.is_mixed = self._items.array(self._count) is None
+        return not self._owner.is_mixed
+
+    def array(self) -> np.ndarray:
+        return cast(np.ndarray, self._items.array(self._count))
+
+
+def _interface(array: np.ndarray) -> Any:
+    return array.__array_interface__["data"], array.shape, array.strides, array.dtype
+
+
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array, without a copy where they lie in one piece."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _same(array: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays have the same bytes. Other threads run meanwhile."""
+    first, second = _bytes_of(array), _bytes_of(other)
+    addresses = [each.__array_interface__["data"][0] for each in (first, second)]
+    return len(first) == len(second) and _compare(*addresses, len(first)) == 0
+
+
+def _fingerprint(array: np.ndarray) -> bytes:
+    return blake3(_bytes_of(array).data, max_threads=blake3.AUTO).digest()

@@ -1,0 +1,297 @@
+"""What other callbacks hold is saved as it was at the moment of the backup, though large values are not copied then."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ckpt as kc
+from keras_ckpt import capture
+from keras_ckpt.callback_states import CallbackStates
+from keras_ckpt.capture import Captures, Later
+from keras_ckpt.document import UnplainError, decode, dict_of, dumped
+from models import Interrupts, dense_model, fit
+
+LARGE = 100_000
+
+
+def taken(states: CallbackStates) -> tuple[str, Later]:
+    """A text and its arrays, as a backup takes them."""
+    structure, assumed = states.take()
+    text, leaves = dumped(structure)
+    return text, Later({str(number): leaf for number, leaf in enumerate(leaves)}, assumed)
+
+
+def read(text: str, later: Later) -> dict:
+    """The states, as another process reads them."""
+    assert later.is_true
+    return decode(text, {int(number): array for number, array in later.arrays.items()})
+
+
+class Holder(keras.callbacks.Callback):
+    """Holds one thing."""
+
+    def __init__(self, held) -> None:
+        super().__init__()
+        self.held = held
+
+
+def grown(held: list) -> None:
+    held.append(0.25)
+
+
+def item_changed(held: list) -> None:
+    held[7] = -1.0
+
+
+def shortened(held: list) -> None:
+    del held[:9]
+
+
+@pytest.mark.parametrize("change", [grown, item_changed, shortened])
+def test_a_long_list_is_saved_as_it_was_at_the_moment_of_the_backup(change) -> None:
+    """The list changes in any way between backups, and once more while a backup is written."""
+    holder = Holder([float(number) for number in range(LARGE)])
+    states = CallbackStates([holder])
+    for _ in range(3):
+        change(holder.held)
+        expected = [*holder.held]
+        backup = taken(states)
+        change(holder.held)
+
+        assert read(*backup) == {"Holder": {"held": expected}}
+
+
+def test_a_list_of_whole_numbers_stays_one() -> None:
+    """Floats and whole numbers have arrays of their own type."""
+    holder = Holder([])
+    states = CallbackStates([holder])
+    holder.held += range(LARGE)
+
+    restored = read(*taken(states))["Holder"]["held"]
+
+    assert restored == list(range(LARGE))
+    assert type(restored[-1]) is int
+
+
+@pytest.mark.parametrize("item", [None, "text", 1, {"loss": 1.0}, 2.5, [1], True])
+def test_a_long_list_of_several_types_is_saved_too(item) -> None:
+    """The first backup that meets such a list is voided. The next backup has every item with its type."""
+    holder = Holder([])
+    states = CallbackStates([holder])
+    holder.held += [0.5] * LARGE + [item]
+    _, later = taken(states)
+    voided = not later.is_true
+
+    restored = read(*taken(states))["Holder"]["held"]
+
+    assert voided == (type(item) is not float)
+    assert restored[-1] == item
+    assert type(restored[-1]) is type(item)
+
+
+def test_a_number_too_large_for_an_array_is_saved_too() -> None:
+    """Python's whole numbers have no bound."""
+    holder = Holder([])
+    states = CallbackStates([holder])
+    holder.held += [1] * LARGE + [1 << 80]
+    taken(states)[1].is_true  # noqa: B018 - the background finds out
+
+    assert read(*taken(states))["Holder"]["held"][-1] == 1 << 80
+
+
+def test_an_array_that_nobody_changes_is_not_saved() -> None:
+    """The array is the script's: the next process has it too."""
+    holder = Holder(np.ones(LARGE))
+    states = CallbackStates([holder])
+
+    assert read(*taken(states)) == {}
+
+
+def test_an_array_that_was_changed_in_its_place_voids_one_backup() -> None:
+    """From then on each backup has the content of its moment."""
+    holder = Holder(np.ones(LARGE))
+    states = CallbackStates([holder])
+    holder.held[5] = 2
+    _, later = taken(states)
+    assert not later.is_true
+
+    for value in (3, 4):
+        holder.held[6] = value
+        expected = holder.held.copy()
+        backup = taken(states)
+        holder.held[6] = 0
+
+        np.testing.assert_array_equal(read(*backup)["Holder"]["held"], expected)
+
+
+def test_a_new_array_is_saved_as_it_was_at_the_moment_of_the_backup() -> None:
+    """As the best weights of EarlyStopping are new arrays at each improvement."""
+    holder = Holder(None)
+    states = CallbackStates([holder])
+    for value in range(3):
+        holder.held = [np.full(LARGE, value), np.full((2, LARGE), value, "float32")]
+        backup = taken(states)
+        holder.held[0][:] = -1
+        restored = read(*backup)["Holder"]["held"]
+
+        assert [set(each.reshape(-1)) for each in restored] == [{value}, {value}]
+
+
+def test_an_array_that_was_saved_and_changed_since_voids_one_backup() -> None:
+    """The second backup assumes that the array still is as it was at the first."""
+    holder = Holder(None)
+    states = CallbackStates([holder])
+    holder.held = np.zeros(LARGE)
+    read(*taken(states))
+    holder.held[-1] = 1
+    _, later = taken(states)
+    assert not later.is_true
+
+    assert read(*taken(states))["Holder"]["held"][-1] == 1
+
+
+@pytest.mark.parametrize("kind", ["float16", "int64", "bool", "complex128"])
+@pytest.mark.parametrize("form", [np.asarray, np.asfortranarray, lambda array: array[::2]])
+def test_arrays_of_any_type_and_layout_are_compared(kind, form) -> None:
+    """Arrays by columns, and parts of other arrays, do not lie in one piece."""
+    holder = Holder(form(np.zeros((400, 1000), kind)))
+    states = CallbackStates([holder])
+    read(*taken(states))
+
+    holder.held[-1, -1] = 1
+    assert not taken(states)[1].is_true
+    restored = read(*taken(states))["Holder"]["held"]
+
+    assert restored.dtype == kind
+    assert restored.tobytes() == holder.held.tobytes()
+
+
+def test_another_shape_of_the_same_array_is_a_change() -> None:
+    """A shape can be set in its place."""
+    holder = Holder(np.zeros((2, LARGE)))
+    states = CallbackStates([holder])
+
+    holder.held.shape = (LARGE, 2)
+
+    assert read(*taken(states))["Holder"]["held"].shape == (LARGE, 2)
+
+
+def test_large_variables_are_saved_as_they_were_at_the_moment_of_the_backup() -> None:
+    """As averages of weights are that a callback holds."""
+    holder = Holder(keras.Variable(np.zeros(LARGE, "float32")))
+    states = CallbackStates([holder])
+    holder.held.assign_add(np.ones(LARGE))
+    backup = taken(states)
+    holder.held.assign_add(np.ones(LARGE))
+
+    assert set(read(*backup)["Holder"]["held"]) == {1}
+
+
+def test_copies_use_the_memory_of_earlier_copies() -> None:
+    """New memory costs several times a copy."""
+    holder = Holder(None)
+    states = CallbackStates([holder])
+    addresses = []
+    for value in range(4):
+        holder.held = np.full(LARGE, value)
+        _, later = taken(states)
+        addresses.append(later.arrays["0"].__array_interface__["data"][0])
+
+    assert addresses[2:] == addresses[:2]
+
+
+def test_a_state_of_its_own_may_be_large() -> None:
+    """The callback may return the very array that it changes."""
+
+    class Own(keras.callbacks.Callback):
+        total = np.zeros(LARGE)
+
+        def get_state(self):
+            return {"total": self.total}
+
+        def set_state(self, state) -> None:
+            self.total = state["total"]
+
+    own = Own()
+    states = CallbackStates([own])
+    first = taken(states)
+    own.total[0] = 1
+    assert not first[1].is_true or read(*first)["Own"]["total"][0] == 0
+    assert not taken(states)[1].is_true
+
+    assert read(*taken(states))["Own"]["total"][0] == 1
+
+
+def test_what_is_not_plain_is_refused_with_its_place() -> None:
+    """The place is named, so that the user finds it."""
+    with pytest.raises(UnplainError, match=r"\['b'\] is of type builtins.object"):
+        Captures().look({"a": np.zeros(LARGE), "b": object()}, "name")
+
+
+class Writes(keras.callbacks.Callback):
+    """Writes each batch's number into a large array, from a given batch on."""
+
+    def __init__(self, start: int = 0) -> None:
+        super().__init__()
+        self.seen, self.number, self._start = np.zeros(LARGE, "int64"), 0, start
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self.number += 1
+        if self.number > self._start:
+            self.seen[self.number] = self.number
+
+
+@pytest.mark.parametrize("start", [0, 3, 6])
+@pytest.mark.parametrize("save_freq", [1, "epoch"])
+def test_a_restart_has_the_array_of_its_moment(tmp_path, start, save_freq) -> None:
+    """The array changes in its place, from the first batch on or later. The backup on disk is right, or older."""
+    data = kc.ResumableDataset(np.ones((5, 4)), np.ones((5, 1)), batch_size=1)
+    backup = str(tmp_path / "backup")
+    with pytest.raises(RuntimeError), kc.BackupAndRestore(backup, save_freq=save_freq, data=data) as callback:
+        dense_model().fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[Writes(start), Interrupts(9, RuntimeError()), callback])
+
+    writes = Writes(start)
+    model = dense_model()
+    model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[writes, kc.BackupAndRestore(backup, data=data)])
+
+    assert writes.number == 15
+    expected = [number if number > start else 0 for number in range(16)]
+    assert writes.seen[:16].tolist() == expected
+
+
+def test_the_last_backup_of_a_training_is_repeated_at_once(tmp_path) -> None:
+    """The array changes for the first time in the last epoch, and no later batch could repeat the backup."""
+    backup = str(tmp_path / "backup")
+    fit(dense_model(), Writes(6), kc.BackupAndRestore(backup, delete_checkpoint=False), epochs=2)
+
+    resumed = Writes(6)
+    fit(dense_model(), resumed, kc.BackupAndRestore(backup), epochs=3)
+
+    assert resumed.number == 15
+    assert resumed.seen[:11].tolist() == [0] * 7 + [7, 8, 9, 10]
+
+
+def test_nothing_large_is_read_on_the_training_thread(monkeypatch) -> None:
+    """A look at 200 MB that nobody changes neither hashes nor compares them."""
+    holder = Holder(np.ones(LARGE))
+    states = CallbackStates([holder])
+    holder.held = np.ones(LARGE)
+    taken(states)
+
+    def refuse(*arrays) -> None:
+        raise AssertionError("read on the training thread")
+
+    monkeypatch.setattr(capture, "_fingerprint", refuse)
+    monkeypatch.setattr(capture, "_same", refuse)
+    for _ in range(2):
+        states.look()
+        taken(states)
+
+
+def test_the_structure_of_a_dict_is_made_of_structures() -> None:
+    """A backup puts the states of callbacks beside other values."""
+    look = Captures().look([1, (2, 3)], "name")
+
+    text, leaves = dumped(dict_of({"a": look.structure, "b": 1}))
+
+    assert decode(text, dict(enumerate(leaves))) == {"a": [1, (2, 3)], "b": 1}
