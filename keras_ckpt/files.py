@@ -98,6 +98,10 @@ class Folder:
         """The names in the directory, in no order."""
         return os.listdir(self.descriptor)
 
+    def changed(self) -> int:
+        """When a file in the directory was created, replaced or removed last, in nanoseconds."""
+        return os.fstat(self.descriptor).st_mtime_ns
+
     def inodes(self) -> dict[str, int]:
         """The numbers of the files in the directory, by name. A file that is replaced has another number."""
         with os.scandir(self.descriptor) as entries:

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import itertools
 import operator
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -24,6 +25,8 @@ PIN_LIMIT = 4096
 """The greatest size of a pin's reason in bytes."""
 _CHECKED = 16
 """So many known checkpoints are read again by a look, in turns."""
+_TICK = 100_000_000
+"""Within so many nanoseconds a file system may give two changes of a directory the same time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +95,12 @@ class Known:
         self.records: dict[str, CheckpointRecord] = {}  # read longest ago first
         self._listing: Listing | None = None
         self._inodes: Mapping[str, int] = {}
+        self._changed = 0
         self._owners: dict[str, str] = {}
 
-    def listing(self, inodes: Mapping[str, int]) -> Listing | None:
-        """The listing of the look before, if no file was replaced since."""
-        return self._listing if inodes == self._inodes else None
+    def listing(self, folder: Folder) -> Listing | None:
+        """The listing of the look before, if no file of the directory was replaced since."""
+        return self._listing if folder.changed() == self._changed else None
 
     def forget(self, inodes: Mapping[str, int]) -> None:
         """Forgets each checkpoint of which a file was replaced, and some others in turns."""
@@ -112,10 +116,11 @@ class Known:
         self.records[record.name] = record
         self._owners |= dict.fromkeys(_files(record), record.name)
 
-    def keep(self, inodes: Mapping[str, int], listing: Listing) -> Listing:
-        """Notes a listing, and what was there before anything of it was read."""
-        self._inodes, self._listing = inodes, None if listing.damaged else listing
-        return listing
+    def keep(self, listing: Listing, inodes: Mapping[str, int], changed: int) -> None:
+        """Notes a listing, and the numbers of the files and the time of the last change from before it was read."""
+        self._inodes, self._listing = inodes, listing
+        trusted = not listing.damaged and time.time_ns() - changed > _TICK
+        self._changed = changed if trusted else 0
 
 
 def scan(
@@ -129,11 +134,12 @@ def scan(
         known: What the look before has found.
     """
     known = known or Known()
-    inodes = folder.inodes()
-    listing = known.listing(inodes)
+    listing = known.listing(folder)
     if listing is None:
+        changed, inodes = folder.changed(), folder.inodes()
         known.forget(inodes)
-        listing = known.keep(inodes, _listed(folder, inodes, check, known))
+        listing = _listed(folder, inodes, check, known)
+        known.keep(listing, inodes, changed)
     return listing
 
 

@@ -248,7 +248,9 @@ def test_a_restart_has_the_array_of_its_moment(tmp_path, start, save_freq) -> No
     data = kc.ResumableDataset(np.ones((5, 4)), np.ones((5, 1)), batch_size=1)
     backup = str(tmp_path / "backup")
     with pytest.raises(RuntimeError), kc.BackupAndRestore(backup, save_freq=save_freq, data=data) as callback:
-        dense_model().fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[Writes(start), Interrupts(9, RuntimeError()), callback])
+        dense_model().fit(
+            data, epochs=3, verbose=0, shuffle=False, callbacks=[Writes(start), Interrupts(9, RuntimeError()), callback]
+        )
 
     writes = Writes(start)
     model = dense_model()

@@ -1,0 +1,134 @@
+"""A writer reads a directory once, and then only what has changed; it misses no change."""
+
+import os
+import pathlib
+
+import pytest
+
+import keras_ckpt as kc
+from conftest import Filler, payload
+from keras_ckpt.files import Folder
+from keras_ckpt.listing import Known, examine
+from keras_ckpt.policies import BestN, LatestN
+from keras_ckpt.writer import Writer
+
+
+def looked_at(runs: kc.CheckpointDirectory, known: Known):
+    """What a look finds that knows of the look before."""
+    with Folder(runs.path) as folder:
+        return examine(folder, known)
+
+
+def saves(runs: kc.CheckpointDirectory, known: Known) -> None:
+    Filler(pathlib.Path(runs.path)).save("3:0.5")
+
+
+def saves_again(runs: kc.CheckpointDirectory, known: Known) -> None:
+    Writer(runs).save(payload(b"again"), step=200, run_id="run", metrics={"loss": 9.0})
+
+
+def pins(runs: kc.CheckpointDirectory, known: Known) -> None:
+    runs.pin(100, "mine")
+
+
+def pins_by_hand(runs: kc.CheckpointDirectory, known: Known) -> None:
+    pathlib.Path(runs.path, "ckpt-100.keep").touch()
+
+
+def unpins(runs: kc.CheckpointDirectory, known: Known) -> None:
+    runs.pin(100)
+    looked_at(runs, known)
+    runs.unpin(100)
+
+
+def measures(runs: kc.CheckpointDirectory, known: Known) -> None:
+    runs.add_metrics(100, accuracy=0.5)
+
+
+def prunes(runs: kc.CheckpointDirectory, known: Known) -> None:
+    runs.prune(LatestN(5))
+
+
+def removes_by_hand(runs: kc.CheckpointDirectory, known: Known) -> None:
+    pathlib.Path(runs.path, "ckpt-100.index").unlink()
+
+
+def removes_a_sidecar(runs: kc.CheckpointDirectory, known: Known) -> None:
+    pathlib.Path(runs.path, "ckpt-100.json").unlink()
+
+
+def copies_over(runs: kc.CheckpointDirectory, known: Known) -> None:
+    path = pathlib.Path(runs.path, "ckpt-100.index")
+    other = path.with_name("other")
+    other.write_bytes(b"another")
+    other.rename(path)
+
+
+def brings_others(runs: kc.CheckpointDirectory, known: Known) -> None:
+    pathlib.Path(runs.path, "ckpt-9999.index").write_bytes(b"of TensorFlow")
+
+
+CHANGES = [
+    saves, saves_again, pins, pins_by_hand, unpins, measures, prunes, removes_by_hand, removes_a_sidecar, copies_over,
+    brings_others,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_look_that_knows_the_last_one_finds_what_a_first_look_finds(filler, change) -> None:
+    """Whatever changed in between, by whomever."""
+    runs = filler.save(" ".join(f"{step}:0.5" for step in range(10, 600, 10)))
+    known = Known()
+    looked_at(runs, known)
+
+    change(runs, known)
+
+    found, first = looked_at(runs, known), runs.listing()
+    assert (found.records, found.unmanaged, found.sequence) == (first.records, first.unmanaged, first.sequence)
+    assert {name: str(error) for name, error in found.damaged.items()} == {
+        name: str(error) for name, error in first.damaged.items()
+    }
+    assert [record.pin for record in found.records] == [record.pin for record in first.records]
+    assert [record.metrics for record in found.records] == [record.metrics for record in first.records]
+
+
+def test_a_file_that_was_cut_in_its_place_is_found_in_turn(filler) -> None:
+    """Nothing in the directory tells of such a change, so each look reads some checkpoints again."""
+    runs = filler.save(" ".join(map(str, range(100))))
+    known = Known()
+    looked_at(runs, known)
+    with open(os.path.join(runs.path, "ckpt-77.index"), "r+b") as file:
+        file.truncate(1)
+
+    looks = 0
+    while not looked_at(runs, known).damaged:
+        pathlib.Path(runs.path, f"notes-{looks}").touch()  # as each save changes the directory
+        looks += 1
+
+    assert looks <= 10
+
+
+def test_a_damaged_checkpoint_keeps_its_place_in_the_order_of_saving(filler) -> None:
+    """The next checkpoint is newer than the damaged one."""
+    runs = filler.save("1 2 3")
+    pathlib.Path(runs.path, "ckpt-3.index").write_bytes(b"")
+
+    assert Writer(runs).save(payload(), step=4, run_id="run").sequence == 4
+
+
+def test_a_save_reads_no_more_files_with_six_hundred_kept_than_with_thirty(tmp_path, monkeypatch) -> None:
+    """A save looks twice at the directory: what it has read once it does not read again."""
+    reads = []
+    read, size = Folder.read, Folder.size
+    monkeypatch.setattr(Folder, "read", lambda self, *arguments: reads.append(1) or read(self, *arguments))
+    monkeypatch.setattr(Folder, "size", lambda self, *arguments: reads.append(1) or size(self, *arguments))
+    counts = []
+    for kept in (30, 600):
+        writer = Writer(kc.CheckpointDirectory(tmp_path / str(kept)), LatestN(kept) | BestN(1, "loss", "min"))
+        for step in range(kept + 5):
+            writer.save(payload(), step=step, run_id="run", metrics={"loss": float(step)})
+        reads.clear()
+        writer.save(payload(), step=1000, run_id="run", metrics={"loss": 1.0})
+        counts.append(len(reads))
+
+    assert counts[1] < counts[0] + 16
