@@ -13,9 +13,10 @@ import functools
 import os
 import threading
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
+
+from keras_ckpt.notices import warn
 
 Result = TypeVar("Result")
 
@@ -123,7 +124,7 @@ def tell() -> None:
                 # Python shows a text once, so each error has one of its own.
                 run, step = job.moment
                 what = f"The save of step {step} of run {run} in the background failed"
-                warnings.warn(f"{what}: {error}", stacklevel=2)
+                warn(f"{what}: {error}")
 
 
 def _pending() -> list[Job[Any]]:

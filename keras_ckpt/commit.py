@@ -10,13 +10,13 @@ import contextlib
 import errno
 import re
 import uuid
-import warnings
 from collections.abc import Container, Iterable, Sequence
 
 from keras_ckpt import record as sidecars
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, DirectoryNotEmptyError, FormatVersionError
 from keras_ckpt.files import PRIVATE, Folder, UnfinishedError
 from keras_ckpt.listing import scan
+from keras_ckpt.notices import warn
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
 STATE_FILE = "checkpoint"
@@ -175,7 +175,7 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
         with folder.folder(PRIVATE, create=True) as private, private.folder(place, create=True) as aside:
             for file in filter(own.fullmatch, folder.names()):
                 folder.move(file, aside)
-            warnings.warn(f"{name} is damaged ({error}); what is left of it is in {aside.path}", stacklevel=2)
+            warn(f"{name} is damaged ({error}); what is left of it is in {aside.path}")
 
 
 def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:

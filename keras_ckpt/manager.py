@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import numbers
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 import tensorflow as tf
 
-from keras_ckpt import state
+from keras_ckpt import object_graph, state
 from keras_ckpt.bundle import read_index
 from keras_ckpt.commit import read_state, write_state
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
 from keras_ckpt.files import Folder, lasting_tensorflow_path
 from keras_ckpt.listing import Listing
+from keras_ckpt.notices import warn
 from keras_ckpt.policies import LatestN, PreservationPolicy, as_policy
 from keras_ckpt.record import Mode, as_metric, encodable_metadata, step_in
 from keras_ckpt.restoring import opened
+from keras_ckpt.tables import counted
 from keras_ckpt.writer import Writer, by_prefix
 
 PRESERVED = "keep_checkpoint_every_n_hours"
@@ -114,16 +116,14 @@ class CheckpointManager(tf.train.CheckpointManager):
         self._interval = checkpoint_interval
         self._init_fn = init_fn
         self._last_step = last_checkpoint_step
+        self._has_looked = False
         self._metadata = encodable_metadata(metadata or {})
         self._monitor = monitor
         self._mode = mode
         policy = as_policy(keep if max_to_keep is None else LatestN(max_to_keep))
         policy = policy and policy.resolve(monitor, self._mode_of)
         target = CheckpointDirectory(self._directory)
-        if keep_checkpoint_every_n_hours:
-            self._writer: Writer = _HourlyWriter(keep_checkpoint_every_n_hours, target, policy, base=checkpoint_name)
-        else:
-            self._writer = Writer(target, policy, base=checkpoint_name)
+        self._writer = _PreservingWriter(keep_checkpoint_every_n_hours, target, policy, base=checkpoint_name)
 
     @property
     def directory(self) -> str:
@@ -194,6 +194,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         epoch = None if epoch is None else _integer(epoch)
         extra = encodable_metadata(metadata or {})
         options, callbacks = _without_callbacks(options)
+        self._warn_of_hidden()
         number = self._count(checkpoint_number)
 
         def write(prefix: str) -> None:
@@ -256,7 +257,13 @@ class CheckpointManager(tf.train.CheckpointManager):
                 read_index(files, name)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{os.path.join(self._directory, name)} cannot be trusted: {error}") from error
-        self._checkpoint.restore(lasting_tensorflow_path(self._directory, name))
+        _ = self._checkpoint.save_counter  # is made when it is asked for
+        path = lasting_tensorflow_path(self._directory, name)
+        reader = tf.train.load_checkpoint(path)
+        if reader.has_tensor(object_graph.KEY):
+            graph = object_graph.ObjectGraph(reader.get_tensor(object_graph.KEY))
+            _tell_of_differences(os.path.join(self._directory, name), graph.compare(self._checkpoint))
+        self._checkpoint.restore(path)
 
     def _latest(self) -> str | None:
         listing = self._writer.directory.listing()
@@ -277,7 +284,17 @@ class CheckpointManager(tf.train.CheckpointManager):
             return
         if name is None:
             raise DamagedCheckpointError(f"No checkpoint in {self._directory} can be restored. {'. '.join(newer)}.")
-        warnings.warn(f"In {self._directory}: {'. '.join(newer)}. Going back to {name}.", stacklevel=3)
+        warn(f"In {self._directory}: {'. '.join(newer)}. Going back to {name}.")
+
+    def _warn_of_hidden(self) -> None:
+        """Warns, with the first save, of weights that TensorFlow does not save."""
+        hidden = [] if self._has_looked else object_graph.hidden(self._checkpoint)
+        self._has_looked = True
+        if hidden:
+            warn(
+                f"TensorFlow does not save these weights: {', '.join(hidden[:20])}. It does not look into lists and "
+                "dicts of Keras's layers. Hold each layer in an attribute, or save with ModelCheckpoint."
+            )
 
     def _count(self, checkpoint_number: Any) -> int:
         """Counts a save, and gives its number."""
@@ -300,10 +317,9 @@ class CheckpointManager(tf.train.CheckpointManager):
                 f"remove these: keras_ckpt.CheckpointDirectory({self._directory!r}).clear()."
             )
         # TensorFlow's manager does so without a word, so it is done, with one.
-        warnings.warn(
+        warn(
             f"{self._directory} holds checkpoints, and this one was not restored from them, so its numbers begin again "
-            f"and theirs may be saved over. To go on with them, {restore}.",
-            stacklevel=4,
+            f"and theirs may be saved over. To go on with them, {restore}."
         )
 
     def _interval_is_over(self, check_interval: bool) -> bool:
@@ -326,13 +342,16 @@ class CheckpointManager(tf.train.CheckpointManager):
         raise ValueError(f"Nothing says whether less or more of {monitor!r} is better: give mode='min' or mode='max'.")
 
 
-class _HourlyWriter(Writer):
-    """A writer that pins, of what it would remove, one checkpoint every so many hours."""
+class _PreservingWriter(Writer):
+    """A writer that pins one checkpoint every so many hours, among those that it would remove.
 
-    def __init__(self, hours: float, *arguments: Any, **named: Any) -> None:
+    The hours count from the first writer in the directory, even from one that preserves nothing, as with TensorFlow.
+    """
+
+    def __init__(self, hours: float | None, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._hours = hours
-        # Set back a little, as TensorFlow does, for a manager that is made anew at once.
+        # Set back a little, as TensorFlow does, for a manager that is made again at once.
         self._opened = time.time() - 1.0
 
     def retain(self, folder: Folder, listing: Listing) -> None:
@@ -341,15 +360,38 @@ class _HourlyWriter(Writer):
         super().retain(folder, listing)
 
     def _preserved(self, folder: Folder, listing: Listing) -> Listing:
-        preserved = read_state(folder)[1]
-        last = min(time.time(), self._opened if preserved is None else preserved)
+        noted = read_state(folder)[1]
+        last = min(time.time(), self._opened if noted is None else noted)
         for record in self.unkept(listing.records):
-            if record.time - self._hours * 3600 >= last:
+            if self._hours and record.time - self._hours * 3600 >= last:
                 last = record.time
                 folder.replace(f"{record.name}.keep", PRESERVED.encode())
                 listing = listing.joined_by(msgspec.structs.replace(record, pin=PRESERVED))
-        write_state(folder, listing.records, last)
+        if last != noted:
+            write_state(folder, listing.records, last)
         return listing
+
+
+def _tell_of_differences(prefix: str, found: object_graph.Comparison) -> None:
+    """Refuses what cannot be restored later, and warns of what a restore leaves out.
+
+    Raises:
+        ValueError: A layer is not built, and its parts would keep their first values.
+    """
+    if found.unbuilt:
+        names = ", ".join(sorted({repr(layer.name) for layer in found.unbuilt})[:10])
+        raise ValueError(
+            f"{prefix} has variables of layers that are not built: {names}. Keras initializes their parts at the first "
+            "call, which would undo the restore. Call the model on a batch before restore_or_initialize()."
+        )
+    left_out = []
+    if found.unused:
+        unused = (f"{place} ({counted(count, 'variable')})" for place, count in found.unused.items())
+        left_out.append(f"In the checkpoint, but not in the program: {', '.join(itertools.islice(unused, 20))}.")
+    if found.missing:
+        left_out.append(f"In the program, but not in the checkpoint: {', '.join(found.missing[:20])}.")
+    if left_out:
+        warn(f"{prefix} is restored in part. {' '.join(left_out)}")
 
 
 def _without_callbacks(

@@ -6,7 +6,7 @@ The graph says which object held which, by the names of attributes. `tf.train.Ch
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -18,7 +18,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.naming import named_variables, trained_by
-from keras_ckpt.parts import optimizers_of
+from keras_ckpt.parts import layers_of, optimizers_of
 
 KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _VALUE = "VARIABLE_VALUE"
@@ -36,6 +36,20 @@ class Found(NamedTuple):
     keys: Mapping[str, str]
     unexpected: Mapping[str, str]
     strangers: list[str]
+
+
+class Comparison(NamedTuple):
+    """What a restore of a graph into objects leaves out.
+
+    Attributes:
+        unbuilt: Layers that the graph has variables of, and whose parts Keras makes where TensorFlow cannot restore.
+        unused: The places in the graph of variables that no object takes, each with the number of variables below.
+        missing: The places of variables that the graph does not have.
+    """
+
+    unbuilt: list[keras.Layer]
+    unused: Mapping[str, int]
+    missing: list[str]
 
 
 def written(root: tf.train.Checkpoint, keys: Mapping[int, str]) -> bytes:
@@ -56,6 +70,14 @@ def written(root: tf.train.Checkpoint, keys: Mapping[int, str]) -> bytes:
         if id(each) in keys:
             node.attributes.add(name=_VALUE, checkpoint_key=keys[id(each)], full_name=each.name)
     return bytes(graph.SerializeToString())
+
+
+def hidden(root: tf.train.Checkpoint) -> list[str]:
+    """The places of weights of layers that TensorFlow does not see, as it does not see Keras's lists and dicts."""
+    objects = _Objects().places(root)
+    layers = [(place, each) for place, each in objects.values() if isinstance(each, keras.Layer)]
+    weights = {id(weight): f"{place}: {weight.path}" for place, layer in layers for weight in layer.weights}
+    return [place for number, place in weights.items() if number not in objects]
 
 
 class ObjectGraph:
@@ -112,6 +134,47 @@ class ObjectGraph:
         others = [self._keys[node] for node in inside if node in self._keys and self._keys[node] not in known]
         return Found(keys, {_place(key): key for key in others} | unfit, strangers)
 
+    def compare(self, root: tf.train.Checkpoint) -> Comparison:
+        """Compares the graph with the objects that it is to be restored into, as TensorFlow pairs them.
+
+        A variable is not unused while its object may still make it: while that is not built, or has no variable yet.
+        """
+        objects = _Objects()
+        places = objects.places(root)
+        pairs = self._pair(0, root, objects, optimizers=True)
+        waiting = [node for node, each in pairs.items() if _may_make_more(each, objects, root)]
+        unbuilt = [part for node in waiting if self._variables(node, ()) for part in _unbuilt_parts(pairs[node])]
+        taken = set(pairs)
+        for node in waiting:
+            taken |= self._reach(node, taken - {node})
+        unused = {}
+        for node, each in pairs.items():
+            for name, child in self._children[node].items():
+                if child not in taken and (count := self._variables(child, taken)):
+                    unused[f"{places[id(each)][0]}/{name}".strip("/")] = count
+                    taken |= self._reach(child, taken)
+        found = {id(each) for node, each in pairs.items() if node in self._keys}
+        missing = [
+            place
+            for number, (place, each) in places.items()
+            if isinstance(each, tf.Variable | keras.Variable) and number not in found
+        ]
+        return Comparison(unbuilt, unused, [*missing, *hidden(root)])
+
+    def _variables(self, node: int, without: Container[int]) -> int:
+        """How many variables there are below a node."""
+        return len(self._reach(node, without) & self._keys.keys())
+
+    def _reach(self, node: int, without: Container[int]) -> set[int]:
+        """A node and those below it, by ways that lead through no others."""
+        seen, queue = {node}, collections.deque([node])
+        while queue:
+            for child in self._children[queue.popleft()].values():
+                if child not in seen and child not in without:
+                    seen.add(child)
+                    queue.append(child)
+        return seen
+
     def _candidates(self, children: Mapping[str, Any]) -> Iterator[int]:
         """The nodes that may be a model with these children, the nearest to the root first."""
         seen, queue = {0}, collections.deque([0])
@@ -124,12 +187,19 @@ class ObjectGraph:
                     seen.add(child)
                     queue.append(child)
 
-    def _pair(self, node: int, root: Any, objects: _Objects) -> dict[int, Any]:
-        """The objects below another, except below an optimizer, by the nodes that have the same attributes."""
+    def _pair(self, node: int, root: Any, objects: _Objects, optimizers: bool = False) -> dict[int, Any]:
+        """The objects below another by the nodes that have the same attributes.
+
+        Args:
+            node: The node of the other.
+            root: The other.
+            objects: Its children.
+            optimizers: Whether to look below optimizers too.
+        """
         pairs, queue = {node: root}, collections.deque([node])
         while queue:
             node = queue.popleft()
-            if pairs[node] is not root and isinstance(pairs[node], keras.optimizers.Optimizer):
+            if not optimizers and pairs[node] is not root and isinstance(pairs[node], keras.optimizers.Optimizer):
                 continue
             children = objects.children(pairs[node])
             for name, number in self._children[node].items():
@@ -192,6 +262,21 @@ class ObjectGraph:
         return seen
 
 
+def _may_make_more(each: Any, objects: _Objects, root: tf.train.Checkpoint) -> bool:
+    """Whether an object may make variables later."""
+    if isinstance(each, keras.Layer | keras.optimizers.Optimizer):
+        return not each.built
+    below = [other for _, other in objects.places(each).values() if other is not root.save_counter]
+    return not any(isinstance(other, tf.Variable | keras.Variable) for other in below)
+
+
+def _unbuilt_parts(each: Any) -> list[keras.Layer]:
+    """The layers in an object that make other layers' variables when they are called first."""
+    layers = layers_of(each) if isinstance(each, keras.Layer) else []
+    makers = [layer for layer in layers if not layer.built and not isinstance(layer, keras.Sequential)]
+    return [layer for layer in makers if len(layers_of(layer)) > 1]
+
+
 def _place(key: str) -> str:
     """A name for the variable of a key, below the model."""
     return f"model/{key.partition('/')[2].partition('/.ATTRIBUTES')[0]}"
@@ -207,3 +292,14 @@ class _Objects:
         if id(each) not in self._children:
             self._children[id(each)] = each, tf.train.TrackableView.children(each)
         return self._children[id(each)][1]
+
+    def places(self, root: Any) -> dict[int, tuple[str, Any]]:
+        """An object and those below it, by identity, each with its place below the first."""
+        places, queue = {id(root): ("", root)}, collections.deque([root])
+        while queue:
+            each = queue.popleft()
+            for name, child in self.children(each).items():
+                if id(child) not in places:
+                    places[id(child)] = f"{places[id(each)][0]}/{name}".strip("/"), child
+                    queue.append(child)
+        return places

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import uuid
-import warnings
 import weakref
 from typing import Any, NamedTuple
 
 import keras
+
+from keras_ckpt.notices import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +86,10 @@ class Progress:
         self._data_end = steps if data_of_fit().steps_per_epoch is None else None
         self.position = position_of(model) or Position(uuid.uuid4().hex)
         if model in _positions and _positions[model][1] is not _optimizer(model):
-            warnings.warn(
-                f"The model was compiled anew since step {self.position.step} of its run, so its optimizer begins "
-                "afresh. To go on exactly, compile the model first and restore it then.",
-                stacklevel=2,
+            warn(
+                f"The model was compiled again since step {self.position.step} of its run, so its optimizer has no "
+                "state. To resume exactly, compile the model first, and restore it then. To begin a phase with a new "
+                "optimizer, restore it with weights_only=True."
             )
         if self.position.batch:
             # fit begins an epoch anew, so what was done of it does not count as a part of it.

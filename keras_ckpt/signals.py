@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from keras_ckpt.notices import warn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -43,10 +44,9 @@ class SignalWatch:
     def start(self) -> None:
         """Begins to watch, where Python allows it: in the main thread."""
         if threading.current_thread() is not threading.main_thread():
-            warnings.warn(
+            warn(
                 "This training is not in the main thread, the only one in which Python lets signals be watched: one "
-                "that ends the process ends it without a last backup.",
-                stacklevel=2,
+                "that ends the process ends it without a last backup."
             )
             return
         for number in SIGNALS:

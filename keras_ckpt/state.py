@@ -66,7 +66,7 @@ class ModelState(tf.train.Checkpoint):
             )
         super().__init__(model=model)
         self._weights_only = weights_only
-        self._plan: _Plan | None = None
+        self._cache = _Cache()
 
     def names(self) -> dict[str, Any]:
         """The variables that it writes, by name."""
@@ -75,7 +75,8 @@ class ModelState(tf.train.Checkpoint):
     @property
     def size(self) -> int:
         """The bytes of a snapshot, when the variables were looked at last; 0 before the first time."""
-        return sum(self._plan.sizes.values()) + _OVERHEAD * len(self._plan.sizes) if self._plan else 0
+        plan = self._cache.plan
+        return sum(plan.sizes.values()) + _OVERHEAD * len(plan.sizes) if plan else 0
 
     def sizes(self) -> Mapping[bytes, int]:
         """The bytes of each variable, by its key in a snapshot."""
@@ -100,13 +101,13 @@ class ModelState(tf.train.Checkpoint):
             others: More to write, by key; values that TensorFlow has a tensor for.
             later: More to write: arrays that are known when the snapshot is moved.
         """
-        if (plan := self._plan) is not None:
+        if (plan := self._cache.plan) is not None:
             # While TensorFlow reads, other threads may run Python: one sees whether these are the right things to read.
             holds = begin(functools.partial(plan.holds, self.model))
             snapshot = plan.snapshot(others, later)
             if holds():
                 return snapshot
-        self._plan = plan = self._new_plan()
+        self._cache.plan = plan = self._new_plan()
         return plan.snapshot(others, later)
 
     def attributes(self) -> dict[str, Any]:
@@ -124,9 +125,10 @@ class ModelState(tf.train.Checkpoint):
         return [*plan.untracked, *plan.learners.take().failed, *moved]
 
     def _current_plan(self) -> _Plan:
-        if self._plan is None or not self._plan.holds(self.model):
-            self._plan = self._new_plan()
-        return self._plan
+        plan = self._cache.plan
+        if plan is None or not plan.holds(self.model):
+            self._cache.plan = plan = self._new_plan()
+        return plan
 
     def _new_plan(self) -> _Plan:
         model = self.model
@@ -217,6 +219,12 @@ class _Plan(NamedTuple):
         """Whether the model is made of the same things still, and the reader reads their values."""
         same = list(map(id, _made_of(model, self.owners))) == self.identities
         return same and all(map(operator.is_, map(value_of, self.variables), self.reader.variables))
+
+
+class _Cache:
+    """Has the plan of a model state, which TensorFlow would track as a part of the checkpoint."""
+
+    plan: _Plan | None = None
 
 
 def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:

@@ -11,7 +11,6 @@ import os
 import re
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullE
 from keras_ckpt.files import Folder, UnfinishedError
 from keras_ckpt.listing import Known, Listing, amend, examine
 from keras_ckpt.locks import WriterLock
+from keras_ckpt.notices import warn
 from keras_ckpt.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 
@@ -305,10 +305,9 @@ def _of(listing: Listing, step: int) -> list[CheckpointRecord]:
 def _pinned(listing: Listing, step: int) -> bool:
     pinned = [record for record in _of(listing, step) if record.pinned]
     for record in pinned:
-        warnings.warn(
+        warn(
             f"Step {step} is pinned in {record.directory}, so it is not saved again over the one that is there. "
-            "Unpin it, or go on in another directory.",
-            stacklevel=2,
+            "Unpin it, or go on in another directory."
         )
     return bool(pinned)
 
@@ -316,10 +315,9 @@ def _pinned(listing: Listing, step: int) -> bool:
 def _pinned_and_damaged(folder: Folder, listing: Listing, step: int) -> bool:
     names = [name for name in listing.damaged if sidecars.step_in(name) == step and folder.exists(f"{name}.keep")]
     for name in names:
-        warnings.warn(
+        warn(
             f"{name} in {folder.path} is pinned and damaged, so step {step} is not saved over what is left of it: "
-            f"{listing.damaged[name]}. Move its files away, or go on in another directory.",
-            stacklevel=2,
+            f"{listing.damaged[name]}. Move its files away, or go on in another directory."
         )
     return bool(names)
 

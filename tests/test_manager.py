@@ -4,9 +4,12 @@ import errno
 import inspect
 import os
 import pathlib
+import re
 import shutil
 import time
+import warnings
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -198,6 +201,17 @@ class TestAsTensorFlow:
         kept = {2: {"ckpt-2", "ckpt-4", "ckpt-7"}, 0.5: {f"ckpt-{n}" for n in (1, 2, 3, 4, 5, 7)}}[hours]
         assert setup.on_disk() == kept
 
+    def test_hours_count_from_the_first_manager(self, setup, monkeypatch) -> None:
+        """A later manager asks for hours. The time before it counts too."""
+        now = [1_000_000.0]
+        monkeypatch.setattr(time, "time", lambda: now[0])
+        setup.manager(1).save()
+        for _ in range(2):
+            now[0] += 3600
+            setup.manager(1, keep_checkpoint_every_n_hours=1).save()
+
+        assert setup.on_disk() == {"ckpt-2", "ckpt-3"}
+
     def test_callbacks_of_the_options_are_called_with_the_path(self, setup) -> None:
         """Those that take it, and those that take nothing; the options are not changed."""
         calls = []
@@ -378,6 +392,114 @@ def test_a_run_of_fit_is_not_taken_over_without_being_restored(ours) -> None:
     manager.restore_or_initialize()
     manager.save()
     assert ours.on_disk() == {"ckpt-5", "ckpt-10", "ckpt-15", "ckpt-16"}
+
+
+class Composite(keras.layers.Layer):
+    """A layer whose part is built when the layer is called."""
+
+    def __init__(self, held=lambda layer: layer) -> None:
+        super().__init__()
+        self.part = held(keras.layers.Dense(2))
+
+    def call(self, x):
+        part = self.part if callable(self.part) else next(iter(self.part))
+        return part(x)
+
+
+X = np.ones((1, 4), "float32")
+
+
+def saved_model(ours, make) -> keras.Layer:
+    """A model that was called, with values of its own, and saved."""
+    model = make()
+    model(X)
+    for variable in model.weights:
+        variable.assign(np.random.default_rng(1).normal(size=variable.shape))
+    ours.checkpoint = tf.train.Checkpoint(model=model)
+    ours.manager().save()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.layers.Dense(2),
+        lambda: keras.Sequential([keras.layers.Dense(3), keras.layers.BatchNormalization()]),
+        lambda: keras.Sequential([keras.Sequential([keras.layers.Dense(3)])]),
+    ],
+)
+def test_a_model_that_is_not_called_gets_its_values_when_it_is_called(ours, make) -> None:
+    """As TensorFlow does it for variables that are made later."""
+    saved, restored = saved_model(ours, make), make()
+    ours.checkpoint = tf.train.Checkpoint(model=restored)
+    ours.manager().restore_or_initialize()
+
+    np.testing.assert_array_equal(restored(X), saved(X))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Composite,
+        lambda: keras.Sequential([Composite(), keras.layers.Dense(3)]),
+        lambda: keras.Sequential([keras.layers.Reshape((4, 1)), keras.layers.LSTM(3)]),
+    ],
+)
+def test_a_layer_of_parts_that_is_not_called_is_refused(ours, make) -> None:
+    """Keras initializes the parts after the restore: TensorFlow loses their values without a word."""
+    saved, restored = saved_model(ours, make), make()
+    ours.checkpoint = tf.train.Checkpoint(model=restored)
+    with pytest.raises(ValueError, match=r"Call the model on a batch before restore_or_initialize\(\)"):
+        ours.manager().restore_or_initialize()
+
+    restored(X)
+    ours.manager().restore_or_initialize()
+
+    np.testing.assert_array_equal(restored(X), saved(X))
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored", "message"),
+    [
+        ("model optimizer", "model", r"not in the program: optimizer \(6 variables\)\.$"),
+        ("model optimizer", "net optimizer", None),
+        ("model", "model step", r"In the program, but not in the checkpoint: step\.$"),
+        ("model step", "step", r"not in the program: model \(2 variables\)\.$"),
+        ("model optimizer", "model optimizer", None),
+    ],
+)
+def test_what_a_restore_leaves_out_is_named(ours, saved, restored, message) -> None:
+    """On either side. What a restore takes by another name in the same object is not left out."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(model.trainable_variables)
+    things = {"model": model, "net": model, "optimizer": optimizer, "step": tf.Variable(1)}
+    ours.checkpoint = tf.train.Checkpoint(**{name: things[name] for name in saved.split()})
+    ours.manager().save()
+    ours.checkpoint = tf.train.Checkpoint(**{name: things[name] for name in restored.split()})
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours.manager().restore_or_initialize()
+
+    if message is None:
+        assert not caught
+    else:
+        assert re.search(message, str(caught[0].message))
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("held", [lambda layer: [layer], lambda layer: {layer}])
+def test_weights_that_tensorflow_does_not_save_are_named_once(ours, held) -> None:
+    """TensorFlow does not look into the lists and sets of a layer of Keras 3."""
+    layer = Composite(held)
+    layer(np.ones((1, 4), "float32"))
+    ours.checkpoint = tf.train.Checkpoint(layer=layer)
+    manager = ours.manager()
+
+    with pytest.warns(UserWarning, match=r"does not save these weights: layer: .*/kernel, layer: .*/bias\. "):
+        manager.save()
+    manager.save()
 
 
 def test_beginning_over_is_warned_of(ours) -> None:
