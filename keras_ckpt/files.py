@@ -359,8 +359,7 @@ class Folder:
     @contextlib.contextmanager
     def mutex(self) -> Iterator[None]:
         """Waits until no other process or thread changes the set of checkpoints, and keeps it so."""
-        with self.folder(PRIVATE, create=True) as private:
-            descriptor = private.open_lock("mutex")
+        descriptor = self._open_lock("mutex")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -379,15 +378,18 @@ class Folder:
         Raises:
             DirectoryInUseError: Another process writes here; it is named.
         """
-        with self.folder(PRIVATE, create=True) as private:
-            descriptor = private.open_lock("lock")
-        return claim(descriptor, self.path)
+        return claim(self._open_lock("lock"), self.path)
 
-    def open_lock(self, name: str) -> int:
-        """The descriptor of a file that is there to be locked."""
+    def _open_lock(self, name: str) -> int:
+        """The descriptor of a private file that is there to be locked."""
         # Never unlinked: a lock on a file that somebody else unlinks guards nothing.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        return os.open(name, flags, 0o666, dir_fd=self.descriptor)
+        with self.folder(PRIVATE, create=True) as private:
+            try:
+                return os.open(name, flags, 0o666, dir_fd=private.descriptor)
+            except OSError as error:
+                error.filename = os.path.join(PRIVATE, name)
+                raise
 
     def _open_regular(self, name: str) -> tuple[int, int]:
         """The descriptor of a regular file, and its size."""

@@ -358,8 +358,9 @@ def refuse_other_run(directory: CheckpointDirectory, position: Position) -> None
         raise DirectoryNotEmptyError(
             f"{directory.path} holds {counted(len(listing.records), 'checkpoint')} of another run, the newest of step "
             f"{newest.step}; this model does not continue it.\n"
-            "To go on with that run, compile the model and restore it: "
-            f"keras_ckpt.restore(model, {directory.path!r}).\n"
+            "To continue that run, compile the model and restore it: "
+            f"keras_ckpt.restore(model, {directory.path!r}). For a new phase with another optimizer, give "
+            "weights_only=True as well.\n"
             "To begin another, train into another directory, or remove these: "
             f"keras_ckpt.CheckpointDirectory({directory.path!r}).clear()."
         )

@@ -160,7 +160,7 @@ class _Transfer:
         there = {name: kind for name, kind in self._source.kinds().items() if name.startswith(part)}
         adapted = {id(each) for owner in self._adapted for each in owner.variables}
         movable = {name for name, variable in self._wanted.items() if id(variable) in adapted}
-        found = matching.match(here, there, self._automatic, movable)
+        found = self._without_other_optimizers(matching.match(here, there, self._automatic, movable))
         own = self._objects.read_by_themselves({id(variable): name for name, variable in self._wanted.items()})
         if self._request.weights_only:
             own |= {name for name in (*found.missing, *found.unexpected) if matching.is_lora(name)}
@@ -170,6 +170,22 @@ class _Transfer:
             [name for name in found.unexpected if name not in own],
             {name: why for name, why in found.mismatched.items() if name not in own},
         )
+
+    def _without_other_optimizers(self, found: Matching) -> Matching:
+        """Leaves an optimizer as it is where the checkpoint has a part of another class's state for it."""
+        classes = {each.name.removesuffix("class"): each for each in self._settings() if each.name.endswith("/class")}
+        unbuilt = {f"{prefix}/" for prefix, optimizer in optimizers_of(self._model).items() if not optimizer.built}
+        missing = {prefix for prefix in classes if any(name.startswith(prefix) for name in found.missing)}
+        partly = tuple(prefix for prefix in classes if prefix in unbuilt | missing)
+        other = [name for name in found.matched if name.startswith(partly)]
+        reasons = {
+            name: f"of another optimizer, {classes[prefix].saved}"
+            for name in other
+            for prefix in partly
+            if name.startswith(prefix)
+        }
+        matched = {name: here for name, here in found.matched.items() if name not in reasons}
+        return found._replace(matched=matched, mismatched={**found.mismatched, **reasons})
 
     def _fresh(self, missing: Iterable[str]) -> dict[str, tf.Tensor]:
         """The values of slots of an optimizer that was not built yet for the checkpoint: those of a new optimizer."""
