@@ -78,6 +78,7 @@ class Learners:
         self._objects = learners(model, weights_only)
         self._names = names
         self._steady: dict[str, tuple[list[Any], _One]] = {}
+        self._last: tuple[list[_One], Taken] | None = None
 
     def __len__(self) -> int:
         return len(self._objects)
@@ -87,13 +88,18 @@ class Learners:
         return set(map(id, self._objects.values()))
 
     def take(self) -> Taken:
-        """What they learned by now."""
+        """What they learned by now. The same object is returned until one of them changes."""
+        ones = [self._take(name, each) for name, each in self._objects.items()]
+        if self._last is None or list(map(id, ones)) != list(map(id, self._last[0])):
+            self._last = ones, self._taken(ones)
+        return self._last[1]
+
+    def _taken(self, ones: Sequence[_One]) -> Taken:
         objects: dict[str, Learned] = {}
         arrays: list[np.ndarray] = []
         assets: dict[str, tuple[int, bytes]] = {}
         failed: list[str] = []
-        for name, each in self._objects.items():
-            one = self._take(name, each)
+        for (name, each), one in zip(self._objects.items(), ones, strict=True):
             failed += one.failed
             files = {}
             for path, data in one.files.items():
@@ -425,7 +431,7 @@ def give_variables(each: Any, names: Mapping[int, str], values: Mapping[str, Any
 def _give_config(each: Any, config: Mapping[str, Any]) -> None:
     """Gives an object what it learned into its config alone."""
     if isinstance(each, keras.layers.Discretization):
-        each.bin_boundaries = config["bin_boundaries"]
+        each.bin_boundaries = config.get("bin_boundaries", each.bin_boundaries)
     else:
         for name, value in _other_settings(each, config).items():
             setattr(each, name, value)

@@ -300,14 +300,15 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         metrics = metrics_in(logs)
         self._seen |= metrics.keys()
         absent = sorted(self._ranking.monitors - self._seen)
-        missing = [monitor for monitor in absent if monitor in logs or any(map(_of_kind(monitor), metrics))]
+        missing = [monitor for monitor in absent if any(map(_of_kind(monitor), metrics))]
+        missing += [monitor for monitor in sorted(self._ranking.monitors) if monitor in logs and monitor not in metrics]
         self._current().rank(not missing)
-        if self._warned or not absent:
+        if self._warned:
             return
         if missing:
             self._warned = True
             warn(no_such_metric(missing[0], logs))
-        elif self._epochs == 2:
+        elif absent and self._epochs == 2:
             self._warned = True
             warn(
                 f"Two epochs have ended without {absent[0]!r}. Until it comes nothing can be ranked by it, and what is "
@@ -353,17 +354,18 @@ def _checked_path(filepath: str | os.PathLike[str]) -> str:
     if not isinstance(filepath, str | os.PathLike):
         raise TypeError(f"ModelCheckpoint expected the path of a directory. Received: filepath={filepath!r}")
     path = os.fspath(filepath)
-    if not isinstance(path, str) or not (_FILE.search(path) or "{" in path):
+    if not isinstance(path, str) or not (_FILE.search(path) or _TEMPLATE.search(path)):
         return path
     raise ValueError(
         "ModelCheckpoint saves into a directory, where checkpoints are named by their step, and metrics are in the "
-        f"sidecars. Files of Keras's own formats, and templates of names, are not supported. Received: "
+        "sidecars. Files of Keras's own formats, and templates of names, are not supported. Received: "
         f"filepath={path!r}. Give a directory, such as {_directory_for(path)!r}."
     )
 
 
 _FILE = re.compile(r"(\.weights)?\.(keras|h5|hdf5|hd5|ckpt)$", re.IGNORECASE)
 """The endings of paths that are files elsewhere."""
+_TEMPLATE = re.compile(r"\{.*\}")
 
 
 def _directory_for(path: str) -> str:

@@ -125,7 +125,7 @@ class Progress:
             self._move(step=self.position.step + max(1, _iterations(self.model) - self._iterations))
         done, self._last_batch = self._last_batch + 1, -1
         self._iterations = _iterations(self.model)
-        if self.model.stop_training and self.steps is not None and done < self.steps:
+        if getattr(self.model, "stop_training", False) and self.steps is not None and done < self.steps:
             return self.position
         return self._move(epoch=self.position.epoch + 1, batch=0)
 

@@ -299,12 +299,14 @@ def encodable_metadata(metadata: object) -> dict[str, Any]:
 
 
 def as_metric(name: str, value: object) -> float:
-    """A metric's value as a float: one number, in an array of whatever shape.
+    """A metric's value as a float: one number, alone or in an array or a list of whatever shape.
 
     Raises:
         TypeError: It is not one number.
     """
     number: Any = value
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return as_metric(name, value[0])
     if getattr(value, "shape", ()) != () and getattr(value, "size", 0) == 1 and hasattr(value, "item"):
         number = value.item()
     elif hasattr(value, "numpy") and getattr(value, "shape", ()) != ():

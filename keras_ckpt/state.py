@@ -19,7 +19,7 @@ from keras_ckpt import __version__, compiled, description, naming, object_graph,
 from keras_ckpt.bundle_writer import Value, string_value
 from keras_ckpt.capture import Later
 from keras_ckpt.files import Folder
-from keras_ckpt.learned import Learners
+from keras_ckpt.learned import Learners, Taken
 from keras_ckpt.snapshot import Reader, Snapshot
 from keras_ckpt.threads import begin
 
@@ -149,6 +149,7 @@ class ModelState(tf.train.Checkpoint):
             sizes={key.encode(): _size(variable) for key, variable in variables.items()},
             described=described,
             learners=Learners(model, by_id, self._weights_only),
+            encoded=_Encoded(),
             untracked=parts.untracked(model, [*names.values(), *owners]),
             owners=owners,
             made_of=made_of,
@@ -186,6 +187,7 @@ class _Plan(NamedTuple):
         sizes: The bytes of the variables, by their keys.
         described: What is said of the model, but for what its objects learned.
         learners: The objects that hold more than variables.
+        encoded: What is written of these.
         untracked: The places of variables that are not written.
         owners: The model's optimizers and losses.
         made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
@@ -198,6 +200,7 @@ class _Plan(NamedTuple):
     sizes: Mapping[bytes, int]
     described: description.Description
     learners: Learners
+    encoded: _Encoded
     untracked: Sequence[str]
     owners: Sequence[Any]
     made_of: Sequence[Any]
@@ -208,17 +211,32 @@ class _Plan(NamedTuple):
         if not self.learners:
             return Snapshot(self.reader, others, self.constants, later)
         taken = self.learners.take()
-        described = msgspec.structs.replace(self.described, objects=dict(taken.objects))
-        texts = {description.KEY: description.encode(described)}
-        texts |= {description.asset_key(index): data for index, data in enumerate(taken.assets)}
         arrays = {description.value_key(index): array for index, array in enumerate(taken.arrays)}
-        constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
+        constants = self.encoded.constants(self.described, taken)
         return Snapshot(self.reader, {**others, **arrays}, {**self.constants, **constants}, later)
 
     def holds(self, model: keras.Model) -> bool:
         """Whether the model is made of the same things still, and the reader reads their values."""
         same = list(map(id, _made_of(model, self.owners))) == self.identities
         return same and all(map(operator.is_, map(value_of, self.variables), self.reader.variables))
+
+
+class _Encoded:
+    """What is written of objects that learned more than variables, encoded again when that has changed."""
+
+    def __init__(self) -> None:
+        self._taken: Taken | None = None
+        self._constants: dict[bytes, Value] = {}
+
+    def constants(self, described: description.Description, taken: Taken) -> Mapping[bytes, Value]:
+        """The description of a model with its objects, and their assets, as they are written."""
+        if self._taken is not taken:
+            whole = msgspec.structs.replace(described, objects=dict(taken.objects))
+            texts = {description.KEY: description.encode(whole)}
+            texts |= {description.asset_key(index): data for index, data in enumerate(taken.assets)}
+            self._constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
+            self._taken = taken
+        return self._constants
 
 
 class _Cache:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -342,17 +343,19 @@ class _Transfer:
         """Gives the model its values, and its objects what they learned; or leaves both as they were."""
         variables = {name: state.value_of(self._wanted[name]) for name in values}
         objects = self._objects
-        before = Reader(variables).read() if objects.given or objects.alone else {}
+        changes_objects = bool(objects.given or objects.alone)
+        before = Reader(variables).read() if changes_objects else {}
         for name, value in values.items():
             _assign(variables[name], value)
-        if not before:
+        if not changes_objects:
             return
         try:
             for name, (each, entry) in objects.given.items():
                 self._give_object(name, each, entry, read)
             names = {id(self._wanted[name]): name for name in values}
-            for each in objects.alone.values():
-                learned.give_variables(each, names, values)
+            for name, each in objects.alone.items():
+                with self._refusal(name):
+                    learned.give_variables(each, names, values)
         except BaseException:
             for name, value in before.items():
                 _assign(variables[name], value)
@@ -365,18 +368,29 @@ class _Transfer:
         store |= {key: self._arrays[index] for key, index in entry.values.items()}
         files = {path: self._assets[asset.index] for path, asset in entry.assets.items()}
         undo = learned.Undo([each])
+        with self._refusal(name):
+            try:
+                learned.give(each, entry, store, files)
+            except DamagedCheckpointError:
+                raise
+            except Exception:
+                undo.undo()
+                # Some layers of Keras cannot read what they wrote. In a program that adapts them again it does no harm.
+                if not learned.has(each, entry, store, files):
+                    raise
+
+    @contextlib.contextmanager
+    def _refusal(self, name: str) -> Iterator[None]:
+        """Names an object that raises an error when it is given what the checkpoint has for it."""
         try:
-            learned.give(each, entry, store, files)
+            yield
         except DamagedCheckpointError:
             raise
         except Exception as error:
-            undo.undo()
-            # Some layers of Keras cannot read what they wrote. In a program that adapts them again that does no harm.
-            if not learned.has(each, entry, store, files):
-                raise MismatchError(
-                    f"{name} refused what {self._prefix} has for it; nothing was restored. It raised "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+            raise MismatchError(
+                f"{name} refused what {self._prefix} has for it; nothing was restored. It raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _set_position(self, differs: bool) -> None:
         record = self._record

@@ -228,13 +228,29 @@ class TestTheMonitor:
 
         assert steps(runs) == [4]
 
-    @pytest.mark.parametrize("value", [[1.0, 2.0], np.ones(3), "0.5"])
-    def test_one_that_is_no_number_is_an_error(self, runs, value) -> None:
-        """It says what was received and what to do; what was saved before is there."""
-        with pytest.raises(TypeError, match=r"The monitored metric cannot be ranked by.*Reduce it"):
-            trained(runs, [0.5, value], keep=kc.BestN(1))
+    @pytest.mark.parametrize(
+        ("value", "received"),
+        [([1.0, 2.0], r"\[1.0, 2.0\]"), (np.ones(3), r"an array of shape \(3,\)"), ("0.5", "'0.5'"), ({}, "{}")],
+    )
+    def test_a_metric_that_is_not_one_number_ranks_nothing(self, runs, value, received) -> None:
+        """A warning says what was received and what to do. The training goes on, and every checkpoint is kept."""
+        with pytest.warns(UserWarning, match=f"'val_loss' is not one number but {received}, .* Reduce it"):
+            trained(runs, [0.5, value, value], keep=kc.BestN(1))
 
-        assert steps(runs) == [1]
+        assert steps(runs) == [1, 2, 3]
+
+    @pytest.mark.parametrize(
+        "shaped",
+        [
+            np.float16, np.float64, lambda value: np.array([value]), lambda value: np.array([[value]]), tf.constant,
+            lambda value: tf.constant([value]), lambda value: [value], lambda value: (value,), tf.Variable,
+        ],
+    )  # fmt: skip
+    def test_a_metric_of_one_number_ranks_in_whatever_shape(self, runs, shaped) -> None:
+        """A number of NumPy or TensorFlow, alone or in an array or a list."""
+        trained(runs, [shaped(0.5), shaped(0.25), shaped(0.75)], keep=kc.BestN(1))
+
+        assert [record.metrics["val_loss"] for record in runs] == [0.25]
 
     def test_other_logs_that_are_no_numbers_are_left_out(self, runs) -> None:
         """Only metrics go into the sidecar."""
@@ -675,16 +691,25 @@ class TestOneRunADirectory:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("path", ["best.keras", "best.h5", "best.weights.h5", "{epoch}.keras"])
-    def test_files_of_keras_are_refused_in_plain_words(self, path) -> None:
-        """Until they are supported."""
-        with pytest.raises(ValueError, match=r"not supported yet.*Give a directory"):
+    @pytest.mark.parametrize(
+        ("path", "directory"),
+        [
+            ("best.keras", "best"), ("best.h5", "best"), ("runs/best.weights.h5", "runs/best"), ("best.hdf5", "best"),
+            ("{epoch}.keras", "checkpoints"), ("runs/{epoch:02d}-{val_loss:.2f}", "runs"), ("best.ckpt", "best"),
+        ],
+    )  # fmt: skip
+    def test_a_path_of_a_file_is_refused_with_a_directory_for_it(self, path, directory) -> None:
+        """The directory that the error gives is accepted."""
+        with pytest.raises(ValueError, match=f"are not supported. .* Give a directory, such as '{directory}'"):
             kc.ModelCheckpoint(path)
+        kc.ModelCheckpoint(directory)
 
-    def test_a_template_is_refused(self) -> None:
-        """Directories are named, checkpoints are numbered."""
-        with pytest.raises(ValueError, match="without braces"):
-            kc.ModelCheckpoint("runs/{epoch:02d}-{val_loss:.2f}")
+    @pytest.mark.parametrize("path", ["run.h5.old", "a{b", "best.keras/run"])
+    def test_a_path_of_a_directory_is_accepted(self, tmp_path, path) -> None:
+        """Whatever is within the path."""
+        fit(dense_model(), kc.ModelCheckpoint(tmp_path / path))
+
+        assert len(kc.CheckpointDirectory(tmp_path / path)) == 1
 
     @pytest.mark.parametrize("monitor", [None, 3, "", ["loss"]])
     def test_a_monitor_is_a_name(self, runs, monitor) -> None:

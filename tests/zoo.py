@@ -150,72 +150,18 @@ LAYERS: dict[str, Specimen] = {
 }
 """By the name of a class of `keras.layers`, and what is special."""
 
-STATELESS = set(
-    [
-        "Activation",
-        "ActivityRegularization",
-        "AdaptiveAveragePooling1D",
-        "AdaptiveAveragePooling2D",
-        "AdaptiveAveragePooling3D",
-        "AdaptiveMaxPooling1D",
-        "AdaptiveMaxPooling2D",
-        "AdaptiveMaxPooling3D",
-        "Add",
-        "AutoContrast",
-        "Average",
-        "AveragePooling1D",
-        "AveragePooling2D",
-        "AveragePooling3D",
-        "CategoryEncoding",
-        "CenterCrop",
-        "Concatenate",
-        "ContrastLimitedAdaptiveHistogramEqualization",
-        "Cropping1D",
-        "Cropping2D",
-        "Cropping3D",
-        "Dot",
-        "ELU",
-        "Equalization",
-        "Flatten",
-        "GlobalAveragePooling1D",
-        "GlobalAveragePooling2D",
-        "GlobalAveragePooling3D",
-        "GlobalMaxPooling1D",
-        "GlobalMaxPooling2D",
-        "GlobalMaxPooling3D",
-        "HashedCrossing",
-        "Hashing",
-        "Identity",
-        "InputLayer",
-        "Lambda",
-        "LeakyReLU",
-        "Masking",
-        "MaxNumBoundingBoxes",
-        "MaxPooling1D",
-        "MaxPooling2D",
-        "MaxPooling3D",
-        "Maximum",
-        "MelSpectrogram",
-        "Minimum",
-        "Multiply",
-        "Permute",
-        "ReLU",
-        "RepeatVector",
-        "Rescaling",
-        "Reshape",
-        "Resizing",
-        "STFTSpectrogram",
-        "Softmax",
-        "Subtract",
-        "UnitNormalization",
-        "UpSampling1D",
-        "UpSampling2D",
-        "UpSampling3D",
-        "ZeroPadding1D",
-        "ZeroPadding2D",
-        "ZeroPadding3D",
-    ]
-)
+STATELESS = {
+    "Activation", "ActivityRegularization", "AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D",
+    "AdaptiveAveragePooling3D", "AdaptiveMaxPooling1D", "AdaptiveMaxPooling2D", "AdaptiveMaxPooling3D", "Add",
+    "AutoContrast", "Average", "AveragePooling1D", "AveragePooling2D", "AveragePooling3D", "CategoryEncoding",
+    "CenterCrop", "Concatenate", "ContrastLimitedAdaptiveHistogramEqualization", "Cropping1D", "Cropping2D",
+    "Cropping3D", "Dot", "ELU", "Equalization", "Flatten", "GlobalAveragePooling1D", "GlobalAveragePooling2D",
+    "GlobalAveragePooling3D", "GlobalMaxPooling1D", "GlobalMaxPooling2D", "GlobalMaxPooling3D", "HashedCrossing",
+    "Hashing", "Identity", "InputLayer", "Lambda", "LeakyReLU", "Masking", "MaxNumBoundingBoxes", "MaxPooling1D",
+    "MaxPooling2D", "MaxPooling3D", "Maximum", "MelSpectrogram", "Minimum", "Multiply", "Permute", "ReLU",
+    "RepeatVector", "Rescaling", "Reshape", "Resizing", "STFTSpectrogram", "Softmax", "Subtract", "UnitNormalization",
+    "UpSampling1D", "UpSampling2D", "UpSampling3D", "ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D",
+}  # fmt: skip
 ABSTRACT = {"Layer", "Wrapper"}
 OF_OTHER_FRAMEWORKS = {"FlaxLayer", "JaxLayer", "TFSMLayer", "TorchModuleWrapper"}
 
@@ -255,15 +201,15 @@ def metric_classes() -> dict[str, type]:
 
 
 def metric(name: str) -> Any:
-    """A metric of Keras."""
-    kind = metric_classes()[name]
+    """A metric of Keras. Keras numbers the names that it gives by itself."""
+    arguments: dict[str, Any] = {"name": "measured"}
     if name in THRESHOLDS:
-        return kind(0.5)
+        return metric_classes()[name](0.5, **arguments)
     if name in ("IoU", "OneHotIoU"):
-        return kind(num_classes=2, target_class_ids=[0])
+        arguments |= {"num_classes": 2, "target_class_ids": [0]}
     if name in ("MeanIoU", "OneHotMeanIoU"):
-        return kind(num_classes=2)
-    return kind()
+        arguments |= {"num_classes": 2}
+    return metric_classes()[name](**arguments)
 
 
 def layer_classes() -> dict[str, type]:
@@ -341,7 +287,7 @@ def train(model: keras.Model, *callbacks: Any, epochs: int = 1) -> dict[str, lis
 
 def results(model: keras.Model) -> Any:
     """The results of all metrics of a model."""
-    return keras.tree.map_structure(np.asarray, {name: each for name, each in model.get_metrics_result().items()})
+    return keras.tree.map_structure(np.asarray, dict(model.get_metrics_result()))
 
 
 def save(model: keras.Model, path: pathlib.Path) -> None:

@@ -1,0 +1,583 @@
+"""What layers learned beyond variables is saved, compared and restored by Keras's saving protocol."""
+
+import json
+import os
+import pathlib
+import re
+
+import keras
+import msgspec
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_ckpt as kc
+import zoo
+from keras_ckpt import description
+from keras_ckpt.state import ModelState
+
+DATA = np.random.default_rng(0).normal(5, 3, (32, 4)).astype("float32")
+registered = keras.saving.register_keras_serializable("tests")
+
+
+@registered
+class InStore(keras.layers.Layer):
+    """Learns an array that is no variable, and stores it beside its variables."""
+
+    mean = None
+
+    def adapt(self, x) -> None:
+        self.mean = np.asarray(x).mean(0)
+
+    def call(self, x):
+        return x if self.mean is None else x - self.mean
+
+    def save_own_variables(self, store) -> None:
+        super().save_own_variables(store)
+        if self.mean is not None:
+            store["mean"] = self.mean
+
+    def load_own_variables(self, store) -> None:
+        self.mean = store["mean"][:] if "mean" in store else None
+
+
+@registered
+class InAssets(keras.layers.Layer):
+    """Learns a dict, and writes it into a file in a folder, beside an empty file."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.table = {}
+
+    def adapt(self, x) -> None:
+        self.table = {"scale": 2.0, "shift": 3.0}
+
+    def call(self, x):
+        return x * self.table.get("scale", 1.0) + self.table.get("shift", 0.0)
+
+    def save_assets(self, directory) -> None:
+        pathlib.Path(directory, "deep").mkdir()
+        pathlib.Path(directory, "deep", "table.json").write_text(json.dumps(dict(self.table)))
+        pathlib.Path(directory, "empty").touch()
+
+    def load_assets(self, directory) -> None:
+        assert pathlib.Path(directory, "empty").exists()
+        self.table = json.loads(pathlib.Path(directory, "deep", "table.json").read_text())
+
+
+@registered
+class Finalized(keras.layers.Layer):
+    """Computes a constant from its variable when that has changed."""
+
+    def build(self, shape) -> None:
+        self.mean = self.add_weight(shape=(shape[-1],), name="mean", trainable=False)
+        self.finalize_state()
+
+    def adapt(self, x) -> None:
+        if not self.built:
+            self.build(x.shape)
+        self.mean.assign(np.asarray(x).mean(0))
+        self.finalize_state()
+
+    def finalize_state(self) -> None:
+        self.constant = tf.convert_to_tensor(self.mean * 2)
+
+    def call(self, x):
+        return x - self.constant
+
+
+@registered
+class BuiltByConfig(keras.layers.Layer):
+    """Has a variable whose size it learns, which its build config tells."""
+
+    size = None
+
+    def adapt(self, x) -> None:
+        self.build_from_config({"size": 7})
+        self.table.assign(np.arange(7.0))
+
+    def build(self, shape) -> None:
+        pass
+
+    def get_build_config(self):
+        return {"size": self.size}
+
+    def build_from_config(self, config) -> None:
+        self.size = config["size"]
+        if self.size:
+            self.table = self.add_weight(shape=(self.size,), name="table")
+
+    def call(self, x):
+        return x + (keras.ops.sum(self.table) if self.size else 0.0)
+
+
+@registered
+class InConfig(keras.layers.Layer):
+    """Learns what its config has alone."""
+
+    def __init__(self, center=None, **options) -> None:
+        super().__init__(**options)
+        self.center = center
+
+    def adapt(self, x) -> None:
+        self.center = np.asarray(x).mean(0).tolist()
+
+    def call(self, x):
+        return x if self.center is None else x - keras.ops.convert_to_tensor(self.center)
+
+    def get_config(self):
+        return {**super().get_config(), "center": self.center}
+
+
+@registered
+class Parts(keras.layers.Layer):
+    """Holds layers that learn: in a list, in an attribute."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.listed = [InStore(), InAssets()]
+        self.normalization = keras.layers.Normalization()
+        self.dense = keras.layers.Dense(3)
+
+    def build(self, shape) -> None:
+        for layer in (*self.listed, self.normalization, self.dense):
+            if not layer.built:
+                layer.build(shape)
+
+    def adapt(self, x) -> None:
+        for layer in (*self.listed, self.normalization):
+            layer.adapt(x)
+
+    def call(self, x):
+        for layer in (*self.listed, self.normalization):
+            x = layer(x)
+        return self.dense(x)
+
+
+LAYERS = [InStore, InAssets, Finalized, BuiltByConfig, InConfig, Parts]
+
+
+def model_of(layer: keras.layers.Layer) -> keras.Model:
+    """A model of a layer and a layer to train."""
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(layer(inputs)))
+    model.compile("sgd", "mse")
+    return model
+
+
+def saved(path: pathlib.Path, layer: keras.layers.Layer) -> keras.Model:
+    """A model of an adapted layer, which was saved."""
+    layer.adapt(DATA)
+    model = model_of(layer)
+    zoo.save(model, path)
+    return model
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_a_restored_layer_predicts_as_the_saved_layer(tmp_path, make) -> None:
+    """The layer was called before it was restored."""
+    model, restored = saved(tmp_path, make()), model_of(make())
+    restored.predict(DATA, verbose=0)
+
+    report = kc.restore(restored, tmp_path)
+
+    np.testing.assert_array_equal(restored.predict(DATA, verbose=0), model.predict(DATA, verbose=0))
+    np.testing.assert_array_equal(restored(DATA), model(DATA))
+    assert (report.missing, report.unexpected, report.mismatched) == ((), (), {})
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's file
+@pytest.mark.parametrize("make", [make for make in LAYERS if make is not Finalized])
+def test_a_restored_layer_predicts_as_a_layer_of_a_keras_file(tmp_path, make) -> None:
+    """Keras's file restores each of these layers. It does not finalize the state of `Finalized`."""
+    model, restored = saved(tmp_path / "run", make()), model_of(make())
+    model.save(tmp_path / "model.keras")
+
+    kc.restore(restored, tmp_path / "run")
+
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(restored.predict(DATA, verbose=0), loaded.predict(DATA, verbose=0))
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_a_training_resumes_with_what_a_layer_learned(tmp_path, make) -> None:
+    """The script of the second process does not adapt the layer."""
+    layer = make()
+    layer.adapt(DATA)
+    first = model_of(layer)
+    backup = kc.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    first.fit(DATA, DATA[:, :2], epochs=1, verbose=0, callbacks=[backup])
+
+    second = model_of(make())
+    second.fit(
+        DATA, DATA[:, :2], epochs=1, verbose=0, callbacks=[kc.BackupAndRestore(tmp_path, delete_checkpoint=False)]
+    )
+
+    np.testing.assert_array_equal(second(DATA), first(DATA))
+
+
+@pytest.mark.parametrize(
+    ("make", "learned"),
+    [
+        (InStore, ["learned/in_store/mean"]),
+        (InAssets, ["learned/in_assets/deep/table.json", "learned/in_assets/empty"]),
+        (InConfig, ["learned/in_config/center"]),
+        (lambda: keras.layers.Discretization(num_bins=3), ["learned/discretization/bin_boundaries"]),
+    ],
+)
+def test_the_report_names_what_a_layer_learned(tmp_path, make, learned) -> None:
+    """Beside the variables of the model."""
+    saved(tmp_path, make())
+
+    report = kc.restore(model_of(make()), tmp_path)
+
+    assert sorted(name for name in report.matched if name.startswith("learned/")) == learned
+
+
+def test_plain_tensorflow_reads_a_checkpoint_with_assets(tmp_path) -> None:
+    """The variables stay plain, and what layers learned has reserved names."""
+    model = saved(tmp_path, Parts())
+    (record,) = kc.CheckpointDirectory(tmp_path)
+    restored = model_of(Parts())
+
+    status = tf.train.Checkpoint(model=restored).restore(record.prefix)
+    status.assert_existing_objects_matched()
+    names = {name for name, _ in tf.train.list_variables(record.prefix)}
+
+    np.testing.assert_array_equal(restored.get_weights()[-2], model.get_weights()[-2])
+    assert {name.partition("/")[0] for name in names if not name.endswith("VARIABLE_VALUE")} <= {
+        "_CHECKPOINTABLE_OBJECT_GRAPH", "_KERAS_CKPT_NAMES", "_KERAS_CKPT_MODEL",
+    }  # fmt: skip
+
+
+def words() -> keras.layers.Layer:
+    return keras.layers.StringLookup(vocabulary=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        (InStore, InAssets, "of class InAssets in the model, InStore in the checkpoint"),
+        (
+            lambda: keras.layers.Normalization(axis=-1),
+            lambda: keras.layers.Normalization(axis=None),
+            r"axis=.* in the model, .* in the checkpoint",
+        ),
+        (
+            lambda: keras.layers.Normalization(mean=1.0, variance=2.0),
+            lambda: keras.layers.Normalization(mean=1.0, variance=3.0),
+            "another mean or variance was given in the model",
+        ),
+    ],
+)
+def test_another_layer_of_the_same_name_is_a_difference(tmp_path, there, here, message) -> None:
+    """Nothing is restored then."""
+
+    def made(make):
+        layer = make()
+        layer.name = "one"
+        return layer
+
+    zoo.save(model_of(made(there)), tmp_path)
+    model = model_of(made(here))
+    before = np.asarray(model(DATA))
+
+    with pytest.raises(kc.MismatchError, match=message):
+        kc.restore(model, tmp_path)
+    np.testing.assert_array_equal(model(DATA), before)
+
+
+def lookup_model(vocabulary) -> keras.Model:
+    inputs = keras.Input((1,), dtype="string")
+    model = keras.Model(inputs, keras.layers.StringLookup(vocabulary=vocabulary, name="words")(inputs))
+    model.compile("sgd")
+    return model
+
+
+def test_another_vocabulary_of_the_program_is_a_difference(tmp_path) -> None:
+    """A program that gives the vocabulary means it. The same vocabulary is none."""
+    zoo.save(lookup_model(["a", "b"]), tmp_path)
+
+    kc.restore(lookup_model(["a", "b"]), tmp_path)
+    with pytest.raises(kc.MismatchError, match="another vocabulary was given in the model"):
+        kc.restore(lookup_model(["b", "a"]), tmp_path)
+
+
+@registered
+class Refuses(InAssets):
+    """Raises when it has read a part of its assets."""
+
+    def load_assets(self, directory) -> None:
+        self.table["scale"] = -1.0
+        super().load_assets(directory)
+        raise OSError("no GPU for the index")
+
+
+class TestALayerThatRaises:
+    """The model is as it was: its variables, and what its other layers had learned."""
+
+    def model(self, last: type) -> keras.Model:
+        inputs = keras.Input((4,))
+        hidden = keras.layers.Dense(4, name="dense")(keras.layers.Normalization(name="first")(inputs))
+        model = keras.Model(inputs, last(name="last")(InStore(name="store")(hidden)))
+        model.compile("sgd", "mse")
+        return model
+
+    @pytest.fixture
+    def path(self, tmp_path) -> pathlib.Path:
+        model = self.model(InAssets)
+        for layer in model.layers:
+            if hasattr(layer, "adapt"):
+                layer.adapt(DATA)
+        zoo.save(model, tmp_path)
+        return tmp_path
+
+    def test_leaves_the_model_as_it_was(self, path) -> None:
+        model = self.model(Refuses)
+        before = np.asarray(model(DATA))
+        entry = next(iter(kc.CheckpointDirectory(path)))
+        rename(entry.prefix, {"InAssets": "Refuses"})
+
+        with pytest.raises(kc.MismatchError, match=r"model/last refused what .* nothing was restored.*no GPU for the"):
+            kc.restore(model, entry.prefix)
+        np.testing.assert_array_equal(model(DATA), before)
+        assert model.get_layer("store").mean is None
+
+    def test_leaves_the_model_as_it_was_when_a_training_restarts(self, tmp_path) -> None:
+        """The error of the restart names the layer and the backup."""
+        model = model_of(InAssets(name="last"))
+        model.get_layer("last").adapt(DATA)
+        backup = kc.BackupAndRestore(tmp_path, delete_checkpoint=False)
+        model.fit(DATA, DATA[:, :2], verbose=0, callbacks=[backup])
+        (record,) = kc.CheckpointDirectory(tmp_path)
+        rename(record.prefix, {"InAssets": "Refuses"})
+        reseal(tmp_path, record)
+
+        restarted = model_of(Refuses(name="last"))
+        with pytest.raises(kc.MismatchError, match=r"model/last refused what"):
+            restarted.fit(DATA, DATA[:, :2], verbose=0, callbacks=[kc.BackupAndRestore(tmp_path)])
+        assert restarted.get_layer("last").table == {}
+
+
+def entries(prefix: str) -> dict[str, np.ndarray]:
+    """All that a checkpoint has, by key."""
+    reader = tf.train.load_checkpoint(prefix)
+    return {key: reader.get_tensor(key) for key in reader.get_variable_to_dtype_map()}
+
+
+def write(prefix: str, values: dict[str, np.ndarray]) -> None:
+    """Writes a checkpoint as TensorFlow does."""
+    for file in pathlib.Path(prefix).parent.glob(f"{pathlib.Path(prefix).name}.[id]*"):
+        file.unlink()
+    tensors = [tf.constant(value) for value in values.values()]
+    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=[*values], shape_and_slices=[""] * len(values), tensors=tensors)
+
+
+def rename(prefix: str, words: dict[str, str]) -> None:
+    """Replaces words in the description of a checkpoint."""
+    values = entries(prefix)
+    text = values[description.KEY]
+    for old, new in words.items():
+        text = text.replace(old.encode(), new.encode())
+    write(prefix, values | {description.KEY: np.array(text, object)})
+    pathlib.Path(f"{prefix}.json").unlink()
+
+
+def reseal(path: pathlib.Path, record) -> None:
+    """Writes the sidecar of a checkpoint whose files were changed."""
+    from keras_ckpt.files import Folder
+    from keras_ckpt.record import CheckpointFile, encode
+
+    with Folder(path) as folder:
+        files = tuple(CheckpointFile(file.name, *folder.digest(file.name)) for file in record.files)
+        folder.replace(f"{record.name}.json", encode(msgspec.structs.replace(record, files=files)))
+
+
+ASSET = f"{description.KEY}/assets/0"
+VALUE = f"{description.KEY}/values/0"
+
+
+def described(values: dict, **changes) -> dict:
+    """The entries with the only asset, or the whole description, changed."""
+    text = json.loads(values[description.KEY])
+    (learned,) = text["objects"].values()
+    if "path" in changes:
+        learned["assets"] = {changes["path"]: next(iter(learned["assets"].values()))}
+    elif "index" in changes:
+        next(iter(learned["assets"].values()))["index"] = changes["index"]
+    else:
+        text |= changes
+    return values | {description.KEY: np.array(json.dumps(text).encode(), object)}
+
+
+HARMS = {
+    "cut": lambda values: values | {ASSET: np.array(values[ASSET][:-1], object)},
+    "changed": lambda values: values | {ASSET: np.array(b"?" + values[ASSET][1:], object)},
+    "too long": lambda values: values | {ASSET: np.array(values[ASSET] * 1000, object)},
+    "missing": lambda values: {key: value for key, value in values.items() if key != ASSET},
+    "of another type": lambda values: values | {ASSET: np.zeros(3)},
+    "with an index that is not there": lambda values: described(values, index=7),
+    "with a negative index": lambda values: described(values, index=-1),
+    "with a path that leaves its place": lambda values: described(values, path="../../evil"),
+    "with an absolute path": lambda values: described(values, path="/tmp/evil"),
+    "with a path through itself": lambda values: described(values, path="a/../../evil"),
+    "with an empty path": lambda values: described(values, path=""),
+    "with a path of zero bytes": lambda values: described(values, path="a\0b"),
+    "with a description that is cut": lambda values: values | {
+        description.KEY: np.array(values[description.KEY][:-9], object)
+    },
+    "with a description of another form": lambda values: described(values, objects=[1]),
+    "with a description that is no text": lambda values: values | {description.KEY: np.array(b"\xff\xfe", object)},
+    "with a description without a version": lambda values: described(values, version="one"),
+}  # fmt: skip
+
+
+class OneAsset(InAssets):
+    """Writes one file."""
+
+    def save_assets(self, directory) -> None:
+        pathlib.Path(directory, "table.json").write_text(json.dumps(dict(self.table)))
+
+    def load_assets(self, directory) -> None:
+        self.table = json.loads(pathlib.Path(directory, "table.json").read_text())
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
+def test_an_asset_that_is_not_what_was_written_is_damaged(tmp_path, harm) -> None:
+    """Nothing of the model changes, and no file is written outside of the place of the layer."""
+    saved(tmp_path / "run", OneAsset(name="one"))
+    prefix = str(tmp_path / "plain")
+    (record,) = kc.CheckpointDirectory(tmp_path / "run")
+    write(prefix, harm(entries(record.prefix)))
+    model = model_of(OneAsset(name="one"))
+    files = set(tmp_path.rglob("*"))
+
+    with pytest.raises(kc.DamagedCheckpointError):
+        kc.restore(model, prefix)
+    assert model.get_layer("one").table == {}
+    assert set(tmp_path.rglob("*")) == files
+    assert not os.path.exists("/tmp/evil")
+
+
+def test_an_array_that_is_not_there_is_damaged(tmp_path) -> None:
+    """As an asset."""
+    saved(tmp_path / "run", InStore(name="one"))
+    prefix = str(tmp_path / "plain")
+    (record,) = kc.CheckpointDirectory(tmp_path / "run")
+    write(prefix, {key: value for key, value in entries(record.prefix).items() if key != VALUE})
+
+    with pytest.raises(kc.DamagedCheckpointError):
+        kc.restore(model_of(InStore(name="one")), prefix)
+
+
+def test_a_description_of_a_newer_format_is_refused(tmp_path) -> None:
+    """The error says what to do."""
+    saved(tmp_path / "run", OneAsset(name="one"))
+    prefix = str(tmp_path / "plain")
+    (record,) = kc.CheckpointDirectory(tmp_path / "run")
+    write(prefix, described(entries(record.prefix), version=2))
+
+    with pytest.raises(kc.FormatVersionError, match="upgrade keras_ckpt"):
+        kc.restore(model_of(OneAsset(name="one")), prefix)
+
+
+def older(path: pathlib.Path, model: keras.Model) -> str:
+    """A checkpoint of a model as an older version of this package wrote it, without a description."""
+    prefix = ModelState(model).write(str(path / "older"))
+    values = {key: value for key, value in entries(prefix).items() if not key.startswith(description.KEY)}
+    write(prefix, values)
+    return prefix
+
+
+class TestACheckpointOfAnOlderVersion:
+    """It has the variables, and nothing of what layers learned beyond."""
+
+    @pytest.mark.parametrize(
+        "make", [InStore, InAssets, lambda **options: keras.layers.Discretization(num_bins=2, **options)]
+    )
+    def test_is_restored_with_a_warning_that_names_the_layers(self, tmp_path, make) -> None:
+        layer = make(name="one")
+        layer.adapt(DATA)
+        prefix = older(tmp_path, model_of(layer))
+        restored = make(name="one")
+        restored.adapt(DATA)
+
+        with pytest.warns(UserWarning, match=r"written by an older version of keras_ckpt. .* they were: one\.") as seen:
+            kc.restore(model_of(restored), prefix)
+        assert [each.filename for each in seen] == [__file__]
+
+    def test_gives_layers_that_read_variables_by_themselves_their_variables(self, tmp_path) -> None:
+        """`Normalization` computes constants of its variables when it reads them."""
+        layer = keras.layers.Normalization()
+        layer.adapt(DATA)
+        model, restored = model_of(layer), model_of(keras.layers.Normalization())
+
+        kc.restore(restored, older(tmp_path, model))
+
+        np.testing.assert_array_equal(restored(DATA), model(DATA))
+
+    def test_leaves_the_model_as_it_was_where_a_layer_raises(self, tmp_path) -> None:
+        class Reads(keras.layers.Dense):
+            def load_own_variables(self, store) -> None:
+                raise ValueError("not mine")
+
+        prefix = older(tmp_path, model_of(keras.layers.Dense(2, name="one")))
+        model = model_of(Reads(2, name="one"))
+        before = np.asarray(model(DATA))
+
+        with pytest.raises(kc.MismatchError, match=r"model/one refused what .*ValueError: not mine"):
+            kc.restore(model, prefix)
+        np.testing.assert_array_equal(model(DATA), before)
+
+
+def test_a_large_vocabulary_is_taken_once(tmp_path, monkeypatch) -> None:
+    """A save of a layer that was not adapted since reads nothing of it."""
+    layer = keras.layers.StringLookup(vocabulary=[str(number) for number in range(1000)])
+    model = keras.Sequential([keras.Input((1,), dtype="string"), layer])
+    state = ModelState(model)
+    first = state.snapshot()
+    monkeypatch.setattr(keras.layers.StringLookup, "save_assets", lambda *arguments: pytest.fail("taken again"))
+
+    state.snapshot()
+
+    assert first is not None
+
+
+def test_a_model_without_variables_gets_its_vocabulary(tmp_path) -> None:
+    """The vocabulary is all that the model has."""
+    layer, fresh = keras.layers.StringLookup(), keras.layers.StringLookup()
+    layer.adapt(np.array([["a"], ["b"]]))
+    zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), tmp_path)
+
+    kc.restore(keras.Sequential([keras.Input((1,), dtype="string"), fresh]), tmp_path)
+
+    assert fresh.get_vocabulary() == layer.get_vocabulary()
+
+
+def test_a_layer_that_is_adapted_again_is_taken_again(tmp_path) -> None:
+    """Each save has the vocabulary of its moment."""
+    layer = keras.layers.StringLookup()
+    model = keras.Sequential([keras.Input((1,), dtype="string"), layer])
+    model.compile("sgd")
+    for number, letters in enumerate((["a"], ["b", "c"])):
+        layer.adapt(tf.constant([[letter] for letter in letters]))
+        zoo.save(model, tmp_path / str(number))
+
+    for number, words in enumerate((["[UNK]", "a"], ["[UNK]", "b", "c"])):
+        fresh = keras.layers.StringLookup()
+        restored = keras.Sequential([keras.Input((1,), dtype="string"), fresh])
+        kc.restore(restored, tmp_path / str(number))
+        assert sorted(fresh.get_vocabulary()) == sorted(words)
+
+
+def test_what_a_layer_cannot_save_is_named_at_the_first_save(tmp_path) -> None:
+    """The training goes on, and other layers are saved."""
+
+    class Fails(InStore):
+        def save_own_variables(self, store) -> None:
+            raise RuntimeError("no space in the cache")
+
+    model = model_of(Fails(name="broken"))
+    with pytest.warns(UserWarning, match=r"do not have this state of it: .*broken.*no space in the cache"):
+        model.fit(DATA, DATA[:, :2], verbose=0, callbacks=[kc.ModelCheckpoint(tmp_path)])
+    assert re.search(r"ckpt-1\b", str(kc.CheckpointDirectory(tmp_path).latest()))
