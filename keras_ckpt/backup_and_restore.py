@@ -16,6 +16,7 @@ from keras_ckpt.data import ResumableDataset
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, PlanError
 from keras_ckpt.notices import warn
+from keras_ckpt.parts import is_built
 from keras_ckpt.policies import LatestN
 from keras_ckpt.record import CheckpointRecord
 from keras_ckpt.schedule import SaveFreq, SaveSchedule
@@ -125,7 +126,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 self._kept_logs = keep_csv_logs(others)
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        if not self.model.built:
+        if not is_built(self.model):
             raise ValueError(
                 f"BackupAndRestore needs a built model, or it could not restore {self.model.name!r} after a crash. "
                 "Build it before fit(): call it on a batch of data, or, if it has a build() of its own, "

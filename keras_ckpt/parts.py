@@ -31,6 +31,16 @@ def layers_of(model: keras.Model) -> list[Any]:
     return list(model._flatten_layers(include_self=True, recursive=True))  # noqa: SLF001
 
 
+def is_built(model: keras.Model) -> bool:
+    """Whether a model has all its weights.
+
+    A model of built networks that nobody calls as a whole, such as a generator and its critic, has them too.
+    """
+    top, *layers = layers_of(model)
+    calls_nothing = bool(layers) and type(model).build is keras.Model.build and all(layer.built for layer in layers)
+    return bool(top.built) or calls_nothing
+
+
 def states_of(layers: Iterable[Any]) -> list[Any]:
     """The states of stateful recurrent layers, which Keras does not count among their variables."""
     stateful = [layer for layer in layers if getattr(layer, "stateful", False)]

@@ -22,6 +22,7 @@ from keras_ckpt.files import Folder
 from keras_ckpt.learned import learners
 from keras_ckpt.listing import check_files, held, read_record, unmanaged
 from keras_ckpt.notices import warn
+from keras_ckpt.parts import is_built
 from keras_ckpt.record import CheckpointRecord, step_in
 from keras_ckpt.report import RestoreReport
 from keras_ckpt.source import what_fails_is_damaged
@@ -77,7 +78,7 @@ def restore(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"restore(model, checkpoint) expected a Keras model first. Received: {model!r:.200}")
-    if not model.built or not (model.variables or learners(model)):
+    if not is_built(model) or not (model.variables or learners(model)):
         raise ValueError(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "
             "call it on a batch of data, or, if it has a build() of its own, model.build(input_shape)."

@@ -259,7 +259,7 @@ def test_metrics_are_added_to_the_sidecar(filler) -> None:
     assert (pathlib.Path(runs.path) / "ckpt-10.index").read_bytes() == data
 
 
-@pytest.mark.parametrize("value", [[0.5], "0.5", None, True, {}, 1j])
+@pytest.mark.parametrize("value", [[0.5, 0.4], [], [True], "0.5", None, True, {}, 1j])
 def test_a_metric_that_is_not_one_number_is_refused(filler, value) -> None:
     """The error shows what was received."""
     with pytest.raises(TypeError, match=r"A metric is one number\. Received: accuracy="):

@@ -1,0 +1,152 @@
+"""A training with the callbacks ends bit for bit as the same training without them, and so does a resumed training."""
+
+from __future__ import annotations
+
+import random
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_ckpt as kc
+import trainings
+import zoo
+from models import Interrupts
+from keras_ckpt.parts import optimizers_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # by the default of `fit`
+OPTIMIZERS = {**zoo.OPTIMIZERS, **trainings.optimizer_options()}
+
+
+def state(model: keras.Model) -> dict[str, np.ndarray]:
+    """All variables of a model, its optimizers and its losses, by number, and what is drawn next from the generators."""
+    optimizers = optimizers_of(model).values()
+    variables = [*model.variables, *(each for optimizer in optimizers for each in optimizer.variables)]
+    if isinstance(getattr(model, "loss", None), trainings.OwnLoss):
+        variables.append(model.loss.seen)
+    drawn = {
+        "python": random.random(),
+        "numpy": np.random.random(),
+        "keras": keras.random.uniform(()),
+        "tf": tf.random.uniform(()),
+    }
+    return {str(number): np.asarray(each) for number, each in enumerate([*variables, *drawn.values()])}
+
+
+def trained(make, source, *callbacks, seed: int = 1, **options) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
+    """How a training ends, and its history."""
+    keras.utils.set_random_seed(seed)
+    model = make()
+    arguments = {"epochs": trainings.EPOCHS, "verbose": 0, "callbacks": [*callbacks], **source(), **options}
+    history = model.fit(**arguments).history
+    return state(model), history
+
+
+def callbacks(path) -> list[keras.callbacks.Callback]:
+    """Both callbacks, which save in the middle of epochs too."""
+    return [
+        kc.ModelCheckpoint(path / "run", save_freq=3, keep=kc.LatestN(2)),
+        kc.BackupAndRestore(path / "backup", save_freq=2),
+    ]
+
+
+def assert_same(one, other) -> None:
+    """Two trainings ended the same to the bit."""
+    (first, first_history), (second, second_history) = one, other
+    assert first.keys() == second.keys()
+    np.testing.assert_equal(second, first)
+    np.testing.assert_equal(second_history, first_history)
+
+
+@pytest.mark.parametrize("name", trainings.MODELS)
+def test_a_model_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
+    """Its weights, its optimizers and all random numbers afterwards are the same."""
+    make, source = trainings.MODELS[name], trainings.SOURCES["arrays"]
+
+    assert_same(trained(make, source), trained(make, source, *callbacks(tmp_path)))
+
+
+@pytest.mark.parametrize("name", trainings.SOURCES)
+def test_data_are_read_as_they_are_without_callbacks(tmp_path, name) -> None:
+    """Each epoch has the same batches in the same order."""
+    make, source = trainings.MODELS["dropout and batch normalization"], trainings.SOURCES[name]
+
+    assert_same(trained(make, source), trained(make, source, *callbacks(tmp_path)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
+    """Its slots are the same, and so are its steps."""
+
+    def make() -> keras.Model:
+        return trainings.compiled(trainings.network(), OPTIMIZERS[name]())
+
+    assert_same(
+        trained(make, trainings.SOURCES["arrays"]), trained(make, trainings.SOURCES["arrays"], *callbacks(tmp_path))
+    )
+
+
+@pytest.mark.parametrize("name", ["diffusion", "a momentum encoder", "mixed precision", "a loss with state"])
+def test_a_traced_model_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
+    """Its step is a function of TensorFlow."""
+
+    def make() -> keras.Model:
+        model = trainings.MODELS[name]()
+        model.run_eagerly = False
+        return model
+
+    assert_same(
+        trained(make, trainings.SOURCES["arrays"]), trained(make, trainings.SOURCES["arrays"], *callbacks(tmp_path))
+    )
+
+
+def resumed(path, make, source, batches: int, **options):
+    """How a training ends that an error ended after so many batches, and that another process resumed."""
+    with pytest.raises(RuntimeError, match="interrupted"):
+        data = source()["x"]
+        backup = kc.BackupAndRestore(path, save_freq=2, data=data)
+        trained(make, lambda: {"x": data}, Interrupts(batches, RuntimeError("interrupted")), backup, **options)
+    data = source()["x"]
+    return trained(make, lambda: {"x": data}, kc.BackupAndRestore(path, save_freq=2, data=data), seed=77, **options)
+
+
+@pytest.mark.parametrize("name", trainings.MODELS)
+def test_a_resumed_model_trains_as_if_it_had_not_been_interrupted(tmp_path, name) -> None:
+    """The model of the second process is freshly made, and has other initial values."""
+    make = trainings.MODELS[name]
+
+    assert_same(trained(make, trainings.wrapped), resumed(tmp_path, make, trainings.wrapped, 8))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_optimizer_trains_as_if_it_had_not_been_interrupted(tmp_path, name) -> None:
+    """In the middle of an epoch."""
+
+    def make() -> keras.Model:
+        return trainings.compiled(trainings.network(), OPTIMIZERS[name]())
+
+    assert_same(trained(make, trainings.wrapped), resumed(tmp_path, make, trainings.wrapped, 5))
+
+
+@pytest.mark.parametrize("name", trainings.MODELS)
+def test_a_restored_model_trains_as_the_saved_model(tmp_path, name) -> None:
+    """It is restored into a freshly made and compiled model, with `kc.restore`."""
+    make, source = trainings.MODELS[name], trainings.SOURCES["arrays in order"]
+    keras.utils.set_random_seed(1)
+    model = make()
+    model.fit(**source(), verbose=0)
+    zoo.save(model, tmp_path)
+    keras.utils.set_random_seed(2)
+    restored = make()
+    if not restored.built:
+        restored(trainings.X[:1])
+
+    kc.restore(restored, tmp_path)
+    ends = []
+    for each in (model, restored):
+        keras.utils.set_random_seed(3)
+        each.fit(**source(), verbose=0)
+        ends.append(state(each))
+
+    np.testing.assert_equal(ends[1], ends[0])
