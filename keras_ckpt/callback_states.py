@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import copy
 import datetime
 import enum
+import io
+import logging
 import os
 import pathlib
+import socket
+import subprocess
+import threading
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -42,6 +48,18 @@ _FIXED = (
     types.ModuleType,
 )
 """Of these an object stays what it is, so that one that is still there has not changed."""
+_OF_THE_PROCESS = (
+    io.IOBase,
+    logging.Logger,
+    threading.Thread,
+    type(threading.Lock()),
+    type(threading.RLock()),
+    subprocess.Popen,
+    socket.socket,
+    concurrent.futures.Executor,
+    tf.summary.SummaryWriter,
+)
+"""Each process has its own of these, and no process can have another's."""
 
 
 class Taken(NamedTuple):
@@ -157,7 +175,8 @@ class CallbackStates:
             begun = self._begun[name]
             unplain = {attribute: value for attribute, value in looks.items() if not isinstance(value, Look)}
             for attribute, value in unplain.items():
-                if not (isinstance(value, _FIXED) and begun.get(attribute) is value):
+                fixed = isinstance(value, _FIXED) and begun.get(attribute) is value
+                if not fixed and not isinstance(value, _OF_THE_PROCESS):
                     self.unsaved.append(f"{name}.{attribute}")
 
     def _own_state(self, name: str, callback: Any) -> Any:

@@ -12,15 +12,15 @@ import tensorflow as tf
 import keras_ckpt as kc
 import trainings
 import zoo
-from models import Interrupts
 from keras_ckpt.parts import optimizers_of
+from models import Interrupts
 
 pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # by the default of `fit`
 OPTIMIZERS = {**zoo.OPTIMIZERS, **trainings.optimizer_options()}
 
 
 def state(model: keras.Model) -> dict[str, np.ndarray]:
-    """All variables of a model, its optimizers and its losses, by number, and what is drawn next from the generators."""
+    """The variables of a model, its optimizers and its loss, and what the generators draw next."""
     optimizers = optimizers_of(model).values()
     variables = [*model.variables, *(each for optimizer in optimizers for each in optimizer.variables)]
     if isinstance(getattr(model, "loss", None), trainings.OwnLoss):
@@ -103,12 +103,13 @@ def test_a_traced_model_trains_as_it_does_without_callbacks(tmp_path, name) -> N
 
 def resumed(path, make, source, batches: int, **options):
     """How a training ends that an error ended after so many batches, and that another process resumed."""
-    with pytest.raises(RuntimeError, match="interrupted"):
-        data = source()["x"]
-        backup = kc.BackupAndRestore(path, save_freq=2, data=data)
-        trained(make, lambda: {"x": data}, Interrupts(batches, RuntimeError("interrupted")), backup, **options)
     data = source()["x"]
-    return trained(make, lambda: {"x": data}, kc.BackupAndRestore(path, save_freq=2, data=data), seed=77, **options)
+    first = kc.BackupAndRestore(path, save_freq=2, data=data)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trained(make, lambda: {"x": data}, Interrupts(batches, RuntimeError("interrupted")), first, **options)
+    data = source()["x"]
+    second = kc.BackupAndRestore(path, save_freq=2, data=data)
+    return trained(make, lambda: {"x": data}, second, seed=77, **options)
 
 
 @pytest.mark.parametrize("name", trainings.MODELS)

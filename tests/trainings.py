@@ -283,14 +283,18 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "a layer that adds a loss": lambda: compiled(network(Penalty())),
     "metrics": lambda: compiled(network(), metrics=["mae", keras.metrics.R2Score()], weighted_metrics=["mse"]),
     "spectral normalization": lambda: compiled(network(keras.layers.SpectralNormalization(dense(3)))),
-    "an average of the weights": lambda: compiled(network(), keras.optimizers.AdamW(0.05, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)),
+    "an average of the weights": lambda: compiled(
+        network(), keras.optimizers.AdamW(0.05, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)
+    ),
     "accumulated gradients": lambda: compiled(network(), keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)),
     "a schedule": lambda: compiled(network(), keras.optimizers.Adam(rate_schedule(), clipnorm=1.0)),
     "diffusion": lambda: compiled(called(Diffusion())),
     "networks that nobody called as a whole": lambda: compiled(Diffusion()),
     "distillation": lambda: compiled(called(Distiller())),
     "a momentum encoder": lambda: compiled(called(Momentum()), keras.optimizers.SGD(0.1, momentum=0.9)),
-    "a momentum encoder, average of the weights": lambda: compiled(called(Momentum()), keras.optimizers.Adam(0.1, use_ema=True)),
+    "a momentum encoder, average of the weights": lambda: compiled(
+        called(Momentum()), keras.optimizers.Adam(0.1, use_ema=True)
+    ),
     "a part by apply(grads)": lambda: compiled(called(Part())),
     "alternating optimizers": lambda: compiled(called(Alternating()), "sgd"),
     "adversarial": adversarial("attributes"),

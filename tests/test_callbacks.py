@@ -1,0 +1,294 @@
+"""Other callbacks of a backed-up training resume with their state, and a stopped training is continued if asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import threading
+import time
+
+import keras
+import pytest
+import tensorflow as tf
+
+import keras_ckpt as kc
+from models import Reports, X, Y, dense_model, fit, same
+
+callbacks = keras.callbacks
+LOSSES = [5.0, 4.0, 4.5, 4.6, 3.0, 3.5, 3.6, 3.7, 3.8, 2.0]
+
+
+@pytest.fixture
+def backup(tmp_path) -> pathlib.Path:
+    return tmp_path / "backup"
+
+
+class Crashes(callbacks.Callback):
+    """Ends a training by an error, when an epoch begins."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None) -> None:
+        if epoch == self.epoch:
+            raise RuntimeError("crash")
+
+
+def train(backup, *others, epochs=10, crash=None, initial=1, **options) -> keras.callbacks.History:
+    """Trains epochs of two batches whose `val_loss` is given, with a backup if there is a directory for it."""
+    keras.utils.set_random_seed(initial)
+    model = dense_model()
+    own = [] if backup is None else [kc.BackupAndRestore(backup, **options)]
+    more = [] if crash is None else [Crashes(crash)]
+    reports = Reports(val_loss=LOSSES + [9.0] * 20)
+    return fit(model, reports, *others, *own, *more, epochs=epochs, batches=2)
+
+
+def rate_of(epoch: int, rate: float) -> float:
+    return rate * 0.9
+
+
+STATEFUL = {
+    "EarlyStopping": lambda path: callbacks.EarlyStopping(patience=4, restore_best_weights=True),
+    "EarlyStopping that stops": lambda path: callbacks.EarlyStopping(patience=3, restore_best_weights=True),
+    "EarlyStopping with a baseline": lambda path: callbacks.EarlyStopping(patience=9, baseline=3.5, min_delta=0.2),
+    "EarlyStopping of a maximum": lambda path: callbacks.EarlyStopping(mode="max", patience=8, start_from_epoch=3),
+    "ReduceLROnPlateau": lambda path: callbacks.ReduceLROnPlateau(patience=2, factor=0.5, cooldown=1),
+    "LearningRateScheduler": lambda path: callbacks.LearningRateScheduler(rate_of),
+    "ModelCheckpoint of Keras": lambda path: callbacks.ModelCheckpoint(path / "best.keras", save_best_only=True),
+    "ModelCheckpoint of Keras by steps": lambda path: callbacks.ModelCheckpoint(
+        path / "{epoch}.weights.h5", save_weights_only=True, save_freq=3
+    ),
+    "SwapEMAWeights": lambda path: callbacks.SwapEMAWeights(swap_on_epoch=True),
+    "CSVLogger": lambda path: callbacks.CSVLogger(path / "log.csv"),
+    "CSVLogger that appends": lambda path: callbacks.CSVLogger(path / "log.csv", append=True),
+    "TerminateOnNaN": lambda path: callbacks.TerminateOnNaN(),
+    "ProgbarLogger": lambda path: callbacks.ProgbarLogger(),
+    "LambdaCallback": lambda path: callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None),
+}  # fmt: skip
+TRANSIENT = {
+    "params",
+    "_model",
+    "model",
+    "csv_file",
+    "writer",
+    "progbar",
+    "append_header",
+    "_last_batch_seen",
+    "validation_data",
+    "filepath",
+    "filename",
+    "target",
+}
+"""Attributes of a process: open files, the model, progress bars, paths."""
+
+
+def plain_state(callback: callbacks.Callback) -> dict[str, object]:
+    """What a callback knows, but for what belongs to its process."""
+    found = {name: value for name, value in vars(callback).items() if name not in TRANSIENT and not callable(value)}
+    return {name: value for name, value in found.items() if name != "best_weights"}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("crash", [1, 4, 6])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_callback_of_keras_ends_as_if_there_had_been_no_crash(tmp_path, backup, name, crash) -> None:
+    """Its state, its files, the history and the model, wherever the crash was."""
+    options = {"use_ema": True} if name == "SwapEMAWeights" else {}
+
+    def run(folder, *others, seed=1):
+        keras.utils.set_random_seed(seed)
+        folder.mkdir(exist_ok=True)
+        callback = STATEFUL[name](folder)
+        model = dense_model(optimizer=keras.optimizers.Adam(**options))
+        history = fit(model, Reports(val_loss=LOSSES), callback, *others, epochs=len(LOSSES), batches=2)
+        return callback, history, model
+
+    whole, history, expected = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path / "crashed", kc.BackupAndRestore(backup), Crashes(crash))
+    resumed, resumed_history, model = run(tmp_path / "crashed", kc.BackupAndRestore(backup), seed=99)
+
+    assert plain_state(resumed) == plain_state(whole)
+    assert (resumed_history.epoch, resumed_history.history) == (history.epoch, history.history)
+    assert same(model, expected)
+    assert texts(tmp_path / "crashed") == texts(tmp_path / "whole")
+
+
+def texts(folder: pathlib.Path) -> dict[str, str | None]:
+    """The names of the files in a folder, and the content of logs."""
+    return {path.name: path.read_text() if path.suffix == ".csv" else None for path in folder.iterdir()}
+
+
+def test_each_callback_of_keras_is_in_the_table() -> None:
+    """A callback that Keras adds needs a place."""
+    kinds = {name for name, kind in vars(callbacks).items() if isinstance(kind, type)}
+    elsewhere = {
+        "Callback",
+        "CallbackList",
+        "History",
+        "BackupAndRestore",
+        "TensorBoard",
+        "RemoteMonitor",
+        "MonitorCallback",
+        "OrbaxCheckpoint",
+    }
+
+    assert kinds - elsewhere == {name.split()[0] for name in STATEFUL}
+
+
+class Limit(callbacks.Callback):
+    """Stops after so many epochs of its process, as a job's time limit does."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self.epochs = epochs
+
+    def on_train_begin(self, logs=None) -> None:
+        self.began = time.time()
+        self.left = self.epochs
+        self.file = open(os.devnull, "w")  # noqa: SIM115 - as callbacks do
+        self.writer = tf.summary.create_noop_writer()
+        self.lock, self.logger = threading.Lock(), logging.getLogger("limit")
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.model.stop_training = True
+
+    def on_train_end(self, logs=None) -> None:
+        self.file.close()
+
+
+class Deadline(callbacks.Callback):
+    """Stops at a time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def on_train_begin(self, logs=None) -> None:
+        self.until = time.monotonic() + self.seconds
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        if time.monotonic() > self.until:
+            self.model.stop_training = True
+
+
+def test_a_deadline_belongs_to_the_process(backup) -> None:
+    """The second job has its own, and trains the rest."""
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, Deadline(0.5), crash=2)
+    time.sleep(0.5)
+
+    history = train(backup, Deadline(600.0))
+
+    assert len(history.epoch) == len(LOSSES)
+    assert not backup.exists()
+
+
+def test_an_open_file_and_a_start_time_belong_to_the_process(backup, recwarn) -> None:
+    """They are neither saved nor named among what is not."""
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, Limit(99), crash=2)
+    limit, began = Limit(99), time.time()
+
+    train(backup, limit)
+
+    assert limit.began >= began
+    assert [str(each.message) for each in recwarn if "cannot be backed up" in str(each.message)] == []
+
+
+@pytest.mark.parametrize("delete", [True, False])
+def test_a_run_that_a_limit_stopped_continues_in_the_next_job(backup, capsys, delete) -> None:
+    """Job after job, and the end is that of one job."""
+    whole = train(None)
+    for _ in range(3):
+        train(backup, Deadline(0.0), delete_checkpoint=delete)
+        assert list(kc.CheckpointDirectory(backup))
+    assert "A callback has stopped the training" in capsys.readouterr().out or not delete
+
+    history = train(backup, Deadline(600.0), delete_checkpoint=delete)
+
+    assert history.epoch == whole.epoch
+    assert same(history.model, whole.model)
+
+
+def test_a_limit_at_the_last_epoch_removes_the_backup(backup) -> None:
+    """The run is complete."""
+    train(backup, Deadline(0.0), epochs=1)
+
+    assert not backup.exists()
+
+
+class Steps(callbacks.Callback):
+    """Stops in the middle of an epoch."""
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        if batch == 0:
+            self.model.stop_training = True
+
+
+def test_a_run_that_was_stopped_within_an_epoch_continues(backup) -> None:
+    """With `ResumableDataset`, from the batch where it was stopped."""
+
+    def run(*others, **options):
+        keras.utils.set_random_seed(1)
+        data = kc.ResumableDataset(X, Y, batch_size=8, shuffle=True, seed=1)
+        model = dense_model()
+        own = [kc.BackupAndRestore(backup, data=data, **options)] if options is not None else []
+        model.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[*others, *own])
+        return model
+
+    whole = run()
+    run(Steps())
+    assert list(kc.CheckpointDirectory(backup))
+
+    assert same(run(), whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "epochs"),
+    [
+        ({"patience": 2, "epochs": 12}, "patience ran out"),
+        ({"patience": 30, "epochs": 6}, "all"),
+        ({"patience": 30, "epochs": 12}, "all"),
+        ({"patience": 1, "epochs": 6, "min_delta": 0.5}, "stops again"),
+    ],
+)
+def test_a_run_that_stopped_early_continues_when_more_is_asked_for(backup, more, epochs) -> None:
+    """More epochs, or more patience."""
+    stop = callbacks.EarlyStopping(patience=1)
+    first = train(backup, stop, epochs=6, delete_checkpoint=False)
+    assert len(first.epoch) == 3
+    options = {name: value for name, value in more.items() if name != "epochs"}
+
+    again = train(backup, callbacks.EarlyStopping(**options), epochs=more["epochs"], delete_checkpoint=False)
+
+    assert len(again.epoch) > 3
+    if epochs == "all":
+        assert len(again.epoch) == more["epochs"]
+
+
+def test_a_run_that_stopped_early_stays_stopped_when_the_same_is_asked_for(backup, capsys) -> None:
+    """The line says how to continue it."""
+    train(backup, callbacks.EarlyStopping(patience=1), epochs=6, delete_checkpoint=False)
+
+    again = train(backup, callbacks.EarlyStopping(patience=1), epochs=6, delete_checkpoint=False)
+
+    assert len(again.epoch) == 3
+    assert "where a callback stopped it: ask for more epochs, or more patience" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_early_ends_as_with_the_greater_patience_from_the_start(backup) -> None:
+    """Without `restore_best_weights`, nothing tells that it was stopped."""
+    whole = train(None, callbacks.EarlyStopping(patience=4), epochs=8)
+    train(backup, callbacks.EarlyStopping(patience=1), epochs=8, delete_checkpoint=False)
+
+    again = train(backup, callbacks.EarlyStopping(patience=4), epochs=8, delete_checkpoint=False)
+
+    assert again.history == whole.history
+    assert same(again.model, whole.model)
