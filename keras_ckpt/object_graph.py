@@ -16,7 +16,7 @@ import tensorflow as tf
 # as stable as the checkpoints on everybody's disk.
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
-from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.errors import DamagedCheckpointError, MismatchError
 from keras_ckpt.naming import named_variables, trained_by
 from keras_ckpt.parts import layers_of, optimizers_of
 
@@ -103,17 +103,17 @@ class ObjectGraph:
         if not all(0 <= number < len(graph.nodes) for number in (0, *numbers)):
             raise DamagedCheckpointError("its object graph is not whole: it names an object that it does not have")
 
-    def find(self, model: keras.Model) -> Found:
-        """Finds a model, whatever it is called, and its optimizers, which are built as they were built there."""
-        objects = _Objects()
-        weights = set(map(id, named_variables(model, weights_only=True).values()))
-        best: dict[int, Any] = {}
-        most = 0
-        for node in self._candidates(objects.children(model)):
-            pairs = self._pair(node, model, objects)
-            count = sum(id(each) in weights for number, each in pairs.items() if number in self._keys)
-            if count > most:
-                best, most = pairs, count
+    def find(self, model: keras.Model, shapes: Mapping[str, Any]) -> Found:
+        """Finds a model, whatever it is called, and its optimizers, which are built as they were built there.
+
+        Args:
+            model: The model.
+            shapes: The shapes of the variables in the checkpoint, by key.
+
+        Raises:
+            MismatchError: Several objects fit the model equally well.
+        """
+        best = self._best(model, shapes)
         inside = self._below(best)
         unfit: dict[str, str] = {}
         strangers = []
@@ -133,6 +133,28 @@ class ObjectGraph:
         known = {*keys.values(), *unfit.values()}
         others = [self._keys[node] for node in inside if node in self._keys and self._keys[node] not in known]
         return Found(keys, {_place(key): key for key in others} | unfit, strangers)
+
+    def _best(self, model: keras.Model, shapes: Mapping[str, Any]) -> dict[int, Any]:
+        """The objects of a model by the nodes of the object in the graph that fits it best."""
+        objects = _Objects()
+        weights = {id(each): tf.TensorShape(each.shape) for each in named_variables(model, weights_only=True).values()}
+        found = []
+        for node, place in self._candidates(objects.children(model)):
+            pairs = self._pair(node, model, objects)
+            paired = {number for number, each in pairs.items() if number in self._keys and id(each) in weights}
+            shaped = [(number, weights[id(pairs[number])], shapes.get(self._keys[number])) for number in paired]
+            fitting = {number for number, shape, there in shaped if shape.is_compatible_with(there)}
+            found.append(_Candidate(len(fitting), len(paired), fitting, place, pairs))
+        best = max(found, key=_rank, default=_Candidate(0, 0, set(), "", {}))
+        others = {each.place for each in found if each.fits == best.fits > 0 and not each.fitting & best.fitting}
+        if others and best.place not in _FIRST:
+            places = sorted([best.place, *others])
+            raise MismatchError(
+                f"The model {model.name!r} fits several objects of the checkpoint: {', '.join(places)}. Nothing was "
+                "restored. Choose one of them with TensorFlow: "
+                f"tf.train.Checkpoint({places[0].partition('/')[0]}=model).restore(prefix)."
+            )
+        return best.pairs
 
     def compare(self, root: tf.train.Checkpoint) -> Comparison:
         """Compares the graph with the objects that it is to be restored into, as TensorFlow pairs them.
@@ -175,16 +197,17 @@ class ObjectGraph:
                     queue.append(child)
         return seen
 
-    def _candidates(self, children: Mapping[str, Any]) -> Iterator[int]:
-        """The nodes that may be a model with these children, the nearest to the root first."""
-        seen, queue = {0}, collections.deque([0])
+    def _candidates(self, children: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+        """The nodes that may be a model with these children, the nearest to the root first; each with its place."""
+        places, queue = {0: ""}, collections.deque([0])
         while queue:
             node = queue.popleft()
             if self._children[node].keys() & children.keys():
-                yield node
-            for child in self._children[node].values():
-                if child not in seen:
-                    seen.add(child)
+                yield node, places[node]
+            for name, child in self._children[node].items():
+                if child not in places:
+                    own = name.startswith("_")  # Keras's own, such as the functional model in a Sequential
+                    places[child] = places[node] if own else f"{places[node]}/{name}".strip("/")
                     queue.append(child)
 
     def _pair(self, node: int, root: Any, objects: _Objects, optimizers: bool = False) -> dict[int, Any]:
@@ -260,6 +283,24 @@ class ObjectGraph:
                     seen.add(child)
                     queue.append(child)
         return seen
+
+
+class _Candidate(NamedTuple):
+    """A node that may be a model: how many variables fit it, how many are paired, which fit, its place, the pairs."""
+
+    fits: int
+    paired: int
+    fitting: set[int]
+    place: str
+    pairs: dict[int, Any]
+
+
+_FIRST = ("", "model")
+"""The places where `tf.train.Checkpoint(model)` and `tf.train.Checkpoint(model=model)` have a model."""
+
+
+def _rank(candidate: _Candidate) -> tuple[int, bool, int]:
+    return candidate.fits, candidate.place in _FIRST, candidate.paired
 
 
 def _may_make_more(each: Any, objects: _Objects, root: tf.train.Checkpoint) -> bool:

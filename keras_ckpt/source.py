@@ -81,7 +81,7 @@ class Source:
         with what_fails_is_damaged():
             graph = object_graph.ObjectGraph(self._text(object_graph.KEY))
         with model.distribute_strategy.scope():
-            found = graph.find(model)
+            found = graph.find(model, {key.decode(): entry.shape for key, entry in self._index.entries.items()})
         self._keys = {**found.keys, **found.unexpected}
         if unknown := sorted(set(self._keys.values()) - self._index.variables):
             raise DamagedCheckpointError(
