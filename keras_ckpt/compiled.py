@@ -13,6 +13,7 @@ from keras_ckpt.parts import optimizers_of
 
 _NO_SETTINGS = {"name", "module", "registered_name", "is_legacy_optimizer"}
 RATE = "learning_rate"
+CLASS = "class"
 
 # By optimizer, as it was when it was first seen: a callback may change the learning rate later.
 _seen: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -31,6 +32,12 @@ def note(model: keras.Model) -> dict[str, Any]:
     if getattr(model, "compiled", False):
         found |= dict(_flat("loss", _loss(getattr(model, "loss", None))))
     return found
+
+
+def replace(model: keras.Model, name: str, value: Any) -> None:
+    """Has a setting of an optimizer be another than the program gave: that of a checkpoint, which was restored."""
+    prefix, _, setting = name.rpartition("/")
+    _seen[optimizers_of(model)[prefix]][setting] = value
 
 
 def encoded(settings: Mapping[str, Any]) -> str:
@@ -57,7 +64,8 @@ class Difference(NamedTuple):
         return self.name.endswith(RATE) and isinstance(self.program, float) and isinstance(self.saved, float)
 
     def __str__(self) -> str:
-        name, program, saved = self.name.removeprefix("optimizer/"), _shown(self.program), _shown(self.saved)
+        name = self.name.removesuffix(f"/{CLASS}").removeprefix("optimizer/")
+        program, saved = _shown(self.program), _shown(self.saved)
         if self.restored:
             return f"{name} is {saved} as saved, not {program} as in the program"
         return f"{name} is {program} as in the program, not {saved} as saved"
@@ -80,7 +88,7 @@ def _shown(value: Any) -> str:
 
 
 def _settings(optimizer: Any) -> Iterator[tuple[str, Any]]:
-    yield "class", type(optimizer).__name__
+    yield CLASS, type(optimizer).__name__
     try:
         config = optimizer.get_config()
     except Exception:  # noqa: BLE001 - it is the user's class, and may not have one

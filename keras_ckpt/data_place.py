@@ -107,5 +107,6 @@ class DataPlace:
         elif self._steps != batches:
             raise ValueError(
                 f"fit() has {self._steps} batches an epoch; the ResumableDataset that BackupAndRestore was given has "
-                f"{batches}. Give both the same dataset."
+                f"{batches}. Give both the same dataset. If fit() is to read a part of it, make the ResumableDataset "
+                "of this part."
             )

@@ -388,7 +388,7 @@ class Folder:
             try:
                 return os.open(name, flags, 0o666, dir_fd=private.descriptor)
             except OSError as error:
-                error.filename = os.path.join(PRIVATE, name)
+                error.filename = os.path.join(self.path, PRIVATE, name)
                 raise
 
     def _open_regular(self, name: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -110,6 +110,7 @@ class _Transfer:
         values = {name: read[other] for name, other in found.matched.items()} | fresh | self._merged(read)
         self._warn(report, values)
         self._give(values, read)
+        self._keep_rates(values)
         self._set_position(bool(differences))
         return report
 
@@ -174,7 +175,8 @@ class _Transfer:
 
     def _without_other_optimizers(self, found: Matching) -> Matching:
         """Leaves an optimizer as it is where the checkpoint has a part of another class's state for it."""
-        classes = {each.name.removesuffix("class"): each for each in self._settings() if each.name.endswith("/class")}
+        others = [each for each in self._settings() if each.name.endswith(f"/{compiled.CLASS}")]
+        classes = {each.name.removesuffix(compiled.CLASS): each for each in others}
         unbuilt = {f"{prefix}/" for prefix, optimizer in optimizers_of(self._model).items() if not optimizer.built}
         missing = {prefix for prefix in classes if any(name.startswith(prefix) for name in found.missing)}
         partly = tuple(prefix for prefix in classes if prefix in unbuilt | missing)
@@ -319,7 +321,7 @@ class _Transfer:
                 f"such as a vocabulary; they are as they were: {', '.join(self._objects.unknown)}."
             )
         if not self._request.weights_only:
-            self._warn_of_settings(report)
+            self._warn_of_settings(report, values)
 
     def _settings(self) -> list[compiled.Difference]:
         """What `compile` was given otherwise than for the checkpoint."""
@@ -328,16 +330,29 @@ class _Transfer:
             return []
         return compiled.differences(compiled.note(self._model), description.compiled)
 
-    def _warn_of_settings(self, report: RestoreReport) -> None:
+    def _warn_of_settings(self, report: RestoreReport, values: Mapping[str, tf.Tensor]) -> None:
         """Says in one line which settings differ, and for each whether the program's holds."""
         optimized = any(name.startswith(_OPTIMIZER) for name in report.matched)
-        found = [each for each in self._settings() if optimized or not each.name.startswith(_OPTIMIZER)]
+        known = "" if optimized else f"/{compiled.CLASS}"
+        found = [each for each in self._settings() if not each.name.startswith(_OPTIMIZER) or each.name.endswith(known)]
+        rates = {name: float(value) for name, value in values.items() if name.endswith(compiled.RATE)}
+        found = [each._replace(saved=rates[each.name]) if self._is_restored(each, rates) else each for each in found]
+        found = [each for each in found if each.program != each.saved]
         if not found:
             return
         where = " in a callback" if self._request.backup else " after the restore"
         mend = f" To take the program's, set model.optimizer.{compiled.RATE}{where}."
         restored = any(each.restored for each in found)
         warn(f"Compiled otherwise than {self._prefix}: {'; '.join(map(str, found))}.{mend if restored else ''}")
+
+    def _is_restored(self, setting: compiled.Difference, values: Container[str]) -> bool:
+        return setting.restored and setting.name in values
+
+    def _keep_rates(self, values: Container[str]) -> None:
+        """Has later checkpoints tell of the learning rates that were restored, and not of the program's."""
+        for each in self._settings():
+            if self._is_restored(each, values):
+                compiled.replace(self._model, each.name, each.saved)
 
     def _give(self, values: Mapping[str, tf.Tensor], read: Mapping[str, tf.Tensor]) -> None:
         """Gives the model its values, and its objects what they learned; or leaves both as they were."""

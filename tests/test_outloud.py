@@ -1,0 +1,397 @@
+"""A program and its checkpoints differ: each difference is an error that says how to mend it, or a warning."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ckpt as kc
+from conftest import Filler, somebody_else
+from models import Interrupts, X, Y, dense_model, fit, same, values
+
+optimizers = keras.optimizers
+
+
+@pytest.fixture
+def backup(tmp_path) -> pathlib.Path:
+    return tmp_path / "backup"
+
+
+def lines(caught: Iterable[warnings.WarningMessage]) -> list[str]:
+    """The warnings that were given, each of which points at this file."""
+    caught = list(caught)
+    assert {each.filename for each in caught} <= {__file__, str(pathlib.Path(__file__).with_name("models.py"))}
+    return [str(each.message) for each in caught]
+
+
+class TestAFitInWhichNoBatchHasEnded:
+    """It leaves nothing behind."""
+
+    @pytest.mark.parametrize(
+        "moment", ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"]
+    )
+    @pytest.mark.parametrize("inside", [True, False], ids=["with", "without with"])
+    def test_has_no_backup(self, backup, moment, inside) -> None:
+        """Wherever the error was, and whether or not `with` tells the callback of it."""
+        bug = keras.callbacks.Callback()
+        setattr(bug, moment, fails)
+        callback = kc.BackupAndRestore(backup)
+
+        with pytest.raises(KeyError, match="a bug"), callback if inside else contextlib.nullcontext():
+            fit(dense_model(), callback, bug)
+
+        assert not list(kc.CheckpointDirectory(backup))
+
+    @pytest.mark.parametrize(
+        "mended",
+        [
+            lambda: dense_model(optimizer=optimizers.Adam(0.5)),
+            lambda: dense_model(optimizer="sgd", loss="mae"),
+            lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="other")]),
+        ],
+    )
+    def test_does_not_disturb_the_mended_program(self, backup, mended, recwarn) -> None:
+        """It trains as if the first had not been."""
+        bug = keras.callbacks.LambdaCallback(on_train_batch_end=fails)
+        with pytest.raises(KeyError, match="a bug"), kc.BackupAndRestore(backup) as callback:
+            fit(dense_model(), callback, bug)
+        trained = []
+        for own in ([], [kc.BackupAndRestore(backup)]):
+            keras.utils.set_random_seed(1)
+            model = mended()
+            if not model.compiled:
+                model.compile("sgd", "mse", run_eagerly=True)
+            fit(model, *own)
+            trained.append(model)
+
+        assert same(*trained)
+        assert lines(recwarn) == []
+
+
+def fails(*arguments: object, **logs: object) -> None:
+    raise KeyError("a bug")
+
+
+SETTINGS = {
+    "another learning rate": (
+        {"optimizer": optimizers.Adam(0.1)},
+        {"optimizer": optimizers.Adam(0.2)},
+        r"learning_rate is 0\.1 as saved, not 0\.2 as in the program. To take the program's, set",
+    ),
+    "another weight decay": (
+        {"optimizer": optimizers.AdamW(0.1, weight_decay=0.1)},
+        {"optimizer": optimizers.AdamW(0.1, weight_decay=0.2)},
+        r"weight_decay is 0\.2 as in the program, not 0\.1 as saved\.$",
+    ),
+    "another clipping": (
+        {"optimizer": optimizers.Adam(0.1)},
+        {"optimizer": optimizers.Adam(0.1, clipnorm=1.0)},
+        r"clipnorm is 1 as in the program, not None as saved\.$",
+    ),
+    "another loss": (
+        {"loss": "mse"},
+        {"loss": "mae"},
+        "loss is 'mean_absolute_error' as in the program, not 'mean_squared_error' as saved",
+    ),
+}
+
+
+def of(options: dict) -> keras.Model:
+    """A model of its own optimizer, made of the given one's config."""
+    options = dict(options)
+    if "optimizer" in options:
+        options["optimizer"] = type(options["optimizer"]).from_config(options["optimizer"].get_config())
+    keras.utils.set_random_seed(1)
+    return dense_model(**options)
+
+
+class TestCompiledOtherwise:
+    """The settings in which a program differs from its checkpoint are named in one line, with both values."""
+
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_is_warned_of_at_a_restore(self, tmp_path, name) -> None:
+        before, after, message = SETTINGS[name]
+        fit(of(before), kc.ModelCheckpoint(tmp_path))
+
+        with pytest.warns(UserWarning, match=message) as caught:
+            kc.restore(of(after), tmp_path)
+        assert len(lines(caught)) == 1
+
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_is_warned_of_at_a_restart(self, backup, name) -> None:
+        before, after, message = SETTINGS[name]
+        fit(of(before), kc.BackupAndRestore(backup, delete_checkpoint=False))
+
+        with pytest.warns(UserWarning, match=message) as caught:
+            fit(of(after), kc.BackupAndRestore(backup), epochs=2)
+        assert len(lines(caught)) == 1
+
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_is_not_said_of_the_same(self, tmp_path, name, recwarn) -> None:
+        _, after, _ = SETTINGS[name]
+        fit(of(after), kc.ModelCheckpoint(tmp_path))
+
+        kc.restore(of(after), tmp_path)
+
+        assert lines(recwarn) == []
+
+    def test_the_learning_rate_of_the_checkpoint_goes_on_until_the_program_sets_its_own(self, backup) -> None:
+        """By a callback, as the line says."""
+        fit(of({"optimizer": optimizers.Adam(0.1)}), kc.BackupAndRestore(backup, delete_checkpoint=False))
+        again = of({"optimizer": optimizers.Adam(0.2)})
+        with pytest.warns(UserWarning, match=r"set model\.optimizer\.learning_rate in a callback"):
+            fit(again, kc.BackupAndRestore(backup, delete_checkpoint=False), epochs=2)
+        assert float(again.optimizer.learning_rate) == pytest.approx(0.1)
+
+        sets = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: again.optimizer.learning_rate.assign(0.2)
+        )
+        with pytest.warns(UserWarning, match="learning_rate"):
+            fit(again := of({"optimizer": optimizers.Adam(0.2)}), sets, kc.BackupAndRestore(backup), epochs=3)
+
+        assert float(again.optimizer.learning_rate) == pytest.approx(0.2)
+
+    def test_another_schedule_is_named(self, tmp_path) -> None:
+        decay = optimizers.schedules.CosineDecay
+        fit(of({"optimizer": optimizers.Adam(decay(0.1, 10))}), kc.ModelCheckpoint(tmp_path))
+
+        with pytest.warns(UserWarning, match="learning_rate"):
+            kc.restore(of({"optimizer": optimizers.Adam(decay(0.1, 99))}), tmp_path)
+
+
+def phases(trainable: bool, optimizer: object) -> keras.Model:
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(8, name="backbone", trainable=trainable),
+            keras.layers.Dense(1, name="head"),
+        ]
+    )
+    model.compile(optimizer, "mse", run_eagerly=True)
+    return model
+
+
+class TestASecondPhase:
+    """Another process unfreezes layers or takes another optimizer, and continues the run in its directory."""
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adam", optimizers.Adam(1e-5)])
+    @pytest.mark.parametrize("trainable", [True, False])
+    def test_continues_with_weights_only(self, tmp_path, optimizer, trainable) -> None:
+        if not isinstance(optimizer, str):
+            optimizer = optimizers.Adam(1e-5)
+        first = phases(False, "adam")
+        fit(first, kc.ModelCheckpoint(tmp_path), epochs=2)
+        model = phases(trainable, optimizer)
+
+        report = kc.restore(model, tmp_path, weights_only=True)
+
+        np.testing.assert_equal(model.get_weights(), first.get_weights())
+        assert int(model.optimizer.iterations) == 0
+        assert report.epoch == 2
+        fit(model, kc.ModelCheckpoint(tmp_path), initial_epoch=2, epochs=3)
+        assert [record.step for record in kc.CheckpointDirectory(tmp_path)] == [5, 10, 15]
+
+    def test_is_named_where_a_restore_does_not_fit(self, tmp_path) -> None:
+        """The weights fit, the optimizer does not."""
+        fit(phases(False, "adam"), kc.ModelCheckpoint(tmp_path))
+        model = phases(True, "sgd")
+        before = values(model)
+
+        with pytest.raises(kc.MismatchError, match="weights_only=True"):
+            kc.restore(model, tmp_path)
+        np.testing.assert_equal(values(model)[: len(before)], before)
+
+    def test_is_named_where_a_directory_is_of_another_run(self, tmp_path) -> None:
+        """A fit that restored nothing."""
+        fit(phases(False, "adam"), kc.ModelCheckpoint(tmp_path))
+
+        with pytest.raises(kc.DirectoryNotEmptyError, match="weights_only=True"):
+            fit(phases(True, "sgd"), kc.ModelCheckpoint(tmp_path))
+
+    def test_merges_low_rank_updates(self, tmp_path) -> None:
+        """The model without LoRA predicts as the model with LoRA."""
+        first = phases(True, "adam")
+        first.get_layer("backbone").enable_lora(2)
+        first.compile("adam", "mse", run_eagerly=True)
+        fit(first, kc.ModelCheckpoint(tmp_path), epochs=3)
+        model = phases(True, "sgd")
+
+        kc.restore(model, tmp_path, weights_only=True)
+
+        np.testing.assert_allclose(model(X), first(X), atol=1e-6)
+        assert not np.allclose(model.get_layer("backbone").kernel, first.get_layer("backbone")._kernel)
+
+
+class TestAPartialRestore:
+    """`strict=False`."""
+
+    def test_that_restores_nothing_of_the_model_is_an_error(self, tmp_path) -> None:
+        fit(phases(True, "adam"), kc.ModelCheckpoint(tmp_path))
+        other = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(8, name="stem"), keras.layers.Dense(1, name="top")]
+        )
+        other.compile("adam", "mse")
+        before = other.get_weights()
+
+        with pytest.raises(kc.MismatchError, match=r"nothing that fits .*(.|\n)*Give the layers the names"):
+            kc.restore(other, tmp_path, strict=False)
+        np.testing.assert_equal(other.get_weights(), before)
+
+    @pytest.mark.parametrize("name", ["top", "backbone2"])
+    def test_names_the_layers_that_it_leaves_out(self, tmp_path, name) -> None:
+        """And only these."""
+        fit(phases(True, "adam"), kc.ModelCheckpoint(tmp_path))
+        other = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(8, name="backbone"), keras.layers.Dense(3, name=name)]
+        )
+
+        with pytest.warns(UserWarning, match=rf"Left as they were: model/{name} \(2\)\.") as caught:
+            kc.restore(other, tmp_path, strict=False)
+        assert len(lines(caught)) == 1
+
+    def test_leaves_an_optimizer_of_another_class_as_compiled(self, tmp_path) -> None:
+        fit(phases(True, "sgd"), kc.ModelCheckpoint(tmp_path))
+        model = phases(True, optimizers.Adam(0.25))
+
+        with pytest.warns(UserWarning, match="optimizer is 'Adam' as in the program, not 'SGD' as saved"):
+            report = kc.restore(model, tmp_path, strict=False)
+
+        assert float(model.optimizer.learning_rate) == 0.25
+        assert not [name for name in report.matched if name.startswith("optimizer/")]
+
+
+class TestTwoFitsWithOneBackupDirectory:
+    """A script that trains twice."""
+
+    @pytest.mark.parametrize("second", [lambda: phases(True, "adam"), lambda: phases(False, "sgd"), dense_model])
+    def test_the_error_says_that_the_backup_is_of_another_fit(self, backup, monkeypatch, second) -> None:
+        """The script was killed in its second fit. Its restart meets the backup in the first."""
+        from keras_ckpt import training
+
+        fit(phases(False, "adam"), kc.BackupAndRestore(backup))
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(second(), kc.BackupAndRestore(backup), Interrupts(8, RuntimeError("killed")), epochs=2)
+        monkeypatch.setattr(training, "_ended", type(training._ended)())  # as in a new process
+
+        with pytest.raises(kc.MismatchError, match=r"another fit.*give each fit\(\) a backup_dir of its own") as error:
+            fit(phases(False, "adam"), kc.BackupAndRestore(backup))
+        assert "strict=False" not in str(error.value)
+
+
+def plain() -> keras.Model:
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse", run_eagerly=True)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: dense_model(optimizer=optimizers.SGD(momentum=0.9)), plain])
+def test_an_error_at_a_restart_advises_what_the_caller_can_do(backup, make) -> None:
+    """BackupAndRestore has no `strict`; the way that the error names works."""
+    fit(dense_model(), kc.BackupAndRestore(backup, delete_checkpoint=False))
+
+    with pytest.raises(kc.MismatchError) as error:
+        fit(make(), kc.BackupAndRestore(backup), epochs=2)
+
+    assert "strict" not in str(error.value)
+    (path,) = re.findall(r"keras_ckpt\.CheckpointDirectory\('([^']*)'\)\.clear\(\)", str(error.value))
+    kc.CheckpointDirectory(path).clear()
+    fit(make(), kc.BackupAndRestore(backup), epochs=2)
+
+
+class TestAReadOnlyDirectory:
+    """The error names the path that cannot be written."""
+
+    @pytest.fixture
+    def directory(self) -> Iterator[pathlib.Path]:
+        """A directory with two checkpoints that everybody may read and nobody may change."""
+        with tempfile.TemporaryDirectory() as path:
+            Filler(pathlib.Path(path)).save("10 20")
+            for folder, _, files in os.walk(path):
+                for each in (folder, *(f"{folder}/{file}" for file in files)):
+                    os.chmod(each, 0o555 if os.path.isdir(each) else 0o444)
+            yield pathlib.Path(path)
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda path: fit(dense_model(), kc.ModelCheckpoint(path, keep=kc.LatestN(1))),
+            lambda path: fit(dense_model(), kc.BackupAndRestore(path / "backup")),
+            lambda path: kc.CheckpointDirectory(path).prune(kc.LatestN(1)),
+            lambda path: kc.CheckpointDirectory(path).pin(10),
+            lambda path: kc.CheckpointDirectory(path).add_metrics(10, loss=1.0),
+            lambda path: kc.CheckpointDirectory(path).clear(),
+        ],
+        ids=["ModelCheckpoint", "BackupAndRestore", "prune", "pin", "add_metrics", "clear"],
+    )
+    def test_is_named_whatever_writes(self, directory, write) -> None:
+        with somebody_else(), pytest.raises(OSError, match=re.escape(str(directory))) as error:
+            write(directory)
+
+        paths = re.findall(r"(/[\w./-]+)", str(error.value))
+        assert {path for path in paths if not os.path.exists(path.rstrip("."))} <= {f"{directory}/backup"}, error.value
+        assert sorted(record.step for record in kc.CheckpointDirectory(directory)) == [10, 20]
+
+
+class TestTheMonitor:
+    """A monitor that never comes in this fit ranks nothing, whatever older checkpoints have."""
+
+    def two(self, path, first: str, second: str, *, monitor: str, mode: str) -> list[int]:
+        model = dense_model(metrics=[keras.metrics.MeanAbsoluteError(name=first)])
+        options = {"monitor": monitor, "mode": mode, "keep": kc.BestN(1)}
+        fit(model, kc.ModelCheckpoint(path, **options), epochs=1, validation_data=(X, Y))
+        fresh = dense_model(metrics=[keras.metrics.MeanAbsoluteError(name=second)])
+        kc.restore(fresh, path)
+        fit(fresh, kc.ModelCheckpoint(path, **options), initial_epoch=1, epochs=4, validation_data=(X, Y))
+        return [record.epoch for record in kc.CheckpointDirectory(path)]
+
+    @pytest.mark.parametrize(
+        ("first", "second", "monitor"), [("auc", "auc_1", "val_auc"), ("f1", "score", "val_f1"), ("a", "b", "a")]
+    )
+    def test_under_another_name_keeps_everything(self, tmp_path, first, second, monitor) -> None:
+        with pytest.warns(UserWarning, match=f"'{monitor}' is not there.* every checkpoint is saved") as caught:
+            kept = self.two(tmp_path, first, second, monitor=monitor, mode="max")
+
+        assert kept == [1, 2, 3, 4]
+        assert len(lines(caught)) == 1
+
+    @pytest.mark.parametrize(
+        "monitor", ["val_head_accuracy", "loss", "head_acc", "val_accuracy", "val_mae", "val_lossy"]
+    )
+    def test_a_hint_names_only_a_metric_of_the_logs(self, tmp_path, monitor) -> None:
+        """For a model of two outputs, whether the error or the warning hints."""
+
+        def model():
+            inputs = keras.Input((4,))
+            outputs = {
+                "head": keras.layers.Dense(1, name="head")(inputs),
+                "tail": keras.layers.Dense(1, name="tail")(inputs),
+            }
+            model = keras.Model(inputs, outputs)
+            model.compile("sgd", {"head": "mse", "tail": "mse"}, metrics={"head": ["accuracy"]}, run_eagerly=True)
+            return model
+
+        y = {"head": Y[:5], "tail": Y[:5]}
+        options = {"validation_data": (X[:5], y), "verbose": 0, "epochs": 2}
+        there = model().fit(X[:5], y, **options).history
+        texts = []
+        for mode in ("auto", "max"):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                callback = kc.ModelCheckpoint(tmp_path / mode, monitor=monitor, mode=mode, keep=kc.BestN(1))
+                try:
+                    model().fit(X[:5], y, callbacks=[callback], **options)
+                except ValueError as error:
+                    texts.append(str(error))
+            texts += lines(each for each in caught if each.category is UserWarning)
+        assert bool(texts) == (monitor not in there)
+        hints = [hint for text in texts for hint in re.findall("Did you mean '([^']*)'", text)]
+        assert set(hints) <= set(there)

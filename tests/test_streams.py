@@ -1,0 +1,227 @@
+"""Training data beside the common path: class weights, cardinality, streams, and fits that map their data."""
+
+from __future__ import annotations
+
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_ckpt as kc
+from models import Interrupts, same
+
+ROWS = 24
+X = np.arange(ROWS, dtype="float32")[:, None]
+CLASSES = np.arange(ROWS) % 3
+WEIGHTS = {0: 1.0, 1: 5.0, 2: 0.5}
+
+
+def classifier(loss: str) -> keras.Model:
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(3, activation="softmax")])
+    model.compile("sgd", loss, weighted_metrics=["accuracy"], run_eagerly=True)
+    return model
+
+
+ONE_HOT = keras.utils.to_categorical(CLASSES, 3)
+TARGETS = {
+    "numbers": CLASSES,
+    "numbers of 32 bits": CLASSES.astype("int32"),
+    "numbers in a column": CLASSES[:, None],
+    "fractions": CLASSES.astype("float32"),
+    "one-hot": ONE_HOT,
+    "one-hot of whole numbers": ONE_HOT.astype("int32"),
+    "smoothed": ONE_HOT * 0.9 + 0.1 / 3,
+}
+
+
+@pytest.mark.parametrize("batch", [3, 4, 24])
+@pytest.mark.parametrize("name", TARGETS)
+def test_class_weights_weigh_as_in_fit(name, batch) -> None:
+    """The losses, the metrics and the weights of the model are those of `fit(class_weight=...)`, to the bit."""
+    y = TARGETS[name]
+    loss = "categorical_crossentropy" if y.ndim == 2 and y.shape[1] == 3 else "sparse_categorical_crossentropy"
+    options = {"epochs": 2, "shuffle": False, "verbose": 0}
+    theirs, ours = classifier(loss), classifier(loss)
+    expected = theirs.fit(X, y, batch_size=batch, class_weight=WEIGHTS, **options).history
+
+    got = ours.fit(kc.ResumableDataset(X, y, class_weight=WEIGHTS, batch_size=batch), **options).history
+
+    assert got == expected
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_class_weights_leave_targets_as_they_are(name) -> None:
+    """Their values, their shape and their type."""
+    y = TARGETS[name]
+    data = kc.ResumableDataset(X, y, class_weight=WEIGHTS, batch_size=ROWS)
+    plain = kc.ResumableDataset(X, y, batch_size=ROWS)
+
+    ((_, got, weights),), ((_, expected),) = data, plain
+
+    np.testing.assert_array_equal(got, expected)
+    assert got.dtype == expected.dtype
+    np.testing.assert_allclose(weights, [WEIGHTS[each] for each in CLASSES])
+
+
+def pipeline() -> tf.data.Dataset:
+    return tf.data.Dataset.from_tensor_slices((X, X)).shuffle(ROWS, seed=2).batch(4)
+
+
+class Batches(keras.utils.PyDataset):
+    """Six batches in order."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index):
+        return X[index * 4 : index * 4 + 4], X[index * 4 : index * 4 + 4]
+
+
+SOURCES = {
+    "arrays": lambda: kc.ResumableDataset(X, X, batch_size=4, shuffle=True, seed=1),
+    "a pipeline": lambda: kc.ResumableDataset(pipeline(), seed=1),
+    "a function": lambda: kc.ResumableDataset(lambda number: pipeline(), seed=1),
+    "a PyDataset": lambda: kc.ResumableDataset(Batches(), shuffle=True, seed=1),
+}
+STEPS = {
+    "map": (lambda data: data.map(lambda *batch: batch), 6),
+    "map in parallel": (lambda data: data.map(lambda *batch: batch, num_parallel_calls=2), 6),
+    "prefetch": (lambda data: data.prefetch(2), 6),
+    "take": (lambda data: data.take(4), 4),
+    "skip": (lambda data: data.skip(1), 5),
+    "repeat": (lambda data: data.repeat(3), 18),
+    "endless": (lambda data: data.repeat(), tf.data.INFINITE_CARDINALITY),
+    "options": (lambda data: data.with_options(tf.data.Options()), 6),
+    "enumerate": (lambda data: data.enumerate(), 6),
+    "concatenate": (lambda data: data.concatenate(pipeline()), 12),
+    "zip": (lambda data: tf.data.Dataset.zip((data, pipeline())), 6),
+    "batch": (lambda data: data.batch(2), 3),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_data_set_of_a_resumable_one_knows_how_many_batches_it_has(source, step) -> None:
+    """As it does of an ordinary one."""
+    make, count = STEPS[step]
+
+    data = make(SOURCES[source]())
+
+    assert int(data.cardinality()) == count
+    if count > 0:
+        assert sum(1 for _ in data) == count
+
+
+class Net(keras.Model):
+    """Notes the first value of each batch that it trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.seen = keras.layers.Dense(1), []
+
+    def call(self, x):
+        return self.out(x / ROWS)
+
+    def train_step(self, data):
+        if tf.executing_eagerly():
+            self.seen.append(int(data[0][0, 0]))
+        return super().train_step(data)
+
+
+class MapsItsData(Net):
+    """Maps what it is given before Keras sees it, as the task models of KerasHub do."""
+
+    def fit(self, x=None, **options):
+        return super().fit(x=x.map(lambda *batch: batch, num_parallel_calls=2).prefetch(2), **options)
+
+
+class WrapsItsData(Net):
+    """Numbers the batches and drops the numbers, with options of its own."""
+
+    def fit(self, x=None, **options):
+        return super().fit(x=x.enumerate().map(lambda number, batch: batch).with_options(tf.data.Options()), **options)
+
+
+def net(kind=Net) -> Net:
+    keras.utils.set_random_seed(1)
+    model = kind()
+    model(X[:1])
+    model.compile(keras.optimizers.Adam(0.1), "mse", run_eagerly=True)
+    return model
+
+
+def resumed(path: pathlib.Path, source, fits, batches: int, kind=Net) -> Net:
+    """The model of a process that continues a training, which an error ended in the given batch."""
+    data, crash = source(), Interrupts(batches, RuntimeError("crash"))
+    with pytest.raises(RuntimeError, match="crash"):
+        fits(net(kind), data, kc.BackupAndRestore(path, save_freq=1, data=data), crash)
+    data, model = source(), net(kind)
+    fits(model, data, kc.BackupAndRestore(path, save_freq=1, data=data))
+    return model
+
+
+@pytest.mark.parametrize("batches", [1, 4, 5, 8, 10])
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_epoch_of_a_stream_resumes_at_its_place(tmp_path, source, batches) -> None:
+    """Epochs of four steps over passes of six batches: the place goes on across both ends."""
+
+    def fits(model, data, *callbacks) -> None:
+        options = {"steps_per_epoch": 4, "epochs": 4, "shuffle": False, "verbose": 0}
+        model.fit(data.repeat(), callbacks=list(callbacks), **options)
+
+    whole = net()
+    fits(whole, SOURCES[source]())
+
+    model = resumed(tmp_path, SOURCES[source], fits, batches)
+
+    assert model.seen == whole.seen[batches - 1 :]
+    assert same(model, whole)
+
+
+@pytest.mark.parametrize("kind", [MapsItsData, WrapsItsData])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_fit_that_maps_its_data_resumes_at_its_place(tmp_path, source, kind) -> None:
+    """The data set is recognized by being read."""
+
+    def fits(model, data, *callbacks) -> None:
+        model.fit(data, epochs=3, shuffle=False, verbose=0, callbacks=list(callbacks))
+
+    whole = net(kind)
+    fits(whole, SOURCES[source]())
+
+    model = resumed(tmp_path, SOURCES[source], fits, 8, kind)
+
+    assert model.seen == whole.seen[7:]
+    assert same(model, whole)
+
+
+class Generator:
+    """Yields without an end."""
+
+    def __iter__(self):
+        while True:
+            yield X[:4], X[:4]
+
+
+STREAMS = {
+    "a repeated pipeline": lambda: pipeline().repeat(),
+    "a generator": lambda: iter(Generator()),
+    "a PyDataset": Batches,
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_stream_whose_place_is_lost_is_warned_of_at_an_epochs_end_too(tmp_path, stream) -> None:
+    """The warning says how to resume exactly."""
+    options = {"steps_per_epoch": 3, "verbose": 0, "shuffle": False}
+    net().fit(
+        STREAMS[stream](), epochs=1, callbacks=[kc.BackupAndRestore(tmp_path, delete_checkpoint=False)], **options
+    )
+
+    with pytest.warns(UserWarning, match=r"steps_per_epoch=3 an epoch begins where .*data.repeat\(\)") as seen:
+        net().fit(STREAMS[stream](), epochs=2, callbacks=[kc.BackupAndRestore(tmp_path)], **options)
+    assert [each.filename for each in seen] == [__file__]
