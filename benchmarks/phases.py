@@ -24,13 +24,13 @@ from keras_ckpt import (
     background,
     bundle_reader,
     naming,
-    restoring,
     session,
     sharing,
     snapshot,
     source,
     state,
     training,
+    transfer,
     writer,
 )
 
@@ -57,10 +57,10 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     "restore: all else": [(kc, "restore")],
     "restore: the index": [(source, "read_index")],
     "restore: the model's names": [(naming, "named_variables"), (naming, "build_optimizers")],
-    "restore: do the names and shapes fit": [(restoring, "_compare"), (restoring, "_differences")],
+    "restore: do the names and shapes fit": [(transfer._Transfer, "_match"), (transfer._Transfer, "_judge")],
     "restore: memory for the values": [(bundle_reader, "_empty"), (bundle_reader, "_memory_of")],
     "restore: reading, digests and checksums": [(source, "read_values")],
-    "restore: assigning": [(restoring, "_assign"), (restoring, "is_finite")],
+    "restore: assigning": [(transfer, "_assign"), (transfer, "is_finite")],
 }
 """What is watched, by the phase that it is."""
 SAVES = 24

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import tensorflow as tf
+
 from keras_ckpt.data import ResumableDataset
 from keras_ckpt.notices import warn
 from keras_ckpt.position import FitData
+
+_MIXING = {"_ShuffleDataset": "shuffle", "CacheDataset": "cache", "_DirectedInterleaveDataset": "sample_from_datasets"}
+"""The classes of datasets whose batches are not those that they read, in that order; by the names that users know."""
 
 
 class DataPlace:
@@ -29,6 +34,7 @@ class DataPlace:
         self._data = data
         self._steps = steps
         self._streams = fit.steps_per_epoch is not None
+        self._refuse_another_order(fit)
         self._refuse_other_epochs(fit)
         self._pass, self._batch = data.passes, 0
         self._taken = 0
@@ -87,6 +93,16 @@ class DataPlace:
         self._batch = state.get("batch", 0)
         self._data.set_state(state, self._batch if self._streams else batch if batch != self._steps else 0)
 
+    def _refuse_another_order(self, fit: FitData) -> None:
+        """Refuses a dataset that reads this one, and whose batches are not this one's in their order."""
+        steps = _steps_between(fit.dataset, self._data)
+        if found := [_MIXING[name] for name in steps if name in _MIXING]:
+            raise ValueError(
+                f"fit() reads the ResumableDataset through {found[0]}(), so the batches come in another order, and "
+                f"nobody can enter an epoch at a batch. Give {found[0]}() to the pipeline that the ResumableDataset is "
+                "made of."
+            )
+
     def _refuse_other_epochs(self, fit: FitData) -> None:
         batches = self._data.batches
         if self._streams:
@@ -110,3 +126,17 @@ class DataPlace:
                 f"{batches}. Give both the same dataset. If fit() is to read a part of it, make the ResumableDataset "
                 "of this part."
             )
+
+
+def _steps_between(dataset: Any, data: ResumableDataset) -> list[str]:
+    """The classes of the datasets by which one reads another; none if it does not, or reads others beside it."""
+    steps: list[str] = []
+    while dataset is not data:
+        steps.append(type(dataset).__name__)
+        # A subclass of a dataset has to have this method, so it is public in all but its name.
+        inputs = dataset._inputs() if isinstance(dataset, tf.data.Dataset) else []  # noqa: SLF001
+        inputs = [each for each in inputs if type(each).__name__ != "_VariantDataset"] if len(inputs) > 1 else inputs
+        if len(inputs) != 1:
+            return []
+        dataset = inputs[0]
+    return steps

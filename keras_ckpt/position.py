@@ -9,6 +9,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import keras
+import tensorflow as tf
 
 from keras_ckpt.notices import warn
 
@@ -52,10 +53,12 @@ class FitData(NamedTuple):
     Attributes:
         steps_per_epoch: After how many batches an epoch ends; `None` if the data say so themselves.
         batches: How many batches the data have, `None` if they have no end, or it is not known.
+        dataset: The dataset that is read, `None` if the data are none of TensorFlow's.
     """
 
     steps_per_epoch: int | None = None
     batches: int | None = None
+    dataset: tf.data.Dataset | None = None
 
 
 def data_of_fit() -> FitData:
@@ -65,7 +68,9 @@ def data_of_fit() -> FitData:
         # Of no other frame: one whose variables were looked at is kept, with all that it has.
         if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= frame.f_locals.keys():
             steps: int | None = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
-            return FitData(steps, frame.f_locals["epoch_iterator"].data_adapter.num_batches)
+            adapter = frame.f_locals["epoch_iterator"].data_adapter
+            dataset = getattr(adapter, "_dataset", None)  # no public name gives it and makes none
+            return FitData(steps, adapter.num_batches, dataset if isinstance(dataset, tf.data.Dataset) else None)
         frame = frame.f_back
     return FitData()
 

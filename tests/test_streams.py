@@ -199,6 +199,23 @@ def test_a_fit_that_maps_its_data_resumes_at_its_place(tmp_path, source, kind) -
     assert same(model, whole)
 
 
+MIXED = {
+    "shuffle": lambda data: data.shuffle(3),
+    "cache": lambda data: data.cache().prefetch(1),
+    "shuffle, mapped": lambda data: data.map(lambda *batch: batch).shuffle(3).prefetch(1),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_fit_that_reads_batches_in_another_order_is_refused(tmp_path, name) -> None:
+    """The error says where the step belongs."""
+    data = SOURCES["arrays"]()
+    step = name.partition(",")[0]
+
+    with pytest.raises(ValueError, match=rf"through {step}\(\).*Give {step}\(\) to the pipeline"):
+        net().fit(MIXED[name](data), verbose=0, shuffle=False, callbacks=[kc.BackupAndRestore(tmp_path, data=data)])
+
+
 class Generator:
     """Yields without an end."""
 
