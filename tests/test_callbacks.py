@@ -92,25 +92,27 @@ def plain_state(callback: callbacks.Callback) -> dict[str, object]:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("crash", [1, 4, 6])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_callback_of_keras_ends_as_if_there_had_been_no_crash(tmp_path, backup, name, crash) -> None:
     """Its state, its files, the history and the model, wherever the crash was."""
     options = {"use_ema": True} if name == "SwapEMAWeights" else {}
 
-    def run(folder, *others, seed=1):
+    def run(callback, *others, seed=1):
         keras.utils.set_random_seed(seed)
-        folder.mkdir(exist_ok=True)
-        callback = STATEFUL[name](folder)
         model = dense_model(optimizer=keras.optimizers.Adam(**options))
         history = fit(model, Reports(val_loss=LOSSES), callback, *others, epochs=len(LOSSES), batches=2)
-        return callback, history, model
+        return history, model
 
-    whole, history, expected = run(tmp_path / "whole")
+    for folder in ("whole", "crashed"):
+        (tmp_path / folder).mkdir()
+    whole, crashed, resumed = (STATEFUL[name](tmp_path / folder) for folder in ("whole", "crashed", "crashed"))
+    history, expected = run(whole)
     with pytest.raises(RuntimeError, match="crash"):
-        run(tmp_path / "crashed", kc.BackupAndRestore(backup), Crashes(crash))
-    resumed, resumed_history, model = run(tmp_path / "crashed", kc.BackupAndRestore(backup), seed=99)
+        run(crashed, kc.BackupAndRestore(backup), Crashes(crash))
+    if isinstance(crashed, callbacks.CSVLogger):
+        crashed.csv_file.close()
+    resumed_history, model = run(resumed, kc.BackupAndRestore(backup), seed=99)
 
     assert plain_state(resumed) == plain_state(whole)
     assert (resumed_history.epoch, resumed_history.history) == (history.epoch, history.history)
@@ -192,8 +194,10 @@ def test_a_deadline_belongs_to_the_process(backup) -> None:
 
 def test_an_open_file_and_a_start_time_belong_to_the_process(backup, recwarn) -> None:
     """They are neither saved nor named among what is not."""
+    crashed = Limit(99)
     with pytest.raises(RuntimeError, match="crash"):
-        train(backup, Limit(99), crash=2)
+        train(backup, crashed, crash=2)
+    crashed.file.close()
     limit, began = Limit(99), time.time()
 
     train(backup, limit)

@@ -446,9 +446,11 @@ def test_what_cannot_be_saved_of_a_callback_is_named_once(backup) -> None:
 
     class Client(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None) -> None:
-            self.lock = threading.Lock()
+            self.session = object()
 
-    with pytest.warns(UserWarning, match=r"cannot be backed up: Client\.lock\. .*Give the class get_state") as caught:
+    with pytest.warns(
+        UserWarning, match=r"cannot be backed up: Client\.session\. .*Give the class get_state"
+    ) as caught:
         train(kc.BackupAndRestore(backup, 4, data=data()), Client())
 
     assert len(caught) == 1
