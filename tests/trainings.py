@@ -15,7 +15,7 @@ import keras_ckpt as kc
 generator = np.random.default_rng(0)
 X = generator.normal(size=(24, 4)).astype("float32")
 Y = (X @ generator.normal(size=(4, 2))).astype("float32")
-BATCH, STEPS, EPOCHS = 4, 6, 2
+BATCH, STEPS, EPOCHS = 6, 4, 2
 dense = keras.layers.Dense
 
 
@@ -344,7 +344,7 @@ SOURCES: dict[str, Callable[[], dict[str, Any]]] = {
     "a pipeline that shuffles once": lambda: {"x": tensors().shuffle(24, reshuffle_each_iteration=False).batch(BATCH)},
     "a cached pipeline": lambda: {"x": tensors().shuffle(24).cache().shuffle(24).batch(BATCH).prefetch(2)},
     "a random pipeline": lambda: {"x": tensors().map(lambda x, y: (x + tf.random.normal((4,)), y)).batch(BATCH)},
-    "a repeated pipeline": lambda: {"x": tensors().shuffle(24).repeat().batch(BATCH), "steps_per_epoch": 4},
+    "a repeated pipeline": lambda: {"x": tensors().shuffle(24).repeat().batch(BATCH), "steps_per_epoch": 3},
     "a generator": lambda: {"x": batches(), "steps_per_epoch": STEPS},
     "a PyDataset": lambda: {"x": Batches()},
     "a PyDataset, shuffled": lambda: {"x": Batches(), "shuffle": True},

@@ -450,7 +450,7 @@ def order(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_crash_leaves_what_was_acknowledged_and_nothing_else(memory, tally, long, name, order) -> None:
     """At any moment, whatever of it was on disk: what is visible is whole, and recovery tidies up."""
-    harness = Harness(memory, name, tally, limit=20_000 if long else 64)
+    harness = Harness(memory, name, tally, limit=20_000 if long else 32)
 
     harness.crash(harness.recording, order)
 

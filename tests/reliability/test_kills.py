@@ -77,7 +77,7 @@ def test_a_kill_at_random(directory, tally, long, payload) -> None:
     """Trainings in one directory after one another, each killed, while another process reads."""
     keeps = (LatestN(1), LatestN(3), LatestN(2) | BEST, BestN(2, "loss", "min"))
     with station(payload.prepare) as place, looking(directory) as seen:
-        for number in range(1000 if long else 100):
+        for number in range(1000 if long else 60):
             delay = random.uniform(0, 0.1) if number % 2 else math.exp(random.uniform(-9, -1))
             job = Job(directory, random.choice(keeps), payload)
             tally.update(place.submit(kills.kill_at_random, job, delay).result())
