@@ -55,6 +55,10 @@ class Job(Generic[Result]):
     def done(self) -> bool:
         return self._future.done()
 
+    def has_begun(self) -> bool:
+        with _lock:
+            return self not in _queue
+
     def wait(self) -> None:
         concurrent.futures.wait([self._future])
 

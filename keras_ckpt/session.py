@@ -258,11 +258,21 @@ class Session:
         kept = {record.step for record in others}
         if self._writer.keep is not None and is_known(self._writer.keep):
             kept = kept_in_training(self._writer.keep, [*others, candidate])
-        for save in waiting:
-            step = save.candidate.step if save.candidate else 0
-            if (step not in kept or step == candidate.step) and save.job.drop():
-                self._saves.remove(save)
-                save.then(Outcome(None, replaced=True))
+        again = [save for save in waiting if save.candidate and save.candidate.step == candidate.step]
+        older = [save for save in waiting if save.candidate and save.candidate.step not in kept and save not in again]
+        older = [save for save in older if not save.job.has_begun()]
+        # The oldest keeps its place in the queue, if there is memory for it. Saves that always give way to a newer one,
+        # which is the last in the queue, would never be written.
+        for save in [*again, *older[1:]]:
+            self._give_up(save)
+        if older and background.is_full((candidate.run_id, candidate.step), self._snapshot_size):
+            self._give_up(older[0])
+
+    def _give_up(self, save: _Save) -> None:
+        """Gives up a save, unless it has begun."""
+        if save.job.drop():
+            self._saves.remove(save)
+            save.then(Outcome(None, replaced=True))
 
     def _warn_of_unsaved(self) -> None:
         """Warns, with the first save after a batch, of state that no checkpoint of this model has."""

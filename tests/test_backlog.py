@@ -118,6 +118,22 @@ def test_a_backup_stays_near_beside_a_callback_that_saves_as_often(tmp_path, slo
     assert_near(watch.behind[str(run)])
 
 
+def test_a_backup_does_not_give_way_to_newer_ones_for_ever(tmp_path, slow_disk) -> None:
+    """Beside a callback that fills the queue, the oldest backup that waits keeps its place."""
+    backup, run = tmp_path / "backup", tmp_path / "run"
+    watch = Watch(backup)
+
+    fit(
+        dense_model(),
+        watch,
+        kc.ModelCheckpoint(run, save_freq=1),
+        kc.BackupAndRestore(backup, save_freq=3),
+        batches=60,
+    )
+
+    assert max(saves for saves, _ in watch.behind[str(backup)]) <= 2 * (MOST + 1) + 3
+
+
 def test_of_one_step_the_backup_is_on_disk_first(tmp_path, slow_disk) -> None:
     """A checkpoint that only selects is saved again after a restart from the backup."""
     run, backup = tmp_path / "run", tmp_path / "backup"
