@@ -142,14 +142,16 @@ def untracked(model: keras.Model, known: Iterable[Any]) -> list[str]:
 
 
 def plain_attributes(model: keras.Model, but: Container[int]) -> dict[str, Any]:
-    """The numbers, strings, small arrays and short lists in attributes that a user gave to layers, by path.
+    """The numbers, strings, small arrays and lengths of containers in attributes that a user gave to layers, by path.
 
     Args:
         model: The model.
         but: The identities of layers that are left out.
     """
-    found: dict[str, Any] = {}
-    for path, value in _held(layers_of(model), tracked(model), but=but):
+    attributes = [*_attributes(layers_of(model), tracked(model), but)]
+    kinds = (list, tuple, dict, set)
+    found: dict[str, Any] = {f"{path}/": len(value) for path, value in attributes if isinstance(value, kinds)}
+    for path, value in _search(attributes, lambda each: False):
         if value is None or isinstance(value, str | int | float):
             found[path] = value
         elif isinstance(value, np.ndarray | np.generic) and value.size <= _LONG:
@@ -172,10 +174,7 @@ def contents_of(layers: Iterable[Any]) -> list[Any]:
 
 
 def _held(
-    layers: Iterable[Any],
-    below: Mapping[str, Any],
-    enter: Callable[[Any], bool] = lambda each: False,
-    but: Container[int] = (),
+    layers: Iterable[Any], below: Mapping[str, Any], enter: Callable[[Any], bool] = lambda each: False
 ) -> Iterator[tuple[str, Any]]:
     """What attributes hold that a user gave to layers, by path.
 
@@ -183,14 +182,18 @@ def _held(
         layers: The layers, the model first.
         below: What TensorFlow tracks below the model, by path.
         enter: Says of an object whether its attributes are searched too.
-        but: The identities of layers that are left out.
     """
+    return _search(_attributes(layers, below), enter)
+
+
+def _attributes(layers: Iterable[Any], below: Mapping[str, Any], but: Container[int] = ()) -> Iterator[tuple[str, Any]]:
+    """The attributes that a user gave to layers, by path, without those of some layers."""
     places = {id(each): f"{path}/" for path, each in below.items()}
     for index, layer in enumerate(layers):
         place = places.get(id(layer), f"layers/{index}/") if index else ""
-        given = ((f"{place}{name}", value) for name, value in vars(layer).items() if _is_users_attribute(layer, name))
-        if id(layer) not in but:
-            yield from _search(given, enter)
+        for name, value in vars(layer).items() if id(layer) not in but else ():
+            if _is_users_attribute(layer, name):
+                yield f"{place}{name}", value
 
 
 def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
@@ -252,8 +255,10 @@ def _is_users_table(path: str, below: Mapping[str, Any], model: keras.Model) -> 
 
 def _is_users_object(value: Any) -> bool:
     """Whether the attributes of an object are a user's: its class is neither Python's nor a framework's."""
+    if isinstance(value, tf.Module):
+        return True  # TensorFlow tracks what it holds, but not in a list or a dict of Keras
     kind = type(value)
     if kind.__module__.partition(".")[0] in _FRAMEWORKS or not hasattr(value, "__dict__"):
         return False
     known = _VARIABLES | keras.Layer | keras.metrics.Metric | keras.optimizers.Optimizer | keras.losses.Loss
-    return not isinstance(value, known | tf.Module | type | types.ModuleType | types.FunctionType | types.MethodType)
+    return not isinstance(value, known | type | types.ModuleType | types.FunctionType | types.MethodType)

@@ -121,7 +121,7 @@ class ModelState(tf.train.Checkpoint):
             before: What `attributes` gave when training began. Those that changed since are state.
         """
         plan = self._current_plan()
-        moved = [name for name, value in self.attributes().items() if before.get(name, value) != value]
+        moved = [name.rstrip("/") for name, value in self.attributes().items() if before.get(name, value) != value]
         return [*plan.untracked, *plan.learners.take().failed, *moved]
 
     def _current_plan(self) -> _Plan:
