@@ -178,9 +178,13 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         training, self._training = self._current(), None
         with training.ending() as well:
             if not well:
+                there = (
+                    f"The backup of before stays in {self.backup_dir}: the same script goes on from it, and "
+                    "CheckpointDirectory.clear() removes it."
+                )
                 warn(
-                    "Training was stopped because its loss is not a finite number. The backup of before stays in "
-                    f"{self.backup_dir}: the same script goes on from it, and CheckpointDirectory.clear() removes it."
+                    "Training was stopped because its loss is not a finite number. "
+                    + (there if len(self.directory) else "There is no backup of before.")
                 )
             elif training.is_cut_short and self.delete_checkpoint:
                 training.note_the_end()

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import threading
@@ -28,6 +29,8 @@ from keras_ckpt.document import UnplainError, dict_of
 
 _NOT_STATE = {"params", "_model", "model", "monitor_op", "min_delta"}
 """What Keras's callbacks set in each process anew; of a stored `min_delta` they would turn the sign once more."""
+_OF_KERAS = {"params", "_model", "model"}
+"""What Keras sets in each callback."""
 _FIXED = (
     type,
     BaseException,
@@ -149,7 +152,7 @@ class CallbackStates:
         """The attributes of a callback: a look at each that is plain, the value of each other."""
         looks: dict[str, Any] = {}
         for attribute, value in vars(callback).items():
-            if attribute not in _NOT_STATE and attribute not in without:
+            if attribute not in without and attribute not in (_NOT_STATE if _is_kerass(callback) else _OF_KERAS):
                 try:
                     looks[attribute] = self._look(value, f"{name}.{attribute}", first)
                 except UnplainError:
@@ -257,15 +260,38 @@ def _fill(target: Any, value: Any) -> bool:
     """
     if isinstance(target, keras.Variable | tf.Variable):
         target.assign(value)
-    elif isinstance(target, keras.metrics.Metric):
+        return True
+    if isinstance(target, keras.metrics.Metric):
         for variable, each in zip(target.variables, value, strict=True):
             variable.assign(each)
-    elif isinstance(target, dict | set) and isinstance(value, dict | set):
+        return True
+    return type(target) is type(value) and (_fill_container(target, value) or _fill_generator(target, value))
+
+
+def _fill_container(target: Any, value: Any) -> bool:
+    if isinstance(target, np.ndarray) and _can_hold(target, value):
+        target[...] = value
+    elif isinstance(target, dict | set):
         target.clear()
         target.update(value)
-    elif isinstance(target, list | collections.deque) and isinstance(value, list | collections.deque):
+    elif isinstance(target, list) or (isinstance(target, collections.deque) and target.maxlen == value.maxlen):
         target.clear()
         target.extend(value)
     else:
         return False
     return True
+
+
+def _fill_generator(target: Any, value: Any) -> bool:
+    if isinstance(target, random.Random):
+        target.setstate(value.getstate())
+    elif isinstance(target, np.random.Generator) and type(target.bit_generator) is type(value.bit_generator):
+        target.bit_generator.state = value.bit_generator.state
+    else:
+        return False
+    return True
+
+
+def _can_hold(target: np.ndarray, value: np.ndarray) -> bool:
+    """Whether an array can have the values of another."""
+    return target.flags.writeable and (target.shape, target.dtype) == (value.shape, value.dtype)

@@ -53,6 +53,9 @@ class Leaf(abc.ABC):
     def array(self) -> np.ndarray:
         """The content, after `keep`, if it is known."""
 
+    def doubt(self, doubts: bool) -> None:  # noqa: B027 - most assume nothing
+        """Has later looks assume nothing of the content, or again what is likely."""
+
 
 class Look:
     """A value as a look found it.
@@ -161,6 +164,10 @@ class Later:
         """Whether all content is known, and all that was assumed is so."""
         # Each leaf is asked, because each learns from a wrong assumption.
         wrong = [leaf for leaf in self._all if not leaf.is_true()]
+        # After a wrong assumption nothing is assumed until a save is true. Otherwise arrays that change one after
+        # another would keep all saves from the disk.
+        for leaf in self._all:
+            leaf.doubt(bool(wrong))
         return not wrong
 
     @property
@@ -240,12 +247,13 @@ class _Array:
         live: The array.
         copy: Its content when it was copied last.
         changes: Whether it was found to be changed in its place. It is copied for each save then.
+        is_doubted: Whether it is to be copied until a save is true.
     """
 
     def __init__(self, array: np.ndarray, fingerprints: bool) -> None:
         self.live = array
         self.copy: _Held | None = None
-        self.changes = False
+        self.changes = self.is_doubted = False
         self._interface = _interface(array)
         self._fingerprint = _fingerprint(array) if fingerprints else None
 
@@ -272,11 +280,11 @@ class _ArrayLeaf(Leaf):
         self._memory = memory
         self._is_exact = False
         self.size = owner.live.nbytes
-        self.mark = object() if owner.changes else owner
+        self.mark = object() if owner.changes or owner.is_doubted else owner
 
     def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         owner = self._owner
-        if owner.copy is not None and not owner.changes:
+        if owner.copy is not None and not owner.changes and not owner.is_doubted:
             self._copy = owner.copy
             return []
         self._copy = owner.copy = self._memory.take(owner.live)
@@ -285,6 +293,9 @@ class _ArrayLeaf(Leaf):
 
     def is_true(self) -> bool:
         return self._is_exact or self._owner.is_unchanged()
+
+    def doubt(self, doubts: bool) -> None:
+        self._owner.is_doubted = doubts
 
     def array(self) -> np.ndarray:
         return self._copy.array

@@ -11,8 +11,16 @@ from keras_ckpt.data import ResumableDataset
 from keras_ckpt.notices import warn
 from keras_ckpt.position import FitData
 
-_MIXING = {"_ShuffleDataset": "shuffle", "CacheDataset": "cache", "_DirectedInterleaveDataset": "sample_from_datasets"}
-"""The classes of datasets whose batches are not those that they read, in that order; by the names that users know."""
+_KEEPING = {
+    "_MapDataset",
+    "_ParallelMapDataset",
+    "_PrefetchDataset",
+    "_RepeatDataset",
+    "_OptionsDataset",
+    "_TakeDataset",
+    "_AssertCardinalityDataset",
+}
+"""The classes of datasets whose batches are those that they read, one by one and in their order."""
 
 
 class DataPlace:
@@ -95,12 +103,14 @@ class DataPlace:
 
     def _refuse_another_order(self, fit: FitData) -> None:
         """Refuses a dataset that reads this one, and whose batches are not this one's in their order."""
-        steps = _steps_between(fit.dataset, self._data)
-        if found := [_MIXING[name] for name in steps if name in _MIXING]:
+        found = [name for name in _steps_between(fit.dataset, self._data) if name not in _KEEPING]
+        if found:
+            step = found[0].strip("_").removesuffix("Dataset").lower()
             raise ValueError(
-                f"fit() reads the ResumableDataset through {found[0]}(), so the batches come in another order, and "
-                f"nobody can enter an epoch at a batch. Give {found[0]}() to the pipeline that the ResumableDataset is "
-                "made of."
+                f"fit() reads the ResumableDataset through a step {step!r} of tf.data, so its batches may not be those "
+                "of the ResumableDataset in their order, and nobody can enter an epoch at a batch. Give this step to "
+                "the pipeline that the ResumableDataset is made of: ResumableDataset(pipeline). Steps that keep the "
+                "batches are map, prefetch, repeat and with_options."
             )
 
     def _refuse_other_epochs(self, fit: FitData) -> None:
@@ -129,14 +139,11 @@ class DataPlace:
 
 
 def _steps_between(dataset: Any, data: ResumableDataset) -> list[str]:
-    """The classes of the datasets by which one reads another; none if it does not, or reads others beside it."""
-    steps: list[str] = []
-    while dataset is not data:
-        steps.append(type(dataset).__name__)
-        # A subclass of a dataset has to have this method, so it is public in all but its name.
-        inputs = dataset._inputs() if isinstance(dataset, tf.data.Dataset) else []  # noqa: SLF001
-        inputs = [each for each in inputs if type(each).__name__ != "_VariantDataset"] if len(inputs) > 1 else inputs
-        if len(inputs) != 1:
-            return []
-        dataset = inputs[0]
-    return steps
+    """The classes of the datasets by which one reads another; none if it does not read it."""
+    if dataset is data or not isinstance(dataset, tf.data.Dataset):
+        return []
+    # A subclass of a dataset has to have this method, so it is public in all but its name.
+    for each in dataset._inputs():  # noqa: SLF001
+        if each is data or _steps_between(each, data):
+            return [type(dataset).__name__, *_steps_between(each, data)]
+    return []

@@ -89,9 +89,27 @@ def decode(text: bytes) -> Description:
                 f"its description of the model is version {version}, this package reads up to {VERSION}: "
                 "upgrade keras_ckpt"
             )
-        return _decode(text)
+        found = _decode(text)
+        for each in found.objects.values():
+            _refuse_harmful(each)
+        return found
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise DamagedCheckpointError(f"its description of the model cannot be read: {error}") from None
+
+
+def _refuse_harmful(learned: Learned) -> None:
+    """Refuses what no program wrote.
+
+    Raises:
+        DamagedCheckpointError: A path leads out of its place, or a config is none.
+    """
+    for path in learned.assets:
+        parts = path.split("/")
+        if not path or "\0" in path or "\\" in path or any(part in ("", ".", "..") for part in parts):
+            raise DamagedCheckpointError(f"an asset of {learned.kind} is not its own: its path is {path!r:.200}")
+    for text in (learned.config, learned.build):
+        if text is not None:
+            msgspec.json.decode(text, type=dict[str, Any])
 
 
 def value_key(index: int) -> str:

@@ -7,6 +7,7 @@ as files. Some layers of Keras learn what is in their config alone, so the confi
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ _METHODS = (
     "build_from_config",
     "adapt",
 )
-_READING = ("load_own_variables", "load_assets")
+_VARIABLES = keras.Variable | tf.Variable
 _LOOKUPS = keras.layers.StringLookup | keras.layers.IntegerLookup | keras.layers.TextVectorization
 _STEADY = (
     keras.layers.Normalization,
@@ -45,6 +46,9 @@ _STEADY = (
 """Of these, what they learned is another as soon as an attribute is another object."""
 _GIVEN = {"name", "trainable", "dtype", "encoding", "epsilon", "vocabulary_size"}
 """What the config of a layer of Keras says that decides nothing, or follows from the rest."""
+_LONG, _MOST = 1000, 100_000
+"""A list of more items is not searched for lists, and so many containers are at most."""
+_VOCABULARY, _UTF_8 = "vocabulary.json", "utf-8"
 _ADAPTED = {"bin_boundaries", "vocabulary", "idf_weights", "mean", "variance"}
 """What such a layer learned, or was given in its place."""
 
@@ -180,11 +184,12 @@ def _take(name: str, each: Any, names: Mapping[int, str]) -> _One:
         array = None if id(value) in names else asked("save_own_variables", _as_array, value)
         if array is not None:
             arrays[str(key)] = array
-    files = asked("save_assets", _files_of, each) if _has_own(each, "save_assets") else None
+    write = _vocabulary_of if isinstance(each, _LOOKUPS) else _files_of
+    files = asked("save_assets", write, each) if _has_own(each, "save_assets") else None
     config = asked("get_config", lambda: _as_json(each.get_config())) if hasattr(each, "adapt") else None
     own_build = _has_own(each, "build_from_config") or _has_own(each, "get_build_config")
     build = asked("get_build_config", lambda: _as_json(each.get_build_config())) if own_build else None
-    own = [names[id(value)] for value in vars(each).values() if isinstance(value, tf.Variable) and id(value) in names]
+    own = [names[id(value)] for value in vars(each).values() if isinstance(value, _VARIABLES) and id(value) in names]
     return _One(variables, own, arrays, files or {}, config, build, failed)
 
 
@@ -204,6 +209,16 @@ def _files_of(each: Any) -> dict[str, bytes]:
     with temporary_directory() as path:
         each.save_assets(path)
         return files_below(path, ASSET_LIMIT)
+
+
+def _vocabulary_of(each: Any) -> dict[str, bytes]:
+    """The vocabulary of a lookup as JSON. The text that Keras writes cannot have words with ends of lines in them."""
+    if each.get_config()["vocabulary"] is not None:
+        return {}  # it is in the config
+    # A word of another encoding is given back as bytes, beside which Keras does not know its own words.
+    words = each.get_vocabulary(include_special_tokens=_encoding_of(each) == _UTF_8)
+    words = [str(word) if isinstance(word, str) else int(word) for word in words]
+    return {_VOCABULARY: json.dumps(words).encode()}
 
 
 class Pairing(NamedTuple):
@@ -230,7 +245,7 @@ class Pairing(NamedTuple):
     def read_by_themselves(self, names: Mapping[int, str]) -> set[str]:
         """The variables that the given objects read by themselves, of those on disk and those in the model."""
         given = [(each, learned) for each, learned in self.given.values() if _has_own(each, "load_own_variables")]
-        here = (value for each, _ in given for value in vars(each).values() if isinstance(value, tf.Variable))
+        here = (value for each, _ in given for value in vars(each).values() if isinstance(value, _VARIABLES))
         there = {name for _, learned in given for name in learned.own}
         return there | {names[id(value)] for value in here if id(value) in names}
 
@@ -322,6 +337,19 @@ def _learned_more(one: _One) -> bool:
     return bool(one.failed or one.arrays or one.files or config.get("bin_boundaries") is not None)
 
 
+def build_otherwise(each: Any, learned: Learned) -> None:
+    """Builds an object that has its variables as it was built in the checkpoint, if that is another way.
+
+    An object that makes variables again by that is left as it was.
+    """
+    if learned.build is None or _as_json(each.get_build_config()) == learned.build:
+        return
+    undo, before = Undo([each]), list(map(id, each.variables))
+    build(each, learned)
+    if list(map(id, each.variables)) != before:
+        undo.undo()
+
+
 def build(each: Any, learned: Learned) -> None:
     """Builds an object that lacks variables as it was built in the checkpoint, if its class has a way of its own."""
     if learned.build is None or not _has_own(each, "build_from_config"):
@@ -390,14 +418,20 @@ def _give_vocabulary(
     if words is not None and each.get_config()["vocabulary"] is not None:
         return  # both were given the same
     if words is None:
-        lines = _lines(files.get("vocabulary.txt", b""))
-        words = [int(line) for line in lines] if isinstance(each, keras.layers.IntegerLookup) else lines
+        words = json.loads(files.get(_VOCABULARY, b"[]"))
     if words:
         lookup = getattr(each, "_lookup_layer", each)
+        if (encoding := _encoding_of(each)) != _UTF_8:
+            # TensorFlow would encode a string as UTF-8.
+            words = [word.encode(encoding) if isinstance(word, str) else word for word in words]
         if weights is not None:
             vars(lookup).pop("idf_weights", None)  # which has a length of its own
             weights = weights[: len(words)]
         each.set_vocabulary(words, weights)
+
+
+def _encoding_of(lookup: Any) -> str:
+    return getattr(getattr(lookup, "_lookup_layer", lookup), "encoding", None) or _UTF_8
 
 
 def has(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Mapping[str, bytes]) -> bool:
@@ -409,8 +443,8 @@ def has(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Map
 
 
 def finalize(each: Any) -> None:
-    """Has an object finalize its state, if it does not do so by itself when it reads it."""
-    if _has_own(each, "finalize_state") and not any(_has_own(each, method) for method in _READING):
+    """Has an object finalize its state, if it does not do so by itself when it reads its variables."""
+    if _has_own(each, "finalize_state") and not _has_own(each, "load_own_variables"):
         each.finalize_state()
 
 
@@ -443,15 +477,7 @@ def _words(each: Any) -> list[str]:
 
 def _words_in(learned: Learned, assets: Sequence[bytes]) -> list[str]:
     files = [assets[asset.index] for asset in learned.assets.values()]
-    return _lines(files[0]) if files else []
-
-
-def _lines(data: bytes) -> list[str]:
-    """The words in a vocabulary of Keras."""
-    lines = data.decode(errors="replace").splitlines()
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+    return [str(word) for word in json.loads(files[0])] if files else []
 
 
 class Undo:
@@ -474,14 +500,28 @@ class Undo:
 
 
 def _contents(attributes: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    kinds = (list, dict, set, np.ndarray)
-    return [(each, each.copy()) for each in attributes.values() if isinstance(each, kinds)]
+    kinds = (list, dict, set, collections.deque, np.ndarray)
+    found: list[tuple[Any, Any]] = []
+    seen: set[int] = set()
+    waiting = [each for each in attributes.values() if isinstance(each, kinds)]
+    while waiting and len(found) < _MOST:
+        each = waiting.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            found.append((each, each.copy()))
+            inside = each.values() if isinstance(each, dict) else () if isinstance(each, np.ndarray) else each
+            if len(each) <= _LONG:
+                waiting += [other for other in inside if isinstance(other, kinds)]
+    return found
 
 
 def _fill(container: Any, content: Any) -> None:
     """Fills a container, past those methods of Keras's containers that track what is put in."""
     if isinstance(container, np.ndarray):
         container[...] = content
+    elif isinstance(container, collections.deque):
+        container.clear()
+        container.extend(content)
     elif isinstance(container, list):
         list.clear(container)
         list.extend(container, content)

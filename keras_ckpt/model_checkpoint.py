@@ -137,8 +137,6 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             "pending": self._pending,
             "due": self._due,
             "epochs": self._epochs,
-            "seen": sorted(self._seen),
-            "warned": self._warned,
             "elapsed": self._schedule.elapsed(),
             "last": self._last,
         }
@@ -148,8 +146,6 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._pending = state["pending"]
         self._due = state["due"]
         self._epochs = state["epochs"]
-        self._seen = set(state.get("seen", ()))
-        self._warned = state["warned"]
         self._schedule.resume(state["elapsed"])
         self._last = self._owed = state.get("last", {})
 

@@ -83,7 +83,8 @@ def build_optimizers(
     for prefix, optimizer in waiting.items():
         if built is not None:
             variables = [weights.get(name) for name in built.get(prefix, ())]
-            if variables and all(variable is not None for variable in variables):
+            complete = variables and all(variable is not None for variable in variables)
+            if complete and not optimizer.built:  # by one that runs it
                 optimizer.build(variables)
             continue
         inner = tuple(f"{other}/" for other in waiting if other.startswith(f"{prefix}/"))

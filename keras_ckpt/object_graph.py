@@ -151,8 +151,7 @@ class ObjectGraph:
             places = sorted([best.place, *others])
             raise MismatchError(
                 f"The model {model.name!r} fits several objects of the checkpoint: {', '.join(places)}. Nothing was "
-                "restored. Choose one of them with TensorFlow: "
-                f"tf.train.Checkpoint({places[0].partition('/')[0]}=model).restore(prefix)."
+                f"restored. {_choice(places)}"
             )
         return best.pairs
 
@@ -293,6 +292,17 @@ class _Candidate(NamedTuple):
     fitting: set[int]
     place: str
     pairs: dict[int, Any]
+
+
+def _choice(places: list[str]) -> str:
+    """How to restore one of several objects."""
+    simple = [place for place in places if all(part.isidentifier() for part in place.split("/"))]
+    if not simple:
+        return "Restore the whole checkpoint with tf.train.Checkpoint into the objects that it was saved of."
+    way = "model"
+    for part in reversed(simple[0].split("/")):
+        way = f"tf.train.Checkpoint({part}={way})"
+    return f"Choose one of them with TensorFlow, such as {simple[0]}: {way}.restore(prefix)."
 
 
 _FIRST = ("", "model")

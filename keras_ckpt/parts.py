@@ -18,6 +18,7 @@ import tensorflow as tf
 
 _VARIABLES = keras.Variable | tf.Variable
 _TABLES = tf.lookup.experimental.MutableHashTable | tf.lookup.experimental.DenseHashTable
+_CONTAINERS = (list, tuple, dict, collections.deque)
 _MOST = 100_000
 """A search looks at so many values at most."""
 _LONG = 1000
@@ -78,13 +79,29 @@ def optimizers_of(model: keras.Model) -> dict[str, Any]:
         if isinstance(each, keras.optimizers.Optimizer) and id(each) not in known:
             found[f"optimizer/{path}"] = each
             known |= {id(each) for each in (each, *inner_optimizers(each))}
+    for prefix, optimizer in list(found.items()):
+        for path, each in _held_optimizers(optimizer):
+            if id(each) not in known:
+                found[f"{prefix}/{path}"] = each
+                known.add(id(each))
     return found
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers that an optimizer runs, such as one that scales the loss."""
+    """The optimizers whose variables are among those of an optimizer, such as of one that scales the loss."""
     inner = getattr(optimizer, "inner_optimizer", None)
-    return [*([] if inner is None else [inner]), *getattr(optimizer, "optimizers", ())]
+    found = [*([] if inner is None else [inner]), *getattr(optimizer, "optimizers", ())]
+    own = {id(each) for each in getattr(optimizer, "variables", ())}
+    found += [each for _, each in _held_optimizers(optimizer) if own.issuperset(map(id, each.variables))]
+    return list({id(each): each for each in found}.values())
+
+
+def _held_optimizers(optimizer: Any) -> list[tuple[str, Any]]:
+    """The optimizers that attributes of an optimizer of a user's class hold, by path."""
+    if optimizer is None or type(optimizer).__module__.startswith("keras."):
+        return []
+    inside = _search(vars(optimizer).items(), lambda each: False)
+    return [(path, each) for path, each in inside if isinstance(each, keras.optimizers.Optimizer)]
 
 
 def losses_of(model: keras.Model) -> dict[str, Any]:
@@ -101,11 +118,18 @@ def losses_of(model: keras.Model) -> dict[str, Any]:
 
 def metrics_of(model: keras.Model) -> list[Any]:
     """The metrics of a model and those inside them, with those of `compile` before Keras builds them."""
-    metrics = [each for metric in model.metrics for each in (metric, *getattr(metric, "metrics", ()))]
+    metrics = [each for metric in model.metrics for each in _with_inner(metric)]
     given = [getattr(each, "_user_metrics", None) for each in metrics]
     given += [getattr(each, "_user_weighted_metrics", None) for each in metrics]
     metrics += [each for each in keras.tree.flatten(given) if isinstance(each, keras.metrics.Metric)]
     return list({id(each): each for each in metrics}.values())
+
+
+def _with_inner(metric: Any) -> list[Any]:
+    """A metric and those that it holds."""
+    inside = _search(vars(metric).items(), lambda each: isinstance(each, keras.metrics.Metric))
+    inner = [each for _, each in inside if isinstance(each, keras.metrics.Metric)]
+    return list({id(each): each for each in (metric, *getattr(metric, "metrics", ()), *inner)}.values())
 
 
 def variables_in(loss: Any) -> list[tuple[str, Any]]:
@@ -149,8 +173,8 @@ def plain_attributes(model: keras.Model, but: Container[int]) -> dict[str, Any]:
         but: The identities of layers that are left out.
     """
     attributes = [*_attributes(layers_of(model), tracked(model), but)]
-    kinds = (list, tuple, dict, set)
-    found: dict[str, Any] = {f"{path}/": len(value) for path, value in attributes if isinstance(value, kinds)}
+    containers = [(path, value) for path, value in attributes if isinstance(value, (*_CONTAINERS, set))]
+    found: dict[str, Any] = {f"{path}/": len(value) for path, value in containers}
     for path, value in _search(attributes, lambda each: False):
         if value is None or isinstance(value, str | int | float):
             found[path] = value
@@ -165,10 +189,10 @@ def contents_of(layers: Iterable[Any]) -> list[Any]:
         value
         for layer in layers
         for name, value in vars(layer).items()
-        if isinstance(value, list | tuple | dict) and _is_users_attribute(layer, name)
+        if isinstance(value, _CONTAINERS) and _is_users_attribute(layer, name)
     ]
     for container in found:  # which grows by those inside
-        if isinstance(container, list | tuple | dict) and len(container) <= _LONG and len(found) <= _MOST:
+        if isinstance(container, _CONTAINERS) and len(container) <= _LONG and len(found) <= _MOST:
             found.extend(container.values() if isinstance(container, dict) else container)
     return found
 
@@ -207,7 +231,7 @@ def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> I
         inside: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, dict):
             inside = value.items()
-        elif isinstance(value, list | tuple | set | frozenset):
+        elif isinstance(value, list | tuple | set | frozenset | collections.deque):
             inside = enumerate(value)
         else:
             yield path, value
@@ -221,7 +245,7 @@ def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> I
 
 def _is_data(container: Any) -> bool:
     """Whether a container is long and begins with a number or a string, so that a search is not worth its time."""
-    if not isinstance(container, list | tuple | dict | set | frozenset) or len(container) <= _LONG:
+    if not isinstance(container, (*_CONTAINERS, set, frozenset)) or len(container) <= _LONG:
         return False
     first = next(iter(container.values() if isinstance(container, dict) else container))
     return isinstance(first, str | bytes | int | float)

@@ -54,11 +54,13 @@ class FitData(NamedTuple):
         steps_per_epoch: After how many batches an epoch ends; `None` if the data say so themselves.
         batches: How many batches the data have, `None` if they have no end, or it is not known.
         dataset: The dataset that is read, `None` if the data are none of TensorFlow's.
+        is_known: Whether there is a `fit`, and not a loop of a user's own.
     """
 
     steps_per_epoch: int | None = None
     batches: int | None = None
     dataset: tf.data.Dataset | None = None
+    is_known: bool = False
 
 
 def data_of_fit() -> FitData:
@@ -70,7 +72,8 @@ def data_of_fit() -> FitData:
             steps: int | None = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
             adapter = frame.f_locals["epoch_iterator"].data_adapter
             dataset = getattr(adapter, "_dataset", None)  # no public name gives it and makes none
-            return FitData(steps, adapter.num_batches, dataset if isinstance(dataset, tf.data.Dataset) else None)
+            dataset = dataset if isinstance(dataset, tf.data.Dataset) else None
+            return FitData(steps, adapter.num_batches, dataset, is_known=True)
         frame = frame.f_back
     return FitData()
 
@@ -88,7 +91,9 @@ class Progress:
     def __init__(self, model: keras.Model, steps: int | None) -> None:
         self.model = model
         self.steps = steps
-        self._data_end = steps if data_of_fit().steps_per_epoch is None else None
+        fit = data_of_fit()
+        self._least = 0 if fit.is_known else 1
+        self._data_end = steps if fit.steps_per_epoch is None else None
         self.position = position_of(model) or Position(uuid.uuid4().hex)
         if model in _positions and _positions[model][1] is not _optimizer(model):
             warn(
@@ -126,8 +131,8 @@ class Progress:
     def epoch_end(self) -> Position:
         """Counts an epoch, unless training was stopped in its middle."""
         if self._last_batch < 0:
-            # A loop of somebody's own that reports no batches; the optimizer knows how many there were.
-            self._move(step=self.position.step + max(1, _iterations(self.model) - self._iterations))
+            # A loop of a user's own that reports no batches; the optimizer knows how many there were.
+            self._move(step=self.position.step + max(self._least, _iterations(self.model) - self._iterations))
         done, self._last_batch = self._last_batch + 1, -1
         self._iterations = _iterations(self.model)
         if getattr(self.model, "stop_training", False) and self.steps is not None and done < self.steps:

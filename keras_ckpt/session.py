@@ -139,8 +139,11 @@ class Session:
         return self._schedule.after_batches(before, self.progress.batch_end(batch).step)
 
     def epoch_end(self) -> str | None:
-        """Counts an epoch, and says what made a save due if one is."""
-        self.progress.epoch_end()
+        """Counts an epoch, and says what made a save due if one is; none while no batch of the fit has ended."""
+        before = self.progress.position
+        after = self.progress.epoch_end()
+        if after.step == self._began_at and not before.batch:
+            return None
         return self._schedule.after_epoch()
 
     def snapshot(self, others: Mapping[str, Any] = {}, later: Later | None = None) -> Snapshot:

@@ -154,6 +154,7 @@ class ModelState(tf.train.Checkpoint):
             owners=owners,
             made_of=made_of,
             identities=list(map(id, made_of)),
+            built=_built(owners),
         )
 
     def _described(self, optimizers: Mapping[str, Any], names: Mapping[int, str]) -> description.Description:
@@ -192,6 +193,7 @@ class _Plan(NamedTuple):
         owners: The model's optimizers and losses.
         made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
         identities: Theirs.
+        built: Which of the owners are built.
     """
 
     variables: Sequence[Any]
@@ -205,6 +207,7 @@ class _Plan(NamedTuple):
     owners: Sequence[Any]
     made_of: Sequence[Any]
     identities: Sequence[int]
+    built: Sequence[bool]
 
     def snapshot(self, others: Mapping[str, Any], later: Later | None) -> Snapshot:
         """The values of now, with more to write beside them."""
@@ -217,7 +220,7 @@ class _Plan(NamedTuple):
 
     def holds(self, model: keras.Model) -> bool:
         """Whether the model is made of the same things still, and the reader reads their values."""
-        same = list(map(id, _made_of(model, self.owners))) == self.identities
+        same = list(map(id, _made_of(model, self.owners))) == self.identities and _built(self.owners) == self.built
         return same and all(map(operator.is_, map(value_of, self.variables), self.reader.variables))
 
 
@@ -243,6 +246,11 @@ class _Cache:
     """Has the plan of a model state, which TensorFlow would track as a part of the checkpoint."""
 
     plan: _Plan | None = None
+
+
+def _built(owners: Iterable[Any]) -> list[bool]:
+    """Which optimizers are built. Some get no variable by that."""
+    return [bool(getattr(each, "built", False)) for each in owners]
 
 
 def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:

@@ -211,6 +211,8 @@ class Training:
             reasons = [self._again]
         self._held = self._due = None
         self._ended_early = self._is_stopped_early(epoch)
+        if self._first is not None and not reasons:
+            return  # no batch of the fit has ended
         if self._stopped_within:
             self._whole = False  # the state in the middle of the epoch is the one to continue from
             return
@@ -343,12 +345,13 @@ class Training:
         ended = past or (document["stopped"] and not document["batch"])
         self._begin_with(self._epochs if ended else begin)
         self._warn_of_other_settings(document["settings"])
+        epoch = begin if ended else begin + 1
         lost = [*self._states.strangers(document["callbacks"]), *document["unsaved"]]
         print(
             f"Found {record.prefix}; "
             + ("nothing is left to train after " if ended else "going on from ")
             + f"step {record.step}"
-            + (f", epoch {min(begin + 1, self._epochs)} of {self._epochs}" if self._epochs and record.step else "")
+            + (f", epoch {min(epoch, self._epochs)} of {self._epochs}" if self._epochs and record.step else "")
             + (f", after batch {batch} of {self._steps}" if batch else "")
             + (", where a callback stopped it: ask for more epochs, or more patience" if ended and not past else "")
             + f"; restored: {', '.join(['model', 'random numbers', *restored])}"

@@ -120,9 +120,9 @@ class _Transfer:
     def _build(self) -> None:
         """Builds what was built for the checkpoint and is not in the model: layers, and the slots of optimizers."""
         unexpected = {name.rpartition("/")[0] for name in self._source.kinds() if name not in self._wanted}
-        lacking = [pair for name, pair in self._objects.given.items() if name in unexpected]
-        for each, entry in lacking:
-            learned.build(each, entry)
+        lacking = {name: pair for name, pair in self._objects.given.items() if name in unexpected}
+        for name, (each, entry) in self._objects.given.items():
+            (learned.build if name in lacking else learned.build_otherwise)(each, entry)
         if lacking:
             self._wanted = self._names()
         if self._source.foreign:
@@ -197,7 +197,8 @@ class _Transfer:
         names = {id(self._wanted[name]): name for name in missing if name in self._wanted}
         found: dict[str, tf.Tensor] = {}
         for prefix, optimizer in optimizers_of(self._model).items():
-            if optimizer.built and prefix not in self._source.description.optimizers:
+            lacks = any(id(each) in names for each in optimizer.variables)
+            if lacks and optimizer.built and prefix not in self._source.description.optimizers:
                 new = type(optimizer).from_config(optimizer.get_config())
                 new.build(naming.trained_by(optimizer))
                 pairs = zip(optimizer.variables, new.variables, strict=True)
@@ -299,6 +300,11 @@ class _Transfer:
         values = {}
         for kernel, (first, second) in self._lora().items():
             if kernel in wanted and first not in wanted:
+                if not read[kernel].dtype.is_floating:
+                    raise MismatchError(
+                        f"{self._prefix} has a low-rank update of {kernel}, which is quantized. Nothing was restored: "
+                        "merging it loses precision. Restore into a model with LoRA enabled, as it was saved."
+                    )
                 update = tf.matmul(read[first], read[second]) * factors.get(first, 1.0)
                 values[kernel] = read[kernel] + tf.cast(update, read[kernel].dtype)
         # In a product with zero the other factor is as good as any.
@@ -340,7 +346,7 @@ class _Transfer:
         found = [each for each in found if each.program != each.saved]
         if not found:
             return
-        where = " in a callback" if self._request.backup else " after the restore"
+        where = " in on_epoch_begin of a callback" if self._request.backup else " after the restore"
         mend = f" To take the program's, set model.optimizer.{compiled.RATE}{where}."
         restored = any(each.restored for each in found)
         warn(f"Compiled otherwise than {self._prefix}: {'; '.join(map(str, found))}.{mend if restored else ''}")
@@ -391,7 +397,7 @@ class _Transfer:
             except Exception:
                 undo.undo()
                 # Some layers of Keras cannot read what they wrote. In a program that adapts them again it does no harm.
-                if not learned.has(each, entry, store, files):
+                if not (type(each).__module__.startswith("keras.") and learned.has(each, entry, store, files)):
                     raise
 
     @contextlib.contextmanager

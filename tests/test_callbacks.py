@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import pathlib
@@ -9,6 +10,7 @@ import threading
 import time
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -178,6 +180,60 @@ class Deadline(callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None) -> None:
         if time.monotonic() > self.until:
             self.model.stop_training = True
+
+
+class Draws(callbacks.Callback):
+    """Draws a number and counts it in an array, each epoch."""
+
+    def __init__(self, generator: np.random.Generator, array: np.ndarray) -> None:
+        super().__init__()
+        self.generator, self.array = generator, array
+        self.drawn: list[float] = []
+        self.min_delta = 0
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.drawn.append(self.generator.random())
+        self.array[epoch % 3] += 1
+        self.min_delta += 1
+
+
+def test_what_two_callbacks_share_stays_shared(backup) -> None:
+    """A generator and an array: both draw from one, and both count in one."""
+
+    def make() -> list[Draws]:
+        generator, array = np.random.default_rng(1), np.zeros(3)
+        return [Draws(generator, array), Draws(generator, array)]
+
+    whole, crashed, resumed = make(), make(), make()
+    train(None, *whole)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, *crashed, crash=4)
+    train(backup, *resumed)
+
+    assert [each.drawn for each in resumed] == [each.drawn for each in whole]
+    np.testing.assert_array_equal(resumed[0].array, whole[0].array)
+    assert resumed[0].array is resumed[1].array
+    assert resumed[0].min_delta == len(LOSSES)
+
+
+def test_an_attribute_of_another_kind_is_replaced(backup) -> None:
+    """The constructor gives a list, and the training makes a bounded deque of it, and a set of a dict."""
+
+    class Changes(callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.seen = [], {}
+
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            self.last = collections.deque([*self.last, epoch], maxlen=2)
+            self.seen = {*self.seen, epoch}
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, Changes(), crash=4)
+    resumed = Changes()
+    train(backup, resumed)
+
+    assert (resumed.last, resumed.last.maxlen, resumed.seen) == (collections.deque([8, 9]), 2, {*range(10)})
 
 
 def test_a_deadline_belongs_to_the_process(backup) -> None:

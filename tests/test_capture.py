@@ -273,6 +273,28 @@ def test_the_last_backup_of_a_training_is_repeated_at_once(tmp_path) -> None:
     assert resumed.seen[:11].tolist() == [0] * 7 + [7, 8, 9, 10]
 
 
+def test_arrays_that_change_one_after_another_do_not_keep_backups_from_the_disk(tmp_path) -> None:
+    """Each epoch changes another array for the first time. The newest backup is at most two epochs old."""
+
+    class Fills(keras.callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of_epoch = [np.zeros(LARGE) for _ in range(8)]
+
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            self.of_epoch[epoch][:] = epoch
+
+    behind: list[int] = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None) -> None:
+            behind.append(epoch - max((record.epoch for record in kc.CheckpointDirectory(tmp_path)), default=0))
+
+    fit(dense_model(), Fills(), kc.BackupAndRestore(tmp_path), Looks(), epochs=8, batches=2)
+
+    assert max(behind) <= 2
+
+
 def test_nothing_large_is_read_on_the_training_thread(monkeypatch) -> None:
     """A look at 200 MB that nobody changes neither hashes nor compares them."""
     holder = Holder(np.ones(LARGE))

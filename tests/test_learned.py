@@ -1,5 +1,6 @@
 """What layers learned beyond variables is saved, compared and restored by Keras's saving protocol."""
 
+import collections
 import json
 import os
 import pathlib
@@ -541,6 +542,122 @@ def test_a_large_vocabulary_is_taken_once(tmp_path, monkeypatch) -> None:
     state.snapshot()
 
     assert first is not None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["x\r", "y"], ["a\u2028b", "c"], ["p\x0bq", "r"], ["a", "b", ""], ["a\nb", "c"], ["ä", "日本"], ["1", "01"]],
+)
+def test_a_vocabulary_may_have_any_words(tmp_path, words) -> None:
+    """Also words with ends of lines, which the text that Keras writes does not tell apart."""
+    layer, fresh = keras.layers.StringLookup(), keras.layers.StringLookup()
+    layer.adapt(np.array([[word] for word in words]))
+    zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), tmp_path)
+
+    kc.restore(keras.Sequential([keras.Input((1,), dtype="string"), fresh]), tmp_path)
+
+    np.testing.assert_array_equal(fresh(tf.constant(words)), layer(tf.constant(words)))
+
+
+def test_a_vocabulary_of_another_encoding_is_restored(tmp_path) -> None:
+    """Its words are other bytes than in UTF-8."""
+    words = tf.constant([["é".encode("latin-1")], [b"b"]])
+    layer, fresh = (keras.layers.StringLookup(encoding="latin-1") for _ in "12")
+    layer.adapt(words)
+    zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), tmp_path)
+
+    kc.restore(keras.Sequential([keras.Input((1,), dtype="string"), fresh]), tmp_path)
+
+    np.testing.assert_array_equal(fresh(words), layer(words))
+
+
+@pytest.mark.parametrize("harm", ["path", "config"])
+def test_a_description_of_a_lookup_that_no_program_wrote_is_damaged(tmp_path, harm) -> None:
+    """A path that leaves its place, a config that is none. The vocabulary stays."""
+    layer = keras.layers.StringLookup(name="words")
+    layer.adapt(np.array([["a"]]))
+    zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), tmp_path / "run")
+    prefix = str(tmp_path / "plain")
+    (record,) = kc.CheckpointDirectory(tmp_path / "run")
+    values = entries(record.prefix)
+    text = json.loads(values[description.KEY])
+    (learned,) = (each for each in text["objects"].values() if each["class"] == "StringLookup")
+    if harm == "path":
+        learned["assets"] = {"../../evil": next(iter(learned["assets"].values()))}
+    else:
+        learned["config"] = "{no"
+    write(prefix, values | {description.KEY: np.array(json.dumps(text).encode(), object)})
+    fresh = keras.layers.StringLookup(name="words")
+
+    with pytest.raises(kc.DamagedCheckpointError):
+        kc.restore(keras.Sequential([keras.Input((1,), dtype="string"), fresh]), prefix)
+    assert fresh.get_vocabulary() == ["[UNK]"]
+
+
+@registered
+class Multiplied(keras.layers.Layer):
+    """Has a factor that its build config tells."""
+
+    factor = 1
+
+    def build(self, shape) -> None:
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    def get_build_config(self):
+        return {"factor": self.factor, "input_shape": (None, 4)}
+
+    def build_from_config(self, config) -> None:
+        self.factor = config["factor"]
+        if not self.built:
+            self.build(config["input_shape"])
+
+    def call(self, x):
+        return x * self.scale * self.factor
+
+
+def test_a_build_config_that_differs_is_restored(tmp_path) -> None:
+    """Though no variable is missing."""
+    layer, fresh = Multiplied(), Multiplied()
+    model, restored = model_of(layer), model_of(fresh)
+    layer.factor = 7
+    zoo.save(model, tmp_path)
+
+    kc.restore(restored, tmp_path)
+
+    np.testing.assert_array_equal(restored(DATA), model(DATA))
+
+
+class Spoils(keras.layers.Layer):
+    """Changes all that it has while it reads, and raises."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.nested = {"a": {"b": [1, 2]}, "c": collections.deque([3])}
+
+    def build(self, shape) -> None:
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    def load_own_variables(self, store) -> None:
+        self.scale.assign(self.scale * 0)
+        self.nested["a"]["b"].append(9)
+        self.nested["c"].clear()
+        raise RuntimeError("not mine")
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_a_layer_that_raises_while_it_reads_variables_is_an_error(tmp_path) -> None:
+    """The variables are as they were, and so is what is in containers of containers."""
+    zoo.save(model_of(Spoils(name="one")), tmp_path)
+    layer = Spoils(name="one")
+    model = model_of(layer)
+    before = model.get_weights()
+
+    with pytest.raises(kc.MismatchError, match=r"model/one refused what .*RuntimeError: not mine"):
+        kc.restore(model, tmp_path)
+    np.testing.assert_equal(model.get_weights(), before)
+    assert layer.nested == {"a": {"b": [1, 2]}, "c": collections.deque([3])}
 
 
 def test_a_model_without_variables_gets_its_vocabulary(tmp_path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_ckpt as kc
 from conftest import Filler, somebody_else
@@ -75,6 +76,22 @@ class TestAFitInWhichNoBatchHasEnded:
 
         assert same(*trained)
         assert lines(recwarn) == []
+
+    @pytest.mark.parametrize("empty", [lambda data: data.take(0), lambda data: data.filter(lambda *batch: False)])
+    @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+    def test_of_data_without_batches_saves_nothing(self, tmp_path, empty) -> None:
+        """The same script with data trains all epochs."""
+        data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+
+        def train(data) -> keras.callbacks.History:
+            saves = [kc.ModelCheckpoint(tmp_path / "run"), kc.BackupAndRestore(tmp_path / "b", delete_checkpoint=False)]
+            return dense_model().fit(data, epochs=2, verbose=0, shuffle=False, callbacks=saves)
+
+        train(empty(data))
+
+        assert not list(kc.CheckpointDirectory(tmp_path / "run"))
+        assert not list(kc.CheckpointDirectory(tmp_path / "b"))
+        assert len(train(data).history["loss"]) == 2
 
 
 def fails(*arguments: object, **logs: object) -> None:
@@ -148,7 +165,7 @@ class TestCompiledOtherwise:
         """By a callback, as the line says."""
         fit(of({"optimizer": optimizers.Adam(0.1)}), kc.BackupAndRestore(backup, delete_checkpoint=False))
         again = of({"optimizer": optimizers.Adam(0.2)})
-        with pytest.warns(UserWarning, match=r"set model\.optimizer\.learning_rate in a callback"):
+        with pytest.warns(UserWarning, match=r"set model\.optimizer\.learning_rate in on_epoch_begin of a callback"):
             fit(again, kc.BackupAndRestore(backup, delete_checkpoint=False), epochs=2)
         assert float(again.optimizer.learning_rate) == pytest.approx(0.1)
 
@@ -313,7 +330,7 @@ class TestAReadOnlyDirectory:
     @pytest.fixture
     def directory(self) -> Iterator[pathlib.Path]:
         """A directory with two checkpoints that everybody may read and nobody may change."""
-        with tempfile.TemporaryDirectory() as path:
+        with tempfile.TemporaryDirectory(dir="/tmp") as path:  # which everybody may enter
             Filler(pathlib.Path(path)).save("10 20")
             for folder, _, files in os.walk(path):
                 for each in (folder, *(f"{folder}/{file}" for file in files)):
@@ -362,6 +379,21 @@ class TestTheMonitor:
 
         assert kept == [1, 2, 3, 4]
         assert len(lines(caught)) == 1
+
+    def test_that_the_process_before_had_is_warned_of_after_a_restart(self, tmp_path, backup) -> None:
+        """A notebook's second AUC has another name, whatever the backup says of the first."""
+
+        def run(name: str, *more: keras.callbacks.Callback) -> None:
+            model = dense_model(metrics=[keras.metrics.MeanAbsoluteError(name=name)])
+            saves = kc.ModelCheckpoint(tmp_path / "run", monitor="auc", mode="max", keep=kc.BestN(2))
+            fit(model, saves, kc.BackupAndRestore(backup), *more, epochs=5)
+
+        with pytest.raises(RuntimeError, match="crash"):
+            run("auc", Interrupts(12, RuntimeError("crash")))
+        with pytest.warns(UserWarning, match="'auc' is not there"):
+            run("auc_1")
+
+        assert {15, 20, 25} <= {record.step for record in kc.CheckpointDirectory(tmp_path / "run")}
 
     @pytest.mark.parametrize(
         "monitor", ["val_head_accuracy", "loss", "head_acc", "val_accuracy", "val_mae", "val_lossy"]

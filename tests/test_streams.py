@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import weakref
 
 import keras
 import numpy as np
@@ -116,12 +117,20 @@ def test_a_data_set_of_a_resumable_one_knows_how_many_batches_it_has(source, ste
         assert sum(1 for _ in data) == count
 
 
+SEEN: weakref.WeakKeyDictionary[keras.Model, list[int]] = weakref.WeakKeyDictionary()
+"""Beside the models, because a list that grows in one would be state of it."""
+
+
 class Net(keras.Model):
     """Notes the first value of each batch that it trains on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.out, self.seen = keras.layers.Dense(1), []
+        self.out = keras.layers.Dense(1)
+
+    @property
+    def seen(self) -> list[int]:
+        return SEEN.setdefault(self, [])
 
     def call(self, x):
         return self.out(x / ROWS)
@@ -140,10 +149,11 @@ class MapsItsData(Net):
 
 
 class WrapsItsData(Net):
-    """Numbers the batches and drops the numbers, with options of its own."""
+    """Names the parts of a batch, with options of its own."""
 
     def fit(self, x=None, **options):
-        return super().fit(x=x.enumerate().map(lambda number, batch: batch).with_options(tf.data.Options()), **options)
+        named = x.map(lambda x, y: {"x": x, "y": y}).map(lambda batch: (batch["x"], batch["y"]))
+        return super().fit(x=named.with_options(tf.data.Options()), **options)
 
 
 def net(kind=Net) -> Net:
@@ -203,17 +213,37 @@ MIXED = {
     "shuffle": lambda data: data.shuffle(3),
     "cache": lambda data: data.cache().prefetch(1),
     "shuffle, mapped": lambda data: data.map(lambda *batch: batch).shuffle(3).prefetch(1),
+    "zip": lambda data: tf.data.Dataset.zip((data, pipeline())).map(lambda batch, other: batch),
+    "zip, enumerated": lambda data: data.enumerate().map(lambda number, batch: batch),
+    "zip, with itself": lambda data: tf.data.Dataset.zip((data, data)).map(lambda batch, other: batch),
+    "scan": lambda data: data.scan(0, lambda state, *batch: (state, batch)),
+    "directedinterleave": lambda data: tf.data.Dataset.choose_from_datasets(
+        [data.repeat(), pipeline().repeat()], tf.data.Dataset.range(2).repeat(3)
+    ).apply(tf.data.experimental.assert_cardinality(6)),
 }
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_a_fit_that_reads_batches_in_another_order_is_refused(tmp_path, name) -> None:
-    """The error says where the step belongs."""
+def test_a_fit_whose_batches_may_be_others_is_refused(tmp_path, name) -> None:
+    """A place in the dataset is no place in these data. The error says where the step belongs."""
     data = SOURCES["arrays"]()
     step = name.partition(",")[0]
 
-    with pytest.raises(ValueError, match=rf"through {step}\(\).*Give {step}\(\) to the pipeline"):
+    with pytest.raises(ValueError, match=rf"through a step '{step}'.*Give this step to the pipeline"):
         net().fit(MIXED[name](data), verbose=0, shuffle=False, callbacks=[kc.BackupAndRestore(tmp_path, data=data)])
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [lambda data: data.unbatch().batch(4), lambda data: data.shard(2, 1), lambda data: data.filter(lambda *b: True)],
+)
+def test_a_stream_whose_batches_may_be_others_is_refused(tmp_path, mix) -> None:
+    """Also where epochs are parts of a stream."""
+    data = SOURCES["arrays"]()
+    options = {"steps_per_epoch": 4, "verbose": 0, "shuffle": False}
+
+    with pytest.raises(ValueError, match="through a step"):
+        net().fit(mix(data.repeat()), callbacks=[kc.BackupAndRestore(tmp_path, data=data)], **options)
 
 
 class Generator:

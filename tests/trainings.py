@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,8 @@ class Adversarial(keras.Model):
             self.optimizers = {"discriminator": first, "generator": second}
         elif self.place == "nested":
             self.optimizers = {"all": [{"one": first}, (second,)]}
+        elif self.place == "deque":
+            self.optimizers = collections.deque([first, second])
         else:
             self.optimizers = [first, second]
 
@@ -168,6 +171,27 @@ class Part(keras.Model):
             self.optimizer.build(weights)
         self.optimizer.apply(tape.gradient(loss, weights))
         return {"loss": loss}
+
+
+class Lookahead(keras.optimizers.Optimizer):
+    """Runs another optimizer, which it holds in an attribute of its own."""
+
+    def __init__(self, base: Any, **options: Any) -> None:
+        super().__init__(learning_rate=0.1, **options)
+        self.base = base
+
+    def build(self, variables) -> None:
+        super().build(variables)
+        self.base.build(variables)
+
+    def apply(self, gradients, variables=None) -> None:
+        if not self.built:
+            self.build(variables)
+        self.iterations.assign_add(1)
+        self.base.apply(gradients, variables)
+
+    def get_config(self):
+        return {**super().get_config(), "base": keras.saving.serialize_keras_object(self.base)}
 
 
 class Alternating(keras.Model):
@@ -297,7 +321,9 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     ),
     "a part by apply(grads)": lambda: compiled(called(Part())),
     "alternating optimizers": lambda: compiled(called(Alternating()), "sgd"),
+    "an optimizer that runs another": lambda: compiled(network(), Lookahead(keras.optimizers.Adam(0.1))),
     "adversarial": adversarial("attributes"),
+    "adversarial, a deque of optimizers": adversarial("deque"),
     "adversarial, a dict of optimizers": adversarial("dict"),
     "adversarial, a list of optimizers": adversarial("list"),
     "adversarial, nested optimizers": adversarial("nested"),
