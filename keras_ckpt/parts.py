@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import types
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ _TABLES = tf.lookup.experimental.MutableHashTable | tf.lookup.experimental.Dense
 _CONTAINERS = (list, tuple, dict, collections.deque)
 _MOST = 100_000
 """A search looks at so many values at most."""
+_HASHED = 1 << 26
+"""A larger array is not searched for changes."""
 _LONG = 1000
 """A list of more numbers or strings than this is not searched."""
 _FRAMEWORKS = {"builtins", "keras", "tensorflow", "numpy", "collections", "functools", "threading", "weakref"}
@@ -166,20 +169,31 @@ def untracked(model: keras.Model, known: Iterable[Any]) -> list[str]:
 
 
 def plain_attributes(model: keras.Model, but: Container[int]) -> dict[str, Any]:
-    """The numbers, strings, small arrays and lengths of containers in attributes that a user gave to layers, by path.
+    """The plain state in attributes that a user gave to layers, optimizers, losses and metrics, by path.
+
+    That are numbers, strings, fingerprints of arrays and lengths of containers, in objects of a user's own too.
 
     Args:
         model: The model.
-        but: The identities of layers that are left out.
+        but: The identities of objects that are left out.
     """
     attributes = [*_attributes(layers_of(model), tracked(model), but)]
-    containers = [(path, value) for path, value in attributes if isinstance(value, (*_CONTAINERS, set))]
-    found: dict[str, Any] = {f"{path}/": len(value) for path, value in containers}
-    for path, value in _search(attributes, lambda each: False):
+    others = [*optimizers_of(model).items()]
+    others += [(f"losses/{path}".strip("/"), each) for path, each in losses_of(model).items()]
+    others += [(f"metrics/{metric.name}", metric) for metric in metrics_of(model)]
+    for place, each in others:
+        if id(each) not in but:
+            own = _own_attributes(each).items()
+            attributes += [(f"{place}/{name}", value) for name, value in own if _is_users_attribute(each, name)]
+    found: dict[str, Any] = {}
+    for path, value in attributes:
+        if isinstance(value, (*_CONTAINERS, set)):
+            found[f"{path}/"] = len(value)
+    for path, value in _search(attributes, _is_users_object):
         if value is None or isinstance(value, str | int | float):
             found[path] = value
-        elif isinstance(value, np.ndarray | np.generic) and value.size <= _LONG:
-            found[path] = value.tobytes()
+        elif isinstance(value, np.ndarray | np.generic) and value.nbytes <= _HASHED:
+            found[path] = zlib.crc32(value.tobytes())
     return found
 
 
@@ -215,9 +229,18 @@ def _attributes(layers: Iterable[Any], below: Mapping[str, Any], but: Container[
     places = {id(each): f"{path}/" for path, each in below.items()}
     for index, layer in enumerate(layers):
         place = places.get(id(layer), f"layers/{index}/") if index else ""
-        for name, value in vars(layer).items() if id(layer) not in but else ():
+        for name, value in _own_attributes(layer).items() if id(layer) not in but else ():
             if _is_users_attribute(layer, name):
                 yield f"{place}{name}", value
+
+
+def _own_attributes(each: Any) -> dict[str, Any]:
+    """The attributes of an object, with the numbers and strings that its class has in their place before."""
+    kinds = [kind for kind in type(each).__mro__ if kind.__module__.partition(".")[0] not in _FRAMEWORKS]
+    given = ((name, value) for kind in reversed(kinds) for name, value in vars(kind).items())
+    plain = {name: value for name, value in given if isinstance(value, int | float | str) and not name.startswith("__")}
+    own: dict[str, Any] = vars(each)
+    return plain | own
 
 
 def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
@@ -259,7 +282,7 @@ def _is_users_attribute(layer: Any, name: str) -> bool:
 
 @functools.cache
 def _attributes_of_keras() -> frozenset[str]:
-    """The attributes that Keras gives to models and layers."""
+    """The attributes that Keras gives to models, layers, optimizers, losses and metrics."""
     # Names of their own, so that the automatic names of the user's layers stay as they are.
     first = keras.Input((1,), name="keras_ckpt_input")
     examples = [
@@ -269,7 +292,14 @@ def _attributes_of_keras() -> frozenset[str]:
         keras.Layer(name="keras_ckpt_layer"),
     ]
     examples[0].compile(optimizer=None)
-    return frozenset({name for each in examples for name in vars(each)} | {"history", "_eval_epoch_iterator"})
+    others = [
+        keras.optimizers.SGD(name="keras_ckpt_optimizer"),
+        keras.losses.MeanSquaredError(name="keras_ckpt_loss"),
+        keras.metrics.MeanSquaredError(name="keras_ckpt_metric"),
+    ]
+    others[0].build([])
+    names = {name for each in (*examples, *others) for name in vars(each)}
+    return frozenset(names | {"history", "_eval_epoch_iterator"})
 
 
 def _is_users_table(path: str, below: Mapping[str, Any], model: keras.Model) -> bool:

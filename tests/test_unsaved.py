@@ -87,6 +87,29 @@ class AnArray(Passes):
         self.state += 1
 
 
+class Counter:
+    """An object of a program's own that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class ANumberInAnObject(Passes):
+    def hold(self) -> None:
+        self.state = [Counter()]
+
+    def work(self) -> None:
+        self.state[0].count += 1
+
+
+class ALargeArray(Passes):
+    def hold(self) -> None:
+        self.state = np.zeros((300, 200))
+
+    def work(self) -> None:
+        self.state[7, 7] += 1
+
+
 class NumbersInAList(Passes):
     def hold(self) -> None:
         self.state = []
@@ -127,7 +150,7 @@ def model_of(layer: keras.layers.Layer) -> keras.Model:
 @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
 @pytest.mark.parametrize(
     "make",
-    [InAList, InADict, InAnObject, InAModule, ATable, ANumber, AnArray, NumbersInAList],
+    [InAList, InADict, InAnObject, InAModule, ATable, ANumber, AnArray, ANumberInAnObject, ALargeArray, NumbersInAList],
 )
 def test_state_that_no_checkpoint_has_is_named_once(tmp_path, make, callback) -> None:
     """By the path of its attribute, at the line of the user that calls `fit`."""
@@ -151,6 +174,52 @@ def test_nothing_is_said_of_other_models(tmp_path, make, recwarn) -> None:
     model.fit(np.ones((4, *shape)), np.ones((4, 1)), verbose=0, callbacks=[kc.ModelCheckpoint(tmp_path)])
 
     assert [str(each.message) for each in recwarn if each.category is UserWarning] == []
+
+
+class CountingOptimizer(keras.optimizers.SGD):
+    calls = 0
+
+    def apply(self, *arguments, **named):
+        self.calls += 1
+        return super().apply(*arguments, **named)
+
+
+class CountingLoss(keras.losses.Loss):
+    calls = 0
+
+    def call(self, y_true, y_pred):
+        self.calls += 1
+        return keras.ops.mean((y_true - y_pred) ** 2)
+
+
+class CountingMetric(keras.metrics.Mean):
+    def __init__(self) -> None:
+        super().__init__(name="counting")
+        self.calls = 0
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.calls += 1
+        return super().update_state(y_pred)
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"optimizer": CountingOptimizer}, "optimizer/calls"),
+        ({"loss": CountingLoss}, "losses/calls"),
+        ({"metrics": CountingMetric}, "metrics/counting/calls"),
+    ],
+)
+def test_state_of_what_compile_was_given_is_named(tmp_path, options, place) -> None:
+    """A number that an optimizer, a loss or a metric of a program's own counts."""
+    made = {name: [make()] if name == "metrics" else make() for name, make in options.items()}
+    for each in keras.tree.flatten(made):
+        each.calls = 0
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(**{"optimizer": "sgd", "loss": "mse", **made}, run_eagerly=True)
+
+    with pytest.warns(UserWarning, match=f"do not have this state of it: {place}"):
+        fit(model, kc.ModelCheckpoint(tmp_path))
 
 
 class Trains(keras.Model):
