@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -175,7 +176,9 @@ class _Transfer:
 
     def _without_other_optimizers(self, found: Matching) -> Matching:
         """Leaves an optimizer as it is where the checkpoint has a part of another class's state for it."""
-        others = [each for each in self._settings() if each.name.endswith(f"/{compiled.CLASS}")]
+        others = [each for each in self._settings if each.name.endswith(f"/{compiled.CLASS}")]
+        if not others:
+            return found
         classes = {each.name.removesuffix(compiled.CLASS): each for each in others}
         unbuilt = {f"{prefix}/" for prefix, optimizer in optimizers_of(self._model).items() if not optimizer.built}
         missing = {prefix for prefix in classes if any(name.startswith(prefix) for name in found.missing)}
@@ -192,9 +195,11 @@ class _Transfer:
 
     def _fresh(self, missing: Iterable[str]) -> dict[str, tf.Tensor]:
         """The values of slots of an optimizer that was not built yet for the checkpoint: those of a new optimizer."""
-        if self._source.description is None:
+        names = {
+            id(self._wanted[name]): name for name in missing if name in self._wanted and name.startswith(_OPTIMIZER)
+        }
+        if self._source.description is None or not names:
             return {}
-        names = {id(self._wanted[name]): name for name in missing if name in self._wanted}
         found: dict[str, tf.Tensor] = {}
         for prefix, optimizer in optimizers_of(self._model).items():
             lacks = any(id(each) in names for each in optimizer.variables)
@@ -271,7 +276,7 @@ class _Transfer:
         reasons = dict.fromkeys(missing, "not in the checkpoint")
         reasons |= dict.fromkeys(report.unexpected, "in the checkpoint, not in the model")
         reasons |= report.mismatched
-        for setting in self._settings():
+        for setting in self._settings:
             # A schedule has no variable of this name, a number has: there is nothing to restore then.
             if setting.name.endswith(compiled.RATE) and not setting.restored:
                 reasons.pop(setting.name, None)
@@ -329,6 +334,7 @@ class _Transfer:
         if not self._request.weights_only:
             self._warn_of_settings(report, values)
 
+    @functools.cached_property
     def _settings(self) -> list[compiled.Difference]:
         """What `compile` was given otherwise than for the checkpoint."""
         description = self._source.description
@@ -340,7 +346,7 @@ class _Transfer:
         """Says in one line which settings differ, and for each whether the program's holds."""
         optimized = any(name.startswith(_OPTIMIZER) for name in report.matched)
         known = "" if optimized else f"/{compiled.CLASS}"
-        found = [each for each in self._settings() if not each.name.startswith(_OPTIMIZER) or each.name.endswith(known)]
+        found = [each for each in self._settings if not each.name.startswith(_OPTIMIZER) or each.name.endswith(known)]
         rates = {name: float(value) for name, value in values.items() if name.endswith(compiled.RATE)}
         found = [each._replace(saved=rates[each.name]) if self._is_restored(each, rates) else each for each in found]
         found = [each for each in found if each.program != each.saved]
@@ -356,7 +362,7 @@ class _Transfer:
 
     def _keep_rates(self, values: Container[str]) -> None:
         """Has later checkpoints tell of the learning rates that were restored, and not of the program's."""
-        for each in self._settings():
+        for each in self._settings:
             if self._is_restored(each, values):
                 compiled.replace(self._model, each.name, each.saved)
 
