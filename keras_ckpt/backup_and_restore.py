@@ -179,12 +179,12 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         with training.ending() as well:
             if not well:
                 there = (
-                    f"The backup of before stays in {self.backup_dir}: the same script goes on from it, and "
+                    f"The earlier backup stays in {self.backup_dir}: the same script resumes from it, and "
                     "CheckpointDirectory.clear() removes it."
                 )
                 warn(
                     "Training was stopped because its loss is not a finite number. "
-                    + (there if len(self.directory) else "There is no backup of before.")
+                    + (there if len(self.directory) else "There is no earlier backup.")
                 )
             elif training.is_cut_short and self.delete_checkpoint:
                 training.note_the_end()

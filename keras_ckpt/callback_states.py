@@ -27,10 +27,10 @@ from keras_ckpt import files
 from keras_ckpt.capture import Captures, Leaf, Look
 from keras_ckpt.document import UnplainError, dict_of
 
-_NOT_STATE = {"params", "_model", "model", "monitor_op", "min_delta"}
-"""What Keras's callbacks set in each process anew; of a stored `min_delta` they would turn the sign once more."""
 _OF_KERAS = {"params", "_model", "model"}
-"""What Keras sets in each callback."""
+"""The attributes that Keras sets in each callback."""
+_NOT_STATE = {*_OF_KERAS, "monitor_op", "min_delta"}
+"""Keras's callbacks set these in each process again. They would turn the sign of a stored `min_delta` once more."""
 _FIXED = (
     type,
     BaseException,
@@ -62,7 +62,7 @@ _OF_THE_PROCESS = (
     concurrent.futures.Executor,
     tf.summary.SummaryWriter,
 )
-"""Each process has its own of these, and no process can have another's."""
+"""Objects of these classes belong to a process, and cannot be saved for another."""
 
 
 class Taken(NamedTuple):

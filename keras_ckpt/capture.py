@@ -195,7 +195,7 @@ class Copy(Leaf):
 
 
 class _Memory:
-    """Memory for copies, used again when nobody holds the copy any more. New memory costs several times a copy."""
+    """Memory for copies, used again after a copy is released. New memory costs several times a copy."""
 
     def __init__(self) -> None:
         self._free: collections.defaultdict[Any, list[np.ndarray]] = collections.defaultdict(list)
@@ -216,7 +216,7 @@ class _Held:
 
 
 class _Own(Leaf):
-    """A large array that nobody else changes, but that costs its owner something while it is held."""
+    """A large array that was made for one look. While it is held, TensorFlow copies the variable before a change."""
 
     _copy: _Held
 

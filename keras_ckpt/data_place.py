@@ -107,10 +107,10 @@ class DataPlace:
         if found:
             step = found[0].strip("_").removesuffix("Dataset").lower()
             raise ValueError(
-                f"fit() reads the ResumableDataset through a step {step!r} of tf.data, so its batches may not be those "
-                "of the ResumableDataset in their order, and nobody can enter an epoch at a batch. Give this step to "
-                "the pipeline that the ResumableDataset is made of: ResumableDataset(pipeline). Steps that keep the "
-                "batches are map, prefetch, repeat and with_options."
+                f"fit() reads the ResumableDataset through a step {step!r} of tf.data. It may change the batches or "
+                "their order, so an epoch cannot be resumed at a batch. Give this step to the pipeline that the "
+                "ResumableDataset is made of: ResumableDataset(pipeline). The steps map, prefetch, repeat and "
+                "with_options keep the batches."
             )
 
     def _refuse_other_epochs(self, fit: FitData) -> None:
@@ -144,6 +144,7 @@ def _steps_between(dataset: Any, data: ResumableDataset) -> list[str]:
         return []
     # A subclass of a dataset has to have this method, so it is public in all but its name.
     for each in dataset._inputs():  # noqa: SLF001
-        if each is data or _steps_between(each, data):
-            return [type(dataset).__name__, *_steps_between(each, data)]
+        inner = _steps_between(each, data)
+        if each is data or inner:
+            return [type(dataset).__name__, *inner]
     return []

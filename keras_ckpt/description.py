@@ -91,17 +91,18 @@ def decode(text: bytes) -> Description:
             )
         found = _decode(text)
         for each in found.objects.values():
-            _refuse_harmful(each)
+            _refuse_unsafe(each)
         return found
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise DamagedCheckpointError(f"its description of the model cannot be read: {error}") from None
 
 
-def _refuse_harmful(learned: Learned) -> None:
-    """Refuses what no program wrote.
+def _refuse_unsafe(learned: Learned) -> None:
+    """Refuses an unsafe path of an asset, and a config that is not one.
 
     Raises:
-        DamagedCheckpointError: A path leads out of its place, or a config is none.
+        DamagedCheckpointError: The path of an asset leaves the folder of the assets.
+        MsgspecError: A config is not a JSON object.
     """
     for path in learned.assets:
         parts = path.split("/")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import msgspec
 import numpy as np
 import tensorflow as tf
 from blake3 import blake3
@@ -49,6 +50,8 @@ _GIVEN = {"name", "trainable", "dtype", "encoding", "epsilon", "vocabulary_size"
 _LONG, _MOST = 1000, 100_000
 """A list of more items is not searched for lists, and so many containers are at most."""
 _VOCABULARY, _UTF_8 = "vocabulary.json", "utf-8"
+_TEXT = "vocabulary.txt"
+"""The vocabulary as Keras writes it, which is in older checkpoints."""
 _ADAPTED = {"bin_boundaries", "vocabulary", "idf_weights", "mean", "variance"}
 """What such a layer learned, or was given in its place."""
 
@@ -372,7 +375,9 @@ def difference(each: Any, learned: Learned, assets: Sequence[bytes]) -> str | No
             return f"{name}={here[name]!r:.100} in the model, {there[name]!r:.100} in the checkpoint"
     if isinstance(each, _LOOKUPS):
         given = here["vocabulary"]
-        if given is not None and given != there["vocabulary"] and _words(each) != _words_in(learned, assets):
+        files = {path: assets[asset.index] for path, asset in learned.assets.items()}
+        other = given is not None and given != there["vocabulary"]
+        if other and _words(each) != [str(word) for word in _words_in(each, files)]:
             return "another vocabulary was given in the model than the checkpoint has"
     elif any(here.get(name) is not None and here[name] != there.get(name) for name in ("mean", "variance")):
         return "another mean or variance was given in the model than the checkpoint has"
@@ -418,7 +423,7 @@ def _give_vocabulary(
     if words is not None and each.get_config()["vocabulary"] is not None:
         return  # both were given the same
     if words is None:
-        words = json.loads(files.get(_VOCABULARY, b"[]"))
+        words = _words_in(each, files)
     if words:
         lookup = getattr(each, "_lookup_layer", each)
         if (encoding := _encoding_of(each)) != _UTF_8:
@@ -475,9 +480,20 @@ def _words(each: Any) -> list[str]:
     return [str(word) for word in each.get_vocabulary()]
 
 
-def _words_in(learned: Learned, assets: Sequence[bytes]) -> list[str]:
-    files = [assets[asset.index] for asset in learned.assets.values()]
-    return [str(word) for word in json.loads(files[0])] if files else []
+def _words_in(each: Any, files: Mapping[str, bytes]) -> list[Any]:
+    """The vocabulary in the files of a lookup; none if it could not be saved.
+
+    Raises:
+        DamagedCheckpointError: The files have none.
+    """
+    kind: Any = int if isinstance(each, keras.layers.IntegerLookup) else str
+    try:
+        if (text := files.get(_TEXT)) is not None:
+            return [kind(line) for line in text.decode().rstrip("\n").splitlines()]
+        words: list[Any] = msgspec.json.decode(files[_VOCABULARY], type=list[kind]) if files else []
+    except (KeyError, ValueError) as error:
+        raise DamagedCheckpointError(f"the vocabulary of {each.name} cannot be read: {error!r}") from error
+    return words
 
 
 class Undo:
@@ -509,8 +525,8 @@ def _contents(attributes: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         if id(each) not in seen:
             seen.add(id(each))
             found.append((each, each.copy()))
-            inside = each.values() if isinstance(each, dict) else () if isinstance(each, np.ndarray) else each
-            if len(each) <= _LONG:
+            if not isinstance(each, np.ndarray) and len(each) <= _LONG:
+                inside = each.values() if isinstance(each, dict) else each
                 waiting += [other for other in inside if isinstance(other, kinds)]
     return found
 

@@ -50,7 +50,7 @@ def mode_of(model: keras.Model, monitor: str) -> Mode:
 
 
 def no_such_metric(monitor: str, logs: Mapping[str, Any]) -> str:
-    """What to tell somebody who monitors a metric that is not there, or is not one number."""
+    """The warning about a monitored metric that the logs do not have, or that is not one number."""
     kept = "so nothing can be ranked by it: every checkpoint is saved and none is removed."
     if monitor in logs:
         shape = getattr(logs[monitor], "shape", None)

@@ -38,7 +38,7 @@ def layers_of(model: keras.Model) -> list[Any]:
 def is_built(model: keras.Model) -> bool:
     """Whether a model has all its weights.
 
-    A model of built networks that nobody calls as a whole, such as a generator and its critic, has them too.
+    A model of built networks that is never called as a whole, such as a GAN, has them too.
     """
     top, *layers = layers_of(model)
     calls_nothing = bool(layers) and type(model).build is keras.Model.build and all(layer.built for layer in layers)

@@ -345,8 +345,8 @@ class _Transfer:
     def _warn_of_settings(self, report: RestoreReport, values: Mapping[str, tf.Tensor]) -> None:
         """Says in one line which settings differ, and for each whether the program's holds."""
         optimized = any(name.startswith(_OPTIMIZER) for name in report.matched)
-        known = "" if optimized else f"/{compiled.CLASS}"
-        found = [each for each in self._settings if not each.name.startswith(_OPTIMIZER) or each.name.endswith(known)]
+        ending = "" if optimized else f"/{compiled.CLASS}"  # without the optimizer's state only its class matters
+        found = [each for each in self._settings if not each.name.startswith(_OPTIMIZER) or each.name.endswith(ending)]
         rates = {name: float(value) for name, value in values.items() if name.endswith(compiled.RATE)}
         found = [each._replace(saved=rates[each.name]) if self._is_restored(each, rates) else each for each in found]
         found = [each for each in found if each.program != each.saved]

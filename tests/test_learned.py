@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import tensorflow as tf
+from blake3 import blake3
 
 import keras_ckpt as kc
 import zoo
@@ -592,6 +593,71 @@ def test_a_description_of_a_lookup_that_no_program_wrote_is_damaged(tmp_path, ha
     with pytest.raises(kc.DamagedCheckpointError):
         kc.restore(keras.Sequential([keras.Input((1,), dtype="string"), fresh]), prefix)
     assert fresh.get_vocabulary() == ["[UNK]"]
+
+
+def looked_up(path: pathlib.Path, change) -> str:
+    """A checkpoint of a lookup that learned `b` and `a`, whose only asset was changed: its path and its bytes."""
+    layer = keras.layers.StringLookup(name="words")
+    layer.adapt(np.array([["b"], ["b"], ["a"]]))
+    zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), path / "run")
+    (record,) = kc.CheckpointDirectory(path / "run")
+    values = entries(record.prefix)
+    text = json.loads(values[description.KEY])
+    (learned,) = text["objects"].values()
+    ((name, asset),) = learned["assets"].items()
+    name, data = change(name, values[ASSET])
+    digest = f"blake3:{blake3(data).hexdigest()}"
+    learned["assets"] = {name: asset | {"size": len(data), "digest": digest}}
+    text = json.dumps(text).encode()
+    write(str(path / "plain"), values | {ASSET: np.array(data, object), description.KEY: np.array(text, object)})
+    return str(path / "plain")
+
+
+def test_a_vocabulary_of_an_older_checkpoint_is_restored(tmp_path) -> None:
+    """It is the text that Keras writes."""
+    prefix = looked_up(tmp_path, lambda name, data: ("vocabulary.txt", "\n".join(json.loads(data)).encode()))
+    fresh = keras.layers.StringLookup(name="words")
+
+    kc.restore(keras.Sequential([keras.Input((1,), dtype="string"), fresh]), prefix)
+
+    assert fresh.get_vocabulary() == ["[UNK]", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name, data: ("table.json", data),
+        lambda name, data: (name, data[:-1]),
+        lambda name, data: (name, b'{"a": 1}'),
+        lambda name, data: (name, b"[1, 2]"),
+        lambda name, data: ("vocabulary.txt", b"\xff\xfe"),
+    ],
+)
+def test_a_lookup_without_a_vocabulary_is_damaged(tmp_path, change) -> None:
+    """Its file is that of another layer, is cut, or has no words."""
+    fresh = keras.layers.StringLookup(name="words")
+
+    with pytest.raises(kc.DamagedCheckpointError):
+        kc.restore(keras.Sequential([keras.Input((1,), dtype="string"), fresh]), looked_up(tmp_path, change))
+    assert fresh.get_vocabulary() == ["[UNK]"]
+
+
+class HoldsANumber(InStore):
+    """Holds an array without dimensions."""
+
+    number = None
+
+    def build(self, shape) -> None:
+        self.number = np.array(3.0)
+
+
+def test_a_layer_may_hold_an_array_without_dimensions(tmp_path) -> None:
+    """A restore notes how the arrays of a layer were, for the case that another layer refuses."""
+    model, restored = saved(tmp_path, HoldsANumber()), model_of(HoldsANumber())
+
+    kc.restore(restored, tmp_path)
+
+    np.testing.assert_array_equal(restored(DATA), model(DATA))
 
 
 @registered

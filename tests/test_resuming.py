@@ -202,14 +202,14 @@ def test_a_run_that_stopped_early_stays_stopped(backup) -> None:
 
 
 def test_a_stop_because_of_nan_is_no_success(backup) -> None:
-    """The backup of before stays, and is not saved over."""
+    """The earlier backup stays, and is not saved over."""
 
     class Spoils(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None) -> None:
             if batch == 5:  # a backup is due here, and the loss does not show it yet
                 self.model.layers[0].kernel.assign(np.full((4, 3), np.nan))
 
-    with pytest.warns(UserWarning, match=r"its loss is not a finite number\. The backup of before stays"):
+    with pytest.warns(UserWarning, match=r"its loss is not a finite number\. The earlier backup stays"):
         train(kc.BackupAndRestore(backup, 3, data=data()), Spoils(), keras.callbacks.TerminateOnNaN())
 
     assert [record.step for record in kc.CheckpointDirectory(backup)] == [3]

@@ -246,6 +246,16 @@ def test_a_stream_whose_batches_may_be_others_is_refused(tmp_path, mix) -> None:
         net().fit(mix(data.repeat()), callbacks=[kc.BackupAndRestore(tmp_path, data=data)], **options)
 
 
+def test_a_fit_may_read_through_many_steps(tmp_path) -> None:
+    """Each step is looked at once."""
+    data = SOURCES["arrays"]()
+    mapped: tf.data.Dataset = data
+    for _ in range(40):
+        mapped = mapped.prefetch(1)
+
+    net().fit(mapped, verbose=0, shuffle=False, callbacks=[kc.BackupAndRestore(tmp_path, data=data)])
+
+
 class Generator:
     """Yields without an end."""
 
