@@ -17,11 +17,12 @@ from typing import Any, cast
 import numpy as np
 from blake3 import blake3
 
-from keras_ckpt.document import dumped, structure_of
+from keras_ckpt.document import Items, dumped, is_fixed, structure_of
 from keras_ckpt.threads import copy_together
 
 _SMALL = 1 << 16
-"""An array of fewer bytes is copied at each look."""
+_LITTLE = 1 << 20
+"""An array of fewer bytes is copied at each look, until a look has copied so many."""
 _PIECE = 1 << 14
 _PAUSE = 1e-4
 """So many items of a list are converted at once, while other threads wait. Then they get so many seconds."""
@@ -31,7 +32,7 @@ _compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Leaf(abc.ABC):
-    """An array, or a long list of numbers, inside a value.
+    """An array, or the items of a long collection, inside a value.
 
     Attributes:
         mark: Equal marks of two looks mean: the content is the same, as far as a look can tell.
@@ -87,7 +88,7 @@ class Captures:
 
     def __init__(self) -> None:
         self._arrays: dict[tuple[str, int], _Array] = {}
-        self._lists: dict[tuple[str, int], _Numbers] = {}
+        self._collections: dict[tuple[str, int], _Collection] = {}
         self._memory = _Memory()
 
     def look(self, value: Any, name: str, fingerprints: bool = False) -> Look:
@@ -102,14 +103,15 @@ class Captures:
         Raises:
             UnplainError: The value is not plain.
         """
-        count = 0
+        count = copied = 0
 
         def leaf(each: Any) -> Leaf | None:
-            nonlocal count
+            nonlocal count, copied
             count += 1
-            if isinstance(each, list):
-                return self._list_leaf(each, (name, count))
-            if each.nbytes < _SMALL:
+            if isinstance(each, Items):
+                return self._items_leaf(each, (name, count))
+            if each.nbytes < _SMALL and copied < _LITTLE:
+                copied += each.nbytes
                 return Copy(each)
             return self._array_leaf(each, (name, count), fingerprints)
 
@@ -125,11 +127,11 @@ class Captures:
             known = self._arrays[place] = _Array(array, fingerprints)
         return _ArrayLeaf(known, self._memory)
 
-    def _list_leaf(self, numbers: list[Any], place: tuple[str, int]) -> Leaf | None:
-        known = self._lists.get(place)
-        if known is None or known.live is not numbers:
-            known = self._lists[place] = _Numbers(numbers)
-        return None if known.is_mixed else _ListLeaf(known)
+    def _items_leaf(self, items: Items, place: tuple[str, int]) -> Leaf | None:
+        known = self._collections.get(place)
+        if known is None or known.owner is not items.owner:
+            known = self._collections[place] = _Collection(items)
+        return None if known.form is None else _ItemsLeaf(known, items.items)
 
 
 def copied(value: Any) -> Any:
@@ -301,32 +303,38 @@ class _ArrayLeaf(Leaf):
         return self._copy.array
 
 
-class _Numbers:
-    """A long list that is followed from look to look.
+class _Collection:
+    """A long collection that is followed from look to look.
 
     Attributes:
-        live: The list.
-        is_mixed: Whether it was found to have something else than numbers of one type.
+        owner: The collection.
+        form: What its items are written as, as far as is known. `None`: they cannot be written together.
     """
 
-    def __init__(self, numbers: list[Any]) -> None:
-        self.live = numbers
-        self.is_mixed = False
-        self._items = _Items(numbers)
+    def __init__(self, items: Items) -> None:
+        self.owner = items.owner
+        self.form: type[_Items] | None = _Numbers if type(items.items[0]) in (int, float) else _Texts
+        self._items: _Items | None = None
 
-    def items(self) -> _Items:
-        """A copy that begins with the items of now. The same copy is returned while the list only grows."""
-        if not self._items.follow(self.live):
-            self._items = _Items(self.live)
+    def items(self, now: list[Any]) -> _Items:
+        """A copy that begins with the items of now. The same copy is returned while the collection only grows."""
+        if self._items is None or type(self._items) is not self.form or not self._items.follow(now):
+            self._items = cast(type[_Items], self.form)(now)
         return self._items
 
+    def give_up(self) -> None:
+        """Chooses another form, because the items are not of this one."""
+        is_text = self._items is not None and self.form is _Numbers and self._items.are_fixed()
+        self.form = _Texts if is_text else None
 
-class _Items:
-    """The items of a list, to which more are appended."""
+
+class _Items(abc.ABC):
+    """The items of a collection, to which more are appended."""
+
+    is_text: bool
 
     def __init__(self, items: list[Any]) -> None:
         self._items = items.copy()
-        self._array: np.ndarray = np.empty(0)
         self._count = 0
 
     def follow(self, items: list[Any]) -> bool:
@@ -337,8 +345,25 @@ class _Items:
         except ValueError:  # NumPy's arrays among them have no truth value
             return False
 
+    def are_fixed(self) -> bool:
+        """Whether nobody can change an item."""
+        return all(map(is_fixed, self._items))
+
+    @abc.abstractmethod
     def array(self, count: int) -> np.ndarray | None:
-        """So many of the items as an array, `None` if they are not numbers of one type. Other threads run meanwhile."""
+        """So many of the items as an array, `None` if they are not of this form. Other threads run meanwhile."""
+
+
+class _Numbers(_Items):
+    """Numbers of one type."""
+
+    is_text = False
+
+    def __init__(self, items: list[Any]) -> None:
+        super().__init__(items)
+        self._array: np.ndarray = np.empty(0)
+
+    def array(self, count: int) -> np.ndarray | None:
         kind = type(self._items[0])
         if len(self._array) < count:
             array: np.ndarray = np.empty(2 * count, np.float64 if kind is float else np.int64)
@@ -358,13 +383,43 @@ class _Items:
         return self._array[:count]
 
 
-class _ListLeaf(Leaf):
-    """A long list of numbers at one moment."""
+class _Texts(_Items):
+    """Numbers, strings and tuples of these, as JSON."""
 
-    def __init__(self, owner: _Numbers) -> None:
-        self._owner = owner
-        self._items = owner.items()
-        self._count = len(owner.live)
+    is_text = True
+
+    def __init__(self, items: list[Any]) -> None:
+        super().__init__(items)
+        self._text = bytearray()
+        self._ends = {0: 0}
+
+    def array(self, count: int) -> np.ndarray | None:
+        if count < self._count and count not in self._ends:
+            return _Texts(self._items[:count]).array(count)
+        while self._count < count:
+            end = min(self._count + _PIECE // 16, count)
+            piece = self._items[self._count : end]
+            if not all(map(is_fixed, piece)):
+                return None
+            text, _ = dumped(structure_of(piece, lambda each: None))
+            self._text += text[1:-1].encode() + b","
+            self._count, self._ends[end] = end, len(self._text)
+            time.sleep(_PAUSE)
+        return np.frombuffer(b"[%b]" % bytes(self._text[: self._ends[count] - 1]), np.uint8)
+
+
+class _ItemsLeaf(Leaf):
+    """The items of a long collection at one moment.
+
+    Attributes:
+        is_text: Whether they are written as JSON, not as an array of numbers.
+    """
+
+    def __init__(self, collection: _Collection, now: list[Any]) -> None:
+        self._collection = collection
+        self._items = collection.items(now)
+        self._count = len(now)
+        self.is_text = self._items.is_text
         self.size = 8 * self._count
         self.mark = self._items, self._count
 
@@ -372,8 +427,10 @@ class _ListLeaf(Leaf):
         return ()
 
     def is_true(self) -> bool:
-        self._owner.is_mixed = self._items.array(self._count) is None
-        return not self._owner.is_mixed
+        is_known = self._items.array(self._count) is not None
+        if not is_known and type(self._items) is self._collection.form:
+            self._collection.give_up()
+        return is_known
 
     def array(self) -> np.ndarray:
         return cast(np.ndarray, self._items.array(self._count))

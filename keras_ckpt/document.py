@@ -6,21 +6,33 @@ import collections
 import json
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 _PLAIN = (type(None), bool, int, float, str)
 LONG = 1000
-"""A list of more numbers than this may be an array on disk."""
+"""The items of a collection of more than this may be one array on disk."""
 
 Wrap = Callable[[Any], Any]
-"""Makes of an array, or of a long list, what stands for it in a structure; `None` leaves a list as it is."""
+"""Makes of an array, or of `Items`, what stands for it in a structure; `None` has each item encoded by itself."""
 
 
 class UnplainError(TypeError):
     """A value has no plain form."""
+
+
+class Items(NamedTuple):
+    """The items of a long collection.
+
+    Attributes:
+        owner: The collection.
+        items: Its items; of a dict, its keys, or its values.
+    """
+
+    owner: Any
+    items: list[Any]
 
 
 def structure_of(value: Any, wrap: Wrap) -> Any:
@@ -29,8 +41,8 @@ def structure_of(value: Any, wrap: Wrap) -> Any:
     Args:
         value: None, booleans, numbers, strings, NumPy's arrays and scalars, generators of random numbers, and lists,
             tuples, sets, deques and dicts of these.
-        wrap: Called with each array, and with each list that is long and begins with a number. Returns what stands for
-            it; `None` leaves a list as it is.
+        wrap: Called with each array, and with the items of each collection that is long and begins with an item that
+            nobody can change. Returns what stands for them; `None` has each item encoded by itself.
 
     Raises:
         UnplainError: There is something else in it; the place is named.
@@ -73,12 +85,11 @@ def _encoded(value: Any, where: str, wrap: Wrap) -> Any:
     if kind in _PLAIN:
         return value
     if kind is list:
-        if len(value) > LONG and type(value[0]) in (int, float) and (leaf := wrap(value)) is not None:
-            return {"list": leaf, "more": []}
-        return [_encoded(each, f"{where}[{index}]", wrap) for index, each in enumerate(value)]
+        return _items(Items(value, value), where, wrap)
     if kind in _BUILDERS:
-        more = [value.maxlen] if kind is collections.deque else []
-        return {kind.__name__: _parts(value, where, wrap), "more": more}
+        is_dict = isinstance(value, dict)
+        parts = _pairs(value, where, wrap) if is_dict else _items(Items(value, [*value]), where, wrap)
+        return {kind.__name__: parts, "more": _more(value, where)}
     if kind in _GENERATORS:
         read, _ = _GENERATORS[kind]
         return {kind.__name__: _encoded(read(value), where, wrap), "more": []}
@@ -89,15 +100,46 @@ def _encoded(value: Any, where: str, wrap: Wrap) -> Any:
             pass
         else:
             if value.dtype.kind not in "OSU":
-                return {"ndarray" if kind is np.ndarray else "scalar": wrap(np.asarray(value)), "more": []}
+                if kind is np.ndarray:
+                    return {"ndarray": wrap(value), "more": []}
+                return {"number": [tf.as_dtype(value.dtype).name, value.tobytes().hex()], "more": []}
     raise UnplainError(f"{where} is of type {kind.__module__}.{kind.__qualname__}")
 
 
-def _parts(value: Any, where: str, wrap: Wrap) -> list[Any]:
-    """The items of a collection; of a dict, pairs."""
-    if not isinstance(value, dict):
-        return [_encoded(each, where, wrap) for each in value]
+def _items(collection: Items, where: str, wrap: Wrap) -> Any:
+    """The items of a collection; those of a long one together, if they are such as nobody can change."""
+    items = collection.items
+    if len(items) > LONG and is_fixed(items[0]) and (leaf := wrap(collection)) is not None:
+        return {"texts" if leaf.is_text else "list": leaf, "more": []}
+    return [_encoded(each, f"{where}[{index}]", wrap) for index, each in enumerate(items)]
+
+
+def _pairs(value: Mapping[Any, Any], where: str, wrap: Wrap) -> Any:
+    """The items of a dict."""
+    if len(value) > LONG:
+        parts = [_items(Items(value, [*each]), where, wrap) for each in (value.keys(), value.values())]
+        return {"pairs": parts, "more": []}
     return [[_encoded(key, where, wrap), _encoded(item, f"{where}[{key!r}]", wrap)] for key, item in value.items()]
+
+
+def _more(value: Any, where: str) -> list[Any]:
+    """What makes a collection beside its items."""
+    if isinstance(value, collections.deque):
+        return [value.maxlen]
+    if not isinstance(value, collections.defaultdict):
+        return []
+    known = [name for name, factory in _FACTORIES.items() if factory is value.default_factory]
+    if where and not known:  # elsewhere the callback has a dict that keeps its own
+        factory = value.default_factory
+        raise UnplainError(f"{where} is a defaultdict of {factory!r:.100}, which is not one of {', '.join(_FACTORIES)}")
+    return known
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether a value is plain, and such as nobody can change: a number, a string, or a tuple of these."""
+    if type(value) is tuple:
+        return all(map(is_fixed, value))
+    return type(value) in _PLAIN or isinstance(value, np.generic)
 
 
 def _decoded(value: Any, arrays: Mapping[int, Any]) -> Any:
@@ -108,11 +150,23 @@ def _decoded(value: Any, arrays: Mapping[int, Any]) -> Any:
     (kind, content), (_, more) = value.items()
     if kind == "list":
         return np.asarray(arrays[content]).tolist()
-    if kind in ("ndarray", "scalar"):
+    if kind == "texts":
+        return decode(bytes(np.asarray(arrays[content])).decode(), {})
+    if kind == "pairs":
+        keys, values = _decoded(content, arrays)
+        return [*zip(keys, values, strict=True)]
+    if kind == "number":
+        name, data = content
+        return np.frombuffer(bytes.fromhex(data), tf.as_dtype(name).as_numpy_dtype)[0]
+    if kind in ("ndarray", "scalar"):  # older checkpoints have scalars as arrays
         # A copy, because what a callback holds, it may change.
         array = np.array(arrays[content])
         return array if kind == "ndarray" else array[()]
     return _NAMED[kind](_decoded(content, arrays), *more)
+
+
+def _default_dict(pairs: Any, factory: str | None = None) -> dict[Any, Any]:
+    return dict(pairs) if factory is None else collections.defaultdict(_FACTORIES[factory], pairs)
 
 
 def _python_generator(state: Any) -> random.Random:
@@ -143,7 +197,11 @@ _BUILDERS: dict[type, Callable[..., Any]] = {
     collections.deque: collections.deque,
     collections.OrderedDict: collections.OrderedDict,
     collections.Counter: lambda pairs: collections.Counter(dict(pairs)),
-    collections.defaultdict: dict,  # what makes its missing values is the script's
+    collections.defaultdict: _default_dict,
+}
+_FACTORIES: dict[str, Callable[[], Any] | None] = {
+    "None": None,
+    **{kind.__name__: kind for kind in (int, float, str, bool, list, dict, set)},
 }
 _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     random.Random: (lambda generator: generator.getstate(), _python_generator),

@@ -1,5 +1,8 @@
 """What other callbacks hold is saved as it was at the moment of the backup, though large values are not copied then."""
 
+import collections
+import copy
+
 import keras
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from keras_ckpt import capture
 from keras_ckpt.callback_states import CallbackStates
 from keras_ckpt.capture import Captures, Later
 from keras_ckpt.document import UnplainError, decode, dict_of, dumped
-from models import Interrupts, dense_model, fit
+from models import Interrupts, X, Y, dense_model, fit
 
 LARGE = 100_000
 
@@ -59,6 +62,116 @@ def test_a_long_list_is_saved_as_it_was_at_the_moment_of_the_backup(change) -> N
         change(holder.held)
 
         assert read(*backup) == {"Holder": {"held": expected}}
+
+
+COLLECTIONS = {
+    "strings": lambda: [f"line {number}" for number in range(LARGE)],
+    "pairs": lambda: [(number, float(number)) for number in range(LARGE)],
+    "numbers of NumPy": lambda: [*np.arange(LARGE, dtype="float32")],
+    "numbers and nothing": lambda: [None, *map(float, range(LARGE))],
+    "a tuple": lambda: tuple(map(float, range(LARGE))),
+    "a full deque": lambda: collections.deque(map(float, range(LARGE)), LARGE),
+    "a deque without an end": lambda: collections.deque(map(str, range(LARGE))),
+    "a dict": lambda: {number: float(number) for number in range(LARGE)},
+    "a dict of mixed values": lambda: {str(number): number or None for number in range(LARGE)},
+    "an ordered dict": lambda: collections.OrderedDict((number, float(number)) for number in range(LARGE)),
+    "a counter": lambda: collections.Counter(range(LARGE)),
+    "a default dict": lambda: collections.defaultdict(int, enumerate(range(LARGE))),
+    "a set": lambda: set(range(LARGE)),
+}
+
+
+def one_more(held) -> None:
+    """Adds an item that is like the others."""
+    if isinstance(held, dict):
+        held[type(next(iter(held)))(len(held))] = next(reversed(held.values()))
+    elif isinstance(held, set):
+        held.add(-len(held))
+    elif not isinstance(held, tuple):
+        held.append(held[1])
+
+
+class TestALongCollection:
+    """It is saved as it was at the moment of the backup, and encoded in the background."""
+
+    @pytest.mark.parametrize("name", COLLECTIONS)
+    def test_is_saved_as_it_was_at_the_moment(self, name) -> None:
+        """The collection grows between backups, and once more while a backup is written."""
+        holder = Holder(None)
+        states = CallbackStates([holder])
+        holder.held = COLLECTIONS[name]()
+        for _ in range(3):
+            one_more(holder.held)
+            expected = copy.copy(holder.held)
+            backup = taken(states)
+            one_more(holder.held)
+            restored = read(*backup)["Holder"]["held"]
+
+            assert restored == expected
+            assert type(restored) is type(expected)
+            assert {*map(type, restored)} == {*map(type, expected)}
+            assert getattr(restored, "maxlen", None) == getattr(expected, "maxlen", None)
+
+    @pytest.mark.parametrize("name", COLLECTIONS)
+    def test_is_not_encoded_by_a_look(self, name) -> None:
+        """The training waits for a look."""
+        holder = Holder(None)
+        states = CallbackStates([holder])
+        holder.held = COLLECTIONS[name]()
+
+        text, _ = taken(states)
+
+        assert len(text) < 200
+
+    def test_is_saved_though_a_newer_backup_is_written_before(self) -> None:
+        """The text of the newer has more items than the older."""
+        holder = Holder([])
+        states = CallbackStates([holder])
+        holder.held += COLLECTIONS["pairs"]()
+        expected = [*holder.held]
+        older = taken(states)
+        holder.held += expected
+        read(*taken(states))
+
+        assert read(*older) == {"Holder": {"held": expected}}
+
+    def test_comes_back_in_another_process(self, tmp_path) -> None:
+        """A killed training had added to it."""
+        data = kc.ResumableDataset(X, Y, batch_size=8, shuffle=True, seed=1)
+
+        def train(*others) -> Pairs:
+            pairs = Pairs()
+            backup = kc.BackupAndRestore(tmp_path, save_freq=2, data=data)
+            dense_model().fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[pairs, *others, backup])
+            return pairs
+
+        with pytest.raises(KeyboardInterrupt):
+            train(Interrupts(2))
+
+        assert [step for step, _ in train().held] == [*range(LARGE + 10)]
+
+
+class Pairs(keras.callbacks.Callback):
+    """Has the loss of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = COLLECTIONS["pairs"]()
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self.held.append((len(self.held), logs["loss"]))
+
+
+def test_only_the_first_of_many_small_arrays_are_copied_by_a_look() -> None:
+    """The others are followed as large arrays are."""
+    arrays = [np.full(1000, number, "float32") for number in range(1000)]
+    looks = Captures()
+    looks.look(arrays, "arrays", fingerprints=True)
+
+    leaves = looks.look(arrays, "arrays").leaves
+
+    assert sum(leaf.size for leaf in leaves if isinstance(leaf, capture.Copy)) < 2 << 20
+    assert len(leaves) == 1000
 
 
 def test_a_list_of_whole_numbers_stays_one() -> None:

@@ -67,6 +67,39 @@ def test_scalars_of_numpy_stay_such() -> None:
     assert math.isnan(back["none"])
 
 
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8", "uint64", "bool", "complex64", ml_dtypes.bfloat16])
+def test_scalars_of_numpy_have_no_arrays(kind) -> None:
+    """A list of many costs no file entry for each."""
+    value = np.asarray(3).astype(kind)[()]
+    text, arrays = encode([value])
+
+    (back,) = decode(text, {})
+
+    assert arrays == []
+    assert type(back) is type(value)
+    assert back.tobytes() == value.tobytes()
+
+
+def test_scalars_of_older_checkpoints_are_read() -> None:
+    """They were arrays."""
+    assert decode('{"scalar": 0, "more": []}', {0: np.asarray(2.5)}) == 2.5
+
+
+@pytest.mark.parametrize("factory", [None, int, float, list, dict, set, str, bool])
+def test_a_default_dict_keeps_its_factory(factory) -> None:
+    """A missing key is no error after a restart."""
+    (back,) = round_trip([collections.defaultdict(factory, {"a": 1})])
+
+    assert back == {"a": 1}
+    assert back.default_factory is factory
+
+
+def test_a_default_dict_of_another_factory_is_named() -> None:
+    """A dict in its place would raise where the program asks for a missing key."""
+    with pytest.raises(UnplainError, match=r"\[1\] is a defaultdict of <function .*not one of None, int, float"):
+        encode([0, collections.defaultdict(lambda: 3)])
+
+
 def test_what_is_in_itself_is_not_plain() -> None:
     """It has no end."""
     value = []
