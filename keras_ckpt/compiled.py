@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_ckpt.parts import optimizers_of
-
 _NO_SETTINGS = {"name", "module", "registered_name", "is_legacy_optimizer"}
 RATE = "learning_rate"
 CLASS = "class"
@@ -19,25 +17,32 @@ CLASS = "class"
 _seen: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
-def note(model: keras.Model) -> dict[str, Any]:
+def note(model: keras.Model, optimizers: Mapping[str, Any]) -> dict[str, Any]:
     """What `compile` was given, by name, in plain values.
 
     The first call for an optimizer decides, so it comes before training or a restore changes a learning rate.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers by prefix.
     """
     found: dict[str, Any] = {}
-    for prefix, optimizer in optimizers_of(model).items():
+    for prefix, optimizer in optimizers.items():
         if optimizer not in _seen:
             _seen[optimizer] = dict(_settings(optimizer))
         found |= {f"{prefix}/{name}": value for name, value in _seen[optimizer].items()}
     if getattr(model, "compiled", False):
         found |= dict(_flat("loss", _loss(getattr(model, "loss", None))))
+        # No public name tells the weights without an attempt to serialize all that `compile` was given.
+        weights = getattr(getattr(model, "_compile_loss", None), "_user_loss_weights", None)
+        found |= {} if weights is None else dict(_flat("loss_weights", _spelled(weights)))
     return found
 
 
-def replace(model: keras.Model, name: str, value: Any) -> None:
+def replace(optimizers: Mapping[str, Any], name: str, value: Any) -> None:
     """Has a setting of an optimizer be another than the program gave: that of a checkpoint, which was restored."""
     prefix, _, setting = name.rpartition("/")
-    _seen[optimizers_of(model)[prefix]][setting] = value
+    _seen[optimizers[prefix]][setting] = value
 
 
 def encoded(settings: Mapping[str, Any]) -> str:
@@ -124,7 +129,7 @@ def _spelled(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_spelled(each) for each in value]
     if isinstance(value, keras.losses.Loss):
-        return [type(value).__name__, _config_of(value)]
+        return _default_name(value) or [type(value).__name__, _config_of(value)]
     if isinstance(value, str | int | float | bool | None):
         return value
     if callable(value):
@@ -132,8 +137,21 @@ def _spelled(value: Any) -> Any:
     return repr(value) if not hasattr(value, "item") else value.item()
 
 
+def _default_name(loss: Any) -> str | None:
+    """The name of the function of a loss of Keras, if the loss is what Keras makes of that name."""
+    function = getattr(loss, "fn", None)
+    if function is None or not type(loss).__module__.startswith("keras."):
+        return None
+    try:
+        usual = type(loss)(name=loss.name)  # without a name, Keras's counter of automatic names would go on
+    except TypeError:
+        return None
+    return str(function.__name__) if _config_of(usual) == _config_of(loss) else None
+
+
 def _config_of(loss: Any) -> Any:
     try:
-        return _spelled({name: each for name, each in loss.get_config().items() if name not in _NO_SETTINGS})
+        config = {**loss.get_config(), **getattr(loss, "_fn_kwargs", {})}  # Huber's config lacks its delta
+        return _spelled({name: each for name, each in config.items() if name not in _NO_SETTINGS})
     except Exception:  # noqa: BLE001 - as of an optimizer
         return None

@@ -267,7 +267,8 @@ def pair(
         description: What it says, `None` if it is of an older version, or not of this package.
         names: The names of the model's variables by their identities.
         assets: The assets of the checkpoint.
-        automatic: For a partial restore, the names that Keras gave to layers by itself, without their numbers.
+        automatic: For a partial restore, the names that Keras gave to layers by itself, with `{}` in the places of
+            their numbers.
     """
     if description is None:
         unknown = [name for name, each in objects.items() if _learned_more(_take(name, each, names))]

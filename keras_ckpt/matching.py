@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-_UNNAMED = {"seed_generator", "variable"}
+_UNNAMED = {"seed_generator{}", "variable{}"}
 _LORA = re.compile(r"(.*/)lora_(kernel|embeddings)_a")
 
 Shape = tuple[int | None, ...] | None
@@ -57,7 +57,8 @@ def match(
     Args:
         here: The kinds of the model's variables, by name.
         there: The kinds of those in the checkpoint.
-        automatic: For a partial restore, the names that Keras gave to layers by itself, without their numbers.
+        automatic: For a partial restore, the names that Keras gave to layers by itself, with `{}` in the places of
+            their numbers.
         adapted: The names of variables of layers that may be adapted, and so built, before they are in the model.
     """
     names = {name: name for name in here if name in there}
@@ -126,17 +127,18 @@ def is_lora(name: str) -> bool:
 
 def unsure(model: Iterable[str], disk: Iterable[str], automatic: Collection[str]) -> set[str]:
     """The names with a number of Keras's own in them that is counted among another number of layers on disk."""
-    pattern = re.compile(rf"({'|'.join(map(re.escape, automatic))})(_\d+)?")
+    numbers = [re.escape(stem).replace(r"\{\}", r"(?:_\d+)?") for stem in automatic]
+    pattern = re.compile("|".join(f"({each})" for each in numbers))
 
-    def numbered(name: str) -> Iterator[tuple[tuple[str, str], str]]:
+    def numbered(name: str) -> Iterator[tuple[tuple[str, int | None], str]]:
         """The segments of a name that may be numbered, each after its parent and its stem."""
         segments = name.split("/")
         for place, segment in enumerate(segments[1:], 1):
             if found := pattern.fullmatch(segment):
-                yield ("/".join(segments[:place]), str(found[1])), segment
+                yield ("/".join(segments[:place]), found.lastindex), segment
 
-    def siblings(names: Iterable[str]) -> dict[tuple[str, str], set[str]]:
-        found: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
+    def siblings(names: Iterable[str]) -> dict[tuple[str, int | None], set[str]]:
+        found: dict[tuple[str, int | None], set[str]] = collections.defaultdict(set)
         for name in names:
             for group, segment in numbered(name):
                 found[group].add(segment)

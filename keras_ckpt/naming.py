@@ -27,6 +27,9 @@ from keras_ckpt.parts import (
     variables_in,
 )
 
+_OF_FEATURE_SPACE = re.compile(r"((?:float|integer|string)(?:_[a-z]+)?)(?:_\d+)?(_preprocessor)")
+"""The names that `FeatureSpace` gives to the layers of its features."""
+
 
 def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
     """The variables of a model's training state by name, in the model's order.
@@ -38,19 +41,19 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
     Returns:
         `keras.Variable`s, and `tf.Variable`s that a layer holds beside them.
     """
-    weights, layers = model.variables, layers_of(model)
+    weights, layers, below = model.variables, layers_of(model), tracked(model)
     own = _within(model, layers, map(_segments, weights))
     paths = _numbered(own, _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
-    found += [(f"model/{path}", each) for path, each in tracked(model).items() if isinstance(each, tf.Variable)]
+    found += [(f"model/{path}", each) for path, each in below.items() if isinstance(each, tf.Variable)]
     if not weights_only:
         states = states_of(layers)
         paths_of_states = _numbered([_segments(variable)[-2:] for variable in states], _automatic_names(layers))
         found += [(f"states/{path}", variable) for path, variable in zip(paths_of_states, states, strict=True)]
         names = dict(zip(map(id, weights), paths, strict=True))
-        for prefix, optimizer in optimizers_of(model).items():
+        for prefix, optimizer in optimizers_of(model, below).items():
             found += _optimizer_variables(prefix, optimizer, weights, names)
-        found += _loss_variables(model, {id(variable) for _, variable in found})
+        found += _loss_variables(losses_of(model, below), {id(variable) for _, variable in found})
         found += _metric_variables(model)
     unique = _unique([name for name, _ in found])
     return dict(zip(unique, (variable for _, variable in found), strict=True))
@@ -98,13 +101,13 @@ def build_optimizers(
 
 
 def automatic_stems(model: keras.Model) -> frozenset[str]:
-    """The names, without their numbers, that Keras gave to layers of the model by itself."""
+    """The names that Keras gave to layers of the model by itself, with `{}` in the places of their numbers."""
     return frozenset(_automatic_names(layers_of(model)).values())
 
 
 def named_objects(model: keras.Model) -> dict[str, Any]:
     """The objects of a model that may hold more than variables, by name: layers, losses, metrics and optimizers."""
-    top, *layers = layers_of(model)
+    (top, *layers), below = layers_of(model), tracked(model)
     own = _within(model, [top, *layers], (tuple((layer.path or layer.name).split("/")) for layer in layers))
     paths = _numbered(own, _automatic_names([top, *layers]))
     metrics = metrics_of(model)
@@ -112,9 +115,9 @@ def named_objects(model: keras.Model) -> dict[str, Any]:
     return {
         "model": top,
         **{f"model/{path}": layer for path, layer in zip(paths, layers, strict=True)},
-        **{f"losses/{path}" if path else "losses": loss for path, loss in losses_of(model).items()},
+        **{f"losses/{path}" if path else "losses": loss for path, loss in losses_of(model, below).items()},
         **{f"metrics/{name}": metric for name, metric in zip(names, metrics, strict=True)},
-        **optimizers_of(model),
+        **optimizers_of(model, below),
     }
 
 
@@ -188,9 +191,9 @@ def _owned(variable: keras.Variable) -> tuple[str, ...]:
     return _segments(variable)[-2:]
 
 
-def _loss_variables(model: keras.Model, known: Container[int]) -> Iterable[tuple[str, Any]]:
+def _loss_variables(losses: Mapping[str, Any], known: Container[int]) -> Iterable[tuple[str, Any]]:
     """The variables of losses that are not the model's too."""
-    for path, loss in losses_of(model).items():
+    for path, loss in losses.items():
         place = f"losses/{path}" if path else "losses"
         yield from ((f"{place}/{name}", each) for name, each in variables_in(loss) if id(each) not in known)
 
@@ -205,19 +208,21 @@ def _metric_variables(model: keras.Model) -> Iterable[tuple[str, Any]]:
 
 
 def _automatic_names(named: Iterable[Any]) -> dict[str, str]:
-    """The names that Keras made up, each without its number."""
+    """The names that Keras made up, each with `{}` in the place of its number."""
     stems = {each.name: _stem(each.name, type(each).__name__) for each in named}
     return {name: stem for name, stem in stems.items() if stem is not None}
 
 
 def _stem(name: str, kind: str) -> str | None:
-    """The name without its number if Keras would give such a one to an object of that class, else `None`."""
+    """The name with `{}` in the place of its number, if Keras gives such names to objects of that class."""
+    if feature := _OF_FEATURE_SPACE.fullmatch(name):
+        return f"{feature[1]}{{}}{feature[2]}"
     # Bidirectional puts a word before the automatic name of the layer that it runs.
     word = next((word for word in ("forward_", "backward_") if name.startswith(word)), "")
     rest = name.removeprefix(word)
     for stem in (re.sub(r"_\d+\Z", "", rest), rest):
         if stem.replace("_", "") == re.sub(r"\W|_", "", kind).lower():
-            return word + stem
+            return f"{word}{stem}{{}}"
     return None
 
 
@@ -231,7 +236,7 @@ def _numbered(paths: Sequence[tuple[str, ...]], automatic: dict[str, str]) -> li
             stem = automatic.get(segment) or _anonymous(segment)
             known = siblings[canonical, stem or segment]
             number = f"_{len(known)}" if known else ""
-            canonical = (*canonical, known.setdefault(segment, f"{stem}{number}") if stem else segment)
+            canonical = (*canonical, known.setdefault(segment, stem.format(number)) if stem else segment)
         names.append("/".join(canonical))
     return _unique(names)
 
@@ -253,4 +258,4 @@ def _unique(names: Iterable[str]) -> list[str]:
 def _anonymous(segment: str) -> str | None:
     """The stem of a variable or a seed generator that was given no name."""
     match = re.fullmatch(r"(variable|seed_generator)(_\d+)?", segment)
-    return match[1] if match else None
+    return f"{match[1]}{{}}" if match else None

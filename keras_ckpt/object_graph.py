@@ -73,11 +73,19 @@ def written(root: tf.train.Checkpoint, keys: Mapping[int, str]) -> bytes:
 
 
 def hidden(root: tf.train.Checkpoint) -> list[str]:
-    """The places of weights of layers that TensorFlow does not see, as it does not see Keras's lists and dicts."""
+    """The places of weights of layers that TensorFlow does not see, as it does not see Keras's lists and dicts.
+
+    A layer that is not built stands for the weights that it will have.
+    """
     objects = _Objects().places(root)
     layers = [(place, each) for place, each in objects.values() if isinstance(each, keras.Layer)]
-    weights = {id(weight): f"{place}: {weight.path}" for place, layer in layers for weight in layer.weights}
-    return [place for number, place in weights.items() if number not in objects]
+    found = {id(weight): f"{place}: {weight.path}" for place, layer in layers for weight in layer.weights}
+    inner = [(place, each) for place, layer in layers for each in layers_of(layer)]
+    found |= {id(each): f"{place}: {each.name} (not built)" for place, each in inner if _will_have_weights(each)}
+    # A Sequential holds its layers where TensorFlow sees them as soon as it is built.
+    waiting = [layer for _, layer in layers if isinstance(layer, keras.Sequential) and not layer.built]
+    seen = {*objects, *(id(each) for layer in waiting for each in layers_of(layer))}
+    return [place for number, place in found.items() if number not in seen]
 
 
 class ObjectGraph:
@@ -282,6 +290,11 @@ class ObjectGraph:
                     seen.add(child)
                     queue.append(child)
         return seen
+
+
+def _will_have_weights(layer: keras.Layer) -> bool:
+    """Whether a layer makes weights when it is built."""
+    return not layer.built and type(layer).build not in (keras.Layer.build, keras.Model.build)
 
 
 class _Candidate(NamedTuple):

@@ -63,21 +63,25 @@ def tracked(root: Any) -> dict[str, Any]:
             if id(child) not in seen:
                 seen.add(id(child))
                 found[f"{path}{name}"] = child
-                if not isinstance(child, keras.optimizers.Optimizer):
+                if not isinstance(child, keras.optimizers.Optimizer | tf.Variable):
                     queue.append((f"{path}{name}/", child))
     return found
 
 
-def optimizers_of(model: keras.Model) -> dict[str, Any]:
+def optimizers_of(model: keras.Model, below: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The optimizers of a model by the prefix of their variables' names.
 
     The prefix of the optimizer of `compile` is `optimizer`. The prefix of another, such as one of the two of a GAN, has
     the path of its attribute, and of its place in a list or a dict: `optimizer/d_optimizer`, `optimizer/optimizers/d`.
+
+    Args:
+        model: The model.
+        below: What `tracked` gives for it, if the caller has it.
     """
     main = getattr(model, "optimizer", None)
     found = {} if main is None else {"optimizer": main}
     known = {id(each) for each in (main, *inner_optimizers(main))}
-    below = tracked(model)
+    below = tracked(model) if below is None else below
     for path, each in (*below.items(), *_held(layers_of(model), below)):
         if isinstance(each, keras.optimizers.Optimizer) and id(each) not in known:
             found[f"optimizer/{path}"] = each
@@ -107,13 +111,19 @@ def _held_optimizers(optimizer: Any) -> list[tuple[str, Any]]:
     return [(path, each) for path, each in inside if isinstance(each, keras.optimizers.Optimizer)]
 
 
-def losses_of(model: keras.Model) -> dict[str, Any]:
-    """The `Loss` objects of a model by path: those that `compile` was given, then those in attributes."""
+def losses_of(model: keras.Model, below: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `Loss` objects of a model by path: those that `compile` was given, then those in attributes.
+
+    Args:
+        model: The model.
+        below: What `tracked` gives for it, if the caller has it.
+    """
+    below = tracked(model) if below is None else below
     given = getattr(model, "loss", None)
     # A model that was given none has a deprecated method of this name.
     places = [] if isinstance(given, types.MethodType) else [("", given)]
     found: dict[int, tuple[str, Any]] = {}
-    for path, each in (*_search(places, lambda each: False), *_held(layers_of(model), tracked(model))):
+    for path, each in (*_search(places, lambda each: False), *_held(layers_of(model), below)):
         if isinstance(each, keras.losses.Loss):
             found.setdefault(id(each), (path.strip("/"), each))
     return dict(found.values())
@@ -177,14 +187,15 @@ def plain_attributes(model: keras.Model, but: Container[int]) -> dict[str, Any]:
         model: The model.
         but: The identities of objects that are left out.
     """
-    attributes = [*_attributes(layers_of(model), tracked(model), but)]
-    others = [*optimizers_of(model).items()]
-    others += [(f"losses/{path}".strip("/"), each) for path, each in losses_of(model).items()]
+    below = tracked(model)
+    attributes = [*_attributes(layers_of(model), below, but)]
+    others = [*optimizers_of(model, below).items()]
+    others += [(f"losses/{path}".strip("/"), each) for path, each in losses_of(model, below).items()]
     others += [(f"metrics/{metric.name}", metric) for metric in metrics_of(model)]
     for place, each in others:
         if id(each) not in but:
-            own = _own_attributes(each).items()
-            attributes += [(f"{place}/{name}", value) for name, value in own if _is_users_attribute(each, name)]
+            own = _own_attributes(each).items() if _is_open(each) else ()
+            attributes += [(f"{place}/{name}", value) for name, value in own if name not in _attributes_of_keras()]
     found: dict[str, Any] = {}
     for path, value in attributes:
         if isinstance(value, (*_CONTAINERS, set)):
@@ -201,9 +212,9 @@ def contents_of(layers: Iterable[Any]) -> list[Any]:
     """The lists, tuples and dicts in attributes that a user gave to layers, and what short ones hold."""
     found = [
         value
-        for layer in layers
+        for layer in filter(_is_open, layers)
         for name, value in vars(layer).items()
-        if isinstance(value, _CONTAINERS) and _is_users_attribute(layer, name)
+        if isinstance(value, _CONTAINERS) and name not in _attributes_of_keras()
     ]
     for container in found:  # which grows by those inside
         if isinstance(container, _CONTAINERS) and len(container) <= _LONG and len(found) <= _MOST:
@@ -229,9 +240,10 @@ def _attributes(layers: Iterable[Any], below: Mapping[str, Any], but: Container[
     places = {id(each): f"{path}/" for path, each in below.items()}
     for index, layer in enumerate(layers):
         place = places.get(id(layer), f"layers/{index}/") if index else ""
-        for name, value in _own_attributes(layer).items() if id(layer) not in but else ():
-            if _is_users_attribute(layer, name):
-                yield f"{place}{name}", value
+        if _is_open(layer) and id(layer) not in but:
+            for name, value in _own_attributes(layer).items():
+                if name not in _attributes_of_keras():
+                    yield f"{place}{name}", value
 
 
 def _own_attributes(each: Any) -> dict[str, Any]:
@@ -274,10 +286,9 @@ def _is_data(container: Any) -> bool:
     return isinstance(first, str | bytes | int | float)
 
 
-def _is_users_attribute(layer: Any, name: str) -> bool:
-    """Whether an attribute of a layer is one that a user gave to it."""
-    is_open = isinstance(layer, keras.Model) or not type(layer).__module__.startswith("keras.")
-    return is_open and name not in _attributes_of_keras()
+def _is_open(layer: Any) -> bool:
+    """Whether a user may have given attributes to a layer, since it is a model or of a class that is not Keras's."""
+    return isinstance(layer, keras.Model) or not type(layer).__module__.startswith("keras.")
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_ckpt import background, commit, compiled, state
+from keras_ckpt import background, commit, state
 from keras_ckpt.bundle import read_index
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.document import decode
@@ -107,7 +107,6 @@ def _restore(
 ) -> tuple[RestoreReport, Any]:
     """Restores, and reads something else of the very same files."""
     expected = checkpoint if isinstance(checkpoint, CheckpointRecord) else None
-    compiled.note(model)  # before a restore changes a learning rate
     background.tell()
     for _ in range(_ATTEMPTS):
         directory, names = _locate(checkpoint)

@@ -132,8 +132,9 @@ class ModelState(tf.train.Checkpoint):
 
     def _new_plan(self) -> _Plan:
         model = self.model
-        optimizers = parts.optimizers_of(model)
-        owners = [*optimizers.values(), *parts.losses_of(model).values()]
+        below = parts.tracked(model)
+        optimizers = parts.optimizers_of(model, below)
+        owners = [*optimizers.values(), *parts.losses_of(model, below).values()]
         made_of = _made_of(model, owners)
         names = self.names()
         by_id = {id(variable): name for name, variable in names.items()}
@@ -174,7 +175,7 @@ class ModelState(tf.train.Checkpoint):
         built = {prefix: optimizer for prefix, optimizer in optimizers.items() if optimizer.built}
         trained = {prefix: [names.get(id(v), "") for v in naming.trained_by(built[prefix])] for prefix in built}
         return description.Description(
-            optimizers=trained, compiled=compiled.encoded(compiled.note(self.model)), lora=lora
+            optimizers=trained, compiled=compiled.encoded(compiled.note(self.model, optimizers)), lora=lora
         )
 
 

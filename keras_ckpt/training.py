@@ -182,7 +182,7 @@ class Training:
         self._session.settle()
         if self._data is not None:
             self._data.batch_end(position.step - before)
-        self._stopped_within = bool(self._model.stop_training) and None is not self._steps != position.batch
+        self._stopped_within = bool(self._model.stop_training) and position.batch != self._steps
         if self._stopped_within:
             self._forget_the_first()
             self._save("stop", began, self._now())

@@ -92,6 +92,8 @@ class _Transfer:
         self._record = record
         self._request = request
         self._prefix = os.path.join(files.path, name)
+        self._optimizers = optimizers_of(model)
+        self._compiled = compiled.note(model, self._optimizers)  # before a learning rate changes
         self._source = Source(files, name, digested)
         self._arrays, self._assets = self._source.read_learned()
         automatic = None if request.strict else naming.automatic_stems(model)
@@ -130,7 +132,7 @@ class _Transfer:
             strangers = self._source.find(self._model)
             if strangers and not self._request.weights_only:
                 warn(f"{self._prefix} has {' and '.join(strangers)}. It is left out, and the model's is as compiled.")
-        elif not self._request.weights_only and not all(each.built for each in optimizers_of(self._model).values()):
+        elif not self._request.weights_only and not all(each.built for each in self._optimizers.values()):
             other = self._trained_otherwise()
             # Before an optimizer is built for nothing.
             self._judge(self._report(self._match("model/"), (), other))
@@ -180,7 +182,7 @@ class _Transfer:
         if not others:
             return found
         classes = {each.name.removesuffix(compiled.CLASS): each for each in others}
-        unbuilt = {f"{prefix}/" for prefix, optimizer in optimizers_of(self._model).items() if not optimizer.built}
+        unbuilt = {f"{prefix}/" for prefix, optimizer in self._optimizers.items() if not optimizer.built}
         missing = {prefix for prefix in classes if any(name.startswith(prefix) for name in found.missing)}
         partly = tuple(prefix for prefix in classes if prefix in unbuilt | missing)
         other = [name for name in found.matched if name.startswith(partly)]
@@ -201,7 +203,7 @@ class _Transfer:
         if self._source.description is None or not names:
             return {}
         found: dict[str, tf.Tensor] = {}
-        for prefix, optimizer in optimizers_of(self._model).items():
+        for prefix, optimizer in self._optimizers.items():
             lacks = any(id(each) in names for each in optimizer.variables)
             if lacks and optimizer.built and prefix not in self._source.description.optimizers:
                 new = type(optimizer).from_config(optimizer.get_config())
@@ -238,13 +240,19 @@ class _Transfer:
                 + "\n".join(shortened(differences))
                 + f"\n{self._mend(bool(of_model))}"
             )
-        if not self._request.strict and not any(name.startswith(("model/", "learned/")) for name in report.matched):
+        if not self._request.strict and not self._has_weights(report.matched):
             raise MismatchError(
                 f"{self._prefix} has nothing that fits the model {self._model.name!r}; nothing was restored.\n"
                 + "\n".join(shortened(differences))
                 + "\nGive the layers the names that they had when the checkpoint was saved."
             )
         return differences
+
+    def _has_weights(self, matched: Iterable[str]) -> bool:
+        """Whether anything of the model is matched beside seeds, if it has more than seeds."""
+        only_seeds = all(name.endswith(_SEED) for name in self._wanted if name.startswith("model/"))
+        of_model = (name for name in matched if name.startswith(("model/", "learned/")))
+        return any(only_seeds or not name.endswith(_SEED) for name in of_model)
 
     def _mend(self, of_model: bool) -> str:
         """What to do where a strict restore finds differences."""
@@ -340,7 +348,7 @@ class _Transfer:
         description = self._source.description
         if not (self._model.compiled and description and description.compiled):
             return []
-        return compiled.differences(compiled.note(self._model), description.compiled)
+        return compiled.differences(self._compiled, description.compiled)
 
     def _warn_of_settings(self, report: RestoreReport, values: Mapping[str, tf.Tensor]) -> None:
         """Says in one line which settings differ, and for each whether the program's holds."""
@@ -364,7 +372,7 @@ class _Transfer:
         """Has later checkpoints tell of the learning rates that were restored, and not of the program's."""
         for each in self._settings:
             if self._is_restored(each, values):
-                compiled.replace(self._model, each.name, each.saved)
+                compiled.replace(self._optimizers, each.name, each.saved)
 
     def _give(self, values: Mapping[str, tf.Tensor], read: Mapping[str, tf.Tensor]) -> None:
         """Gives the model its values, and its objects what they learned; or leaves both as they were."""

@@ -295,12 +295,12 @@ class Steps(callbacks.Callback):
 def test_a_run_that_was_stopped_within_an_epoch_continues(backup) -> None:
     """With `ResumableDataset`, from the batch where it was stopped."""
 
-    def run(*others, **options):
+    def run(*others):
         keras.utils.set_random_seed(1)
         data = kc.ResumableDataset(X, Y, batch_size=8, shuffle=True, seed=1)
         model = dense_model()
-        own = [kc.BackupAndRestore(backup, data=data, **options)] if options is not None else []
-        model.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[*others, *own])
+        own = kc.BackupAndRestore(backup, data=data)
+        model.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[*others, own])
         return model
 
     whole = run()
@@ -308,6 +308,35 @@ def test_a_run_that_was_stopped_within_an_epoch_continues(backup) -> None:
     assert list(kc.CheckpointDirectory(backup))
 
     assert same(run(), whole)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+def test_an_epoch_of_unknown_length_that_was_stopped_begins_again(backup) -> None:
+    """The place in such data is not known. No batch of the epoch is skipped without a word."""
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).filter(lambda x, y: True)
+
+    def run(*others) -> keras.callbacks.History:
+        own = kc.BackupAndRestore(backup)
+        return dense_model().fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[*others, own])
+
+    run(Steps())
+
+    batches = Batches()
+    with pytest.warns(UserWarning, match="Epoch 1 begins again at its first batch"):
+        history = run(batches)
+    assert history.epoch == [0, 1]
+    assert batches.seen == [*range(5), *range(5)]
+
+
+class Batches(callbacks.Callback):
+    """Notes the batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self.seen.append(batch)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,47 @@ def test_a_restored_layer_predicts_as_a_layer_of_a_keras_file(tmp_path, make) ->
     np.testing.assert_array_equal(restored.predict(DATA, verbose=0), loaded.predict(DATA, verbose=0))
 
 
+def featured() -> keras.Model:
+    """A model of a `FeatureSpace`, which Keras names by what the process made before."""
+    kinds = keras.utils.FeatureSpace
+    space = kinds(
+        {
+            "age": kinds.float_normalized(),
+            "height": kinds.float_normalized(),
+            "size": kinds.float_discretized(num_bins=3),
+            "colour": kinds.string_categorical(),
+            "shape": kinds.string_categorical(),
+            "number": kinds.integer_categorical(),
+        }
+    )
+    rows = {
+        "age": np.arange(8.0),
+        "height": np.arange(8.0) * 3,
+        "size": np.arange(8.0) + 1,
+        "colour": [*"abcabcab"],
+        "shape": [*"xyzxyzxy"],
+        "number": np.arange(8),
+    }
+    space.adapt(tf.data.Dataset.from_tensor_slices(rows))
+    model = keras.Model(space.get_inputs(), keras.layers.Dense(1)(space.get_encoded_features()))
+    model.compile("sgd", "mse")
+    return model
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_feature_space_is_restored_into_another_of_the_same_process(tmp_path, strict, recwarn) -> None:
+    """The numbers in its automatic names stand in the middle: `float_normalized_2_preprocessor`."""
+    model = featured()
+    zoo.save(model, tmp_path)
+
+    report = kc.restore(again := featured(), tmp_path, strict=strict)
+
+    assert (report.missing, report.unexpected, report.mismatched) == ((), (), {})
+    np.testing.assert_array_equal(again.get_weights()[-1], model.get_weights()[-1])
+    assert "model/float_normalized_1_preprocessor/mean" in report.matched
+    assert [str(each.message) for each in recwarn] == []
+
+
 @pytest.mark.parametrize("make", LAYERS)
 def test_a_training_resumes_with_what_a_layer_learned(tmp_path, make) -> None:
     """The script of the second process does not adapt the layer."""

@@ -502,6 +502,42 @@ def test_weights_that_tensorflow_does_not_save_are_named_once(ours, held) -> Non
     manager.save()
 
 
+class Listed(keras.Model):
+    """A model whose layers are in a list alone."""
+
+    def __init__(self, parts) -> None:
+        super().__init__()
+        self.parts = [part() for part in parts]
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [lambda: keras.layers.Dense(2), keras.layers.BatchNormalization],
+        [lambda: keras.layers.Dense(2), keras.layers.Flatten],
+        [lambda: keras.Sequential([keras.layers.Dense(2)])],
+    ],
+    ids=["two layers", "a layer without weights", "a Sequential"],
+)
+def test_layers_in_a_list_of_a_model_that_is_not_called_are_named(ours, parts) -> None:
+    """The checkpoint has nothing of them, and TensorFlow restores nothing without a word."""
+    ours.checkpoint = tf.train.Checkpoint(model=Listed(parts))
+    ours.checkpoint.model(X)
+    with pytest.warns(UserWarning, match="does not save these weights"):
+        ours.manager().save()
+    ours.checkpoint = tf.train.Checkpoint(model=Listed(parts))
+
+    with pytest.warns(UserWarning, match=r"but not in the checkpoint: model: \w+ \(not built\)") as caught:
+        ours.manager().restore_or_initialize()
+
+    assert "flatten" not in str(caught[0].message)
+
+
 def test_beginning_over_is_warned_of(ours) -> None:
     """TensorFlow's manager numbers from 1 again without a word."""
     ours.manager().save()

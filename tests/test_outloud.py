@@ -119,6 +119,16 @@ SETTINGS = {
         {"loss": "mae"},
         "loss is 'mean_absolute_error' as in the program, not 'mean_squared_error' as saved",
     ),
+    "another setting of a loss": (
+        {"loss": keras.losses.Huber(delta=1.0)},
+        {"loss": keras.losses.Huber(delta=2.0)},
+        r"loss is \['Huber', .*'delta': 2\.0.* as in the program, not 'huber' as saved",
+    ),
+    "other weights of losses": (
+        {"loss": ["mse"], "loss_weights": [1.0]},
+        {"loss": ["mse"], "loss_weights": [2.0]},
+        r"loss_weights is \[2\.0\] as in the program, not \[1\.0\] as saved",
+    ),
 }
 
 
@@ -158,6 +168,18 @@ class TestCompiledOtherwise:
         fit(of(after), kc.ModelCheckpoint(tmp_path))
 
         kc.restore(of(after), tmp_path)
+
+        assert lines(recwarn) == []
+
+    @pytest.mark.parametrize("name", ["mse", "mean_squared_error", "huber", "binary_crossentropy"])
+    def test_is_not_said_of_another_spelling_of_a_loss(self, tmp_path, name, recwarn) -> None:
+        """A name, a function and an object of Keras's may be the same loss."""
+        function = keras.losses.get(name)
+        kind = {"huber": keras.losses.Huber, "binary_crossentropy": keras.losses.BinaryCrossentropy}
+        fit(of({"loss": name}), kc.ModelCheckpoint(tmp_path))
+
+        for loss in (function, kind.get(name, keras.losses.MeanSquaredError)()):
+            kc.restore(of({"loss": loss}), tmp_path)
 
         assert lines(recwarn) == []
 
@@ -262,6 +284,30 @@ class TestAPartialRestore:
         with pytest.raises(kc.MismatchError, match=r"nothing that fits .*(.|\n)*Give the layers the names"):
             kc.restore(other, tmp_path, strict=False)
         np.testing.assert_equal(other.get_weights(), before)
+
+    def test_that_restores_a_seed_alone_is_an_error(self, tmp_path) -> None:
+        """The weights of the model stay as they were."""
+
+        def model(name: str) -> keras.Model:
+            layers = [keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(1, name=name)]
+            return keras.Sequential(layers)
+
+        saved = model("head")
+        saved.compile("adam", "mse", run_eagerly=True)
+        fit(saved, kc.ModelCheckpoint(tmp_path))
+
+        with pytest.raises(kc.MismatchError, match="nothing that fits"):
+            kc.restore(model("top"), tmp_path, strict=False)
+
+    @pytest.mark.filterwarnings("ignore:The model does not have any trainable weights:UserWarning")
+    def test_of_a_model_of_seeds_restores_them(self, tmp_path) -> None:
+        saved = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5)])
+        saved.compile("adam", "mse", run_eagerly=True)
+        fit(saved, kc.ModelCheckpoint(tmp_path))
+
+        report = kc.restore(keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5)]), tmp_path, strict=False)
+
+        assert report.matched == ("model/seed_generator/seed_generator_state",)
 
     @pytest.mark.parametrize("name", ["top", "backbone2"])
     def test_names_the_layers_that_it_leaves_out(self, tmp_path, name) -> None:
