@@ -1,7 +1,8 @@
 """The values of other callbacks at one moment: taken by a look where they are large, and written later.
 
 An array that is the same object as before is assumed to be unchanged. The assumption is checked before the values are
-written, in the background. A wrong assumption costs one save; from then on the array is copied for each save.
+written, in the background. A wrong assumption costs one save. From then on the array is copied where some samples of it
+have changed, and after another wrong assumption for each save.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from keras_ckpt.threads import copy_together
 _SMALL = 1 << 16
 _LITTLE = 1 << 20
 """An array of fewer bytes is copied at each look, until a look has copied so many."""
+_SAMPLED = 1 << 20
+_SAMPLES, _SAMPLE = 64, 64
+"""An array of so many bytes is sampled: so many places, and the bytes of each."""
 _PIECE = 1 << 14
 _PAUSE = 1e-4
 """So many items of a list are converted at once, while other threads wait. Then they get so many seconds."""
@@ -124,7 +128,7 @@ class Captures:
     def _array_leaf(self, array: np.ndarray, place: tuple[str, int], fingerprints: bool) -> Leaf:
         known = self._arrays.get(place)
         if known is None or not known.is_of(array):
-            known = self._arrays[place] = _Array(array, fingerprints)
+            known = self._arrays[place] = _Array(array, self._memory, fingerprints)
         return _ArrayLeaf(known, self._memory)
 
     def _items_leaf(self, items: Items, place: tuple[str, int]) -> Leaf | None:
@@ -209,6 +213,10 @@ class _Memory:
         weakref.finalize(held, free.append, array).atexit = False
         return held
 
+    def prepare(self, like: np.ndarray) -> None:
+        """Gets memory for two copies, the one that is written and the next."""
+        self._free[like.shape, like.dtype] += [np.full_like(like, 0, subok=False) for _ in range(2)]
+
 
 class _Held:
     """A copy. Its memory is used again when this object is gone."""
@@ -248,28 +256,39 @@ class _Array:
     Attributes:
         live: The array.
         copy: Its content when it was copied last.
-        changes: Whether it was found to be changed in its place. It is copied for each save then.
         is_doubted: Whether it is to be copied until a save is true.
+        surprises: How often it was found to be changed where a look had assumed that it is not.
     """
 
-    def __init__(self, array: np.ndarray, fingerprints: bool) -> None:
+    def __init__(self, array: np.ndarray, memory: _Memory, fingerprints: bool) -> None:
         self.live = array
         self.copy: _Held | None = None
-        self.changes = self.is_doubted = False
+        self.is_doubted = False
+        self._memory = memory
+        self.surprises = 0
         self._interface = _interface(array)
         self._fingerprint = _fingerprint(array) if fingerprints else None
 
     def is_of(self, array: np.ndarray) -> bool:
         return self.live is array and self._interface == _interface(array)
 
+    def may_be_changed(self) -> bool:
+        """Whether it may be another than when it was copied last, as far as a look can tell."""
+        if self.is_doubted or self.surprises > 1:
+            return True
+        return self.surprises > 0 and (self.copy is None or not _same_samples(self.live, self.copy.array))
+
     def is_unchanged(self) -> bool:
         """Whether it is as it was when it was copied, or else when it was fingerprinted."""
         if self.copy is not None:
-            same = _same(self.live, self.copy.array)
-        else:
-            same = self._fingerprint is None or _fingerprint(self.live) == self._fingerprint
-        self.changes = self.changes or not same
-        return same
+            return _same(self.live, self.copy.array)
+        return self._fingerprint is None or _fingerprint(self.live) == self._fingerprint
+
+    def note_surprise(self) -> None:
+        """It was found to be changed. From now on it may be copied: gets memory, because new memory takes long."""
+        if not self.surprises:
+            self._memory.prepare(self.live)
+        self.surprises += 1
 
 
 class _ArrayLeaf(Leaf):
@@ -281,12 +300,14 @@ class _ArrayLeaf(Leaf):
         self._owner = owner
         self._memory = memory
         self._is_exact = False
+        self._surprises = owner.surprises
+        self._may_be_changed = owner.may_be_changed()
         self.size = owner.live.nbytes
-        self.mark = object() if owner.changes or owner.is_doubted else owner
+        self.mark = object() if self._may_be_changed else owner
 
     def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         owner = self._owner
-        if owner.copy is not None and not owner.changes and not owner.is_doubted:
+        if owner.copy is not None and not self._may_be_changed:
             self._copy = owner.copy
             return []
         self._copy = owner.copy = self._memory.take(owner.live)
@@ -294,7 +315,11 @@ class _ArrayLeaf(Leaf):
         return [(self._copy.array, owner.live)]
 
     def is_true(self) -> bool:
-        return self._is_exact or self._owner.is_unchanged()
+        if self._is_exact or self._owner.is_unchanged():
+            return True
+        if self._owner.surprises == self._surprises:  # else a look before learned it
+            self._owner.note_surprise()
+        return False
 
     def doubt(self, doubts: bool) -> None:
         self._owner.is_doubted = doubts
@@ -450,6 +475,15 @@ def _same(array: np.ndarray, other: np.ndarray) -> bool:
     first, second = _bytes_of(array), _bytes_of(other)
     addresses = [each.__array_interface__["data"][0] for each in (first, second)]
     return len(first) == len(second) and _compare(*addresses, len(first)) == 0
+
+
+def _same_samples(array: np.ndarray, other: np.ndarray) -> bool:
+    """Whether a large array has the same bytes as another in some places, as far as that can be told quickly."""
+    if array.nbytes < _SAMPLED or not array.flags.c_contiguous:
+        return False
+    step = array.nbytes // _SAMPLES
+    samples = [_bytes_of(each)[: step * _SAMPLES].reshape(_SAMPLES, step)[:, :_SAMPLE] for each in (array, other)]
+    return bool((samples[0] == samples[1]).all())
 
 
 def _fingerprint(array: np.ndarray) -> bytes:

@@ -14,6 +14,7 @@ Result = TypeVar("Result")
 
 _THREADS = min(os.cpu_count() or 1, 4)
 """So many copy large values; more would wait for the memory."""
+_PIECE = 8 << 20
 
 
 def share_out(copy: Callable[[Iterable[Any]], None], keys: Sequence[Any]) -> None:
@@ -33,11 +34,22 @@ def share_out(copy: Callable[[Iterable[Any]], None], keys: Sequence[Any]) -> Non
 def copy_together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     """Copies arrays into others, by several threads; each pair is the target and the source."""
 
+    pieces = [piece for pair in pairs for piece in _pieces(*pair)]
+
     def copy(part: Iterable[int]) -> None:
         for index in part:
-            np.copyto(*pairs[index])
+            np.copyto(*pieces[index])
 
-    share_out(copy, sorted(range(len(pairs)), key=lambda index: -pairs[index][1].nbytes))
+    share_out(copy, sorted(range(len(pieces)), key=lambda index: -pieces[index][1].nbytes))
+
+
+def _pieces(target: np.ndarray, source: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """A copy as several of about `_PIECE` bytes, if the arrays lie in one piece of memory."""
+    count = source.nbytes // _PIECE
+    if count < 2 or not (target.flags.c_contiguous and source.flags.c_contiguous):
+        return [(target, source)]
+    flat = (np.array_split(each.reshape(-1), count) for each in (target, source))
+    return zip(*flat, strict=True)
 
 
 def begin(work: Callable[[], Result]) -> Callable[[], Result]:

@@ -237,6 +237,50 @@ def test_an_array_that_was_changed_in_its_place_voids_one_backup() -> None:
         np.testing.assert_array_equal(read(*backup)["Holder"]["held"], expected)
 
 
+class TestALargeArrayThatWasChangedInItsPlaceBefore:
+    """It is copied where it may have changed."""
+
+    @pytest.fixture
+    def holder(self) -> Holder:
+        return Holder(np.zeros(4 * LARGE))
+
+    @pytest.fixture
+    def states(self, holder) -> CallbackStates:
+        """They have noticed one change, and saved it."""
+        states = CallbackStates([holder])
+        read(*taken(states))
+        holder.held += 1
+        assert not taken(states)[1].is_true
+        read(*taken(states))
+        return states
+
+    def test_is_not_copied_again_where_nobody_changed_it(self, holder, states, monkeypatch) -> None:
+        copied = []
+        monkeypatch.setattr(capture, "copy_together", copied.extend)
+
+        read(*taken(states))
+
+        assert copied == []
+
+    def test_is_saved_as_it_was_at_the_moment(self, holder, states) -> None:
+        for _ in range(3):
+            holder.held += 1
+            expected = holder.held.copy()
+            backup = taken(states)
+            holder.held += 1
+
+            np.testing.assert_array_equal(read(*backup)["Holder"]["held"], expected)
+
+    def test_voids_one_more_backup_if_it_is_changed_between_the_samples(self, holder, states) -> None:
+        """From then on, it is copied for each."""
+        truths = []
+        for _ in range(5):
+            holder.held[LARGE + 1234] += 1
+            truths.append(taken(states)[1].is_true)
+
+        assert truths == [False, True, True, True, True]
+
+
 def test_a_new_array_is_saved_as_it_was_at_the_moment_of_the_backup() -> None:
     """As the best weights of EarlyStopping are new arrays at each improvement."""
     holder = Holder(None)
