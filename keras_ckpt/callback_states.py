@@ -16,7 +16,7 @@ import socket
 import subprocess
 import threading
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -65,6 +65,11 @@ _OF_THE_PROCESS = (
 """Objects of these classes belong to a process, and cannot be saved for another."""
 
 
+_KEYS = 100
+"""The keys of a dict of more are not followed by themselves."""
+_OF_CLASS, _REMOVED = "type(self).", "del "
+
+
 class Taken(NamedTuple):
     """The states of callbacks at one moment.
 
@@ -82,7 +87,8 @@ class CallbackStates:
 
     A callback that has `get_state()` and `set_state(state)` is asked. The state of any other callback is made of its
     attributes: of those that have changed since this object was made and are plain values, variables or metrics. An
-    attribute that changed back stays part of the state, because in another process it may have changed by then.
+    attribute that changed back stays part of the state, because in another process it may have changed by then. The
+    keys of a dict are followed as attributes are: `stats[best]`. So are attributes of its class: `type(self).seen`.
 
     Args:
         callbacks: The callbacks, after their `on_train_begin`.
@@ -119,10 +125,10 @@ class CallbackStates:
             looks = self._looks(name, callback)
             self._note_moved(name, looks)
             self._note_unsaved(name, looks)
-            plain = {attribute: look for attribute, look in looks.items() if isinstance(look, Look)}
-            moved = {attribute: look.structure for attribute, look in plain.items() if attribute in self._moved[name]}
+            plain = {place: look for place, look in looks.items() if isinstance(look, Look)}
+            moved = {place: look.structure for place, look in plain.items() if place in self._moved[name]}
             states[name] = dict_of(moved) if moved else None
-            assumed += [leaf for attribute in plain.keys() - moved.keys() for leaf in plain[attribute].leaves]
+            assumed += [leaf for place in plain.keys() - moved.keys() for leaf in plain[place].leaves]
         return Taken(dict_of({name: state for name, state in states.items() if state is not None}), assumed)
 
     def put_back(self, states: Mapping[str, Any]) -> list[str]:
@@ -138,10 +144,9 @@ class CallbackStates:
             if _has_own_state(callback):
                 callback.set_state(state)
                 continue
-            self._moved[name].update(state)
-            for attribute, value in state.items():
-                if not _fill(getattr(callback, attribute, None), value):
-                    setattr(callback, attribute, value)
+            for place, value in state.items():
+                self._moved[name].update([place, *_keyed(place, value)])
+                _put(callback, place, value)
         return known
 
     def strangers(self, states: Mapping[str, Any]) -> list[str]:
@@ -149,14 +154,14 @@ class CallbackStates:
         return [name for name in states if name not in self._callbacks]
 
     def _looks(self, name: str, callback: Any, first: bool = False, without: Iterable[str] = ()) -> dict[str, Any]:
-        """The attributes of a callback: a look at each that is plain, the value of each other."""
+        """The places of a callback: a look at each that is plain, the value of each other."""
         looks: dict[str, Any] = {}
-        for attribute, value in vars(callback).items():
-            if attribute not in without and attribute not in (_NOT_STATE if _is_kerass(callback) else _OF_KERAS):
+        for place, value in _places(callback, [] if first else self._begun[name]).items():
+            if place not in without:
                 try:
-                    looks[attribute] = self._look(value, f"{name}.{attribute}", first)
+                    looks[place] = self._look(value, f"{name}.{place}", first)
                 except UnplainError:
-                    looks[attribute] = value
+                    looks[place] = value
         return looks
 
     def _look(self, value: Any, name: str, first: bool) -> Look:
@@ -168,19 +173,20 @@ class CallbackStates:
 
     def _note_moved(self, name: str, looks: Mapping[str, Any]) -> None:
         begun, moved = self._begun[name], self._moved[name]
-        for attribute, look in looks.items():
-            before = begun.get(attribute)
+        for place, look in looks.items():
+            before = begun.get(place)
             if isinstance(look, Look) and not (isinstance(before, Look) and before.mark == look.mark):
-                moved.add(attribute)
+                moved.add(place)
 
     def _note_unsaved(self, name: str, looks: Mapping[str, Any]) -> None:
         if not _is_kerass(self._callbacks[name]):
             begun = self._begun[name]
-            unplain = {attribute: value for attribute, value in looks.items() if not isinstance(value, Look)}
-            for attribute, value in unplain.items():
-                fixed = isinstance(value, _FIXED) and begun.get(attribute) is value
+            unplain = {place: value for place, value in looks.items() if not isinstance(value, Look)}
+            for place, value in unplain.items():
+                same = begun.get(place) is value
+                fixed = same and (isinstance(value, _FIXED) or place.startswith(_OF_CLASS))
                 if not fixed and not isinstance(value, _OF_THE_PROCESS):
-                    self.unsaved.append(f"{name}.{attribute}")
+                    self.unsaved.append(f"{name}.{place}")
 
     def _own_state(self, name: str, callback: Any) -> Any:
         try:
@@ -190,6 +196,73 @@ class CallbackStates:
         except Exception as error:  # noqa: BLE001 - it is somebody else's, and no reason to end a training
             self.unsaved.append(f"{name}.get_state(), which raised {error!r}")
         return None
+
+
+def _places(callback: Any, before: Collection[str]) -> dict[str, Any]:
+    """The values that may be state of a callback, by place.
+
+    Args:
+        callback: The callback.
+        before: The places that it had when the training began.
+    """
+    found: dict[str, Any] = {}
+    for attribute, value in _attributes(callback).items():
+        if attribute not in (_NOT_STATE if _is_kerass(callback) else _OF_KERAS):
+            keyed = _keyed(attribute, value)
+            found |= keyed or {attribute: value}
+            removed = [place for place in before if place.startswith(f"{attribute}[") and place not in found]
+            if removed and (keyed or value == {}):
+                found[f"{_REMOVED}{attribute}"] = removed
+    return found
+
+
+def _attributes(callback: Any) -> dict[str, Any]:
+    """The attributes of a callback, those in slots and those of its class too."""
+    kinds = [kind for kind in type(callback).__mro__ if not kind.__module__.startswith(("keras.", "builtins"))]
+    slots = {slot for kind in kinds for slot in getattr(kind, "__slots__", ()) if hasattr(callback, slot)}
+    of_kinds = {
+        f"{_OF_CLASS}{name}": value
+        for kind in reversed(kinds)
+        for name, value in vars(kind).items()
+        if not name.startswith("__") and not hasattr(value, "__get__")  # neither methods nor properties
+    }
+    return {**vars(callback), **{slot: getattr(callback, slot) for slot in slots}, **of_kinds}
+
+
+def _keyed(attribute: str, value: Any) -> dict[str, Any]:
+    """The values of a dict by place; none if it is empty, large, or has keys other than strings."""
+    if type(value) is not dict or len(value) > _KEYS or not all(type(key) is str for key in value):
+        return {}
+    return {f"{attribute}[{key}]": each for key, each in value.items()}
+
+
+def _put(callback: Any, place: str, value: Any) -> None:
+    """Puts a value back in its place."""
+    if place.startswith(_REMOVED):
+        for each in value:
+            attribute, key = _parsed(each)
+            getattr(callback, attribute, {}).pop(key, None)
+        return
+    attribute, key = _parsed(place)
+    holder = callback
+    if attribute.startswith(_OF_CLASS):
+        attribute = attribute.removeprefix(_OF_CLASS)
+        holder = next((kind for kind in type(callback).__mro__ if attribute in vars(kind)), callback)
+    if key is None:
+        if not _fill(getattr(holder, attribute, None), value):
+            setattr(holder, attribute, value)
+        return
+    if not isinstance(getattr(holder, attribute, None), dict):
+        setattr(holder, attribute, {})
+    values = getattr(holder, attribute)
+    if not _fill(values.get(key), value):
+        values[key] = value
+
+
+def _parsed(place: str) -> tuple[str, str | None]:
+    """The attribute of a place, and the key in it, if it has one."""
+    attribute, is_key, key = place.partition("[")
+    return attribute, key.removesuffix("]") if is_key else None
 
 
 def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:

@@ -6,8 +6,11 @@ import collections
 import logging
 import os
 import pathlib
+import re
+import sys
 import threading
 import time
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -259,6 +262,73 @@ def test_an_open_file_and_a_start_time_belong_to_the_process(backup, recwarn) ->
     train(backup, limit)
 
     assert limit.began >= began
+    assert [str(each.message) for each in recwarn if "cannot be backed up" in str(each.message)] == []
+
+
+class Stats(callbacks.Callback):
+    """Has what belongs to its process and what belongs to the run in one dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats = {"first": True, "count": 0}
+
+    def on_train_begin(self, logs=None) -> None:
+        self.stats["until"] = time.monotonic() + 600
+        self.stats["file"] = sys.stderr
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.stats["count"] += 1
+        self.stats["losses"] = [*self.stats.get("losses", []), logs["val_loss"]]
+        self.stats.pop("first", None)
+
+
+@pytest.mark.parametrize("crash", [2, 4])
+def test_a_deadline_in_a_dict_belongs_to_the_process(backup, crash, recwarn) -> None:
+    """The keys that changed since the training began are saved. The key that was removed is removed again."""
+    crashed, whole, resumed = Stats(), Stats(), Stats()
+    train(None, whole)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, crashed, crash=crash)
+
+    train(backup, resumed)
+
+    assert resumed.stats["until"] > crashed.stats["until"]
+    assert resumed.stats["file"] is sys.stderr
+    for key in ("count", "losses"):
+        assert resumed.stats[key] == whole.stats[key]
+    assert resumed.stats.keys() == whole.stats.keys()
+    assert [str(each.message) for each in recwarn if "cannot be backed up" in str(each.message)] == []
+
+
+class OfClass(callbacks.Callback):
+    """Has state in attributes of its class, and in a slot."""
+
+    __slots__ = ("slot",)
+    seen: ClassVar[list[int]] = []
+    count = 0
+    best = None
+    pattern = re.compile("constant")
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.seen.append(epoch)
+        type(self).count += 1
+        self.best = min(self.best or 99.0, logs["val_loss"])
+        self.slot = (epoch, *getattr(self, "slot", ()))
+
+
+def test_attributes_of_a_class_and_slots_come_back(backup, recwarn) -> None:
+    """In a new process the class is as the script has it."""
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, OfClass(), crash=4)
+    OfClass.count = 0
+    OfClass.seen.clear()
+    resumed = OfClass()
+
+    train(backup, resumed)
+
+    epochs = [*range(len(LOSSES))]
+    assert (OfClass.seen, OfClass.count, OfClass.best) == (epochs, len(LOSSES), None)
+    assert (resumed.best, resumed.slot) == (min(LOSSES), (*reversed(epochs),))
     assert [str(each.message) for each in recwarn if "cannot be backed up" in str(each.message)] == []
 
 
