@@ -264,7 +264,7 @@ class ObjectGraph:
         variables = [pairs[number] for number in trained]
         if variables and not optimizer.built:
             optimizer.build(variables)
-        found = self._pair(node, optimizer, _Objects())
+        found = self._pair(node, optimizer, _Objects(), optimizers=True)
         there = {id(each) for number, each in found.items() if number in self._keys}
         same = list(map(id, trained_by(optimizer))) == list(map(id, variables))
         whole = all(id(each) in there for each in optimizer.variables)

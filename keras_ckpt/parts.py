@@ -7,10 +7,11 @@ neither, so attributes are searched for them. A variable that nobody tracks is f
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import types
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -50,6 +51,19 @@ def states_of(layers: Iterable[Any]) -> list[Any]:
     stateful = [layer for layer in layers if getattr(layer, "stateful", False)]
     found = [each for layer in stateful for each in keras.tree.flatten(getattr(layer, "states", None) or ())]
     return list({id(each): each for each in found}.values())  # a layer and the one that runs it have the same
+
+
+def lora_scales(model: keras.Model, names: Mapping[int, str]) -> dict[str, float]:
+    """The factors of low-rank updates of kernels (LoRA), by the names of the first variables of these.
+
+    Args:
+        model: The model.
+        names: The names of its variables, by their identities.
+    """
+    updated = [layer for layer in layers_of(model) if getattr(layer, "lora_enabled", False)]
+    firsts = [layer.lora_kernel_a if hasattr(layer, "lora_kernel_a") else layer.lora_embeddings_a for layer in updated]
+    pairs = zip(firsts, updated, strict=True)
+    return {names[id(first)]: float(layer.lora_alpha / layer.lora_rank) for first, layer in pairs}
 
 
 def tracked(root: Any) -> dict[str, Any]:
@@ -158,22 +172,32 @@ def variables_in(loss: Any) -> list[tuple[str, Any]]:
     return list(found.values())
 
 
-def untracked(model: keras.Model, known: Iterable[Any]) -> list[str]:
-    """The paths of variables, layers and optimizers that a layer holds where nothing tracks them.
+def untracked(model: keras.Model, known: Iterable[Any], owners: Mapping[str, Any]) -> list[str]:
+    """The paths of variables, seeds, tables, layers and optimizers that are held where nothing tracks them.
 
     Args:
         model: The model.
         known: All variables and optimizers that a checkpoint of the model has.
+        owners: The optimizers, losses and metrics whose attributes are searched, by place.
     """
     layers, below = layers_of(model), tracked(model)
     seen = {id(each) for each in (*known, *layers)}
-    found = [path for path, each in below.items() if isinstance(each, _TABLES) and _is_users_table(path, below, model)]
-    for path, each in _held(layers, below, _is_users_object):
-        is_state = isinstance(each, _VARIABLES | keras.optimizers.Optimizer) or (
+    found = []
+    tables = [
+        (path, each)
+        for path, each in below.items()
+        if isinstance(each, _TABLES) and _is_users_table(path, below, model)
+    ]
+    attributes = [*_attributes(layers, below), *_users_objects(layers, below)]
+    held = [(f"{place}/{name}", each) for place, owner in owners.items() for name, each in vars(owner).items()]
+    attributes += [(path, each) for path, each in held if "/_self_" not in path]  # TensorFlow's own lists of the others
+    for path, each in (*tables, *_search(attributes, _is_users_object)):
+        is_state = isinstance(each, _VARIABLES | keras.optimizers.Optimizer | _TABLES) or (
             isinstance(each, keras.Layer) and bool(each.variables)
         )
-        if is_state and id(each) not in seen:
-            seen.add(id(each))
+        state = each.state if isinstance(each, keras.random.SeedGenerator) else each
+        if (is_state or state is not each) and id(state) not in seen:
+            seen.add(id(state))
             found.append(path)
     return found
 
@@ -187,15 +211,13 @@ def plain_attributes(model: keras.Model, but: Container[int]) -> dict[str, Any]:
         model: The model.
         but: The identities of objects that are left out.
     """
-    below = tracked(model)
-    attributes = [*_attributes(layers_of(model), below, but)]
-    others = [*optimizers_of(model, below).items()]
-    others += [(f"losses/{path}".strip("/"), each) for path, each in losses_of(model, below).items()]
-    others += [(f"metrics/{metric.name}", metric) for metric in metrics_of(model)]
-    for place, each in others:
+    layers, below = layers_of(model), tracked(model)
+    attributes = [*_attributes(layers, below, but), *_users_objects(layers, below, but)]
+    for place, each in owners_of(model, below).items():
         if id(each) not in but:
-            own = _own_attributes(each).items() if _is_open(each) else ()
-            attributes += [(f"{place}/{name}", value) for name, value in own if name not in _attributes_of_keras()]
+            own = _own_attributes(each).items() if _is_open(each) else vars(each).items()
+            named = ((name, value) for name, value in own if name not in _attributes_of_keras())
+            attributes += [(f"{place}/{name}", value) for name, value in named if _is_open(each) or _is_users(value)]
     found: dict[str, Any] = {}
     for path, value in attributes:
         if isinstance(value, (*_CONTAINERS, set)):
@@ -206,6 +228,21 @@ def plain_attributes(model: keras.Model, but: Container[int]) -> dict[str, Any]:
         elif isinstance(value, np.ndarray | np.generic) and value.nbytes <= _HASHED:
             found[path] = zlib.crc32(value.tobytes())
     return found
+
+
+def owners_of(model: keras.Model, below: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizers, losses and metrics of a model by place.
+
+    Args:
+        model: The model.
+        below: What `tracked` gives for it.
+    """
+    losses = {f"losses/{path}".strip("/"): each for path, each in losses_of(model, below).items()}
+    return {
+        **optimizers_of(model, below),
+        **losses,
+        **{f"metrics/{metric.name}": metric for metric in metrics_of(model)},
+    }
 
 
 def contents_of(layers: Iterable[Any]) -> list[Any]:
@@ -223,7 +260,7 @@ def contents_of(layers: Iterable[Any]) -> list[Any]:
 
 
 def _held(
-    layers: Iterable[Any], below: Mapping[str, Any], enter: Callable[[Any], bool] = lambda each: False
+    layers: Sequence[Any], below: Mapping[str, Any], enter: Callable[[Any], bool] = lambda each: False
 ) -> Iterator[tuple[str, Any]]:
     """What attributes hold that a user gave to layers, by path.
 
@@ -235,15 +272,31 @@ def _held(
     return _search(_attributes(layers, below), enter)
 
 
-def _attributes(layers: Iterable[Any], below: Mapping[str, Any], but: Container[int] = ()) -> Iterator[tuple[str, Any]]:
-    """The attributes that a user gave to layers, by path, without those of some layers."""
-    places = {id(each): f"{path}/" for path, each in below.items()}
-    for index, layer in enumerate(layers):
-        place = places.get(id(layer), f"layers/{index}/") if index else ""
-        if _is_open(layer) and id(layer) not in but:
+def _attributes(layers: Sequence[Any], below: Mapping[str, Any], but: Container[int] = ()) -> Iterator[tuple[str, Any]]:
+    """The attributes that a user gave to layers, without those of some layers."""
+    for place, layer in _places(layers, below, but):
+        if _is_open(layer):
             for name, value in _own_attributes(layer).items():
                 if name not in _attributes_of_keras():
                     yield f"{place}{name}", value
+
+
+def _users_objects(
+    layers: Sequence[Any], below: Mapping[str, Any], but: Container[int] = ()
+) -> Iterator[tuple[str, Any]]:
+    """The objects and functions of a user's own that layers of Keras were given, such as a regularizer."""
+    for place, layer in _places(layers, below, but):
+        if not _is_open(layer):
+            yield from ((f"{place}{name}", value) for name, value in vars(layer).items() if _is_users(value))
+
+
+def _places(layers: Sequence[Any], below: Mapping[str, Any], but: Container[int]) -> Iterator[tuple[str, Any]]:
+    """Layers, each with the beginning of the paths of what it holds; the model comes first."""
+    # A path through Keras's own attributes tells a reader less than the layer's name.
+    places = {id(each): f"{path}/" for path, each in below.items() if not path.startswith("_")}
+    for index, layer in enumerate(layers):
+        if id(layer) not in but:
+            yield places.get(id(layer), f"{layer.name}/" if index else ""), layer
 
 
 def _own_attributes(each: Any) -> dict[str, Any]:
@@ -263,19 +316,49 @@ def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> I
         if not stack:
             return
         path, value = stack.pop()
-        inside: Iterable[tuple[Any, Any]] = ()
-        if isinstance(value, dict):
-            inside = value.items()
-        elif isinstance(value, list | tuple | set | frozenset | collections.deque):
-            inside = enumerate(value)
-        else:
+        inside = _inside(value)
+        if inside is None:
             yield path, value
-            if enter(value):
-                inside = vars(value).items()
+            inside = vars(value).items() if enter(value) else ()
         if inside and id(value) not in entered:
             entered.add(id(value))
             if not _is_data(value):
                 stack += reversed([(f"{path}/{key}", each) for key, each in inside])
+
+
+def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:
+    """What a container holds, or a function of a user's own; `None` of any other value."""
+    if isinstance(value, dict | types.MappingProxyType):
+        return value.items()
+    if isinstance(value, list | tuple | set | frozenset | collections.deque):
+        return enumerate(value)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return enumerate(value.flat)
+    if isinstance(value, functools.partial):
+        return [("func", value.func), *enumerate(value.args), *value.keywords.items()]
+    if _is_users_function(value):
+        return [(name, each) for name, each in _variables_of(value) if each is not value]
+    return None
+
+
+def _is_users_function(value: Any) -> bool:
+    """Whether a value is a function of a user's own that remembers something."""
+    return isinstance(value, types.FunctionType) and bool(value.__closure__) and not _is_of_framework(value)
+
+
+def _variables_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # it has no value yet
+            yield name, cell.cell_contents
+
+
+def _is_users(value: Any) -> bool:
+    """Whether a value is an object or a function of a user's own."""
+    return _is_users_function(value) or isinstance(value, functools.partial) or _is_users_object(value)
+
+
+def _is_of_framework(value: Any) -> bool:
+    return (value.__module__ or "").partition(".")[0] in _FRAMEWORKS
 
 
 def _is_data(container: Any) -> bool:
@@ -322,8 +405,7 @@ def _is_users_object(value: Any) -> bool:
     """Whether the attributes of an object are a user's: its class is neither Python's nor a framework's."""
     if isinstance(value, tf.Module):
         return True  # TensorFlow tracks what it holds, but not in a list or a dict of Keras
-    kind = type(value)
-    if kind.__module__.partition(".")[0] in _FRAMEWORKS or not hasattr(value, "__dict__"):
+    if _is_of_framework(type(value)) or not hasattr(value, "__dict__"):
         return False
     known = _VARIABLES | keras.Layer | keras.metrics.Metric | keras.optimizers.Optimizer | keras.losses.Loss
     return not isinstance(value, known | type | types.ModuleType | types.FunctionType | types.MethodType)

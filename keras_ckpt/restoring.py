@@ -21,6 +21,7 @@ from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, F
 from keras_ckpt.files import Folder
 from keras_ckpt.learned import learners
 from keras_ckpt.listing import check_files, held, read_record, unmanaged
+from keras_ckpt.naming import named_variables
 from keras_ckpt.notices import warn
 from keras_ckpt.parts import is_built
 from keras_ckpt.record import CheckpointRecord, step_in
@@ -78,11 +79,13 @@ def restore(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"restore(model, checkpoint) expected a Keras model first. Received: {model!r:.200}")
-    if not is_built(model) or not (model.variables or learners(model)):
+    if not is_built(model):
         raise ValueError(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "
             "call it on a batch of data, or, if it has a build() of its own, model.build(input_shape)."
         )
+    if not (model.variables or named_variables(model, weights_only=True) or learners(model)):
+        raise ValueError(f"The model {model.name!r} is built and has no variables, so there is nothing to restore.")
     return _restore(model, checkpoint, Request(strict, weights_only, check_digests), lambda files, name: None)[0]
 
 

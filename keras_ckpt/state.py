@@ -122,7 +122,10 @@ class ModelState(tf.train.Checkpoint):
         """
         plan = self._current_plan()
         moved = [name.rstrip("/") for name, value in self.attributes().items() if before.get(name, value) != value]
-        return [*plan.untracked, *plan.learners.take().failed, *moved]
+        # A checkpoint of the weights alone leaves these out by intent.
+        others = {} if self._weights_only else parts.owners_of(self.model, parts.tracked(self.model))
+        untracked = parts.untracked(self.model, [*plan.variables, *plan.owners], others)
+        return [*untracked, *plan.learners.take().failed, *moved]
 
     def _current_plan(self) -> _Plan:
         plan = self._cache.plan
@@ -151,7 +154,6 @@ class ModelState(tf.train.Checkpoint):
             described=described,
             learners=Learners(model, by_id, self._weights_only),
             encoded=_Encoded(),
-            untracked=parts.untracked(model, [*names.values(), *owners]),
             owners=owners,
             made_of=made_of,
             identities=list(map(id, made_of)),
@@ -163,13 +165,7 @@ class ModelState(tf.train.Checkpoint):
 
         A variable that an optimizer trains and that is not the model's has the empty name.
         """
-        lora = {
-            names[id(layer.lora_kernel_a if hasattr(layer, "lora_kernel_a") else layer.lora_embeddings_a)]: float(
-                layer.lora_alpha / layer.lora_rank
-            )
-            for layer in parts.layers_of(self.model)
-            if getattr(layer, "lora_enabled", False)
-        }
+        lora = parts.lora_scales(self.model, names)
         if self._weights_only:
             return description.Description(lora=lora)
         built = {prefix: optimizer for prefix, optimizer in optimizers.items() if optimizer.built}
@@ -190,7 +186,6 @@ class _Plan(NamedTuple):
         described: What is said of the model, but for what its objects learned.
         learners: The objects that hold more than variables.
         encoded: What is written of these.
-        untracked: The places of variables that are not written.
         owners: The model's optimizers and losses.
         made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
         identities: Theirs.
@@ -204,7 +199,6 @@ class _Plan(NamedTuple):
     described: description.Description
     learners: Learners
     encoded: _Encoded
-    untracked: Sequence[str]
     owners: Sequence[Any]
     made_of: Sequence[Any]
     identities: Sequence[int]

@@ -20,7 +20,7 @@ from keras_ckpt.errors import DamagedCheckpointError, MismatchError
 from keras_ckpt.files import Folder
 from keras_ckpt.matching import Kind, Matching
 from keras_ckpt.notices import warn
-from keras_ckpt.parts import optimizers_of
+from keras_ckpt.parts import lora_scales, optimizers_of
 from keras_ckpt.position import Position, set_position
 from keras_ckpt.record import CheckpointFile, CheckpointRecord
 from keras_ckpt.report import RestoreReport, by_layer, shortened
@@ -166,15 +166,26 @@ class _Transfer:
         adapted = {id(each) for owner in self._adapted for each in owner.variables}
         movable = {name for name, variable in self._wanted.items() if id(variable) in adapted}
         found = self._without_other_optimizers(matching.match(here, there, self._automatic, movable))
-        own = self._objects.read_by_themselves({id(variable): name for name, variable in self._wanted.items()})
+        names = {id(variable): name for name, variable in self._wanted.items()}
+        own = self._objects.read_by_themselves(names)
         if self._request.weights_only:
             own |= {name for name in (*found.missing, *found.unexpected) if matching.is_lora(name)}
+        scales = self._other_scales(names)
         return Matching(
-            found.matched,
+            {name: other for name, other in found.matched.items() if name not in scales},
             [name for name in found.missing if name not in own],
             [name for name in found.unexpected if name not in own],
-            {name: why for name, why in found.mismatched.items() if name not in own},
+            {name: why for name, why in found.mismatched.items() if name not in own} | scales,
         )
+
+    def _other_scales(self, names: Mapping[int, str]) -> dict[str, str]:
+        """The low-rank updates that the model scales otherwise than the checkpoint, each with the reason."""
+        there = self._source.description.lora if self._source.description else {}
+        return {
+            name: f"lora_alpha / rank is {scale:.6g} in the model, {there[name]:.6g} in the checkpoint"
+            for name, scale in lora_scales(self._model, names).items()
+            if name in there and there[name] != scale
+        }
 
     def _without_other_optimizers(self, found: Matching) -> Matching:
         """Leaves an optimizer as it is where the checkpoint has a part of another class's state for it."""
@@ -238,7 +249,7 @@ class _Transfer:
             raise MismatchError(
                 f"{self._prefix} does not fit the model {self._model.name!r}; nothing was restored.\n"
                 + "\n".join(shortened(differences))
-                + f"\n{self._mend(bool(of_model))}"
+                + f"\n{self._mend(bool(of_model), report)}"
             )
         if not self._request.strict and not self._has_weights(report.matched):
             raise MismatchError(
@@ -254,12 +265,17 @@ class _Transfer:
         of_model = (name for name in matched if name.startswith(("model/", "learned/")))
         return any(only_seeds or not name.endswith(_SEED) for name in of_model)
 
-    def _mend(self, of_model: bool) -> str:
+    def _mend(self, of_model: bool, report: RestoreReport) -> str:
         """What to do where a strict restore finds differences."""
         if self._request.backup is not None:
             return (
                 "Build and compile the model as it was when the backup was saved. To begin the training again, remove "
                 f"the backup: keras_ckpt.CheckpointDirectory({self._request.backup!r}).clear()."
+            )
+        if any(map(matching.is_lora, report.unexpected)):
+            return (
+                "The checkpoint has low-rank updates (LoRA) of kernels. To merge them into the kernels, restore with "
+                "weights_only=True. To train them further, enable LoRA in the model as it was when it was saved."
             )
         if of_model:
             return (
@@ -333,6 +349,12 @@ class _Transfer:
         left = [name for name in (*report.missing, *report.mismatched) if name.startswith(("model/", "learned/"))]
         if left and not self._request.strict:
             warn(f"{self._prefix} has not all of the model. Left as they were: {', '.join(shortened(by_layer(left)))}.")
+        updates = [*filter(matching.is_lora, report.unexpected)]
+        if updates and not self._request.weights_only:
+            warn(
+                f"{self._prefix} has low-rank updates (LoRA) that the model has not. Without them the model predicts "
+                f"otherwise: {', '.join(shortened(by_layer(updates)))}. restore(..., weights_only=True) merges them."
+            )
         if self._objects.unknown:
             kind = "TensorFlow" if self._source.foreign else "an older version of keras_ckpt"
             warn(

@@ -138,6 +138,25 @@ def test_the_model_is_found_wherever_it_is(tmp_path, name, root, is_compiled) ->
         )
 
 
+@pytest.mark.parametrize("inner", [keras.optimizers.Adam, lambda: keras.optimizers.SGD(momentum=0.9)])
+@pytest.mark.parametrize("root", ["model", "beside"])
+def test_an_optimizer_that_scales_the_loss_is_found_with_the_one_inside(tmp_path, inner, root) -> None:
+    """As compile makes one for mixed precision."""
+    models = [sequential(), sequential()]
+    for model in models:
+        model.compile(keras.optimizers.LossScaleOptimizer(inner()), "mse")
+    saved, restored = models
+    saved.fit(np.ones((8, 4)), np.ones((8, 2)), epochs=2, verbose=0)
+    parts = {"model": saved} | ({"optimizer": saved.optimizer} if root == "beside" else {})
+    prefix = tf.train.Checkpoint(**parts).save(str(tmp_path / "ckpt"))
+
+    report = kc.restore(restored, prefix)
+
+    assert report.mismatched == {}
+    for one, other in zip(saved.optimizer.variables, restored.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(other, one)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_of_a_manager_is_found_as_well(tmp_path, name) -> None:
     """As the documentation of TensorFlow saves."""

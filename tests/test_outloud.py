@@ -270,6 +270,39 @@ class TestASecondPhase:
         assert not np.allclose(model.get_layer("backbone").kernel, first.get_layer("backbone")._kernel)
 
 
+class TestLowRankUpdates:
+    """Of kernels (LoRA): a kernel without its update predicts something else."""
+
+    @pytest.fixture
+    def saved(self, tmp_path) -> keras.Model:
+        model = phases(True, "adam")
+        model.get_layer("backbone").enable_lora(2, lora_alpha=6)
+        model.compile("adam", "mse", run_eagerly=True)
+        fit(model, kc.ModelCheckpoint(tmp_path), epochs=2)
+        return model
+
+    def test_that_the_model_has_not_are_refused_with_the_way_to_merge_them(self, saved, tmp_path) -> None:
+        model = phases(True, "adam")
+
+        with pytest.raises(kc.MismatchError, match="restore with weights_only=True"):
+            kc.restore(model, tmp_path)
+        kc.restore(model, tmp_path, weights_only=True)
+
+        np.testing.assert_allclose(model(X), saved(X), atol=1e-5)
+
+    def test_that_a_partial_restore_leaves_out_are_named(self, saved, tmp_path) -> None:
+        with pytest.warns(UserWarning, match=r"predicts otherwise: model/backbone .* weights_only=True\) merges them"):
+            kc.restore(phases(True, "adam"), tmp_path, strict=False)
+
+    def test_of_another_scale_are_a_difference(self, saved, tmp_path) -> None:
+        model = phases(True, "adam")
+        model.get_layer("backbone").enable_lora(2, lora_alpha=3)
+        model.compile("adam", "mse", run_eagerly=True)
+
+        with pytest.raises(kc.MismatchError, match=r"lora_alpha / rank is 1\.5 in the model, 3 in the checkpoint"):
+            kc.restore(model, tmp_path)
+
+
 class TestAPartialRestore:
     """`strict=False`."""
 

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
+import zoo
 from keras_ckpt import record as sidecars
 from keras_ckpt import source
 from keras_ckpt.naming import named_variables
@@ -429,6 +430,34 @@ def test_a_model_that_is_not_built_says_how_to_build_it(runs, model, unbuilt) ->
     """Without variables there is nothing to restore into."""
     with pytest.raises(ValueError, match=r"not built.*model\.build\(input_shape\)"):
         kc.restore(unbuilt(), runs)
+
+
+class OneVariable(keras.layers.Layer):
+    """Holds a variable of TensorFlow alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.variable = tf.Variable(1.0)
+
+    def call(self, x):
+        return x * self.variable
+
+
+def test_a_model_of_tensorflows_variables_alone_is_restored(tmp_path) -> None:
+    """Keras counts none of them."""
+    saved, restored = (keras.Sequential([keras.Input((4,)), OneVariable()]) for _ in range(2))
+    saved.layers[0].variable.assign(3.0)
+    zoo.save(saved, tmp_path)
+
+    kc.restore(restored, tmp_path)
+
+    assert float(restored.layers[0].variable) == 3.0
+
+
+def test_a_model_without_variables_has_nothing_to_restore(runs) -> None:
+    """The error does not say that the model is not built."""
+    with pytest.raises(ValueError, match="is built and has no variables"):
+        kc.restore(keras.Sequential([keras.Input((4,)), keras.layers.Flatten()]), runs)
 
 
 @pytest.mark.parametrize(("kind", "older"), [("data", 10), ("sidecar", 10), ("both", 5)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -69,6 +72,53 @@ class InAModule(Passes):
 class ATable(Passes):
     def hold(self) -> None:
         self.state = tf.lookup.experimental.MutableHashTable(tf.string, tf.int64, -1)
+
+
+class ATableInAList(Passes):
+    def hold(self) -> None:
+        self.state = [tf.lookup.experimental.DenseHashTable(tf.int64, tf.float32, 0.0, 0, -1)]
+
+
+class ASeedInAnObject(Passes):
+    def hold(self) -> None:
+        holder = Holder()
+        holder.value = keras.random.SeedGenerator(1)
+        self.state = holder
+
+
+class InAnArray(Passes):
+    def hold(self) -> None:
+        self.state = np.array([tf.Variable(0.0), None], object)
+
+
+class InAMapping(Passes):
+    def hold(self) -> None:
+        self.state = types.MappingProxyType({"a": tf.Variable(0.0)})
+
+
+class InAPartial(Passes):
+    def hold(self) -> None:
+        self.state = functools.partial(print, tf.Variable(0.0))
+
+
+class InAFunction(Passes):
+    def hold(self) -> None:
+        variable = tf.Variable(0.0)
+        self.state = lambda: variable
+
+
+class ANumberInAFunction(Passes):
+    def hold(self) -> None:
+        count = 0
+
+        def state() -> None:
+            nonlocal count
+            count += 1
+
+        self.state = state
+
+    def work(self) -> None:
+        self.state()
 
 
 class ANumber(Passes):
@@ -150,8 +200,11 @@ def model_of(layer: keras.layers.Layer) -> keras.Model:
 @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
 @pytest.mark.parametrize(
     "make",
-    [InAList, InADict, InAnObject, InAModule, ATable, ANumber, AnArray, ANumberInAnObject, ALargeArray, NumbersInAList],
-)
+    [
+        InAList, InADict, InAnObject, InAModule, InAnArray, InAMapping, InAPartial, InAFunction, ATable, ATableInAList,
+        ASeedInAnObject, ANumber, AnArray, ANumberInAnObject, ANumberInAFunction, ALargeArray, NumbersInAList,
+    ],
+)  # fmt: skip
 def test_state_that_no_checkpoint_has_is_named_once(tmp_path, make, callback) -> None:
     """By the path of its attribute, at the line of the user that calls `fit`."""
     model = model_of(make())
@@ -219,6 +272,81 @@ def test_state_of_what_compile_was_given_is_named(tmp_path, options, place) -> N
     model.compile(**{"optimizer": "sgd", "loss": "mse", **made}, run_eagerly=True)
 
     with pytest.warns(UserWarning, match=f"do not have this state of it: {place}"):
+        fit(model, kc.ModelCheckpoint(tmp_path))
+
+
+class WithVariable:
+    """Has a variable that it counts its calls in."""
+
+    def note(self) -> None:
+        if not hasattr(self, "seen"):
+            self.seen = tf.Variable(0.0)
+        self.seen.assign_add(1.0)
+
+
+class AnOptimizer(WithVariable, keras.optimizers.SGD):
+    def apply(self, *arguments, **named):
+        self.note()
+        return super().apply(*arguments, **named)
+
+
+class AMetric(WithVariable, keras.metrics.Mean):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.note()
+        return super().update_state(y_pred)
+
+
+class ASchedule(WithVariable, keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        self.note()
+        return 0.1
+
+
+class ARegularizer(WithVariable, keras.Regularizer):
+    def __call__(self, x):
+        self.note()
+        return 0.0 * keras.ops.sum(x)
+
+
+class AConstraint(WithVariable, keras.constraints.Constraint):
+    def __call__(self, x):
+        self.note()
+        return x
+
+
+class AnActivation(WithVariable):
+    def __call__(self, x):
+        self.note()
+        return x
+
+
+def in_a_function():
+    variable = tf.Variable(0.0)
+    return lambda x: x + variable
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"optimizer": AnOptimizer()}, "optimizer/seen"),
+        ({"optimizer": lambda: keras.optimizers.SGD(ASchedule())}, "optimizer/_learning_rate/seen"),
+        ({"metrics": [AMetric(name="own")]}, "metrics/own/seen"),
+        ({"kernel_regularizer": ARegularizer()}, "own/kernel_regularizer/seen"),
+        ({"kernel_constraint": AConstraint()}, "own/kernel_constraint/seen"),
+        ({"activation": AnActivation()}, "own/activation/seen"),
+        ({"activation": in_a_function()}, "own/activation/variable"),
+    ],
+    ids=["optimizer", "schedule", "metric", "regularizer", "constraint", "activation", "function"],
+)
+def test_variables_in_objects_of_a_program_are_named(tmp_path, options, place) -> None:
+    """Keras tracks no variable in an object that an optimizer, a metric or a layer was given."""
+    given = {name: each() if callable(each) and name == "optimizer" else each for name, each in options.items()}
+    of_compile = {"optimizer": "sgd", "loss": "mse", "run_eagerly": True}
+    of_compile |= {name: given.pop(name) for name in ("optimizer", "metrics") if name in given}
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="own", **given)])
+    model.compile(**of_compile)
+
+    with pytest.warns(UserWarning, match=f"do not have this state of it: [^ ]*{place}"):
         fit(model, kc.ModelCheckpoint(tmp_path))
 
 
