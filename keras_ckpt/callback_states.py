@@ -11,26 +11,23 @@ import io
 import logging
 import os
 import pathlib
-import random
+import queue
 import socket
 import subprocess
 import threading
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_ckpt import files
+from keras_ckpt import callback_places, files
 from keras_ckpt.capture import Captures, Leaf, Look
 from keras_ckpt.document import UnplainError, dict_of
+from keras_ckpt.parts import layers_of, owners_of, tracked
 
-_OF_KERAS = {"params", "_model", "model"}
-"""The attributes that Keras sets in each callback."""
-_NOT_STATE = {*_OF_KERAS, "monitor_op", "min_delta"}
-"""Keras's callbacks set these in each process again. They would turn the sign of a stored `min_delta` once more."""
 _FIXED = (
     type,
     BaseException,
@@ -55,19 +52,20 @@ _OF_THE_PROCESS = (
     io.IOBase,
     logging.Logger,
     threading.Thread,
+    threading.Event,
+    threading.Condition,
+    threading.Semaphore,
+    threading.Barrier,
     type(threading.Lock()),
     type(threading.RLock()),
+    queue.Queue,
+    queue.SimpleQueue,
     subprocess.Popen,
     socket.socket,
     concurrent.futures.Executor,
     tf.summary.SummaryWriter,
 )
 """Objects of these classes belong to a process, and cannot be saved for another."""
-
-
-_KEYS = 100
-"""The keys of a dict of more are not followed by themselves."""
-_OF_CLASS, _REMOVED = "type(self).", "del "
 
 
 class Taken(NamedTuple):
@@ -87,8 +85,8 @@ class CallbackStates:
 
     A callback that has `get_state()` and `set_state(state)` is asked. The state of any other callback is made of its
     attributes: of those that have changed since this object was made and are plain values, variables or metrics. An
-    attribute that changed back stays part of the state, because in another process it may have changed by then. The
-    keys of a dict are followed as attributes are: `stats[best]`. So are attributes of its class: `type(self).seen`.
+    attribute that changed back stays part of the state, because in another process it may have changed by then. Each
+    key of a dict is followed by itself; `callback_places` names the places.
 
     Args:
         callbacks: The callbacks, after their `on_train_begin`.
@@ -145,8 +143,8 @@ class CallbackStates:
                 callback.set_state(state)
                 continue
             for place, value in state.items():
-                self._moved[name].update([place, *_keyed(place, value)])
-                _put(callback, place, value)
+                self._moved[name].update([place, *callback_places.keyed(place, value)])
+                callback_places.put(callback, place, value)
         return known
 
     def strangers(self, states: Mapping[str, Any]) -> list[str]:
@@ -156,7 +154,7 @@ class CallbackStates:
     def _looks(self, name: str, callback: Any, first: bool = False, without: Iterable[str] = ()) -> dict[str, Any]:
         """The places of a callback: a look at each that is plain, the value of each other."""
         looks: dict[str, Any] = {}
-        for place, value in _places(callback, [] if first else self._begun[name]).items():
+        for place, value in callback_places.values(callback, [] if first else self._begun[name]).items():
             if place not in without:
                 try:
                     looks[place] = self._look(value, f"{name}.{place}", first)
@@ -184,9 +182,17 @@ class CallbackStates:
             unplain = {place: value for place, value in looks.items() if not isinstance(value, Look)}
             for place, value in unplain.items():
                 same = begun.get(place) is value
-                fixed = same and (isinstance(value, _FIXED) or place.startswith(_OF_CLASS))
-                if not fixed and not isinstance(value, _OF_THE_PROCESS):
+                fixed = same and (isinstance(value, _FIXED) or callback_places.is_of_class(place))
+                if not fixed and not isinstance(value, _OF_THE_PROCESS) and not self._is_known(value):
                     self.unsaved.append(f"{name}.{place}")
+
+    def _is_known(self, value: Any) -> bool:
+        """Whether a value is a part of the model, or a callback of this fit, so that it is saved as such."""
+        callbacks = [*self._callbacks.values()]
+        models = [each for callback in callbacks if (each := getattr(callback, "model", None)) is not None][:1]
+        known = [*callbacks, *(layer for model in models for layer in layers_of(model))]
+        known += [owner for model in models for owner in owners_of(model, tracked(model)).values()]
+        return any(value is each for each in known)
 
     def _own_state(self, name: str, callback: Any) -> Any:
         try:
@@ -196,73 +202,6 @@ class CallbackStates:
         except Exception as error:  # noqa: BLE001 - it is somebody else's, and no reason to end a training
             self.unsaved.append(f"{name}.get_state(), which raised {error!r}")
         return None
-
-
-def _places(callback: Any, before: Collection[str]) -> dict[str, Any]:
-    """The values that may be state of a callback, by place.
-
-    Args:
-        callback: The callback.
-        before: The places that it had when the training began.
-    """
-    found: dict[str, Any] = {}
-    for attribute, value in _attributes(callback).items():
-        if attribute not in (_NOT_STATE if _is_kerass(callback) else _OF_KERAS):
-            keyed = _keyed(attribute, value)
-            found |= keyed or {attribute: value}
-            removed = [place for place in before if place.startswith(f"{attribute}[") and place not in found]
-            if removed and (keyed or value == {}):
-                found[f"{_REMOVED}{attribute}"] = removed
-    return found
-
-
-def _attributes(callback: Any) -> dict[str, Any]:
-    """The attributes of a callback, those in slots and those of its class too."""
-    kinds = [kind for kind in type(callback).__mro__ if not kind.__module__.startswith(("keras.", "builtins"))]
-    slots = {slot for kind in kinds for slot in getattr(kind, "__slots__", ()) if hasattr(callback, slot)}
-    of_kinds = {
-        f"{_OF_CLASS}{name}": value
-        for kind in reversed(kinds)
-        for name, value in vars(kind).items()
-        if not name.startswith("__") and not hasattr(value, "__get__")  # neither methods nor properties
-    }
-    return {**vars(callback), **{slot: getattr(callback, slot) for slot in slots}, **of_kinds}
-
-
-def _keyed(attribute: str, value: Any) -> dict[str, Any]:
-    """The values of a dict by place; none if it is empty, large, or has keys other than strings."""
-    if type(value) is not dict or len(value) > _KEYS or not all(type(key) is str for key in value):
-        return {}
-    return {f"{attribute}[{key}]": each for key, each in value.items()}
-
-
-def _put(callback: Any, place: str, value: Any) -> None:
-    """Puts a value back in its place."""
-    if place.startswith(_REMOVED):
-        for each in value:
-            attribute, key = _parsed(each)
-            getattr(callback, attribute, {}).pop(key, None)
-        return
-    attribute, key = _parsed(place)
-    holder = callback
-    if attribute.startswith(_OF_CLASS):
-        attribute = attribute.removeprefix(_OF_CLASS)
-        holder = next((kind for kind in type(callback).__mro__ if attribute in vars(kind)), callback)
-    if key is None:
-        if not _fill(getattr(holder, attribute, None), value):
-            setattr(holder, attribute, value)
-        return
-    if not isinstance(getattr(holder, attribute, None), dict):
-        setattr(holder, attribute, {})
-    values = getattr(holder, attribute)
-    if not _fill(values.get(key), value):
-        values[key] = value
-
-
-def _parsed(place: str) -> tuple[str, str | None]:
-    """The attribute of a place, and the key in it, if it has one."""
-    attribute, is_key, key = place.partition("[")
-    return attribute, key.removesuffix("]") if is_key else None
 
 
 def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:
@@ -276,7 +215,11 @@ def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:
         kind = type(callback).__name__ + (f"({monitor})" if isinstance(monitor, str) else "")
         counts[kind] += 1
         name = kind if counts[kind] == 1 else f"{kind} {counts[kind]}"
-        named[name] = _CsvLog(callback) if type(callback) is keras.callbacks.CSVLogger else callback
+        named[name] = callback
+        if isinstance(callback, keras.callbacks.CSVLogger):
+            # A subclass has attributes of its own beside.
+            own = "" if type(callback) is keras.callbacks.CSVLogger else ", its file"
+            named[f"{name}{own}"] = _CsvLog(callback)
     return named
 
 
@@ -323,48 +266,3 @@ def _is_kerass(callback: Any) -> bool:
 def _value(variable: Any) -> np.ndarray:
     """The value of a variable. TensorFlow copies it before the variable changes, for as long as it is held."""
     return np.asarray(variable.value if isinstance(variable, keras.Variable) else variable.value())
-
-
-def _fill(target: Any, value: Any) -> bool:
-    """Changes an object that is there into what was saved of it, because the script may hold it too.
-
-    Returns:
-        Whether it is one that can be changed.
-    """
-    if isinstance(target, keras.Variable | tf.Variable):
-        target.assign(value)
-        return True
-    if isinstance(target, keras.metrics.Metric):
-        for variable, each in zip(target.variables, value, strict=True):
-            variable.assign(each)
-        return True
-    return type(target) is type(value) and (_fill_container(target, value) or _fill_generator(target, value))
-
-
-def _fill_container(target: Any, value: Any) -> bool:
-    if isinstance(target, np.ndarray) and _can_hold(target, value):
-        target[...] = value
-    elif isinstance(target, dict | set):
-        target.clear()
-        target.update(value)
-    elif isinstance(target, list) or (isinstance(target, collections.deque) and target.maxlen == value.maxlen):
-        target.clear()
-        target.extend(value)
-    else:
-        return False
-    return True
-
-
-def _fill_generator(target: Any, value: Any) -> bool:
-    if isinstance(target, random.Random):
-        target.setstate(value.getstate())
-    elif isinstance(target, np.random.Generator) and type(target.bit_generator) is type(value.bit_generator):
-        target.bit_generator.state = value.bit_generator.state
-    else:
-        return False
-    return True
-
-
-def _can_hold(target: np.ndarray, value: np.ndarray) -> bool:
-    """Whether an array can have the values of another."""
-    return target.flags.writeable and (target.shape, target.dtype) == (value.shape, value.dtype)

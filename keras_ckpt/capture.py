@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from blake3 import blake3
 
-from keras_ckpt.document import Items, dumped, is_fixed, structure_of
+from keras_ckpt.document import Items, dumped, is_flat, structure_of
 from keras_ckpt.threads import copy_together
 
 _SMALL = 1 << 16
@@ -349,7 +349,7 @@ class _Collection:
 
     def give_up(self) -> None:
         """Chooses another form, because the items are not of this one."""
-        is_text = self._items is not None and self.form is _Numbers and self._items.are_fixed()
+        is_text = self._items is not None and self.form is _Numbers and self._items.are_flat()
         self.form = _Texts if is_text else None
 
 
@@ -359,20 +359,25 @@ class _Items(abc.ABC):
     is_text: bool
 
     def __init__(self, items: list[Any]) -> None:
-        self._items = items.copy()
+        self._items: list[Any] = []
         self._count = 0
+        self._take(items)
 
     def follow(self, items: list[Any]) -> bool:
         """Appends what was appended to a list. Says whether the other items are the same still."""
-        self._items += items[len(self._items) :]
+        self._take(items[len(self._items) :])
         try:
             return items == self._items  # Python compares the same numbers in the same places fastest
         except ValueError:  # NumPy's arrays among them have no truth value
             return False
 
-    def are_fixed(self) -> bool:
-        """Whether nobody can change an item."""
-        return all(map(is_fixed, self._items))
+    def are_flat(self) -> bool:
+        """Whether a copy of each item holds nothing that can be changed."""
+        return all(map(is_flat, self._items))
+
+    def _take(self, items: list[Any]) -> None:
+        """Takes copies of items."""
+        self._items += items
 
     @abc.abstractmethod
     def array(self, count: int) -> np.ndarray | None:
@@ -409,7 +414,7 @@ class _Numbers(_Items):
 
 
 class _Texts(_Items):
-    """Numbers, strings and tuples of these, as JSON."""
+    """Numbers, strings and tuples, or lists and dicts of these, as JSON."""
 
     is_text = True
 
@@ -418,13 +423,16 @@ class _Texts(_Items):
         self._text = bytearray()
         self._ends = {0: 0}
 
+    def _take(self, items: list[Any]) -> None:
+        self._items += [each.copy() if type(each) in (list, dict) else each for each in items]
+
     def array(self, count: int) -> np.ndarray | None:
         if count < self._count and count not in self._ends:
             return _Texts(self._items[:count]).array(count)
         while self._count < count:
             end = min(self._count + _PIECE // 16, count)
             piece = self._items[self._count : end]
-            if not all(map(is_fixed, piece)):
+            if not all(map(is_flat, piece)):
                 return None
             text, _ = dumped(structure_of(piece, lambda each: None))
             self._text += text[1:-1].encode() + b","

@@ -41,8 +41,8 @@ def structure_of(value: Any, wrap: Wrap) -> Any:
     Args:
         value: None, booleans, numbers, strings, NumPy's arrays and scalars, generators of random numbers, and lists,
             tuples, sets, deques and dicts of these.
-        wrap: Called with each array, and with the items of each collection that is long and begins with an item that
-            nobody can change. Returns what stands for them; `None` has each item encoded by itself.
+        wrap: Called with each array, and with the items of each collection that is long and begins with a flat item.
+            Returns what stands for them; `None` has each item encoded by itself.
 
     Raises:
         UnplainError: There is something else in it; the place is named.
@@ -107,9 +107,9 @@ def _encoded(value: Any, where: str, wrap: Wrap) -> Any:
 
 
 def _items(collection: Items, where: str, wrap: Wrap) -> Any:
-    """The items of a collection; those of a long one together, if they are such as nobody can change."""
+    """The items of a collection; those of a long one together, if they are flat."""
     items = collection.items
-    if len(items) > LONG and is_fixed(items[0]) and (leaf := wrap(collection)) is not None:
+    if len(items) > LONG and is_flat(items[0]) and (leaf := wrap(collection)) is not None:
         return {"texts" if leaf.is_text else "list": leaf, "more": []}
     return [_encoded(each, f"{where}[{index}]", wrap) for index, each in enumerate(items)]
 
@@ -140,6 +140,13 @@ def is_fixed(value: Any) -> bool:
     if type(value) is tuple:
         return all(map(is_fixed, value))
     return type(value) in _PLAIN or isinstance(value, np.generic)
+
+
+def is_flat(value: Any) -> bool:
+    """Whether a value is fixed, or a list or a dict whose items are."""
+    if type(value) is dict:
+        return all(map(is_fixed, value)) and all(map(is_fixed, value.values()))
+    return all(map(is_fixed, value)) if type(value) is list else is_fixed(value)
 
 
 def _decoded(value: Any, arrays: Mapping[int, Any]) -> Any:

@@ -6,6 +6,7 @@ import collections
 import logging
 import os
 import pathlib
+import queue
 import re
 import sys
 import threading
@@ -329,6 +330,164 @@ def test_attributes_of_a_class_and_slots_come_back(backup, recwarn) -> None:
     epochs = [*range(len(LOSSES))]
     assert (OfClass.seen, OfClass.count, OfClass.best) == (epochs, len(LOSSES), None)
     assert (resumed.best, resumed.slot) == (min(LOSSES), (*reversed(epochs),))
+    assert [str(each.message) for each in recwarn if "cannot be backed up" in str(each.message)] == []
+
+
+class NestedStats(callbacks.Callback):
+    """Has a deadline two dicts deep, beside what the run has reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.job = {"limits": {"count": 0}}
+
+    def on_train_begin(self, logs=None) -> None:
+        self.job["limits"]["until"] = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.job["limits"]["count"] += 1
+
+
+def test_a_deadline_deep_in_dicts_belongs_to_the_process(backup) -> None:
+    """Each key is followed by itself."""
+    crashed, resumed = NestedStats(), NestedStats()
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, crashed, crash=4)
+
+    train(backup, resumed)
+
+    assert resumed.job["limits"]["until"] > crashed.job["limits"]["until"]
+    assert resumed.job["limits"]["count"] == len(LOSSES)
+
+
+class Rotates(callbacks.Callback):
+    """Uses the keys of a dict in turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns, self.used = {"a": 1, "b": 2, "c": 3}, []
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        key = next(iter(self.turns))
+        self.turns[key] = self.turns.pop(key)
+        self.used.append(key)
+
+
+def test_the_order_of_keys_comes_back(backup) -> None:
+    """The values are those of the constructor."""
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, Rotates(), crash=4)
+
+    train(backup, resumed := Rotates())
+
+    assert resumed.used == [*"abcabcabca"]
+
+
+class Counts(callbacks.Callback):
+    """Counts with a dict that makes its missing values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = collections.defaultdict(lambda: 10)
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.counts[epoch % 7] += 1
+
+
+def test_a_default_dict_keeps_the_factory_of_the_script(backup) -> None:
+    """A factory that is a function has no name in a backup."""
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, Counts(), crash=4)
+
+    train(backup, resumed := Counts())
+
+    assert [resumed.counts[key] for key in range(8)] == [12, 12, 12, 11, 11, 11, 11, 10]
+
+
+class Base(callbacks.Callback):
+    """Subclasses count by themselves."""
+
+    count = 0
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        type(self).count += 1
+
+
+class Derived(Base):
+    __slots__ = "__secret"  # noqa: PLC0205 - Python takes it
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        super().on_epoch_end(epoch, logs)
+        self.__secret = getattr(self, "_Derived__secret", 0) + 1
+
+    @property
+    def secret(self) -> int:
+        return self.__secret
+
+
+def test_an_attribute_of_a_class_comes_back_to_its_class(backup) -> None:
+    """The base class has its own. A private slot comes back as well."""
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, Derived(), crash=4)
+    del Derived.count
+
+    train(backup, resumed := Derived())
+
+    assert (Base.count, Derived.count, resumed.secret) == (0, len(LOSSES), len(LOSSES))
+
+
+class OwnStopping(callbacks.EarlyStopping):
+    """A subclass that adds nothing."""
+
+
+class OwnLog(callbacks.CSVLogger):
+    """A subclass that counts its rows."""
+
+    rows = 0
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.rows += 1
+        super().on_epoch_end(epoch, logs)
+
+
+@pytest.mark.parametrize("crash", [2, 4, 6])
+def test_subclasses_of_callbacks_of_keras_end_as_if_there_had_been_no_crash(tmp_path, backup, crash, recwarn) -> None:
+    """`min_delta` keeps its sign, and a log has each row once."""
+
+    def make(name: str) -> tuple[OwnStopping, OwnLog]:
+        return OwnStopping(min_delta=0.3, patience=3), OwnLog(tmp_path / name)
+
+    whole, crashed, resumed = make("whole.csv"), make("log.csv"), make("log.csv")
+    train(None, *whole)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(backup, *crashed, crash=crash)
+    crashed[1].csv_file.close()
+
+    train(backup, *resumed)
+
+    assert resumed[0].min_delta == whole[0].min_delta
+    assert resumed[0].stopped_epoch == whole[0].stopped_epoch
+    assert resumed[1].rows == whole[1].rows
+    assert (tmp_path / "log.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    assert [str(each.message) for each in recwarn if "cannot be backed up" in str(each.message)] == []
+
+
+class HoldsTheFit(callbacks.Callback):
+    """Holds what a process or the model has."""
+
+    def __init__(self, other: callbacks.Callback) -> None:
+        super().__init__()
+        self.other, self.event, self.queue = other, threading.Event(), queue.Queue()
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.layer, self.optimizer = self.model.layers[0], self.model.optimizer
+        self.networks = self.model
+
+
+def test_parts_of_the_model_and_other_callbacks_are_not_named_as_unsaved(backup, recwarn) -> None:
+    """They are in the backup as what they are."""
+    other = callbacks.History()
+    train(backup, other, HoldsTheFit(other))
+
     assert [str(each.message) for each in recwarn if "cannot be backed up" in str(each.message)] == []
 
 

@@ -69,6 +69,8 @@ COLLECTIONS = {
     "pairs": lambda: [(number, float(number)) for number in range(LARGE)],
     "numbers of NumPy": lambda: [*np.arange(LARGE, dtype="float32")],
     "numbers and nothing": lambda: [None, *map(float, range(LARGE))],
+    "dicts": lambda: [{"step": number, "loss": float(number)} for number in range(LARGE)],
+    "lists": lambda: [[number, float(number)] for number in range(LARGE)],
     "a tuple": lambda: tuple(map(float, range(LARGE))),
     "a full deque": lambda: collections.deque(map(float, range(LARGE)), LARGE),
     "a deque without an end": lambda: collections.deque(map(str, range(LARGE))),
@@ -122,6 +124,20 @@ class TestALongCollection:
         text, _ = taken(states)
 
         assert len(text) < 200
+
+    @pytest.mark.parametrize("name", ["dicts", "lists"])
+    def test_is_saved_with_items_as_they_were_at_the_moment(self, name) -> None:
+        """An item changes between backups, and once more while a backup is written."""
+        holder = Holder(None)
+        states = CallbackStates([holder])
+        holder.held = COLLECTIONS[name]()
+        for value in range(3):
+            holder.held[9][0 if name == "lists" else "step"] = -value
+            expected = copy.deepcopy(holder.held)
+            backup = taken(states)
+            holder.held[9][0 if name == "lists" else "step"] = 77
+
+            assert read(*backup) == {"Holder": {"held": expected}}
 
     def test_is_saved_though_a_newer_backup_is_written_before(self) -> None:
         """The text of the newer has more items than the older."""

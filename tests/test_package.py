@@ -33,8 +33,8 @@ ORDER = [
     "background", "directory", "cli", "writer", "schedule", "backlog", "monitor", "document", "threads", "capture",
     "description", "bundle_writer", "arena", "snapshot", "bundle_reader", "sharing", "matching", "report", "parts",
     "naming", "compiled", "learned", "object_graph", "state", "position", "source", "transfer", "restoring", "session",
-    "manager", "model_checkpoint", "data", "data_place", "seeds", "callback_states", "epoch_rest", "signals",
-    "training", "backup_and_restore", "demo",
+    "manager", "model_checkpoint", "data", "data_place", "seeds", "callback_places", "callback_states", "epoch_rest",
+    "signals", "training", "backup_and_restore", "demo",
 ]  # fmt: skip
 
 

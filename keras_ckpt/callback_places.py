@@ -1,0 +1,207 @@
+"""The places where a callback may hold state: its attributes, keys of dicts in them, attributes of its class, slots."""
+
+from __future__ import annotations
+
+import collections
+import random
+from collections.abc import Collection
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_OF_KERAS = {"params", "_model", "model"}
+"""The attributes that Keras sets in each callback."""
+_AGAIN = {
+    keras.callbacks.EarlyStopping: {"monitor_op", "min_delta"},
+    keras.callbacks.ReduceLROnPlateau: {"monitor_op", "min_delta"},
+    keras.callbacks.ModelCheckpoint: {"monitor_op"},
+    keras.callbacks.CSVLogger: {"csv_file", "writer", "keys", "append", "append_header"},
+}
+"""The attributes that Keras sets in each process again. It would turn the sign of a stored `min_delta` once more."""
+_KEYS = 100
+"""The keys of a dict of more are not followed by themselves."""
+_CLASS, _REMOVED = "class ", "del "
+
+
+def values(callback: Any, before: Collection[str]) -> dict[str, Any]:
+    """The values that may be state of a callback, by place.
+
+    A place is an attribute, such as `losses`, a key in dicts, such as `stats[best][loss]`, or an attribute of a class,
+    such as `class Tracker.seen`. The place `del stats` has the places of keys that were removed from `stats`.
+
+    Args:
+        callback: The callback.
+        before: The places that it had when the training began.
+    """
+    again = {name for kind, names in _AGAIN.items() if isinstance(callback, kind) for name in names}
+    found: dict[str, Any] = {}
+    for attribute, value in _attributes(callback).items():
+        if attribute not in _OF_KERAS | again:
+            places = keyed(attribute, value, before)
+            found |= places or {attribute: value}
+            if removed := _removed(attribute, value, before):
+                found[f"{_REMOVED}{attribute}"] = removed
+    return found
+
+
+def keyed(place: str, value: Any, before: Collection[str] = ()) -> dict[str, Any]:
+    """The values in a dict, and in dicts in it, by place.
+
+    None if the dict is empty or large, has keys other than strings, or has its keys in another order than before.
+    """
+    if not _has_places(value) or _is_sorted_anew(place, value, before):
+        return {}
+    found: dict[str, Any] = {}
+    for key, each in value.items():
+        found |= keyed(f"{place}[{key}]", each, before) or {f"{place}[{key}]": each}
+    return found
+
+
+def put(callback: Any, place: str, value: Any) -> None:
+    """Puts a value back in its place."""
+    if place.startswith(_REMOVED):
+        for each in value:
+            _remove(callback, each)
+        return
+    holder, attribute, keys = callback, place, []
+    if place.startswith(_CLASS):
+        name, _, attribute = place.removeprefix(_CLASS).rpartition(".")
+        holder = next((kind for kind in type(callback).__mro__ if kind.__qualname__ == name), type(callback))
+    else:
+        attribute, *keys = _parsed(place)
+    if keys:
+        _put_key(callback, attribute, keys, value)
+    elif not _fill(getattr(holder, attribute, None), value):
+        setattr(holder, attribute, value)
+
+
+def _put_key(callback: Any, attribute: str, keys: list[str], value: Any) -> None:
+    if not isinstance(getattr(callback, attribute, None), dict):
+        setattr(callback, attribute, {})
+    inner = getattr(callback, attribute)
+    for key in keys[:-1]:
+        if not isinstance(inner.get(key), dict):
+            inner[key] = {}
+        inner = inner[key]
+    if not _fill(inner.get(keys[-1]), value):
+        inner[keys[-1]] = value
+
+
+def is_of_class(place: str) -> bool:
+    """Whether a place is an attribute of a class."""
+    return place.startswith(_CLASS)
+
+
+def _attributes(callback: Any) -> dict[str, Any]:
+    """The attributes of a callback, those in slots and those of its class too."""
+    kinds = [kind for kind in type(callback).__mro__ if not kind.__module__.startswith(("keras.", "builtins"))]
+    slots = {slot for kind in kinds for slot in _slots(kind) if hasattr(callback, slot)}
+    of_kinds = {
+        f"{_CLASS}{kind.__qualname__}.{name}": value
+        for kind in kinds
+        for name, value in vars(kind).items()
+        if not name.startswith("__") and not hasattr(value, "__get__")  # neither methods nor properties
+    }
+    return {**vars(callback), **{slot: getattr(callback, slot) for slot in slots}, **of_kinds}
+
+
+def _slots(kind: type) -> list[str]:
+    """The names of the slots of a class, as Python mangles private ones."""
+    slots = vars(kind).get("__slots__", ())
+    names = [slots] if isinstance(slots, str) else [*slots]
+    own = kind.__name__.lstrip("_")
+    return [f"_{own}{name}" if name.startswith("__") and not name.endswith("__") else name for name in names]
+
+
+def _has_places(value: Any) -> bool:
+    return type(value) is dict and 0 < len(value) <= _KEYS and all(_is_key(key) for key in value)
+
+
+def _is_key(key: Any) -> bool:
+    return type(key) is str and not {*"[]"} & {*key}
+
+
+def _is_sorted_anew(place: str, value: dict[str, Any], before: Collection[str]) -> bool:
+    """Whether the keys of a dict that were there before have another order now."""
+    depth = len(_parsed(place))
+    old = dict.fromkeys(_parsed(each)[depth] for each in before if each.startswith(f"{place}["))
+    return [key for key in old if key in value] != [key for key in value if key in old]
+
+
+def _removed(attribute: str, value: Any, before: Collection[str]) -> list[str]:
+    """The places of keys that a dict has no more."""
+    found = []
+    for place in before:
+        if place.startswith(f"{attribute}["):
+            inner = value
+            for key in _parsed(place)[1:]:
+                if type(inner) is not dict:
+                    break  # there is another thing now, which is saved whole
+                if key not in inner:
+                    found.append(place)
+                    break
+                inner = inner[key]
+    return found
+
+
+def _remove(callback: Any, place: str) -> None:
+    attribute, *keys = _parsed(place)
+    inner = getattr(callback, attribute, None)
+    for key in keys[:-1]:
+        inner = inner.get(key) if isinstance(inner, dict) else None
+    if isinstance(inner, dict):
+        inner.pop(keys[-1], None)
+
+
+def _parsed(place: str) -> list[str]:
+    """The attribute of a place, and the keys in it."""
+    return place.replace("]", "").split("[")
+
+
+def _fill(target: Any, value: Any) -> bool:
+    """Changes an object that is there into what was saved of it, because the script may hold it too.
+
+    Returns:
+        Whether it is one that can be changed.
+    """
+    if isinstance(target, keras.Variable | tf.Variable):
+        target.assign(value)
+        return True
+    if isinstance(target, keras.metrics.Metric):
+        for variable, each in zip(target.variables, value, strict=True):
+            variable.assign(each)
+        return True
+    # A default dict whose factory has no name is saved as a dict; the one that is there has the factory.
+    same = type(target) is type(value) or (type(target) is collections.defaultdict and type(value) is dict)
+    return same and (_fill_container(target, value) or _fill_generator(target, value))
+
+
+def _fill_container(target: Any, value: Any) -> bool:
+    if isinstance(target, np.ndarray) and _can_hold(target, value):
+        target[...] = value
+    elif isinstance(target, dict | set):
+        target.clear()
+        target.update(value)
+    elif isinstance(target, list) or (isinstance(target, collections.deque) and target.maxlen == value.maxlen):
+        target.clear()
+        target.extend(value)
+    else:
+        return False
+    return True
+
+
+def _fill_generator(target: Any, value: Any) -> bool:
+    if isinstance(target, random.Random):
+        target.setstate(value.getstate())
+    elif isinstance(target, np.random.Generator) and type(target.bit_generator) is type(value.bit_generator):
+        target.bit_generator.state = value.bit_generator.state
+    else:
+        return False
+    return True
+
+
+def _can_hold(target: np.ndarray, value: np.ndarray) -> bool:
+    """Whether an array can have the values of another."""
+    return target.flags.writeable and (target.shape, target.dtype) == (value.shape, value.dtype)
