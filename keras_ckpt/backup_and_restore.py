@@ -201,6 +201,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                     warn(f"The backup stays: {error}")
             else:
                 training.note_the_end()
+                files.remove_unused(self.backup_dir)  # if no batch was trained
 
     def _current(self) -> Training:
         if self._training is None:

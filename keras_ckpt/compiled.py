@@ -118,7 +118,7 @@ def _loss(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _loss(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_loss(each) for each in value]
+        return _loss(value[0]) if len(value) == 1 else [_loss(each) for each in value]
     return _spelled(keras.losses.get(value) if isinstance(value, str) else value)
 
 

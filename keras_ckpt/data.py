@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_ckpt.errors import MismatchError
+from keras_ckpt.notices import warn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,6 +92,8 @@ class ResumableDataset(tf.data.Dataset):
         self._own_seed = seed is None
         self._seed = tf.Variable(random.getrandbits(31) if seed is None else seed, dtype=tf.int64, trainable=False)
         self._next = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
+        self._shuffle = shuffle
+        self._weights = _shown(class_weight) if class_weight else None
         self._source = _source(x, y, sample_weight, batch_size, shuffle, self._seed)
         weigh = _weigher(class_weight) if class_weight else None
 
@@ -141,6 +144,8 @@ class ResumableDataset(tf.data.Dataset):
             "batch_size": self._source.batch_size,
             "first_batch": self._fingerprint,
             "seed": int(self._seed),
+            "shuffle": self._shuffle,
+            "class_weight": self._weights,
             "pass": self.passes,
         }
 
@@ -158,11 +163,16 @@ class ResumableDataset(tf.data.Dataset):
             self._seed.assign(state["seed"])
         mine = self.get_state()
         for name, mend in _MENDS.items():
-            if state[name] != mine[name]:
+            if state.get(name, mine[name]) != mine[name]:  # an older backup does not have each
                 raise MismatchError(
                     f"The data are not those of the backup: {name.replace('_', ' ')} {mine[name]!r} here, "
                     f"{state[name]!r} there. {mend}"
                 )
+        if state.get("class_weight", self._weights) != self._weights:
+            warn(
+                f"The samples are weighed by class_weight {self._weights} as in the program, not "
+                f"{state['class_weight']} as saved."
+            )
         self.seek(state["pass"], batch)
 
     def seek(self, number: int, batch: int) -> None:
@@ -179,6 +189,7 @@ _MENDS = {
     "kind": _SAME,
     "batches": _SAME,
     "batch_size": _SAME,
+    "shuffle": _SAME,
     "seed": "Give the same seed, or none: the backup holds it.",
     "first_batch": "If the data are the same, they do not come in the same order each time: give each shuffle() of a "
     "pipeline a seed, and the program the same tf.random.set_seed(); random numbers in a map() need seeds too. "
@@ -591,6 +602,10 @@ def _options() -> tf.data.Options:
     # As Keras's own pipelines: writing the graph out to improve it costs more than it gains.
     options.experimental_optimization.apply_default_optimizations = False
     return options
+
+
+def _shown(class_weight: Mapping[int, float]) -> str:
+    return str({int(number): float(weight) for number, weight in sorted(class_weight.items())})
 
 
 def _weigher(class_weight: Mapping[int, float]) -> Callable[..., Any]:

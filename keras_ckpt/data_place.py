@@ -21,6 +21,8 @@ _KEEPING = {
     "_AssertCardinalityDataset",
 }
 """The classes of datasets whose batches are those that they read, one by one and in their order."""
+_DRAWING = {"Multinomial", "TruncatedNormal", "ParameterizedTruncatedNormal"}
+"""The operations of TensorFlow that draw random numbers and whose names do not begin with `Random` or `Stateful`."""
 
 
 class DataPlace:
@@ -103,7 +105,14 @@ class DataPlace:
 
     def _refuse_another_order(self, fit: FitData) -> None:
         """Refuses a dataset that reads this one, and whose batches are not this one's in their order."""
-        found = [name for name in _steps_between(fit.dataset, self._data) if name not in _KEEPING]
+        steps = _steps_between(fit.dataset, self._data)
+        found = [type(step).__name__ for step in steps if type(step).__name__ not in _KEEPING]
+        if any(map(_draws, steps)):
+            warn(
+                "fit() reads the ResumableDataset through a map() that draws random numbers or changes variables. A "
+                "restart does not know how often it did. To resume exactly, give the map to the pipeline that the "
+                "ResumableDataset is made of: ResumableDataset(pipeline.map(...))."
+            )
         if found:
             step = found[0].strip("_").removesuffix("Dataset").lower()
             raise ValueError(
@@ -138,13 +147,22 @@ class DataPlace:
             )
 
 
-def _steps_between(dataset: Any, data: ResumableDataset) -> list[str]:
-    """The classes of the datasets by which one reads another; none if it does not read it."""
+def _steps_between(dataset: Any, data: ResumableDataset) -> list[tf.data.Dataset]:
+    """The datasets by which one reads another; none if it does not read it."""
     if dataset is data or not isinstance(dataset, tf.data.Dataset):
         return []
     # A subclass of a dataset has to have this method, so it is public in all but its name.
     for each in dataset._inputs():  # noqa: SLF001
         inner = _steps_between(each, data)
         if each is data or inner:
-            return [type(dataset).__name__, *inner]
+            return [dataset, *inner]
     return []
+
+
+def _draws(dataset: Any) -> bool:
+    """Whether functions of a dataset draw random numbers that go on from batch to batch, or change variables."""
+    graphs = [function.function.graph.as_graph_def() for function in dataset._functions()]  # noqa: SLF001
+    bodies = [graph.node for graph in graphs]
+    bodies += [function.node_def for graph in graphs for function in graph.library.function]
+    operations = {node.op for body in bodies for node in body}
+    return any(name.startswith(("Random", "Stateful", "Assign")) or name in _DRAWING for name in operations)

@@ -31,7 +31,7 @@ class Position:
     batch: int = 0
 
 
-# With the optimizer that the model had there: one that is compiled anew begins afresh.
+# With the optimizer that the model had there, `None` if any will do: one that is compiled anew begins afresh.
 _positions: weakref.WeakKeyDictionary[keras.Model, tuple[Position, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -40,11 +40,17 @@ def position_of(model: keras.Model) -> Position | None:
     return _positions[model][0] if model in _positions else None
 
 
-def set_position(model: keras.Model, position: Position | None) -> None:
-    """Says where in its run a model is; `None` takes it out of its run."""
+def set_position(model: keras.Model, position: Position | None, with_optimizer: bool = True) -> None:
+    """Says where in its run a model is.
+
+    Args:
+        model: The model.
+        position: The position. `None` takes the model out of its run.
+        with_optimizer: Whether the optimizer of the model has the state of the position.
+    """
     _positions.pop(model, None)
     if position is not None:
-        _positions[model] = position, _optimizer(model)
+        _positions[model] = position, _optimizer(model) if with_optimizer else None
 
 
 class FitData(NamedTuple):
@@ -95,7 +101,7 @@ class Progress:
         self._least = 0 if fit.is_known else 1
         self._data_end = steps if fit.steps_per_epoch is None else None
         self.position = position_of(model) or Position(uuid.uuid4().hex)
-        if model in _positions and _positions[model][1] is not _optimizer(model):
+        if model in _positions and _positions[model][1] not in (None, _optimizer(model)):
             warn(
                 f"The model was compiled again since step {self.position.step} of its run, so its optimizer has no "
                 "state. To resume exactly, compile the model first, and restore it then. To begin a phase with a new "

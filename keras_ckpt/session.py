@@ -31,7 +31,9 @@ OnFullDisk = Literal["warn", "raise"]
 
 _firsts: weakref.WeakKeyDictionary[keras.Model, tuple[object, Callable[[], Any]]] = weakref.WeakKeyDictionary()
 """What is to be saved of a model before anything else, with the fit for which that is so."""
-_warned: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+# By model, the epochs in which its unsaved state was looked for, and the places that were named.
+_looked: weakref.WeakKeyDictionary[keras.Model, tuple[set[int], set[str]]] = weakref.WeakKeyDictionary()
+_LOOKS = 2
 """The models of which was said what no checkpoint has."""
 
 
@@ -278,12 +280,18 @@ class Session:
             save.then(Outcome(None, replaced=True))
 
     def _warn_of_unsaved(self) -> None:
-        """Warns, with the first save after a batch, of state that no checkpoint of this model has."""
-        model = self.progress.model
-        if model in _warned or self.progress.position.step == self._began_at:
+        """Warns of state that no checkpoint of this model has, with the first saves of two epochs.
+
+        Some state changes first when an epoch ends, after a save.
+        """
+        model, position = self.progress.model, self.progress.position
+        epochs, named = _looked.setdefault(model, (set(), set()))
+        if position.step == self._began_at or position.epoch in epochs or len(epochs) == _LOOKS:
             return
-        _warned.add(model)
-        if unsaved := self._state.unsaved(self._attributes):
+        epochs.add(position.epoch)
+        unsaved = [each for each in self._state.unsaved(self._attributes) if each not in named]
+        if unsaved:
+            named.update(unsaved)
             warn(
                 f"Checkpoints of {model.name!r} do not have this state of it: {', '.join(unsaved[:20])}. A restored "
                 "model has what the program makes of it. Use keras.Variable, and hold variables, layers and optimizers "

@@ -337,7 +337,7 @@ class Training:
         batch = 0 if past else document["batch"]
         self._warn_of_the_stream(record, document)
         if batch and not self._can_resume_within(document):
-            self._warn_of_the_epoch(begin, batch)
+            self._warn_of_the_epoch(begin, batch, document["steps"])
             batch = 0
         restored = self._put_back(document, batch)
         if batch and self._callbacks is not None and self._steps is not None:
@@ -427,10 +427,13 @@ class Training:
             "for the other."
         )
 
-    def _warn_of_the_epoch(self, epoch: int, batch: int) -> None:
+    def _warn_of_the_epoch(self, epoch: int, batch: int, steps: int | None) -> None:
+        why = f"the place in the data is not known. {_WRAP}"
+        if self._data is not None and steps != self._steps:
+            why = f"an epoch has {self._steps} batches here, and had {steps} when the backup was saved."
         warn(
             f"Epoch {epoch + 1} begins again at its first batch, on weights that have already seen {batch} of its "
-            f"batches, because the place in the data is not known. {_WRAP}"
+            f"batches, because {why}"
         )
 
     def _warn_of_the_stream(self, record: CheckpointRecord, document: Any) -> None:

@@ -382,7 +382,7 @@ class _Transfer:
         found = [each for each in found if each.program != each.saved]
         if not found:
             return
-        where = " in on_epoch_begin of a callback" if self._request.backup else " after the restore"
+        where = " in on_train_batch_begin of a callback" if self._request.backup else " after the restore"
         mend = f" To take the program's, set model.optimizer.{compiled.RATE}{where}."
         restored = any(each.restored for each in found)
         warn(f"Compiled otherwise than {self._prefix}: {'; '.join(map(str, found))}.{mend if restored else ''}")
@@ -455,7 +455,7 @@ class _Transfer:
         # Without its optimizer a model does not continue the run, whatever it is trained with later.
         if record and record.run_id and self._model.compiled and (self._request.weights_only or not differs):
             position = Position(record.run_id, record.step, record.epoch or 0, record.batch or 0)
-        set_position(self._model, position)
+        set_position(self._model, position, with_optimizer=not self._request.weights_only)
 
 
 def _kind(variable: Any) -> Kind:

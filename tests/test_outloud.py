@@ -37,6 +37,12 @@ def lines(caught: Iterable[warnings.WarningMessage]) -> list[str]:
 class TestAFitInWhichNoBatchHasEnded:
     """It leaves nothing behind."""
 
+    @pytest.mark.parametrize("delete", [True, False])
+    def test_of_no_epochs_leaves_no_directory(self, backup, delete) -> None:
+        fit(dense_model(), kc.BackupAndRestore(backup, delete_checkpoint=delete), epochs=0)
+
+        assert not backup.exists()
+
     @pytest.mark.parametrize(
         "moment", ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"]
     )
@@ -187,12 +193,14 @@ class TestCompiledOtherwise:
         """By a callback, as the line says."""
         fit(of({"optimizer": optimizers.Adam(0.1)}), kc.BackupAndRestore(backup, delete_checkpoint=False))
         again = of({"optimizer": optimizers.Adam(0.2)})
-        with pytest.warns(UserWarning, match=r"set model\.optimizer\.learning_rate in on_epoch_begin of a callback"):
+        with pytest.warns(
+            UserWarning, match=r"set model\.optimizer\.learning_rate in on_train_batch_begin of a callback"
+        ):
             fit(again, kc.BackupAndRestore(backup, delete_checkpoint=False), epochs=2)
         assert float(again.optimizer.learning_rate) == pytest.approx(0.1)
 
         sets = keras.callbacks.LambdaCallback(
-            on_epoch_begin=lambda epoch, logs: again.optimizer.learning_rate.assign(0.2)
+            on_train_batch_begin=lambda batch, logs: again.optimizer.learning_rate.assign(0.2)
         )
         with pytest.warns(UserWarning, match="learning_rate"):
             fit(again := of({"optimizer": optimizers.Adam(0.2)}), sets, kc.BackupAndRestore(backup), epochs=3)
@@ -205,6 +213,40 @@ class TestCompiledOtherwise:
 
         with pytest.warns(UserWarning, match="learning_rate"):
             kc.restore(of({"optimizer": optimizers.Adam(decay(0.1, 99))}), tmp_path)
+
+    def test_is_not_said_of_a_loss_in_a_list(self, tmp_path, recwarn) -> None:
+        """A list of one loss is that loss."""
+        fit(of({"loss": "mse"}), kc.ModelCheckpoint(tmp_path))
+
+        kc.restore(of({"loss": ["mse"]}), tmp_path)
+
+        assert lines(recwarn) == []
+
+    def test_the_learning_rate_of_the_program_can_be_set_within_the_epoch_that_is_resumed(self, backup) -> None:
+        """The advice of the warning holds from the first batch on."""
+        data = kc.ResumableDataset(X, Y, batch_size=8)
+        rates = []
+
+        class Sets(keras.callbacks.Callback):
+            def on_train_batch_begin(self, batch, logs=None) -> None:
+                self.model.optimizer.learning_rate.assign(0.5)
+
+            def on_train_batch_end(self, batch, logs=None) -> None:
+                rates.append(float(self.model.optimizer.learning_rate))
+
+        def train(model: keras.Model, *others: keras.callbacks.Callback) -> None:
+            model.fit(
+                data, verbose=0, shuffle=False,
+                callbacks=[*others, kc.BackupAndRestore(backup, save_freq=1, data=data)],
+            )  # fmt: skip
+
+        with pytest.raises(KeyboardInterrupt):
+            train(of({"optimizer": optimizers.Adam(0.1)}), Interrupts(3))
+        with pytest.warns(UserWarning, match="in on_train_batch_begin of a callback"):
+            train(of({"optimizer": optimizers.Adam(0.5)}), Sets())
+
+        assert len(rates) < 5
+        assert {*rates} == {0.5}
 
 
 def phases(trainable: bool, optimizer: object) -> keras.Model:
@@ -238,6 +280,18 @@ class TestASecondPhase:
         assert report.epoch == 2
         fit(model, kc.ModelCheckpoint(tmp_path), initial_epoch=2, epochs=3)
         assert [record.step for record in kc.CheckpointDirectory(tmp_path)] == [5, 10, 15]
+
+    def test_may_compile_after_the_restore(self, tmp_path, recwarn) -> None:
+        """The optimizer had nothing to lose."""
+        fit(phases(False, "adam"), kc.ModelCheckpoint(tmp_path), epochs=2)
+        model = phases(True, "sgd")
+        kc.restore(model, tmp_path, weights_only=True)
+        model.get_layer("backbone").trainable = False
+        model.compile("adam", "mse", run_eagerly=True)
+
+        fit(model, kc.ModelCheckpoint(tmp_path), initial_epoch=2, epochs=3)
+
+        assert lines(recwarn) == []
 
     def test_is_named_where_a_restore_does_not_fit(self, tmp_path) -> None:
         """The weights fit, the optimizer does not."""

@@ -246,6 +246,86 @@ def test_a_stream_whose_batches_may_be_others_is_refused(tmp_path, mix) -> None:
         net().fit(mix(data.repeat()), callbacks=[kc.BackupAndRestore(tmp_path, data=data)], **options)
 
 
+layer_that_draws = keras.layers.GaussianNoise(0.1, seed=1)
+DRAWS = {
+    "an operation": lambda *batch: (batch[0] + tf.random.normal(tf.shape(batch[0]), seed=3), *batch[1:]),
+    "a layer": lambda *batch: (layer_that_draws(batch[0], training=True), *batch[1:]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_map_that_draws_outside_of_the_dataset_is_warned_of(tmp_path, name) -> None:
+    """A restart does not know how often it drew."""
+    data = SOURCES["arrays"]()
+    mapped = data.map(DRAWS[name])
+
+    with pytest.warns(UserWarning, match="draws random numbers or changes variables"):
+        net().fit(mapped, verbose=0, shuffle=False, callbacks=[kc.BackupAndRestore(tmp_path, data=data)])
+
+
+def test_a_map_that_draws_nothing_is_not_warned_of(tmp_path, recwarn) -> None:
+    """A layer that only reads its variables may stand there."""
+    data = SOURCES["arrays"]()
+    scale = keras.layers.Rescaling(0.5)
+    mapped = data.map(lambda *batch: (scale(batch[0]), *batch[1:]))
+
+    net().fit(mapped, verbose=0, shuffle=False, callbacks=[kc.BackupAndRestore(tmp_path, data=data)])
+
+    assert [str(each.message) for each in recwarn if each.category is UserWarning] == []
+
+
+class TestOtherArgumentsAtARestart:
+    """The program gives `ResumableDataset` other arguments than before."""
+
+    def state(self, **options) -> dict:
+        return kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1, **options).get_state()
+
+    def test_another_shuffling_is_refused(self) -> None:
+        """The batches would come in another order."""
+        data = kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1)
+
+        with pytest.raises(kc.MismatchError, match="shuffle False here, True there"):
+            data.set_state(self.state(shuffle=True) | {"first_batch": data.get_state()["first_batch"]})
+
+    def test_other_class_weights_are_named(self) -> None:
+        """The program's hold."""
+        data = kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1, class_weight={0: 2})
+
+        with pytest.warns(UserWarning, match=r"class_weight \{0: 2\.0\} as in the program, not \{0: 1\.5\} as saved"):
+            data.set_state(self.state(class_weight={0: 1.5}))
+
+    def test_the_same_class_weights_in_other_types_are_not_named(self, recwarn) -> None:
+        data = kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1, class_weight={1: 1, 0: 2})
+
+        data.set_state(self.state(class_weight={np.int64(0): np.float32(2), np.int64(1): 1.0}))
+
+        assert not recwarn
+
+    def test_a_state_of_an_older_version_is_taken(self) -> None:
+        """It does not tell these arguments."""
+        state = self.state(shuffle=True)
+        data = kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1, shuffle=True, class_weight={0: 2.0})
+
+        data.set_state({name: value for name, value in state.items() if name not in ("shuffle", "class_weight")}, 2)
+
+        assert data.get_state()["pass"] == state["pass"]
+
+
+def test_another_number_of_steps_is_the_reason_that_an_epoch_begins_again(tmp_path) -> None:
+    """The data are wrapped already."""
+    data = SOURCES["arrays"]()
+
+    def train(steps: int, *others) -> None:
+        callbacks = [*others, kc.BackupAndRestore(tmp_path, save_freq=1, data=data)]
+        net().fit(data.repeat(), steps_per_epoch=steps, verbose=0, shuffle=False, callbacks=callbacks)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(5, Interrupts(3))
+
+    with pytest.warns(UserWarning, match="an epoch has 4 batches here, and had 5 when the backup was saved"):
+        train(4)
+
+
 def test_a_fit_may_read_through_many_steps(tmp_path) -> None:
     """Each step is looked at once."""
     data = SOURCES["arrays"]()

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 import models
-from models import fit
+from models import dense_model, fit
 
 
 class Passes(keras.layers.Layer):
@@ -348,6 +348,19 @@ def test_variables_in_objects_of_a_program_are_named(tmp_path, options, place) -
 
     with pytest.warns(UserWarning, match=f"do not have this state of it: [^ ]*{place}"):
         fit(model, kc.ModelCheckpoint(tmp_path))
+
+
+def test_an_attribute_that_changes_when_an_epoch_ends_is_named(tmp_path) -> None:
+    """At the first save of the second epoch, after the change."""
+    model = dense_model()
+    model.counter = 0
+
+    class Counts(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            self.model.counter += 1
+
+    with pytest.warns(UserWarning, match="do not have this state of it: counter"):
+        fit(model, kc.ModelCheckpoint(tmp_path), Counts(), epochs=3)
 
 
 class Trains(keras.Model):
