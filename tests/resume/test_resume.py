@@ -38,12 +38,13 @@ def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, 
     last = script.ROWS[name].executions
     points = range(1, last + 1) if long else (random.choice((1, random.randrange(2, last))), last)
     for place, at in enumerate(points):
-        found, resumes = station.submit(trials.killed, name, at, place).result()
+        found, resumes, seconds = station.submit(trials.killed, name, at, place).result()
         different = differing(found, whole(name))
         tally.update(trials=1, differing=bool(different))
         assert not different, (at, place)
-        # The first backup is begun when the first batch has ended, and is on disk a moment later.
-        assert resumes or at < 10, (at, place)
+        # The first backup is begun when the first batch has ended, and is on disk a moment later: within a second, so a
+        # machine that does much else does a few batches more.
+        assert resumes or at < 10 or (at < 20 and seconds < 1), (at, place, seconds)
 
 
 @pytest.mark.parametrize("name", ["Arrays", "Pipeline", "Generated"])

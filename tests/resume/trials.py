@@ -38,6 +38,7 @@ class Process:
     Attributes:
         resumes: Whether it finds a backup.
         trained: How many batches it has told of.
+        seconds: How long it has lived since the end of its first batch.
         result: What the run ends with, once it has.
     """
 
@@ -50,6 +51,8 @@ class Process:
         theirs.close()
         self.result: dict[str, str] | None = None
         self.trained = 0
+        self.seconds = 0.0
+        self._first: float | None = None
 
     def listen(self, until: Callable[[str], bool] = lambda what: False, seconds: float | None = None) -> None:
         """Hears what happens, to the end of the process, of the time, or until something."""
@@ -58,6 +61,9 @@ class Process:
             while self._ours.poll(None if end is None else max(0, end - time.monotonic())):
                 what, number = self._ours.recv()
                 self.trained += what == "batch"
+                if what == "batch":
+                    self._first = self._first or time.monotonic()
+                    self.seconds = time.monotonic() - self._first
                 if what == "result":
                     self.result = number
                 if until(what):
@@ -102,17 +108,17 @@ def whole(name: str) -> dict[str, str]:
         return _finished(Process(name, path, 0))
 
 
-def killed(name: str, at: int, place: int) -> tuple[dict[str, str], bool]:
+def killed(name: str, at: int, place: int) -> tuple[dict[str, str], bool, float]:
     """What a run ends with that was killed at the end of a batch of its first process, and begun again.
 
     Returns:
-        That, and whether the second process found a backup.
+        That, whether the second process found a backup, and the seconds from the end of the first batch to the kill.
     """
     with tempfile.TemporaryDirectory() as path:
         first = Process(name, path, 0, place, at)
         assert first.end() == -signal.SIGKILL
         second = Process(name, path, at, place)
-        return _finished(second), second.resumes
+        return _finished(second), second.resumes, first.seconds
 
 
 def killed_often(name: str, times: int, seed: int) -> dict[str, str]:
