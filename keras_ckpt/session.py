@@ -14,7 +14,6 @@ import keras
 from keras_ckpt import background, state
 from keras_ckpt.arena import arena_of
 from keras_ckpt.backlog import MOST, Backlog
-from keras_ckpt.capture import Later
 from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
 from keras_ckpt.notices import warn
@@ -23,7 +22,7 @@ from keras_ckpt.position import Position, Progress
 from keras_ckpt.record import REASON_LIMIT, CheckpointRecord, step_in
 from keras_ckpt.schedule import SaveSchedule
 from keras_ckpt.sharing import SharingWrite
-from keras_ckpt.snapshot import Snapshot
+from keras_ckpt.snapshot import Late, Snapshot
 from keras_ckpt.tables import counted
 from keras_ckpt.writer import Writer
 
@@ -148,7 +147,7 @@ class Session:
             return None
         return self._schedule.after_epoch()
 
-    def snapshot(self, others: Mapping[str, Any] = {}, later: Later | None = None) -> Snapshot:
+    def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
         """The model as it is now, with more to write beside it."""
         # Whoever goes on with TensorFlow's own manager numbers on from here.
         self._state.save_counter.assign(self.progress.position.step)

@@ -6,7 +6,7 @@ import collections
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -16,7 +16,6 @@ from tensorflow.python.eager import context, execute
 
 from keras_ckpt.arena import GREAT, Arena, Packed
 from keras_ckpt.bundle_writer import STRING, Value, number_value, string_value, write_bundle
-from keras_ckpt.capture import Later
 from keras_ckpt.files import Folder
 from keras_ckpt.record import CheckpointFile
 from keras_ckpt.threads import share_out
@@ -87,6 +86,22 @@ def _little(variables: Mapping[str, tf.Variable]) -> Mapping[str, Packed]:
     return found
 
 
+class Late(Protocol):
+    """Arrays that are known when a snapshot is moved."""
+
+    @property
+    def size(self) -> int:
+        """Their bytes."""
+
+    @property
+    def is_true(self) -> bool:
+        """Whether all that was assumed of them is so."""
+
+    @property
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """The arrays by key."""
+
+
 class Snapshot:
     """The values that variables have now. They cost memory only where a variable changes while this is held.
 
@@ -116,14 +131,14 @@ class Snapshot:
         reader: Reader,
         others: Mapping[str, Any],
         constants: Mapping[bytes, Value] = MappingProxyType({}),
-        later: Later | None = None,
+        later: Late | None = None,
     ) -> None:
         added = {key: tf.convert_to_tensor(each) for key, each in others.items()}
         self.values = reader.read() | added
         self._constants = constants
-        self._later = later or Later({})
+        self._later = later
         sizes = [each.shape.num_elements() * each.dtype.size for each in added.values()]
-        self.others_size = sum(sizes) + self._later.size
+        self.others_size = sum(sizes) + (later.size if later else 0)
         self._names = [*self.values]
         self._little = reader.little
         self._aside: io.BytesIO | None = None
@@ -132,7 +147,7 @@ class Snapshot:
     @property
     def is_true(self) -> bool:
         """Whether all that was assumed of the arrays that are known later is so. Reads them: it takes its time."""
-        return self._later.is_true
+        return self._later is None or self._later.is_true
 
     @property
     def is_copied(self) -> bool:
@@ -195,7 +210,7 @@ class Snapshot:
         return values
 
     def _late(self) -> dict[bytes, Value]:
-        arrays = self._later.arrays.items()
+        arrays = self._later.arrays.items() if self._later else ()
         return {key.encode(): number_value(tf.as_dtype(each.dtype).as_datatype_enum, each) for key, each in arrays}
 
     def _encoded(self) -> dict[bytes, Value]:

@@ -17,10 +17,9 @@ import tensorflow as tf
 
 from keras_ckpt import __version__, compiled, description, naming, object_graph, parts
 from keras_ckpt.bundle_writer import Value, string_value
-from keras_ckpt.capture import Later
 from keras_ckpt.files import Folder
 from keras_ckpt.learned import Learners, Taken
-from keras_ckpt.snapshot import Reader, Snapshot
+from keras_ckpt.snapshot import Late, Reader, Snapshot
 from keras_ckpt.threads import begin
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -94,7 +93,7 @@ class ModelState(tf.train.Checkpoint):
             self.snapshot()(folder, name)
         return prefix
 
-    def snapshot(self, others: Mapping[str, Any] = {}, later: Later | None = None) -> Snapshot:
+    def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
         """The values that the variables have now.
 
         Args:
@@ -204,7 +203,7 @@ class _Plan(NamedTuple):
     identities: Sequence[int]
     built: Sequence[bool]
 
-    def snapshot(self, others: Mapping[str, Any], later: Later | None) -> Snapshot:
+    def snapshot(self, others: Mapping[str, Any], later: Late | None) -> Snapshot:
         """The values of now, with more to write beside them."""
         if not self.learners:
             return Snapshot(self.reader, others, self.constants, later)
