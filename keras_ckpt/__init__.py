@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from keras_ckpt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from keras_ckpt.backup_and_restore import BackupAndRestore as BackupAndRestore

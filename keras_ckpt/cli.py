@@ -11,13 +11,13 @@ from typing import Any
 import click
 import msgspec
 
-from keras_ckpt import __version__
 from keras_ckpt.directory import CheckpointDirectory, PrunePlan
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from keras_ckpt.listing import Listing
 from keras_ckpt.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.record import CheckpointRecord, Mode, members
 from keras_ckpt.tables import counted, printable
+from keras_ckpt.version import __version__
 
 
 class _Group(click.Group):

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
-from keras_ckpt import background, commit, state
-from keras_ckpt.bundle import read_index
+from keras_ckpt import background, commit
 from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.document import decode
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
 from keras_ckpt.files import Folder
 from keras_ckpt.learned import learners
@@ -26,7 +23,6 @@ from keras_ckpt.notices import warn
 from keras_ckpt.parts import is_built
 from keras_ckpt.record import CheckpointRecord, step_in
 from keras_ckpt.report import RestoreReport
-from keras_ckpt.source import what_fails_is_damaged
 from keras_ckpt.transfer import Request, transfer
 
 _ATTEMPTS = 100
@@ -86,29 +82,24 @@ def restore(
         )
     if not (model.variables or named_variables(model, weights_only=True) or learners(model)):
         raise ValueError(f"The model {model.name!r} is built and has no variables, so there is nothing to restore.")
-    return _restore(model, checkpoint, Request(strict, weights_only, check_digests), lambda files, name: None)[0]
+    request = Request(strict, weights_only, check_digests)
+    return restore_and_read(model, checkpoint, request, lambda files, name: None)[0]
 
 
-def restore_backup(
-    model: keras.Model, directory: CheckpointDirectory, again: bool = False
+def restore_and_read(
+    model: keras.Model, checkpoint: object, request: Request, read: Callable[[Folder, str], Any]
 ) -> tuple[RestoreReport, Any]:
-    """As `restore`, of a backup of `BackupAndRestore`.
+    """Restores as `restore` does, and reads something else of the very same files.
 
     Args:
         model: A built model.
-        directory: The directory of the backup.
-        again: Whether it was restored just before, so that all warnings were given.
+        checkpoint: A record, a directory, or a path.
+        request: What is asked.
+        read: Called with the files of the checkpoint and its name.
 
     Returns:
-        The report, and what the backup holds beside the model; `None` if it is of a version that held no more.
+        The report, and what `read` gave.
     """
-    return _restore(model, directory, Request(backup=directory.path, again=again), _document)
-
-
-def _restore(
-    model: keras.Model, checkpoint: object, request: Request, read: Callable[[Folder, str], Any]
-) -> tuple[RestoreReport, Any]:
-    """Restores, and reads something else of the very same files."""
     expected = checkpoint if isinstance(checkpoint, CheckpointRecord) else None
     background.tell()
     for _ in range(_ATTEMPTS):
@@ -142,18 +133,6 @@ def _restore_first(
                 raise type(error)(message) from error
             warn(f"{message}. Going back to {older}.")
     raise CheckpointNotFoundError(f"There is no checkpoint in {directory}.")
-
-
-def _document(files: Folder, name: str) -> Any:
-    with what_fails_is_damaged():
-        read_index(files, name)
-        reader = tf.train.load_checkpoint(files.tensorflow_path(name))
-        if not reader.has_tensor(state.TRAINING_KEY):
-            return None
-        prefix = f"{state.TRAINING_KEY}/"
-        keys = [key for key in reader.get_variable_to_shape_map() if key.startswith(prefix)]
-        arrays = {int(key.removeprefix(prefix)): reader.get_tensor(key) for key in keys}
-        return decode(reader.get_tensor(state.TRAINING_KEY).decode(), arrays)
 
 
 def _locate(checkpoint: object) -> tuple[str, list[str]]:

@@ -15,12 +15,13 @@ import keras
 import msgspec
 import tensorflow as tf
 
-from keras_ckpt import __version__, compiled, description, naming, object_graph, parts
+from keras_ckpt import compiled, description, naming, object_graph, parts
 from keras_ckpt.bundle_writer import Value, string_value
 from keras_ckpt.files import Folder
 from keras_ckpt.learned import Learners, Taken
 from keras_ckpt.snapshot import Late, Reader, Snapshot
 from keras_ckpt.threads import begin
+from keras_ckpt.version import __version__
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 """What TensorFlow appends to a variable's name in a checkpoint."""

@@ -32,7 +32,7 @@ from keras_ckpt.model_checkpoint import ModelCheckpoint
 from keras_ckpt.notices import warn
 from keras_ckpt.position import Position, data_of_fit
 from keras_ckpt.record import CheckpointRecord
-from keras_ckpt.restoring import restore_backup
+from keras_ckpt.restart import restore_backup
 from keras_ckpt.session import Outcome, Session
 from keras_ckpt.signals import SignalWatch
 from keras_ckpt.snapshot import Snapshot

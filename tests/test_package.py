@@ -29,12 +29,13 @@ PURE = [
 ]
 # Each layer imports from those to its left only.
 ORDER = [
+    "version",
     "errors", "notices", "streams", "locks", "files", "bundle", "record", "policies", "listing", "tables", "commit",
     "background", "directory", "cli", "writer", "schedule", "backlog", "monitor", "document", "threads", "capture",
     "description", "bundle_writer", "arena", "snapshot", "bundle_reader", "sharing", "matching", "report", "parts",
     "naming", "compiled", "learned", "object_graph", "state", "position", "source", "transfer", "restoring", "session",
     "manager", "model_checkpoint", "data", "data_place", "seeds", "callback_places", "callback_states", "epoch_rest",
-    "signals", "training", "backup_and_restore", "demo",
+    "signals", "restart", "training", "backup_and_restore", "demo",
 ]  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def test_the_public_names_are_those_of_the_table_of_contents() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras_ckpt.")
         for alias in node.names
     }
-    assert typed == set(kc.__all__)
+    assert typed == {*kc.__all__, "__version__"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
