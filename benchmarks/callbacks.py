@@ -17,8 +17,8 @@ from savers import now
 
 import keras_ckpt as kc
 import models
-from keras_ckpt import background
-from keras_ckpt.position import set_position
+from keras_ckpt.model.position import set_position
+from keras_ckpt.store import background
 
 ROUNDS, EPOCHS, BATCHES = 5, 8, 4
 ARRAY = 50_000_000

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import msgspec
 
 import keras_ckpt as kc
-from keras_ckpt import record as sidecars
-from keras_ckpt.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.store import record as sidecars
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 
 COUNT = 10_000
 ROUNDS = 9

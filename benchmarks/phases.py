@@ -20,19 +20,11 @@ import savers
 
 import keras_ckpt as kc
 import models
-from keras_ckpt import (
-    background,
-    bundle_reader,
-    naming,
-    session,
-    sharing,
-    snapshot,
-    source,
-    state,
-    training,
-    transfer,
-    writer,
-)
+from keras_ckpt.formats import sharing
+from keras_ckpt.model import bundle_reader, checkpoint_reader, model_state, naming, snapshot, transfer
+from keras_ckpt.resume import backed_up_fit
+from keras_ckpt.store import background, writer
+from keras_ckpt.training import session
 
 WATCHED: dict[str, list[tuple[Any, str]]] = {
     "callback: all else": [
@@ -40,10 +32,10 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
         (kc.BackupAndRestore, "on_train_batch_end"),
         (session.Session, "save"),
     ],
-    "callback: the states of others, and random numbers": [(training.Training, "_now")],
-    "callback: is the model as it was (beside the next)": [(state._Plan, "holds")],
+    "callback: the states of others, and random numbers": [(backed_up_fit.Training, "_now")],
+    "callback: is the model as it was (beside the next)": [(model_state._Plan, "holds")],
     "callback: one operation reads all variables": [(snapshot._Call, "run")],
-    "callback: the rest of the snapshot": [(state.ModelState, "snapshot")],
+    "callback: the rest of the snapshot": [(model_state.ModelState, "snapshot")],
     "copies": [(snapshot.Snapshot, "detach"), (snapshot.Snapshot, "move")],
     "what the directory holds, what to keep": [
         (writer, "examine"),
@@ -55,11 +47,11 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     "files: write, open, rename, unlink": [(os, each) for each in ("write", "open", "rename", "unlink")],
     "background: all else": [(writer.Writer, "save")],
     "restore: all else": [(kc, "restore")],
-    "restore: the index": [(source, "read_index")],
+    "restore: the index": [(checkpoint_reader, "read_index")],
     "restore: the model's names": [(naming, "named_variables"), (naming, "build_optimizers")],
     "restore: do the names and shapes fit": [(transfer._Transfer, "_match"), (transfer._Transfer, "_judge")],
     "restore: memory for the values": [(bundle_reader, "_empty"), (bundle_reader, "_memory_of")],
-    "restore: reading, digests and checksums": [(source, "read_values")],
+    "restore: reading, digests and checksums": [(checkpoint_reader, "read_values")],
     "restore: assigning": [(transfer, "_assign"), (transfer, "is_finite")],
 }
 """What is watched, by the phase that it is."""

@@ -17,8 +17,8 @@ import numpy as np
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt import background, commit
-from keras_ckpt.state import ModelState, value_of
+from keras_ckpt.model.model_state import ModelState, value_of
+from keras_ckpt.store import background, commit
 
 
 class Saver(NamedTuple):

@@ -32,7 +32,7 @@ from savers import OURS, SAVERS, Saver, now
 
 import keras_ckpt as kc
 import models
-from keras_ckpt.position import set_position
+from keras_ckpt.model.position import set_position
 
 ROUNDS = 7
 SMALL_SAVES = 60

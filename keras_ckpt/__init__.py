@@ -11,10 +11,6 @@ from typing import TYPE_CHECKING, Any
 from keras_ckpt.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from keras_ckpt.backup_and_restore import BackupAndRestore as BackupAndRestore
-    from keras_ckpt.data import ResumableDataset as ResumableDataset
-    from keras_ckpt.directory import CheckpointDirectory as CheckpointDirectory
-    from keras_ckpt.directory import PrunePlan as PrunePlan
     from keras_ckpt.errors import CheckpointError as CheckpointError
     from keras_ckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from keras_ckpt.errors import DamagedCheckpointError as DamagedCheckpointError
@@ -25,22 +21,26 @@ if TYPE_CHECKING:
     from keras_ckpt.errors import MismatchError as MismatchError
     from keras_ckpt.errors import PlanError as PlanError
     from keras_ckpt.errors import SaveError as SaveError
-    from keras_ckpt.manager import CheckpointManager as CheckpointManager
-    from keras_ckpt.model_checkpoint import ModelCheckpoint as ModelCheckpoint
-    from keras_ckpt.policies import BestN as BestN
-    from keras_ckpt.policies import EveryNEpochs as EveryNEpochs
-    from keras_ckpt.policies import EveryNHours as EveryNHours
-    from keras_ckpt.policies import EveryNSteps as EveryNSteps
-    from keras_ckpt.policies import LatestN as LatestN
-    from keras_ckpt.policies import PreservationPolicy as PreservationPolicy
-    from keras_ckpt.record import CheckpointRecord as CheckpointRecord
-    from keras_ckpt.report import RestoreReport as RestoreReport
-    from keras_ckpt.restoring import restore as restore
+    from keras_ckpt.model.report import RestoreReport as RestoreReport
+    from keras_ckpt.model.restoring import restore as restore
+    from keras_ckpt.resume.backup_and_restore import BackupAndRestore as BackupAndRestore
+    from keras_ckpt.resume.resumable_dataset import ResumableDataset as ResumableDataset
+    from keras_ckpt.store.directory import CheckpointDirectory as CheckpointDirectory
+    from keras_ckpt.store.directory import PrunePlan as PrunePlan
+    from keras_ckpt.store.policies import BestN as BestN
+    from keras_ckpt.store.policies import EveryNEpochs as EveryNEpochs
+    from keras_ckpt.store.policies import EveryNHours as EveryNHours
+    from keras_ckpt.store.policies import EveryNSteps as EveryNSteps
+    from keras_ckpt.store.policies import LatestN as LatestN
+    from keras_ckpt.store.policies import PreservationPolicy as PreservationPolicy
+    from keras_ckpt.store.record import CheckpointRecord as CheckpointRecord
+    from keras_ckpt.training.checkpoint_manager import CheckpointManager as CheckpointManager
+    from keras_ckpt.training.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 
 _HOMES = {
-    "backup_and_restore": ("BackupAndRestore",),
-    "data": ("ResumableDataset",),
-    "directory": ("CheckpointDirectory", "PrunePlan"),
+    "resume.backup_and_restore": ("BackupAndRestore",),
+    "resume.resumable_dataset": ("ResumableDataset",),
+    "store.directory": ("CheckpointDirectory", "PrunePlan"),
     "errors": (
         "CheckpointError",
         "CheckpointNotFoundError",
@@ -53,12 +53,12 @@ _HOMES = {
         "DiskFullError",
         "SaveError",
     ),
-    "manager": ("CheckpointManager",),
-    "model_checkpoint": ("ModelCheckpoint",),
-    "policies": ("BestN", "EveryNEpochs", "EveryNHours", "EveryNSteps", "LatestN", "PreservationPolicy"),
-    "record": ("CheckpointRecord",),
-    "report": ("RestoreReport",),
-    "restoring": ("restore",),
+    "training.checkpoint_manager": ("CheckpointManager",),
+    "training.model_checkpoint": ("ModelCheckpoint",),
+    "store.policies": ("BestN", "EveryNEpochs", "EveryNHours", "EveryNSteps", "LatestN", "PreservationPolicy"),
+    "store.record": ("CheckpointRecord",),
+    "model.report": ("RestoreReport",),
+    "model.restoring": ("restore",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

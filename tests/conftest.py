@@ -19,11 +19,11 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
-from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.files import Folder
-from keras_ckpt.policies import PreservationPolicy
-from keras_ckpt.record import CheckpointFile, CheckpointRecord
-from keras_ckpt.writer import Write, Writer
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.policies import PreservationPolicy
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.store.writer import Write, Writer
 
 
 def history(text: str) -> list[CheckpointRecord]:
@@ -62,9 +62,9 @@ def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
     """Writes a TensorFlow checkpoint, most of which is the same in each, so that it shares that with the newest."""
     import numpy as np
 
-    from keras_ckpt.arena import Arena
-    from keras_ckpt.sharing import SharingWrite
-    from keras_ckpt.snapshot import Reader, Snapshot
+    from keras_ckpt.formats.arena import Arena
+    from keras_ckpt.formats.sharing import SharingWrite
+    from keras_ckpt.model.snapshot import Reader, Snapshot
 
     arrays = {"changed": np.frombuffer(content.encode(), np.uint8), "same": np.arange(10, dtype=np.uint8)}
     arena = Arena()
@@ -95,7 +95,7 @@ def filler(tmp_path: pathlib.Path) -> Filler:
 
 HOLD = """
 import sys
-from keras_ckpt.files import Folder
+from keras_ckpt.store.files import Folder
 lock = Folder(sys.argv[1], create=True).lock()
 print("held", flush=True)
 sys.stdin.read()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_ckpt.files import PRIVATE, Folder
+from keras_ckpt.store.files import PRIVATE, Folder
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(40, 4)).astype("float32")

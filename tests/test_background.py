@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-from keras_ckpt import arena, background
-from keras_ckpt.arena import arena_of
-from keras_ckpt.files import Folder
-from keras_ckpt.snapshot import Snapshot
-from keras_ckpt.state import ModelState
-from keras_ckpt.writer import Writer
+from keras_ckpt.formats import arena
+from keras_ckpt.formats.arena import arena_of
+from keras_ckpt.model.model_state import ModelState
+from keras_ckpt.model.snapshot import Snapshot
+from keras_ckpt.store import background
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.writer import Writer
 from tests.models import Interrupts, X, Y, dense_model, fit, same, values
 
 

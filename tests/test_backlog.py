@@ -12,7 +12,7 @@ import keras
 import pytest
 
 import keras_ckpt as kc
-from keras_ckpt.backlog import MOST, Backlog
+from keras_ckpt.training.backlog import MOST, Backlog
 from models import dense_model, fit
 
 
@@ -214,7 +214,7 @@ def test_a_bounded_number_of_saves_waits(tmp_path, monkeypatch) -> None:
         def on_train_batch_begin(self, batch, logs=None) -> None:
             done.append(batch)
 
-    monkeypatch.setattr("keras_ckpt.backlog._SECONDS", 60.0)
+    monkeypatch.setattr("keras_ckpt.training.backlog._SECONDS", 60.0)
     threading.Timer(3.0, go_on.set).start()
     counted: list[int] = []
     threading.Timer(2.9, lambda: counted.append(len(done))).start()

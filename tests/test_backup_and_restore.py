@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt.position import position_of
+from keras_ckpt.model.position import position_of
 from models import Interrupts, X, dense_model, fit, into_a_stage, same
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt import bundle_reader
-from keras_ckpt.bundle import read_index
-from keras_ckpt.bundle_reader import read_values
 from keras_ckpt.errors import DamagedCheckpointError
-from keras_ckpt.files import Folder
-from keras_ckpt.record import CheckpointFile
-from keras_ckpt.streams import PORTION
+from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.model import bundle_reader
+from keras_ckpt.model.bundle_reader import read_values
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.record import CheckpointFile
+from keras_ckpt.store.streams import PORTION
 from tests.test_bundle_writer import NUMBERS, content, native, write, write_pages
 
 RNG = np.random.default_rng(0)
@@ -186,7 +186,7 @@ def test_reads_that_are_cut_short_go_on(tmp_path, monkeypatch, tensors) -> None:
         def preadv(self, descriptor: int, memory: list[memoryview], offset: int) -> int:
             return os.preadv(descriptor, [memory[0][: max(1, len(memory[0]) * 2 // 3)]], offset)
 
-    monkeypatch.setattr("keras_ckpt.streams.os", Cuts())
+    monkeypatch.setattr("keras_ckpt.store.streams.os", Cuts())
 
     for digested in ([data], []):
         assert same(read(tmp_path, list(tensors), digested), tensors)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt import bundle_writer, streams
-from keras_ckpt.arena import Arena
-from keras_ckpt.bundle import read_index
-from keras_ckpt.bundle_writer import write_bundle
-from keras_ckpt.files import Folder
-from keras_ckpt.snapshot import Reader, Snapshot
-from keras_ckpt.streams import PORTION
+from keras_ckpt.formats import bundle_writer
+from keras_ckpt.formats.arena import Arena
+from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.formats.bundle_writer import write_bundle
+from keras_ckpt.model.snapshot import Reader, Snapshot
+from keras_ckpt.store import streams
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.streams import PORTION
 
 NUMBERS = [
     tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-from keras_ckpt import capture
-from keras_ckpt.callback_states import CallbackStates
-from keras_ckpt.capture import Captures, Later
-from keras_ckpt.document import UnplainError, decode, dict_of, dumped
+from keras_ckpt.resume import capture
+from keras_ckpt.resume.callback_states import CallbackStates
+from keras_ckpt.resume.capture import Captures, Later
+from keras_ckpt.resume.plain_values import UnplainError, decode, dict_of, dumped
 from models import Interrupts, X, Y, dense_model, fit
 
 LARGE = 100_000

@@ -11,8 +11,6 @@ import pytest
 
 import keras_ckpt
 from conftest import history, payload
-from keras_ckpt import commit, files
-from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
@@ -20,10 +18,12 @@ from keras_ckpt.errors import (
     FormatVersionError,
     PlanError,
 )
-from keras_ckpt.files import Folder
-from keras_ckpt.listing import check_files, held
-from keras_ckpt.policies import BestN, EveryNSteps, LatestN
-from keras_ckpt.writer import Writer
+from keras_ckpt.store import commit, files
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import check_files, held
+from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN
+from keras_ckpt.store.writer import Writer
 from test_record import sealed
 
 
@@ -565,10 +565,10 @@ def test_a_long_table_is_shortened_for_the_eye(filler) -> None:
     runs = filler.save("10")
     listing = runs.listing()
     many = history(" ".join(f"{step}:{step}" for step in range(5000)))
-    many[700] = keras_ckpt.record.msgspec.structs.replace(many[700], pin="milestone")
-    table = keras_ckpt.tables.of_directory("run", keras_ckpt.listing.Listing(listing.path, tuple(many)), 0)
+    many[700] = keras_ckpt.store.record.msgspec.structs.replace(many[700], pin="milestone")
+    table = keras_ckpt.store.tables.of_directory("run", keras_ckpt.store.listing.Listing(listing.path, tuple(many)), 0)
 
-    text = keras_ckpt.tables.text(table)
+    text = keras_ckpt.store.tables.text(table)
 
     assert len(text.splitlines()) < 50
     assert "milestone" in text

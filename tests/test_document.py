@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_ckpt.document import UnplainError, decode, dumped, structure_of
+from keras_ckpt.resume.plain_values import UnplainError, decode, dumped, structure_of
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 keys = st.text() | st.integers() | st.tuples(st.integers())

@@ -14,9 +14,9 @@ import threading
 import pytest
 
 from conftest import HOLD
-from keras_ckpt import files
 from keras_ckpt.errors import DirectoryInUseError
-from keras_ckpt.files import PRIVATE, Folder, lasting_tensorflow_path, remove_unused
+from keras_ckpt.store import files
+from keras_ckpt.store.files import PRIVATE, Folder, lasting_tensorflow_path, remove_unused
 from reliability.crash_states import Recorder
 
 

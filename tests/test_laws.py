@@ -11,7 +11,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_ckpt.policies import (
+from keras_ckpt.store.policies import (
     BestN,
     EveryNEpochs,
     EveryNHours,
@@ -21,7 +21,7 @@ from keras_ckpt.policies import (
     kept_in_training,
     selection,
 )
-from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.store.record import CheckpointRecord
 
 
 class EverySecondOfAKind(PreservationPolicy):

@@ -15,8 +15,8 @@ from blake3 import blake3
 
 import keras_ckpt as kc
 import zoo
-from keras_ckpt import description
-from keras_ckpt.state import ModelState
+from keras_ckpt.formats import description
+from keras_ckpt.model.model_state import ModelState
 
 DATA = np.random.default_rng(0).normal(5, 3, (32, 4)).astype("float32")
 registered = keras.saving.register_keras_serializable("tests")
@@ -428,8 +428,8 @@ def rename(prefix: str, words: dict[str, str]) -> None:
 
 def reseal(path: pathlib.Path, record) -> None:
     """Writes the sidecar of a checkpoint whose files were changed."""
-    from keras_ckpt.files import Folder
-    from keras_ckpt.record import CheckpointFile, encode
+    from keras_ckpt.store.files import Folder
+    from keras_ckpt.store.record import CheckpointFile, encode
 
     with Folder(path) as folder:
         files = tuple(CheckpointFile(file.name, *folder.digest(file.name)) for file in record.files)

@@ -7,10 +7,10 @@ import pytest
 
 import keras_ckpt as kc
 from conftest import Filler, payload
-from keras_ckpt.files import Folder
-from keras_ckpt.listing import Known, examine
-from keras_ckpt.policies import BestN, LatestN
-from keras_ckpt.writer import Writer
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import Known, examine
+from keras_ckpt.store.policies import BestN, LatestN
+from keras_ckpt.store.writer import Writer
 
 
 def looked_at(runs: kc.CheckpointDirectory, known: Known):

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt.files import Folder
+from keras_ckpt.store.files import Folder
 from models import dense_model, fit
 
 

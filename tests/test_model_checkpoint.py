@@ -754,7 +754,7 @@ class TestErrors:
         """If it is to be an error: the checkpoints before are whole, the fit can be repeated."""
         import errno
 
-        from keras_ckpt import files
+        from keras_ckpt.store import files
 
         model = dense_model()
         checkpoint = kc.ModelCheckpoint(runs.path, keep=1, on_full_disk="raise")

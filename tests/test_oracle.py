@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt.position import set_position
+from keras_ckpt.model.position import set_position
 from models import dense_model, fit
 
 VALUES = [0.1, 0.2, 0.2, 0.3, 0.4, 0.5, math.nan, math.inf, -math.inf, None]

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from conftest import history, steps
-from keras_ckpt.policies import (
+from keras_ckpt.store.policies import (
     BestN,
     EveryNEpochs,
     EveryNHours,
@@ -18,7 +18,7 @@ from keras_ckpt.policies import (
     missing,
     selection,
 )
-from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.store.record import CheckpointRecord
 
 
 @pytest.mark.parametrize(

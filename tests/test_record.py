@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from keras_ckpt.errors import DamagedCheckpointError, FormatVersionError
-from keras_ckpt.record import (
+from keras_ckpt.store.record import (
     SIZE_LIMIT,
     CheckpointFile,
     CheckpointRecord,

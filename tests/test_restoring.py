@@ -10,12 +10,12 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 import zoo
-from keras_ckpt import record as sidecars
-from keras_ckpt import source
-from keras_ckpt.naming import named_variables
-from keras_ckpt.position import position_of
-from keras_ckpt.state import ModelState
-from keras_ckpt.writer import Writer
+from keras_ckpt.model import checkpoint_reader
+from keras_ckpt.model.model_state import ModelState
+from keras_ckpt.model.naming import named_variables
+from keras_ckpt.model.position import position_of
+from keras_ckpt.store import record as sidecars
+from keras_ckpt.store.writer import Writer
 from models import X, Y, dense_model, fit, same, values
 from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
 
@@ -192,7 +192,7 @@ def test_a_lack_of_memory_is_no_damage(runs, model, monkeypatch, error) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(source, "read_values", fail)
+    monkeypatch.setattr(checkpoint_reader, "read_values", fail)
 
     with pytest.raises(type(error)):
         kc.restore(dense_model(), runs)

@@ -17,8 +17,8 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from conftest import HOLD
-from keras_ckpt import seeds, training
-from keras_ckpt.files import Folder
+from keras_ckpt.resume import backed_up_fit, random_state
+from keras_ckpt.store.files import Folder
 from models import X, Y, dense_model, into_a_stage, same
 
 HERE = pathlib.Path(__file__).parent
@@ -474,7 +474,7 @@ def test_a_backup_of_a_newer_version_is_refused(backup, monkeypatch) -> None:
     """What it means is not known."""
     with pytest.raises(RuntimeError):
         train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
-    monkeypatch.setattr(training, "_VERSION", 0)
+    monkeypatch.setattr(backed_up_fit, "_VERSION", 0)
 
     with pytest.raises(kc.FormatVersionError, match=r"ckpt-10 was saved by a newer version of keras_ckpt, \d"):
         train(kc.BackupAndRestore(backup, data=data()))
@@ -620,7 +620,7 @@ def test_a_backup_of_another_fit_of_the_script_is_not_taken_without_a_word(backu
     train(each)
     with pytest.raises(RuntimeError):
         train(each, Fails("on_train_batch_end", 14))
-    training._ended.clear()  # as in a new process
+    backed_up_fit._ended.clear()  # as in a new process
 
     with pytest.warns(UserWarning, match="1 trainings with that directory had ended in the process, and here it is 0"):
         train(kc.BackupAndRestore(backup, data=data()))
@@ -831,12 +831,12 @@ def test_every_global_generator_is_put_back() -> None:
         return list(map(repr, (*found, float(tf.random.uniform(())))))
 
     keras.utils.set_random_seed(1)
-    state = seeds.get_state()
+    state = random_state.get_state()
     expected = draw()
     keras.utils.set_random_seed(5)
 
     for _ in range(2):
-        seeds.set_state(state)
+        random_state.set_state(state)
         assert draw() == expected
 
 

@@ -17,12 +17,12 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt import background, streams
-from keras_ckpt.bundle import read_index
-from keras_ckpt.files import Folder
-from keras_ckpt.record import CheckpointFile, CheckpointRecord, encode
-from keras_ckpt.state import ModelState, value_of
-from keras_ckpt.writer import Writer
+from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.model.model_state import ModelState, value_of
+from keras_ckpt.store import background, streams
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, encode
+from keras_ckpt.store.writer import Writer
 
 X = np.random.default_rng(0).random((8, 700), "float32")
 Y = np.random.default_rng(1).random((8, 1), "float32")

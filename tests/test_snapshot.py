@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt import threads
-from keras_ckpt.arena import Arena
-from keras_ckpt.bundle_writer import Value
-from keras_ckpt.snapshot import Reader, Snapshot, array_of
-from keras_ckpt.state import ModelState, value_of
+from keras_ckpt.formats import threads
+from keras_ckpt.formats.arena import Arena
+from keras_ckpt.formats.bundle_writer import Value
+from keras_ckpt.model.model_state import ModelState, value_of
+from keras_ckpt.model.snapshot import Reader, Snapshot, array_of
 from tests.test_bundle_writer import NUMBERS
 
 BATCHES = 24

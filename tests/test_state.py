@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt import description, object_graph
-from keras_ckpt.naming import named_variables
-from keras_ckpt.state import NAMES_KEY, SUFFIX, ModelState
+from keras_ckpt.formats import description
+from keras_ckpt.model import object_graph
+from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX, ModelState
+from keras_ckpt.model.naming import named_variables
 from models import X, Y, dense_model, fit
 
 

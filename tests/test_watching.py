@@ -12,7 +12,7 @@ import tensorflow as tf
 import keras_ckpt as kc
 import trainings
 import zoo
-from keras_ckpt.parts import optimizers_of
+from keras_ckpt.model.parts import optimizers_of
 from models import Interrupts
 
 pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # by the default of `fit`

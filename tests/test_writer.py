@@ -10,13 +10,13 @@ import msgspec
 import pytest
 
 from conftest import Filler, history, payload, somebody_else
-from keras_ckpt import commit, files, streams
-from keras_ckpt import record as sidecars
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError, FormatVersionError, SaveError
-from keras_ckpt.files import PRIVATE, Folder
-from keras_ckpt.listing import check_files
-from keras_ckpt.policies import BestN, EveryNSteps, LatestN, PreservationPolicy
-from keras_ckpt.writer import Writer, by_prefix
+from keras_ckpt.store import commit, files, streams
+from keras_ckpt.store import record as sidecars
+from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.listing import check_files
+from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN, PreservationPolicy
+from keras_ckpt.store.writer import Writer, by_prefix
 
 
 def leftovers(runs) -> list[str]:

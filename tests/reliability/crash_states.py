@@ -17,7 +17,7 @@ import types
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from keras_ckpt.files import PRIVATE, Folder
+from keras_ckpt.store.files import PRIVATE, Folder
 
 Place: TypeAlias = tuple[int, str]
 Tree: TypeAlias = dict[Place, int]

@@ -8,7 +8,7 @@ import struct
 
 from tensorflow.core.protobuf import tensor_bundle_pb2
 
-from keras_ckpt.bundle import _table
+from keras_ckpt.formats.bundle_index import _table
 
 Header = tensor_bundle_pb2.BundleHeaderProto
 Entry = tensor_bundle_pb2.BundleEntryProto

@@ -15,8 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.record import CheckpointRecord
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.record import CheckpointRecord
 from reliability.oracle import verify
 from reliability.trainer import Acknowledge, Child, Job, at_random, train
 

@@ -13,9 +13,9 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, FormatVersionError
-from keras_ckpt.files import Folder
-from keras_ckpt.listing import check_files
-from keras_ckpt.record import SIZE_LIMIT, decode
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import check_files
+from keras_ckpt.store.record import SIZE_LIMIT, decode
 from models import fit, values
 
 PAGE = 4096

@@ -19,7 +19,7 @@ WRITE = """
 import sys
 import keras_ckpt as kc
 from conftest import payload
-from keras_ckpt.writer import Writer
+from keras_ckpt.store.writer import Writer
 
 runs, saves = kc.CheckpointDirectory(sys.argv[1]), int(sys.argv[2])
 writer = Writer(runs, kc.LatestN(3))
@@ -39,9 +39,9 @@ READERS_AND_A_WRITER = """
 import json, os, sys, warnings
 import numpy as np
 import keras, keras_ckpt as kc
-from keras_ckpt.naming import named_variables
-from keras_ckpt.state import ModelState
-from keras_ckpt.writer import Writer
+from keras_ckpt.model.naming import named_variables
+from keras_ckpt.model.model_state import ModelState
+from keras_ckpt.store.writer import Writer
 from models import dense_model
 
 path, readers, restores = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

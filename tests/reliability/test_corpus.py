@@ -24,13 +24,13 @@ from blake3 import blake3
 
 import keras_ckpt as kc
 from conftest import Filler, payload, somebody_else
-from keras_ckpt import transfer
-from keras_ckpt.files import Folder
-from keras_ckpt.listing import examine
-from keras_ckpt.policies import LatestN
-from keras_ckpt.record import CheckpointFile, CheckpointRecord, encode
-from keras_ckpt.source import Source
-from keras_ckpt.writer import Writer
+from keras_ckpt.model import transfer
+from keras_ckpt.model.checkpoint_reader import Source
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import examine
+from keras_ckpt.store.policies import LatestN
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, encode
+from keras_ckpt.store.writer import Writer
 from models import dense_model, fit, values
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -432,8 +432,8 @@ def test_63_what_is_swapped_after_it_was_checked_is_not_what_is_read(run, monkey
 LOOK = """
 import sys
 import keras_ckpt as kc
-from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.policies import BestN, LatestN
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.policies import BestN, LatestN
 
 def look(path):
     runs = CheckpointDirectory(path)
@@ -483,9 +483,9 @@ def test_62_no_code_from_disk_runs(template, tmp_path) -> None:
 
 WORK = """
 import os, sys
-from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.policies import LatestN
-from keras_ckpt.writer import Writer, by_prefix
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.policies import LatestN
+from keras_ckpt.store.writer import Writer, by_prefix
 
 assert False, "assertions are to be off"
 os.umask(0o777)

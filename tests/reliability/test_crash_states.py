@@ -17,14 +17,15 @@ from typing import NamedTuple
 import pytest
 
 from conftest import Filler, payload, shared_payload
-from keras_ckpt import commit, files, sharing, streams
-from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import DamagedCheckpointError, DiskFullError, SaveError
-from keras_ckpt.files import PRIVATE, Folder
-from keras_ckpt.listing import check_files
-from keras_ckpt.policies import LatestN, PreservationPolicy
-from keras_ckpt.record import CheckpointRecord
-from keras_ckpt.writer import Writer
+from keras_ckpt.formats import sharing
+from keras_ckpt.store import commit, files, streams
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.listing import check_files
+from keras_ckpt.store.policies import LatestN, PreservationPolicy
+from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.writer import Writer
 from reliability.crash_states import (
     IN_ANY_ORDER,
     IN_ORDER,

@@ -18,11 +18,11 @@ from collections.abc import Callable
 import pytest
 
 from conftest import payload
-from keras_ckpt import files, locks, streams
-from keras_ckpt.directory import CheckpointDirectory
 from keras_ckpt.errors import CheckpointError
-from keras_ckpt.policies import LatestN
-from keras_ckpt.writer import Writer
+from keras_ckpt.store import files, locks, streams
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.policies import LatestN
+from keras_ckpt.store.writer import Writer
 from reliability.crash_states import IN_ORDER, Disk, Snapshot, make, read
 from reliability.test_crash_states import FOREIGN, WORKLOADS, Checkpoint, Examiner, Promise, copy, memory, perform, seen
 

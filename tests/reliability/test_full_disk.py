@@ -44,10 +44,10 @@ print(json.dumps({
 SIZES = """
 import json, os, subprocess, sys
 from conftest import payload
-from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.errors import DiskFullError
-from keras_ckpt.policies import LatestN
-from keras_ckpt.writer import Writer
+from keras_ckpt.store.policies import LatestN
+from keras_ckpt.store.writer import Writer
 
 disk = sys.argv[1]
 outcomes = []

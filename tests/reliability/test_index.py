@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 import keras_ckpt as kc
-from keras_ckpt import bundle as bundles
-from keras_ckpt.bundle import read_index
 from keras_ckpt.errors import DamagedCheckpointError
-from keras_ckpt.files import Folder
-from keras_ckpt.record import SIZE_LIMIT, CheckpointFile, decode, encode
+from keras_ckpt.formats import bundle_index as bundles
+from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.record import SIZE_LIMIT, CheckpointFile, decode, encode
 from models import dense_model, fit, values
 from reliability.index_writer import Bundle, Entry, read, string, varint
 

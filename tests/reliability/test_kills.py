@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from keras_ckpt.policies import BestN, LatestN
+from keras_ckpt.store.policies import BestN, LatestN
 from reliability import kills
 from reliability.oracle import looking
 from reliability.trainer import Job, Noise, RealModel, station

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from keras_ckpt.policies import BestN, LatestN
+from keras_ckpt.store.policies import BestN, LatestN
 from reliability import power
 from reliability.trainer import Job, Noise, RealModel, station
 

@@ -32,7 +32,7 @@ STATES = "reliability/test_crash_states.py::test_a_crash_leaves_what_was_acknowl
 
 MUTANTS = {
     "the sidecar before the data": Mutant(
-        "commit",
+        "store/commit",
         "        for name in staged:\n            stage.move(name, folder)\n        folder.sync()\n"
         "        stage.move(sidecar, folder)\n        folder.sync()\n",
         "        stage.move(sidecar, folder)\n        folder.sync()\n"
@@ -40,27 +40,27 @@ MUTANTS = {
         f"{STATES}[in order-a save over a leftover pin]",
     ),
     "a sidecar written over in place": Mutant(
-        "files",
+        "store/files",
         "                private.move(new, self, name)\n",
         "                self.remove(name)\n                self.create(name, data)\n",
         f"{STATES}[in order-metrics added]",
     ),
     "a stage copied instead of renamed": Mutant(
-        "files",
+        "store/files",
         "        os.rename(name, new or name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)\n",
         "        target.remove(new or name)\n        target.create(new or name, self.read(name, 1 << 30))\n"
         "        self.remove(name)\n",
         f"{STATES}[in any order-a step saved again]",
     ),
     "the data before the sidecar, when pruning": Mutant(
-        "commit",
+        "store/commit",
         "        for record in records:\n            folder.move(",
         "        for record in records:\n            for file in record.files:\n"
         "                folder.remove(file.name)\n            folder.move(",
         f"{STATES}[in order-an explicit prune]",
     ),
     "pruning before saving": Mutant(
-        "writer",
+        "store/writer",
         "                        commit.publish(folder, stage, record, _of(listing, step))\n"
         "                        self.retain(folder, listing.joined_by(record))\n",
         "                        doomed = self.unkept(listing.joined_by(record).records)\n"
@@ -70,74 +70,74 @@ MUTANTS = {
         f"{STATES}[in order-saves with pruning]",
     ),
     "no roll forward": Mutant(
-        "commit",
+        "store/commit",
         "                        _roll_forward(folder, stage, sidecar)\n",
         "                        pass\n",
         f"{STATES}[in order-a step saved again]",
     ),
     "a roll forward of whatever there is": Mutant(
-        "commit",
+        "store/commit",
         "        if not _holds(holder, file):\n            return\n",
         "",
         "test_writer.py::test_a_stage_that_is_not_what_it_says_is_thrown_away",
     ),
     "a recovery that relies on what was not synced": Mutant(
-        "commit",
+        "store/commit",
         "            changed.sync()\n",
         "            pass\n",
         "reliability/test_crash_states.py::test_a_power_cut_after_a_kill_loses_nothing",
     ),
     "a roll forward of what is not synced": Mutant(
-        "commit",
+        "store/commit",
         "    for name in stage.names():\n        stage.sync_file(name)\n    stage.sync()\n",
         "",
         "reliability/test_crash_states.py::test_a_power_cut_after_a_kill_loses_nothing",
     ),
     "a directory that is not durably named": Mutant(
-        "files",
+        "store/files",
         "    with Folder(parent) as folder:\n        folder.sync()\n",
         "",
         "test_files.py::test_missing_parents_are_made",
     ),
     "a sync that is tried once more": Mutant(
-        "files",
+        "store/files",
         "                file.finish()\n            os.fsync(descriptor)\n",
         "                file.finish()\n"
         "            with contextlib.suppress(OSError):\n                os.fsync(descriptor)\n",
         "reliability/test_errors.py::test_an_error_at_any_call_loses_nothing",
     ),
     "no mutex": Mutant(
-        "files",
+        "store/files",
         "            fcntl.flock(descriptor, fcntl.LOCK_EX)\n            yield\n",
         "            yield\n",
         "test_directory.py::test_what_is_visible_changes_under_the_mutex",
     ),
     "no writer's lock": Mutant(
-        "locks",
+        "store/locks",
         "            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "            pass\n",
         "reliability/test_concurrency.py::test_of_several_writers_one_writes",
     ),
     "a reader that holds nothing": Mutant(
-        "files",
+        "store/files",
         '        if not os.path.isdir("/proc/self/fd"):\n            yield self\n            return\n',
         "        yield self\n        return\n",
         "test_directory.py::test_what_is_read_is_not_taken_away",
     ),
     "digests that are not compared": Mutant(
-        "listing",
+        "store/listing",
         "    if digest not in (None, file.digest.lower()):",
         "    if not digest and file.digest:",
         "test_directory.py::test_verify_tells_the_whole_from_the_damaged",
     ),
     "a pruning that trusts sizes": Mutant(
-        "directory",
+        "store/directory",
         "        _refuse_damaged(plan)\n",
         "",
         "test_directory.py::test_nothing_is_removed_in_favour_of_what_is_damaged",
     ),
     "names from disk that are not checked": Mutant(
-        "record",
+        "store/record",
         "    _check_names(record.files, name)\n",
         "",
         "test_directory.py::test_a_sidecar_that_names_other_files_removes_none_of_them",

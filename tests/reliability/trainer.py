@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 from conftest import payload
-from keras_ckpt.directory import CheckpointDirectory
-from keras_ckpt.policies import PreservationPolicy
-from keras_ckpt.record import CheckpointRecord
-from keras_ckpt.writer import Write, Writer
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.policies import PreservationPolicy
+from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.writer import Write, Writer
 
 Acknowledge = Callable[[CheckpointRecord], None]
 _forks = multiprocessing.get_context("fork")
@@ -57,7 +57,7 @@ class RealModel:
 
     def prepare(self) -> None:
         """Loads TensorFlow and builds the model before trainers are forked, to be there in each."""
-        from keras_ckpt import sharing
+        from keras_ckpt.formats import sharing
 
         _real_model()
         sharing._WORTHWHILE = 1
@@ -65,7 +65,7 @@ class RealModel:
     def write(self, step: int, directory: CheckpointDirectory) -> Write:
         import numpy as np
 
-        from keras_ckpt.sharing import SharingWrite
+        from keras_ckpt.formats.sharing import SharingWrite
 
         model, state = _real_model()
         arena = _arena(os.getpid())
@@ -90,7 +90,7 @@ def _real_model():
     """A model of which most is never trained, and its training state."""
     import keras
 
-    from keras_ckpt.state import ModelState
+    from keras_ckpt.model.model_state import ModelState
 
     frozen = keras.layers.Dense(5000, trainable=False)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), frozen, keras.layers.Dense(1)])
@@ -102,7 +102,7 @@ def _real_model():
 @functools.cache
 def _arena(process: int):
     """The memory for copies of a process; one that is forked knows nothing of what is on disk."""
-    from keras_ckpt.arena import Arena
+    from keras_ckpt.formats.arena import Arena
 
     return Arena()
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from keras_ckpt.directory import CheckpointDirectory
+from keras_ckpt.store.directory import CheckpointDirectory
 from reliability.trainer import station
 from resume import script
 

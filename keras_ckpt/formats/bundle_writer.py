@@ -1,0 +1,327 @@
+"""Writes a checkpoint in TensorFlow's format, in one pass over its bytes: checksum, digest and disk together.
+
+It is the format that `bundle` reads: one data file with the bytes of all values, and an index of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import google_crc32c
+import msgspec
+import numpy as np
+
+from keras_ckpt.formats.bundle_index import KEY_LIMIT, Entry, Slice, masked
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.record import CheckpointFile
+from keras_ckpt.store.streams import PORTION, NewFile
+
+STRING = 7
+"""The number of the type of strings in TensorFlow's `DataType`."""
+_PIECE = 1 << 20
+_MANY = 1 << 16
+_BLOCK = 1 << 16
+_MAGIC = bytes.fromhex("57fb808b247547db")
+
+
+class Place(NamedTuple):
+    """Where the bytes of a value are in a block of whole pages of memory."""
+
+    block: np.ndarray
+    begin: int
+
+
+class Value(NamedTuple):
+    """What is to be written under a key.
+
+    Attributes:
+        dtype: The number of its type in TensorFlow's `DataType`.
+        shape: Its shape.
+        data: Its bytes as they are in the data file, an array of `uint8`.
+        checksum: The one that its entry has, `None` if that is the one of `data` and not known yet.
+        slices: Its parts, if each is a value of its own; it has no bytes then.
+        place: Where they are in pages that can be written as they are, if they are.
+    """
+
+    dtype: int
+    shape: tuple[int, ...]
+    data: np.ndarray
+    checksum: int | None = None
+    slices: tuple[Slice, ...] = ()
+    place: Place | None = None
+
+
+class Linked(NamedTuple):
+    """A data file of another checkpoint that is one of the new checkpoint's too.
+
+    Attributes:
+        file: What it is, under the name that it has in the folder so far.
+        entries: What of it is used, by key.
+    """
+
+    file: CheckpointFile
+    entries: Mapping[bytes, Entry]
+
+
+def number_value(dtype: int, array: np.ndarray) -> Value:
+    """Numbers, whose bytes are as in memory."""
+    return Value(dtype, array.shape, array.reshape(-1).view(np.uint8))
+
+
+def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
+    """Strings: first all lengths, then a checksum of these, then the strings."""
+    lengths = b"".join(struct.pack("<I" if len(text) < 1 << 32 else "<Q", len(text)) for text in texts)
+    # The checksums are of the lengths as numbers of a fixed size, in whose place the file has shorter ones.
+    sealed = struct.pack("<I", masked(google_crc32c.value(lengths)))
+    content = b"".join(texts)
+    data = b"".join([*(_varint(len(text)) for text in texts), sealed, content])
+    checksum = google_crc32c.extend(google_crc32c.value(lengths + sealed), content)
+    return Value(STRING, shape, np.frombuffer(data, np.uint8), masked(checksum))
+
+
+def checksum_of(data: np.ndarray) -> int:
+    """The checksum that the entry of a value with these bytes has."""
+    return masked(extended(0, data))
+
+
+def extended(checksum: int, data: np.ndarray) -> int:
+    """The checksum, not masked yet, of what had this one and of more bytes. Of many, other threads go on meanwhile."""
+    if _extend is None or len(data) < _MANY:
+        return int(google_crc32c.extend(checksum, data))
+    return int(_extend(checksum, data.__array_interface__["data"][0], len(data)))
+
+
+def _free_extend() -> Any:
+    """The function of Google's library itself, if it is found; in its Python module, other threads stand still."""
+    try:
+        function = ctypes.CDLL(google_crc32c._crc32c.__file__).crc32c_extend  # noqa: SLF001
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t)
+    function.restype = ctypes.c_uint32
+    return function
+
+
+_extend = _free_extend()
+
+
+def write_bundle(
+    folder: Folder, name: str, groups: Sequence[Mapping[bytes, Value]], linked: Sequence[Linked] = ()
+) -> tuple[tuple[CheckpointFile, ...], dict[bytes, Entry]]:
+    """Writes the files of a checkpoint, and makes them durable.
+
+    Args:
+        folder: Where to.
+        name: The checkpoint's name, `"ckpt-10"`.
+        groups: What to write, by key; each group into a data file of its own, in its order. Of values that lie in the
+            pages of one block of memory, the pages are written as they are, without another copy.
+        linked: Files in the folder that have the rest; they are renamed.
+
+    Returns:
+        The files, with their sizes and digests, and the entries of the index by their keys.
+
+    Raises:
+        ValueError: A key is longer than what is read.
+        OSError: The files cannot be written.
+    """
+    _refuse_long(itertools.chain(*groups, *(link.entries for link in linked)))
+    number = len(linked) + len(groups)
+    files: list[CheckpointFile] = []
+    entries: dict[bytes, Entry] = {}
+    for shard, link in enumerate(linked):
+        file = msgspec.structs.replace(link.file, name=_data_file(name, shard, number))
+        folder.rename(link.file.name, file.name)
+        files.append(file)
+        entries |= {key: entry._replace(shard=shard) for key, entry in link.entries.items()}
+    # Each is on its way to the disk while the next is made.
+    with contextlib.ExitStack() as under_way:
+        for shard, group in enumerate(groups, len(linked)):
+            data = _data_file(name, shard, number)
+            new = under_way.enter_context(folder.writing(data))
+            entries |= _write_values(new, group, shard)
+            files.append(CheckpointFile(data, *new.finish()))
+        index = f"{name}.index"
+        table = under_way.enter_context(folder.writing(index))
+        encoded = ((key, _entry(entries[key])) for key in sorted(entries))
+        table.write(memoryview(_table([(b"", _header(number)), *encoded])))
+        files.append(CheckpointFile(index, *table.finish()))
+    return tuple(files), entries
+
+
+def _refuse_long(keys: Iterable[bytes]) -> None:
+    longest = max(keys, key=len, default=b"")
+    if len(longest) > KEY_LIMIT:
+        raise ValueError(
+            f"a variable has a name of {len(longest)} bytes, at most {KEY_LIMIT} are read: {longest.decode():.50}..."
+        )
+
+
+def _data_file(name: str, shard: int, number: int) -> str:
+    """The name of one of so many data files of a checkpoint."""
+    return f"{name}.data-{shard:05d}-of-{number:05d}"
+
+
+def _write_values(file: NewFile, group: Mapping[bytes, Value], shard: int) -> dict[bytes, Entry]:
+    """Writes values; their entries by key."""
+    entries: dict[bytes, Entry] = {}
+    # Of less than a portion the page cache is faster.
+    if sum(len(value.data) for value in group.values()) >= PORTION:
+        for run in _runs(group):
+            entries |= _write_run(file, run, shard)
+    for key, value in group.items():
+        if value.slices:
+            entries[key] = Entry(value.dtype, value.shape, 0, 0, 0, 0, value.slices)
+        elif key not in entries:
+            offset = file.size
+            file.write(value.data.data)
+            checksum = checksum_of(value.data) if value.checksum is None else value.checksum
+            entries[key] = Entry(value.dtype, value.shape, shard, offset, len(value.data), checksum, ())
+    return entries
+
+
+class _Run(NamedTuple):
+    """Values that lie one after another in a block of memory, each with where it begins there."""
+
+    block: np.ndarray
+    values: list[tuple[bytes, Value, int]]
+
+
+def _runs(group: Mapping[bytes, Value]) -> list[_Run]:
+    """The values that lie in pages of memory, in runs that are as long as can be and begin with a page."""
+    runs: list[_Run] = []
+    block, end = None, 0
+    for key, value in group.items():
+        if value.place is None:
+            continue
+        if value.place.block is not block or not 0 <= value.place.begin - end < mmap.PAGESIZE:
+            block = value.place.block
+            runs.append(_Run(block, []))
+        runs[-1].values.append((key, value, value.place.begin))
+        end = value.place.begin + len(value.data)
+    return [run for run in runs if run.values[0][2] % mmap.PAGESIZE == 0]
+
+
+def _write_run(file: NewFile, run: _Run, shard: int) -> dict[bytes, Entry]:
+    """Writes the pages of values, in one pass with their checksums; their entries by key."""
+    base, (_, _, first), (_, last, begin) = file.size, run.values[0], run.values[-1]
+    # To the end of its last page. What lies between the values is written with them.
+    end = -(-(begin + len(last.data)) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory, written = run.block.data, first
+    entries = {}
+    for key, value, begin in run.values:
+        at = begin
+        checksum = 0
+        for piece in _pieces(value.data):
+            checksum = extended(checksum, piece)
+            at += len(piece)
+            # Soon, so that it is in the caches of the processor still.
+            if ready := (at - written) // PORTION * PORTION:
+                file.write_pages(memory[written : written + ready])
+                written += ready
+        offset = base + begin - first
+        entries[key] = Entry(value.dtype, value.shape, shard, offset, len(value.data), masked(checksum), ())
+    if written < end:
+        file.write_pages(memory[written:end])
+    return entries
+
+
+def _pieces(data: np.ndarray) -> Iterable[np.ndarray]:
+    if len(data) <= _PIECE:
+        return (data,)
+    return (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
+
+
+def _header(shards: int) -> bytes:
+    """A `BundleHeaderProto`: the number of data files, this machine's byte order, the format's first version."""
+    return _number(1, shards) + _message(3, _number(1, 1))
+
+
+def _entry(entry: Entry) -> bytes:
+    """A `BundleEntryProto`."""
+    place = _located(entry.shard, entry.offset, entry.size) + b"\x35" + struct.pack("<I", entry.checksum)
+    slices = b"".join([_message(7, b"".join(map(_extent, each))) for each in entry.slices])
+    return _kind(entry.dtype, entry.shape) + place + slices
+
+
+@functools.lru_cache  # many variables are of one kind
+def _kind(dtype: int, shape: Sequence[int]) -> bytes:
+    return _number(1, dtype) + _message(2, b"".join(_message(2, _number(1, size)) for size in shape))
+
+
+@functools.lru_cache(1 << 12)  # most are where they were in the last checkpoint
+def _located(shard: int, offset: int, size: int) -> bytes:
+    return (_number(3, shard) if shard else b"") + _number(4, offset) + _number(5, size)
+
+
+def _extent(extent: tuple[int, int]) -> bytes:
+    """The start and the length of a part in one dimension."""
+    return _message(1, _number(1, extent[0]) + _number(2, extent[1]))
+
+
+def _table(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A sorted table as LevelDB writes it, each key in full."""
+    file = bytearray()
+    blocks = []
+    for block, last in _blocks(pairs):
+        blocks.append((last, _appended(file, block)))
+    empty = _appended(file, _block([]))
+    index = _appended(file, _block(blocks))
+    return bytes(file) + (empty + index).ljust(40, b"\0") + _MAGIC
+
+
+def _blocks(pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Blocks of about one size, each with its last key."""
+    block: list[tuple[bytes, bytes]] = []
+    size = 0
+    for key, value in pairs:
+        block.append((key, value))
+        size += len(key) + len(value)
+        if size >= _BLOCK:
+            yield _block(block), key
+            block, size = [], 0
+    if block:
+        yield _block(block), block[-1][0]
+
+
+def _block(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
+    entries = [b"\0" + _varint(len(key)) + _varint(len(value)) + key + value for key, value in pairs]
+    starts = list(itertools.accumulate(map(len, entries), initial=0))[: len(entries)] or [0]
+    return b"".join(entries) + struct.pack(f"<{len(starts) + 1}I", *starts, len(starts))
+
+
+def _appended(file: bytearray, block: bytes) -> bytes:
+    """Appends a block with its checksum; its offset and its size as the index has them."""
+    place = _varint(len(file)) + _varint(len(block))
+    sealed = block + b"\0"
+    file += sealed + struct.pack("<I", masked(google_crc32c.value(sealed)))
+    return place
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return bytes([field << 3 | 2]) + _varint(len(content)) + content
+
+
+def _number(field: int, number: int) -> bytes:
+    return bytes([field << 3]) + _varint(number)
+
+
+def _varint(number: int) -> bytes:
+    """A number of seven bits a byte."""
+    if number < 128:
+        return _LITTLE[number]
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+_LITTLE = [bytes([number]) for number in range(128)]

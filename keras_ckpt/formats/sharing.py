@@ -1,0 +1,262 @@
+"""What of a new checkpoint an older one has already: files that have much of it are linked, and the rest is written.
+
+A link is the file itself under one more name, so every checkpoint is complete, whatever is removed around it. Of a
+great table of which few rows have changed, only ranges with these rows are written; TensorFlow reads it in parts too.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Mapping, Sequence, Set
+
+import msgspec
+
+from keras_ckpt.errors import CheckpointError
+from keras_ckpt.formats.arena import Arena, Saved, is_table, parts_of
+from keras_ckpt.formats.bundle_index import Entry, Index, read_index
+from keras_ckpt.formats.bundle_writer import Linked, Value, checksum_of, write_bundle
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.files import Folder, Stamp
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.store.writer import look_for_room
+
+_WORTHWHILE = 1 << 20
+"""Fewer bytes are written once more: a link has its costs too."""
+_LOOKS, _SAMPLE = 16, 64
+"""How many looks into a file tell whether a table is mostly there, and the bytes of each."""
+
+
+class SharingWrite:
+    """Writes values into a stage of a directory, sharing what older checkpoints have of them.
+
+    Example:
+
+    ```python
+    write = SharingWrite(snapshot.move(arena), arena, directory)
+    record = writer.save(write, step=10)
+    write.remember(record)
+    ```
+
+    Args:
+        values: What to write, by key.
+        arena: What they were copied into.
+        directory: Where the checkpoint will be.
+    """
+
+    def __init__(self, values: Mapping[bytes, Value], arena: Arena, directory: CheckpointDirectory) -> None:
+        self._values = values
+        self._arena = arena
+        self._directory = directory
+        self._entries: Mapping[bytes, Entry] = {}
+        self._stamps: Mapping[str, Stamp] = {}
+
+    def __call__(self, stage: Folder, name: str) -> Sequence[CheckpointFile]:
+        if not self._arena.saved and (newest := self._directory.latest()):
+            self._look_at(newest)
+        values = dict(self._values)
+        linked: list[Linked] = []
+        stamps: list[Stamp] = []
+        unchanged: set[bytes] = set()
+        for saved in reversed(self._arena.saved.values()):
+            if _size(values) >= _WORTHWHILE:
+                linked += _link(stage, saved, self._candidates(saved, values), values, unchanged, stamps)
+        _join(values, self._values, unchanged)
+        look_for_room(stage, _size(values))
+        files, self._entries = write_bundle(stage, name, _grouped(values, unchanged), linked)
+        self._stamps = {file.name: stamp for file, stamp in zip(files, stamps, strict=False)}
+        return files
+
+    def remember(self, record: CheckpointRecord) -> None:
+        """Notes for later saves that the arena has what was written."""
+        entries, ranges = {}, {}
+        for key, value in self._values.items():
+            if self._arena.has(key, value):
+                entries[key] = self._entries[key]
+                if entries[key].slices:
+                    ranges[key] = {part.key: self._entries[part.key] for part in parts_of(key, value)}
+        # Without the stamps there will be no links.
+        with contextlib.suppress(OSError), Folder(record.directory) as folder:
+            new = [file.name for file in record.files if file.size >= _WORTHWHILE and not file.shared]
+            # Of those that were linked, that of before: somebody may have written to them since.
+            stamps = {**self._stamps, **{name: folder.stamp(name) for name in new}}
+            self._arena.remember(Saved(record, stamps, frozenset(self._values), entries, ranges))
+
+    def is_in(self, record: CheckpointRecord, counts: Callable[[bytes], bool]) -> bool:
+        """Whether a checkpoint holds the same, to the bit.
+
+        Args:
+            record: The checkpoint.
+            counts: Says of a key whether it is looked at.
+        """
+        saved = self._arena.saved.get(record.directory)
+        if saved is None or not saved.record.same_save(record):
+            saved = self._look_at(record)
+        here = set(filter(counts, self._values))
+        return (
+            saved is not None
+            and here == set(filter(counts, saved.variables))
+            and all(self._has(key, saved.entries.get(key)) for key in here)
+        )
+
+    def _has(self, key: bytes, entry: Entry | None) -> bool:
+        """Whether what is to be written under a key is what the arena has, of which it knows an entry."""
+        value = self._values[key]
+        kind = (value.dtype, value.shape)
+        return entry is not None and (entry.dtype, entry.shape) == kind and self._arena.has(key, value)
+
+    def _look_at(self, record: CheckpointRecord) -> Saved | None:
+        """Finds what of the arena is in a checkpoint that it does not know of, such as one of another process."""
+        values = {key: value for key, value in self._values.items() if self._arena.has(key, value)}
+        with contextlib.suppress(CheckpointError, OSError):
+            saved = _found(record, values)
+            self._arena.remember(saved)
+            return saved
+        return None
+
+    def _candidates(self, saved: Saved, values: dict[bytes, Value]) -> Mapping[int, Mapping[bytes, Entry]]:
+        """The entries of a checkpoint that have what is to be written yet, by the numbers of their files.
+
+        Tables of which only ranges are there, are cut into these.
+        """
+        found: dict[int, dict[bytes, Entry]] = collections.defaultdict(dict)
+        for key, entry in saved.entries.items():
+            if key in values and not (entry.slices or values[key].slices) and self._has(key, entry):
+                found[entry.shard][key] = entry
+        for key, ranges in saved.ranges.items():
+            if key in values and self._arena.has(key, self._values[key]):
+                _split(key, values)
+                for part, entry in ranges.items():
+                    if part in values and (values[part].dtype, values[part].shape) == (entry.dtype, entry.shape):
+                        found[entry.shard][part] = entry
+        return found
+
+
+def _found(record: CheckpointRecord, values: Mapping[bytes, Value]) -> Saved:
+    """What of the values is in a checkpoint, by a look at its files."""
+    entries: dict[bytes, Entry] = {}
+    ranges: dict[bytes, dict[bytes, Entry]] = {}
+    stamps = {}
+    with Folder(record.directory) as folder, folder.held([file.name for file in record.files]) as files:
+        index = read_index(files, record.name)
+        for key, value in values.items():
+            entry = index.entries.get(key)
+            if entry is None or (entry.dtype, entry.shape) != (value.dtype, value.shape):
+                continue
+            if not entry.slices and _is_at(files, index, entry, value):
+                entries[key] = entry
+            elif same := _same_ranges(files, index, key, value):
+                ranges[key] = same
+                if len(same) == len(entry.slices):
+                    entries[key] = entry
+        for file in record.files:
+            stamp = files.stamp(file.name)
+            # All of it is read, for a new checkpoint must not begin with a damaged file.
+            if file.size >= _WORTHWHILE and files.digest(file.name) == (file.size, file.digest.lower()):
+                stamps[file.name] = stamp
+    return Saved(record, stamps, frozenset(key.encode() for key in index.variables), entries, ranges)
+
+
+def _same_ranges(files: Folder, index: Index, key: bytes, value: Value) -> dict[bytes, Entry]:
+    """The ranges of a table that are in a checkpoint, by their keys; none if they are few."""
+    table = index.entries[key]
+    if not is_table(value) or not (table.slices or _is_alike(files, index, table, value)):
+        return {}
+    parts = parts_of(key, value)
+    if table.slices not in ((), tuple(part.extent for part in parts)):
+        return {}
+    found = {}
+    for part in parts:
+        rows = part.of(value)
+        entry = index.entries[part.key] if table.slices else part.within(table, checksum_of(rows.data))
+        if _is_at(files, index, entry, rows):
+            found[part.key] = entry
+    return found
+
+
+def _is_alike(files: Folder, index: Index, table: Entry, value: Value) -> bool:
+    """Whether a half of some samples from all over a table is as in a checkpoint."""
+    places = range(0, len(value.data), len(value.data) // _LOOKS)
+    samples = [(at, value.data[at : at + _SAMPLE].data) for at in places]
+    same = [files.holds(index.files[table.shard], table.offset + at, sample) for at, sample in samples]
+    return sum(same) >= len(same) / 2
+
+
+def _is_at(files: Folder, index: Index, entry: Entry, value: Value) -> bool:
+    return files.holds(index.files[entry.shard], entry.offset, value.data.data)
+
+
+def _link(
+    stage: Folder,
+    saved: Saved,
+    candidates: Mapping[int, Mapping[bytes, Entry]],
+    values: dict[bytes, Value],
+    unchanged: set[bytes],
+    stamps: list[Stamp],
+) -> list[Linked]:
+    """Links the files of a checkpoint that are worth it, and takes what they have out of the values.
+
+    What is unchanged in the others is added to `unchanged`, the stamps of the links to `stamps`.
+    """
+    record = saved.record
+    # Their names are in the order of their numbers.
+    files = sorted((file for file in record.files if ".data-" in file.name), key=lambda file: file.name)
+    linked: list[Linked] = []
+    # What cannot be linked is written.
+    with contextlib.suppress(OSError), Folder(record.directory) as folder:
+        disks = folder.shares_disk(stage)
+        for shard, entries in candidates.items():
+            file = files[shard]
+            if not disks or not _is_worthwhile(entries, file):
+                unchanged.update(entries)
+                continue
+            with folder.held([file.name]) as held:
+                # What somebody has written to since is not what it was, and may be damaged.
+                stamp = held.stamp(file.name)
+                if stamp != saved.stamps.get(file.name):
+                    continue
+                new = f"shared-{len(stamps)}"
+                held.link(file.name, stage, new)
+                stamps.append(stamp)
+            linked.append(Linked(msgspec.structs.replace(file, name=new, shared=True), entries))
+            for key in entries:
+                del values[key]
+    return linked
+
+
+def _split(key: bytes, values: dict[bytes, Value]) -> None:
+    """Cuts a table into ranges of rows, if it is not yet."""
+    value = values[key]
+    if not value.slices:
+        parts = parts_of(key, value)
+        values[key] = Value(value.dtype, value.shape, value.data[:0], slices=tuple(part.extent for part in parts))
+        values.update({part.key: part.of(value) for part in parts})
+
+
+def _join(values: dict[bytes, Value], whole: Mapping[bytes, Value], unchanged: set[bytes]) -> None:
+    """Makes those whole again of which no range is shared; they count as unchanged if most ranges are."""
+    for key in [key for key, value in values.items() if value.slices]:
+        parts = [part.key for part in parts_of(key, whole[key])]
+        if values.keys() >= set(parts):
+            values[key] = whole[key]
+            if len(unchanged.intersection(parts)) > len(parts) / 2:
+                unchanged.add(key)
+            for part in parts:
+                del values[part]
+
+
+def _grouped(values: Mapping[bytes, Value], unchanged: Set[bytes]) -> list[Mapping[bytes, Value]]:
+    """What has not changed for a while apart from the rest, so that it may be linked by the next."""
+    still = {key: value for key, value in values.items() if key in unchanged}
+    if _size(still) < _WORTHWHILE:
+        return [values]
+    return [still, {key: value for key, value in values.items() if key not in unchanged}]
+
+
+def _is_worthwhile(entries: Mapping[bytes, Entry], file: CheckpointFile) -> bool:
+    """Whether a link would not keep more alive than is used."""
+    return sum(entry.size for entry in entries.values()) >= max(file.size / 2, _WORTHWHILE)
+
+
+def _size(values: Mapping[bytes, Value]) -> int:
+    return sum(len(value.data) for value in values.values())

@@ -1,0 +1,148 @@
+"""A checkpoint on disk as a source of variables: their kinds, their values, and what else it says of its model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from blake3 import blake3
+
+from keras_ckpt.errors import CheckpointError, DamagedCheckpointError
+from keras_ckpt.formats import description
+from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description
+from keras_ckpt.model import model_state, naming, object_graph
+from keras_ckpt.model.bundle_reader import read_values
+from keras_ckpt.model.matching import Kind
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import refuse_changed, unreadable
+from keras_ckpt.store.record import CheckpointFile
+
+_LONGEST = 32
+"""A string takes so many bytes more on disk, at most: its length and two checksums."""
+
+
+class Source:
+    """An open checkpoint.
+
+    Args:
+        folder: The directory of the checkpoint, open for as long as this is read from.
+        name: The checkpoint's name.
+        digested: The files of which every byte is to be compared with what was written; the index at once, the others
+            when they are read.
+
+    Attributes:
+        foreign: Whether TensorFlow named the variables, by its object graph.
+        description: What the checkpoint says of its model, `None` if it is foreign, or of an older version.
+
+    Raises:
+        DamagedCheckpointError: It cannot be read.
+    """
+
+    def __init__(self, folder: Folder, name: str, digested: Sequence[CheckpointFile] = ()) -> None:
+        self._folder = folder
+        self._name = name
+        self._digested = [file for file in digested if file.name != f"{name}.index"]
+        with what_fails_is_damaged():
+            for file in digested:
+                if file.name == f"{name}.index":
+                    refuse_changed(file, *folder.digest(file.name))
+            self._index = read_index(folder, name)
+        listed = self._index.variables
+        self.foreign = model_state.NAMES_KEY not in listed
+        self.description: Description | None = None
+        if description.KEY in listed:
+            self.description = description.decode(self._text(description.KEY))
+        counter = f"save_counter{model_state.SUFFIX}"  # TensorFlow's own, no part of a model
+        keys = [key for key in listed if key.endswith(model_state.SUFFIX) and key != counter]
+        self._keys = {key.removesuffix(model_state.SUFFIX): key for key in keys}
+
+    def kinds(self) -> dict[str, Kind]:
+        """The kinds of the variables, by name."""
+        return {name: self._kind(key) for name, key in self._keys.items()}
+
+    def build_optimizers(self, model: keras.Model, wanted: Mapping[str, Any]) -> None:
+        """Builds the optimizers of a model as they were built here. What they raise is no damage."""
+        built = None if self.description is None else self.description.optimizers
+        with model.distribute_strategy.scope():
+            naming.build_optimizers(model, wanted, self._keys, built)
+
+    def find(self, model: keras.Model) -> list[str]:
+        """Finds a model in the object graph of a foreign checkpoint, and builds its optimizers.
+
+        Afterwards the variables have the names that they have in the model.
+
+        Returns:
+            What is said of optimizers that are not like the model's.
+        """
+        with what_fails_is_damaged():
+            graph = object_graph.ObjectGraph(self._text(object_graph.KEY))
+        with model.distribute_strategy.scope():
+            found = graph.find(model, {key.decode(): entry.shape for key, entry in self._index.entries.items()})
+        self._keys = {**found.keys, **found.unexpected}
+        if unknown := sorted(set(self._keys.values()) - self._index.variables):
+            raise DamagedCheckpointError(
+                f"it cannot be read: its object graph names {unknown[0]!r:.200}, which its index does not"
+            )
+        return found.strangers
+
+    def read(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
+        """Reads variables, all before any is used, and checks what was to be checked."""
+        keys = {name: self._keys[name].encode() for name in names}
+        with what_fails_is_damaged():
+            values = read_values(self._folder, self._name, self._index, list(set(keys.values())), self._digested)
+        return {name: values[key] for name, key in keys.items()}
+
+    def read_learned(self) -> tuple[list[np.ndarray], list[bytes]]:
+        """Reads the arrays and the assets of what the objects of the model learned, and checks them."""
+        objects = () if self.description is None else self.description.objects.values()
+        assets = {asset.index: asset for each in objects for asset in each.assets.values()}
+        arrays = {index for each in objects for index in each.values.values()}
+        if assets.keys() != set(range(len(assets))) or arrays != set(range(len(arrays))):
+            raise DamagedCheckpointError("its description of the model refers to what is not there")
+        texts = [self._text(description.asset_key(index), assets[index]) for index in range(len(assets))]
+        keys = [description.value_key(index).encode() for index in range(len(arrays))]
+        with what_fails_is_damaged():
+            values = read_values(self._folder, self._name, self._index, keys) if keys else {}
+        return [_as_array(values[key]) for key in keys], texts
+
+    def _kind(self, key: str) -> Kind:
+        entry = self._index.entries[key.encode()]
+        return Kind(entry.shape, tf.as_dtype(entry.dtype).name)
+
+    def _text(self, key: str, asset: Asset | None = None) -> bytes:
+        """A string, which is compared with what is said of it. One that is too long is not read."""
+        name = key.encode()
+        with what_fails_is_damaged():
+            entry = self._index.entries[name]
+            if entry.dtype != tf.string.as_datatype_enum or entry.shape:
+                raise DamagedCheckpointError(f"{key} is no string")
+            if entry.size > _LONGEST + (ASSET_LIMIT if asset is None else asset.size):
+                raise DamagedCheckpointError(f"{key} has {entry.size} bytes, which are too many")
+            text = bytes(read_values(self._folder, self._name, self._index, [name])[name].numpy())
+            if asset and (len(text), f"blake3:{blake3(text).hexdigest()}") != (asset.size, asset.digest):
+                raise DamagedCheckpointError(f"{key} is not what was written")
+            return text
+
+
+def _as_array(tensor: tf.Tensor) -> np.ndarray:
+    array = tensor.numpy()
+    # Fixed strings are strings on disk, of which TensorFlow makes objects.
+    return np.array(array.tolist()) if tensor.dtype == tf.string else np.asarray(array)
+
+
+@contextlib.contextmanager
+def what_fails_is_damaged() -> Iterator[None]:
+    """Readers raise almost anything where a file is not what they expect. What the process lacks is no damage."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except OSError as error:
+        raise unreadable(error) from error
+    except Exception as error:
+        raise DamagedCheckpointError(f"it cannot be read: {error}") from error

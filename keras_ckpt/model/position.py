@@ -1,0 +1,180 @@
+"""Where in its run a model is: the position rides with the model and is counted by `fit`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import uuid
+import weakref
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_ckpt.store.notices import warn
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """A place in a run.
+
+    Attributes:
+        run_id: The run.
+        step: Training batches completed since the run began.
+        epoch: Epochs completed since the run began.
+        batch: Batches completed in the epoch under way, 0 at an epoch's end.
+    """
+
+    run_id: str
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+# With the optimizer that the model had there, `None` if any will do: one that is compiled anew begins afresh.
+_positions: weakref.WeakKeyDictionary[keras.Model, tuple[Position, Any]] = weakref.WeakKeyDictionary()
+
+
+def position_of(model: keras.Model) -> Position | None:
+    """Where in its run a model is, `None` if it belongs to none."""
+    return _positions[model][0] if model in _positions else None
+
+
+def set_position(model: keras.Model, position: Position | None, with_optimizer: bool = True) -> None:
+    """Says where in its run a model is.
+
+    Args:
+        model: The model.
+        position: The position. `None` takes the model out of its run.
+        with_optimizer: Whether the optimizer of the model has the state of the position.
+    """
+    _positions.pop(model, None)
+    if position is not None:
+        _positions[model] = position, _optimizer(model) if with_optimizer else None
+
+
+class FitData(NamedTuple):
+    """What the `fit` that is calling was given to train on.
+
+    Attributes:
+        steps_per_epoch: After how many batches an epoch ends; `None` if the data say so themselves.
+        batches: How many batches the data have, `None` if they have no end, or it is not known.
+        dataset: The dataset that is read, `None` if the data are none of TensorFlow's.
+        is_known: Whether there is a `fit`, and not a loop of a user's own.
+    """
+
+    steps_per_epoch: int | None = None
+    batches: int | None = None
+    dataset: tf.data.Dataset | None = None
+    is_known: bool = False
+
+
+def data_of_fit() -> FitData:
+    """What the `fit` that is calling trains on. Keras tells a callback nothing of it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        # Of no other frame: one whose variables were looked at is kept, with all that it has.
+        if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= frame.f_locals.keys():
+            steps: int | None = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
+            adapter = frame.f_locals["epoch_iterator"].data_adapter
+            dataset = getattr(adapter, "_dataset", None)  # no public name gives it and makes none
+            dataset = dataset if isinstance(dataset, tf.data.Dataset) else None
+            return FitData(steps, adapter.num_batches, dataset, is_known=True)
+        frame = frame.f_back
+    return FitData()
+
+
+class Progress:
+    """Counts the steps and epochs of one `fit`; a model that belongs to no run begins one.
+
+    Several callbacks of a fit each count, and come to the same numbers.
+
+    Args:
+        model: The model that is trained.
+        steps: How many batches an epoch has, `None` if it is not known.
+    """
+
+    def __init__(self, model: keras.Model, steps: int | None) -> None:
+        self.model = model
+        self.steps = steps
+        fit = data_of_fit()
+        self._least = 0 if fit.is_known else 1
+        self._data_end = steps if fit.steps_per_epoch is None else None
+        self.position = position_of(model) or Position(uuid.uuid4().hex)
+        if model in _positions and _positions[model][1] not in (None, _optimizer(model)):
+            warn(
+                f"The model was compiled again since step {self.position.step} of its run, so its optimizer has no "
+                "state. To resume exactly, compile the model first, and restore it then. To begin a phase with a new "
+                "optimizer, restore it with weights_only=True."
+            )
+        if self.position.batch:
+            # fit begins an epoch anew, so what was done of it does not count as a part of it.
+            self.position = dataclasses.replace(self.position, batch=0)
+        self._last_batch = -1
+        self._iterations = _iterations(model)
+        set_position(model, self.position)
+
+    def resume(self, batch: int) -> None:
+        """Goes on in the middle of an epoch.
+
+        Args:
+            batch: How many of its batches are done.
+        """
+        self._last_batch = batch - 1
+        self._move(batch=batch)
+
+    def batch_end(self, batch: int) -> Position:
+        """Counts what ran since the last call.
+
+        Args:
+            batch: The index that `on_train_batch_end` was given.
+        """
+        ran = self._ran(batch)
+        self._last_batch = batch
+        position = self.position
+        return self._move(step=position.step + ran, batch=position.batch + ran)
+
+    def epoch_end(self) -> Position:
+        """Counts an epoch, unless training was stopped in its middle."""
+        if self._last_batch < 0:
+            # A loop of a user's own that reports no batches; the optimizer knows how many there were.
+            self._move(step=self.position.step + max(self._least, _iterations(self.model) - self._iterations))
+        done, self._last_batch = self._last_batch + 1, -1
+        self._iterations = _iterations(self.model)
+        if getattr(self.model, "stop_training", False) and self.steps is not None and done < self.steps:
+            return self.position
+        return self._move(epoch=self.position.epoch + 1, batch=0)
+
+    def _move(self, **changes: Any) -> Position:
+        self.position = dataclasses.replace(self.position, **changes)
+        set_position(self.model, self.position)
+        return self.position
+
+    def _ran(self, batch: int) -> int:
+        """How many batches the execution ran that ended with this index.
+
+        Keras names the index at which a whole execution of `steps_per_execution` batches would have ended. Where the
+        data end earlier at a place that is not known, the compiled optimizer knows best how many it was.
+        """
+        whole = batch - self._last_batch
+        if self.model.steps_per_execution == 1:
+            return whole
+        if self._data_end is not None:
+            return min(batch + 1, self._data_end) - (self._last_batch + 1)
+        before, self._iterations = self._iterations, _iterations(self.model)
+        skips = isinstance(_optimizer(self.model), keras.optimizers.LossScaleOptimizer)
+        if skips and self.steps is not None and batch + 1 < self.steps:
+            return whole
+        counted = self._iterations - before
+        return counted if 1 <= counted <= whole else whole
+
+
+def _iterations(model: keras.Model) -> int:
+    """How often the optimizer was applied. Its `iterations` is divided by gradient accumulation, its variable not."""
+    optimizer = _optimizer(model)
+    variables: list[Any] = optimizer.variables if optimizer is not None else []
+    return max((int(variable.numpy()) for variable in variables if variable.name == "iteration"), default=0)
+
+
+def _optimizer(model: keras.Model) -> Any:
+    return getattr(model, "optimizer", None)

@@ -1,0 +1,492 @@
+"""The transfer of an open checkpoint into a model: compared and read before the first variable changes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_ckpt.errors import DamagedCheckpointError, MismatchError
+from keras_ckpt.formats.description import Learned
+from keras_ckpt.model import compiled, learned, matching, model_state, naming
+from keras_ckpt.model.checkpoint_reader import Source
+from keras_ckpt.model.matching import Kind, Matching
+from keras_ckpt.model.parts import lora_scales, optimizers_of
+from keras_ckpt.model.position import Position, set_position
+from keras_ckpt.model.report import RestoreReport, by_layer, shortened
+from keras_ckpt.model.snapshot import Reader
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.notices import warn
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+
+_SEED = "/seed_generator_state"
+_OPTIMIZER = "optimizer/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of a restore.
+
+    Attributes:
+        strict: Whether a difference is an error.
+        weights_only: Whether the optimizer stays as it is compiled.
+        check_digests: Whether every byte is compared with what was written.
+        backup: The directory, if it is one of `BackupAndRestore`.
+        again: Whether this checkpoint was restored into this model just before, so that all has been said.
+    """
+
+    strict: bool = True
+    weights_only: bool = False
+    check_digests: bool = True
+    backup: str | None = None
+    again: bool = False
+
+
+def transfer(
+    model: keras.Model, files: Folder, name: str, record: CheckpointRecord | None, request: Request
+) -> RestoreReport:
+    """Restores a checkpoint into a model, or leaves the model as it was.
+
+    Args:
+        model: A built model.
+        files: The files of the checkpoint, open and held.
+        name: Its name.
+        record: Its record, `None` if it has no sidecar.
+        request: What is asked.
+
+    Raises:
+        MismatchError: The checkpoint does not fit the model.
+        DamagedCheckpointError: It is not what was written.
+    """
+    objects = learned.learners(model, request.weights_only)
+    undo = learned.Undo(objects.values())
+    try:
+        return _Transfer(model, files, name, record, request, objects).run()
+    except BaseException:
+        undo.undo()
+        raise
+
+
+class _Transfer:
+    """One transfer, step by step."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        files: Folder,
+        name: str,
+        record: CheckpointRecord | None,
+        request: Request,
+        objects: Mapping[str, Any],
+    ) -> None:
+        digested: Sequence[CheckpointFile] = record.files if record and request.check_digests else ()
+        self._model = model
+        self._record = record
+        self._request = request
+        self._prefix = os.path.join(files.path, name)
+        self._optimizers = optimizers_of(model)
+        self._compiled = compiled.note(model, self._optimizers)  # before a learning rate changes
+        self._source = Source(files, name, digested)
+        self._arrays, self._assets = self._source.read_learned()
+        automatic = None if request.strict else naming.automatic_stems(model)
+        self._wanted = self._names()
+        names = {id(variable): name for name, variable in self._wanted.items()}
+        self._objects = learned.pair(objects, self._source.description, names, self._assets, automatic)
+        self._automatic = automatic
+        self._adapted = [each for each in objects.values() if hasattr(each, "adapt")]
+
+    def run(self) -> RestoreReport:
+        self._build()
+        found = self._match()
+        fresh = self._fresh(found.missing)
+        report = self._report(found, fresh)
+        differences = self._judge(report)
+        read = self._read(found)
+        values = {name: read[other] for name, other in found.matched.items()} | fresh | self._merged(read)
+        self._warn(report, values)
+        self._give(values, read)
+        self._keep_rates(values)
+        self._set_position(bool(differences))
+        return report
+
+    def _names(self) -> dict[str, Any]:
+        return naming.named_variables(self._model, self._request.weights_only)
+
+    def _build(self) -> None:
+        """Builds what was built for the checkpoint and is not in the model: layers, and the slots of optimizers."""
+        unexpected = {name.rpartition("/")[0] for name in self._source.kinds() if name not in self._wanted}
+        lacking = {name: pair for name, pair in self._objects.given.items() if name in unexpected}
+        for name, (each, entry) in self._objects.given.items():
+            (learned.build if name in lacking else learned.build_otherwise)(each, entry)
+        if lacking:
+            self._wanted = self._names()
+        if self._source.foreign:
+            strangers = self._source.find(self._model)
+            if strangers and not self._request.weights_only:
+                warn(f"{self._prefix} has {' and '.join(strangers)}. It is left out, and the model's is as compiled.")
+        elif not self._request.weights_only and not all(each.built for each in self._optimizers.values()):
+            other = self._trained_otherwise()
+            # Before an optimizer is built for nothing.
+            self._judge(self._report(self._match("model/"), (), other))
+            if not other:
+                self._source.build_optimizers(self._model, self._wanted)
+        else:
+            return
+        self._wanted = self._names()
+
+    def _trained_otherwise(self) -> dict[str, str]:
+        """The weights that one optimizer trained and the other would not, each with the reason.
+
+        What a `train_step` of a user's own trains, nobody knows before.
+        """
+        optimizer, description = getattr(self._model, "optimizer", None), self._source.description
+        own_step = type(self._model).train_step is not keras.Model.train_step
+        if optimizer is None or optimizer.built or own_step or description is None:
+            return {}
+        names = {id(variable): name for name, variable in self._wanted.items()}
+        here = {names[id(variable)] for variable in self._model.trainable_variables}
+        there = set(description.optimizers.get("optimizer", here))
+        reasons = dict.fromkeys(sorted(here - there), "trainable in the model, not trained in the checkpoint")
+        reasons |= dict.fromkeys(sorted(there - here), "trained in the checkpoint, not trainable in the model")
+        return {f"{_OPTIMIZER}{name.removeprefix('model/')}": reason for name, reason in reasons.items()}
+
+    def _match(self, part: str = "") -> Matching:
+        """Matches the variables whose names begin with a part, but for those that an object reads by itself."""
+        part = "model/" if self._request.weights_only else part
+        here = {name: _kind(variable) for name, variable in self._wanted.items() if name.startswith(part)}
+        there = {name: kind for name, kind in self._source.kinds().items() if name.startswith(part)}
+        adapted = {id(each) for owner in self._adapted for each in owner.variables}
+        movable = {name for name, variable in self._wanted.items() if id(variable) in adapted}
+        found = self._without_other_optimizers(matching.match(here, there, self._automatic, movable))
+        names = {id(variable): name for name, variable in self._wanted.items()}
+        own = self._objects.read_by_themselves(names)
+        if self._request.weights_only:
+            own |= {name for name in (*found.missing, *found.unexpected) if matching.is_lora(name)}
+        scales = self._other_scales(names)
+        return Matching(
+            {name: other for name, other in found.matched.items() if name not in scales},
+            [name for name in found.missing if name not in own],
+            [name for name in found.unexpected if name not in own],
+            {name: why for name, why in found.mismatched.items() if name not in own} | scales,
+        )
+
+    def _other_scales(self, names: Mapping[int, str]) -> dict[str, str]:
+        """The low-rank updates that the model scales otherwise than the checkpoint, each with the reason."""
+        there = self._source.description.lora if self._source.description else {}
+        return {
+            name: f"lora_alpha / rank is {scale:.6g} in the model, {there[name]:.6g} in the checkpoint"
+            for name, scale in lora_scales(self._model, names).items()
+            if name in there and there[name] != scale
+        }
+
+    def _without_other_optimizers(self, found: Matching) -> Matching:
+        """Leaves an optimizer as it is where the checkpoint has a part of another class's state for it."""
+        others = [each for each in self._settings if each.name.endswith(f"/{compiled.CLASS}")]
+        if not others:
+            return found
+        classes = {each.name.removesuffix(compiled.CLASS): each for each in others}
+        unbuilt = {f"{prefix}/" for prefix, optimizer in self._optimizers.items() if not optimizer.built}
+        missing = {prefix for prefix in classes if any(name.startswith(prefix) for name in found.missing)}
+        partly = tuple(prefix for prefix in classes if prefix in unbuilt | missing)
+        other = [name for name in found.matched if name.startswith(partly)]
+        reasons = {
+            name: f"of another optimizer, {classes[prefix].saved}"
+            for name in other
+            for prefix in partly
+            if name.startswith(prefix)
+        }
+        matched = {name: here for name, here in found.matched.items() if name not in reasons}
+        return found._replace(matched=matched, mismatched={**found.mismatched, **reasons})
+
+    def _fresh(self, missing: Iterable[str]) -> dict[str, tf.Tensor]:
+        """The values of slots of an optimizer that was not built yet for the checkpoint: those of a new optimizer."""
+        names = {
+            id(self._wanted[name]): name for name in missing if name in self._wanted and name.startswith(_OPTIMIZER)
+        }
+        if self._source.description is None or not names:
+            return {}
+        found: dict[str, tf.Tensor] = {}
+        for prefix, optimizer in self._optimizers.items():
+            lacks = any(id(each) in names for each in optimizer.variables)
+            if lacks and optimizer.built and prefix not in self._source.description.optimizers:
+                new = type(optimizer).from_config(optimizer.get_config())
+                new.build(naming.trained_by(optimizer))
+                pairs = zip(optimizer.variables, new.variables, strict=True)
+                found |= {names[id(mine)]: other.value for mine, other in pairs if id(mine) in names}
+        return found
+
+    def _report(
+        self, found: Matching, fresh: Collection[str], mismatched: Mapping[str, str] = MappingProxyType({})
+    ) -> RestoreReport:
+        record, objects = self._record, self._objects
+        return RestoreReport(
+            self._prefix,
+            record.step if record else None,
+            record.epoch if record else None,
+            matched=(*found.matched, *fresh, *objects.matched),
+            missing=(*(name for name in found.missing if name not in fresh), *objects.missing),
+            unexpected=(*found.unexpected, *objects.unexpected),
+            mismatched={**found.mismatched, **objects.mismatched, **mismatched},
+        )
+
+    def _judge(self, report: RestoreReport) -> list[str]:
+        """Refuses what a restore must not do.
+
+        Returns:
+            The differences that the restore passes over, a line each.
+        """
+        differences = self._differences(report)
+        of_model = [line for line in differences if not line.startswith(_OPTIMIZER)]
+        if self._request.strict and differences:
+            raise MismatchError(
+                f"{self._prefix} does not fit the model {self._model.name!r}; nothing was restored.\n"
+                + "\n".join(shortened(differences))
+                + f"\n{self._mend(bool(of_model), report)}"
+            )
+        if not self._request.strict and not self._has_weights(report.matched):
+            raise MismatchError(
+                f"{self._prefix} has nothing that fits the model {self._model.name!r}; nothing was restored.\n"
+                + "\n".join(shortened(differences))
+                + "\nGive the layers the names that they had when the checkpoint was saved."
+            )
+        return differences
+
+    def _has_weights(self, matched: Iterable[str]) -> bool:
+        """Whether anything of the model is matched beside seeds, if it has more than seeds."""
+        only_seeds = all(name.endswith(_SEED) for name in self._wanted if name.startswith("model/"))
+        of_model = (name for name in matched if name.startswith(("model/", "learned/")))
+        return any(only_seeds or not name.endswith(_SEED) for name in of_model)
+
+    def _mend(self, of_model: bool, report: RestoreReport) -> str:
+        """What to do where a strict restore finds differences."""
+        if self._request.backup is not None:
+            return (
+                "Build and compile the model as it was when the backup was saved. To begin the training again, remove "
+                f"the backup: keras_ckpt.CheckpointDirectory({self._request.backup!r}).clear()."
+            )
+        if any(map(matching.is_lora, report.unexpected)):
+            return (
+                "The checkpoint has low-rank updates (LoRA) of kernels. To merge them into the kernels, restore with "
+                "weights_only=True. To train them further, enable LoRA in the model as it was when it was saved."
+            )
+        if of_model:
+            return (
+                "Build and compile the model as it was when the checkpoint was saved, or restore what matches with "
+                "strict=False."
+            )
+        return (
+            "The weights fit, the optimizer does not. Compile the model as it was when the checkpoint was saved. To go "
+            "on in this run with the optimizer as it is compiled now, restore with weights_only=True."
+        )
+
+    def _differences(self, report: RestoreReport) -> list[str]:
+        """What a strict restore refuses, a line each."""
+        counts: tuple[str, ...] = ("model/", "learned/", _OPTIMIZER)
+        there = self._source.kinds()
+        known = [*report.matched, *report.missing, *report.mismatched]
+        saved_without = not any(name.startswith(_OPTIMIZER) for name in there)
+        not_compiled = not any(name.startswith(_OPTIMIZER) for name in known)
+        if saved_without or not_compiled:
+            counts = ("model/", "learned/")
+        missing = [name for name in report.missing if not (self._source.foreign and name.endswith(_SEED))]
+        reasons = dict.fromkeys(missing, "not in the checkpoint")
+        reasons |= dict.fromkeys(report.unexpected, "in the checkpoint, not in the model")
+        reasons |= report.mismatched
+        for setting in self._settings:
+            # A schedule has no variable of this name, a number has: there is nothing to restore then.
+            if setting.name.endswith(compiled.RATE) and not setting.restored:
+                reasons.pop(setting.name, None)
+        return [f"{name}: {reason}" for name, reason in reasons.items() if name.startswith(counts)]
+
+    def _read(self, found: Matching) -> dict[str, tf.Tensor]:
+        """The values by their names on disk."""
+        names = {*found.matched.values()}
+        for _, entry in self._objects.given.values():
+            names |= set(entry.variables.values())
+        if self._request.weights_only:
+            names |= {name for pair in self._lora().values() for name in pair}
+        if unknown := names - self._source.kinds().keys():
+            raise DamagedCheckpointError(f"its description names {unknown.pop()!r:.200}, which its index does not")
+        return self._source.read(sorted(names))
+
+    def _lora(self) -> dict[str, tuple[str, str]]:
+        return matching.lora_in(self._source.kinds())
+
+    def _merged(self, read: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The kernels with the low-rank updates of the checkpoint in them, and none in the model."""
+        if not self._request.weights_only:
+            return {}
+        wanted = self._wanted
+        factors = self._source.description.lora if self._source.description else {}
+        values = {}
+        for kernel, (first, second) in self._lora().items():
+            if kernel in wanted and first not in wanted:
+                if not read[kernel].dtype.is_floating:
+                    raise MismatchError(
+                        f"{self._prefix} has a low-rank update of {kernel}, which is quantized. Nothing was restored: "
+                        "merging it loses precision. Restore into a model with LoRA enabled, as it was saved."
+                    )
+                update = tf.matmul(read[first], read[second]) * factors.get(first, 1.0)
+                values[kernel] = read[kernel] + tf.cast(update, read[kernel].dtype)
+        # In a product with zero the other factor is as good as any.
+        zero = [name for name in wanted if matching.is_lora(name) and name.endswith("_b") and name not in read]
+        return values | {name: tf.zeros_like(wanted[name].value) for name in zero}
+
+    def _warn(self, report: RestoreReport, values: Mapping[str, tf.Tensor]) -> None:
+        """Warns before anything changes, so that who makes warnings errors keeps the model as it is."""
+        if self._request.again:
+            return
+        if spoiled := [name for name, value in values.items() if name.startswith("model/") and not is_finite(value)]:
+            warn(f"{self._prefix} has NaN or infinity in {', '.join(shortened(spoiled))}")
+        left = [name for name in (*report.missing, *report.mismatched) if name.startswith(("model/", "learned/"))]
+        if left and not self._request.strict:
+            warn(f"{self._prefix} has not all of the model. Left as they were: {', '.join(shortened(by_layer(left)))}.")
+        updates = [*filter(matching.is_lora, report.unexpected)]
+        if updates and not self._request.weights_only:
+            warn(
+                f"{self._prefix} has low-rank updates (LoRA) that the model has not. Without them the model predicts "
+                f"otherwise: {', '.join(shortened(by_layer(updates)))}. restore(..., weights_only=True) merges them."
+            )
+        if self._objects.unknown:
+            kind = "TensorFlow" if self._source.foreign else "an older version of keras_ckpt"
+            warn(
+                f"{self._prefix} was written by {kind}. It does not tell what these layers learned beyond variables, "
+                f"such as a vocabulary; they are as they were: {', '.join(self._objects.unknown)}."
+            )
+        if not self._request.weights_only:
+            self._warn_of_settings(report, values)
+
+    @functools.cached_property
+    def _settings(self) -> list[compiled.Difference]:
+        """What `compile` was given otherwise than for the checkpoint."""
+        description = self._source.description
+        if not (self._model.compiled and description and description.compiled):
+            return []
+        return compiled.differences(self._compiled, description.compiled)
+
+    def _warn_of_settings(self, report: RestoreReport, values: Mapping[str, tf.Tensor]) -> None:
+        """Says in one line which settings differ, and for each whether the program's holds."""
+        optimized = any(name.startswith(_OPTIMIZER) for name in report.matched)
+        ending = "" if optimized else f"/{compiled.CLASS}"  # without the optimizer's state only its class matters
+        found = [each for each in self._settings if not each.name.startswith(_OPTIMIZER) or each.name.endswith(ending)]
+        rates = {name: float(value) for name, value in values.items() if name.endswith(compiled.RATE)}
+        found = [each._replace(saved=rates[each.name]) if self._is_restored(each, rates) else each for each in found]
+        found = [each for each in found if each.program != each.saved]
+        if not found:
+            return
+        where = " in on_train_batch_begin of a callback" if self._request.backup else " after the restore"
+        mend = f" To take the program's, set model.optimizer.{compiled.RATE}{where}."
+        restored = any(each.restored for each in found)
+        warn(f"Compiled otherwise than {self._prefix}: {'; '.join(map(str, found))}.{mend if restored else ''}")
+
+    def _is_restored(self, setting: compiled.Difference, values: Container[str]) -> bool:
+        return setting.restored and setting.name in values
+
+    def _keep_rates(self, values: Container[str]) -> None:
+        """Has later checkpoints tell of the learning rates that were restored, and not of the program's."""
+        for each in self._settings:
+            if self._is_restored(each, values):
+                compiled.replace(self._optimizers, each.name, each.saved)
+
+    def _give(self, values: Mapping[str, tf.Tensor], read: Mapping[str, tf.Tensor]) -> None:
+        """Gives the model its values, and its objects what they learned; or leaves both as they were."""
+        variables = {name: model_state.value_of(self._wanted[name]) for name in values}
+        objects = self._objects
+        changes_objects = bool(objects.given or objects.alone)
+        before = Reader(variables).read() if changes_objects else {}
+        for name, value in values.items():
+            _assign(variables[name], value)
+        if not changes_objects:
+            return
+        try:
+            for name, (each, entry) in objects.given.items():
+                self._give_object(name, each, entry, read)
+            names = {id(self._wanted[name]): name for name in values}
+            for name, each in objects.alone.items():
+                with self._refusal(name):
+                    learned.give_variables(each, names, values)
+        except BaseException:
+            for name, value in before.items():
+                _assign(variables[name], value)
+            raise
+        _trace_again(self._model)
+
+    def _give_object(self, name: str, each: Any, entry: Learned, read: Mapping[str, tf.Tensor]) -> None:
+        """Gives an object what it learned."""
+        store = {key: read[other].numpy() for key, other in entry.variables.items()}
+        store |= {key: self._arrays[index] for key, index in entry.values.items()}
+        files = {path: self._assets[asset.index] for path, asset in entry.assets.items()}
+        undo = learned.Undo([each])
+        with self._refusal(name):
+            try:
+                learned.give(each, entry, store, files)
+            except DamagedCheckpointError:
+                raise
+            except Exception:
+                undo.undo()
+                # Some layers of Keras cannot read what they wrote. In a program that adapts them again it does no harm.
+                if not (type(each).__module__.startswith("keras.") and learned.has(each, entry, store, files)):
+                    raise
+
+    @contextlib.contextmanager
+    def _refusal(self, name: str) -> Iterator[None]:
+        """Names an object that raises an error when it is given what the checkpoint has for it."""
+        try:
+            yield
+        except DamagedCheckpointError:
+            raise
+        except Exception as error:
+            raise MismatchError(
+                f"{name} refused what {self._prefix} has for it; nothing was restored. It raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _set_position(self, differs: bool) -> None:
+        record = self._record
+        position = None
+        # Without its optimizer a model does not continue the run, whatever it is trained with later.
+        if record and record.run_id and self._model.compiled and (self._request.weights_only or not differs):
+            position = Position(record.run_id, record.step, record.epoch or 0, record.batch or 0)
+        set_position(self._model, position, with_optimizer=not self._request.weights_only)
+
+
+def _kind(variable: Any) -> Kind:
+    shape = tf.TensorShape(variable.shape)
+    return Kind(None if shape.rank is None else tuple(shape), tf.as_dtype(variable.dtype).name)
+
+
+def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Gives a variable the memory of a value."""
+    if isinstance(variable, tf.distribute.DistributedValues):
+        variable.assign(value, read_value=False)
+    else:
+        tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+
+def _trace_again(model: keras.Model) -> None:
+    """Has a model trace its functions again, which may have what a layer learned before as a constant."""
+    for kind in ("train", "test", "predict"):
+        if getattr(model, f"{kind}_function", None) is not None:
+            getattr(model, f"make_{kind}_function")(force=True)
+
+
+def is_finite(value: tf.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor."""
+    if not value.dtype.is_floating:
+        return True
+    if value.dtype in (tf.float32, tf.float64):
+        # The cheapest pass over the values; a sum that overflows proves nothing.
+        array = np.asarray(value).reshape(-1)
+        if np.isfinite(np.dot(array, array)):
+            return True
+    if value.dtype.size == 1:
+        value = tf.cast(value, tf.float32)  # TensorFlow has no arithmetic for float8
+    return bool(tf.math.is_finite(tf.reduce_sum(value))) or bool(tf.reduce_all(tf.math.is_finite(value)))

@@ -1,0 +1,1 @@
+"""A killed run ends like an unbroken one: `BackupAndRestore` and `ResumableDataset`."""

@@ -1,0 +1,269 @@
+"""What the other callbacks of a `fit` know: taken while they run, put back into those of another process."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import copy
+import datetime
+import enum
+import io
+import logging
+import os
+import pathlib
+import queue
+import socket
+import subprocess
+import threading
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_ckpt.model.parts import layers_of, owners_of, tracked
+from keras_ckpt.resume import callback_places
+from keras_ckpt.resume.capture import Captures, Leaf, Look
+from keras_ckpt.resume.plain_values import UnplainError, dict_of
+from keras_ckpt.store import files
+
+_FIXED = (
+    type,
+    BaseException,
+    enum.Enum,
+    bytes,
+    range,
+    pathlib.PurePath,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    np.dtype,
+    tf.DType,
+    tf.Tensor,
+    tf.data.Dataset,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+)
+"""Of these an object stays what it is, so that one that is still there has not changed."""
+_OF_THE_PROCESS = (
+    io.IOBase,
+    logging.Logger,
+    threading.Thread,
+    threading.Event,
+    threading.Condition,
+    threading.Semaphore,
+    threading.Barrier,
+    type(threading.Lock()),
+    type(threading.RLock()),
+    queue.Queue,
+    queue.SimpleQueue,
+    subprocess.Popen,
+    socket.socket,
+    concurrent.futures.Executor,
+    tf.summary.SummaryWriter,
+)
+"""Objects of these classes belong to a process, and cannot be saved for another."""
+
+
+class Taken(NamedTuple):
+    """The states of callbacks at one moment.
+
+    Attributes:
+        structure: The states by the names of the callbacks, as `plain_values` writes them.
+        assumed: The arrays that are not part of a state, because they are assumed to be unchanged.
+    """
+
+    structure: Any
+    assumed: list[Leaf]
+
+
+class CallbackStates:
+    """The states of callbacks.
+
+    A callback that has `get_state()` and `set_state(state)` is asked. The state of any other callback is made of its
+    attributes: of those that have changed since this object was made and are plain values, variables or metrics. An
+    attribute that changed back stays part of the state, because in another process it may have changed by then. Each
+    key of a dict is followed by itself; `callback_places` names the places.
+
+    Args:
+        callbacks: The callbacks, after their `on_train_begin`.
+
+    Attributes:
+        unsaved: Names of what cannot be saved, such as `"Tracker.client"`.
+    """
+
+    def __init__(self, callbacks: Iterable[keras.callbacks.Callback]) -> None:
+        self._callbacks = _named(callbacks)
+        self._captures = Captures()
+        self._begun = {
+            name: self._looks(name, callback, first=True)
+            for name, callback in self._callbacks.items()
+            if not _has_own_state(callback)
+        }
+        self._moved: dict[str, set[str]] = {name: set() for name in self._begun}
+        self.unsaved: list[str] = []
+
+    def look(self) -> None:
+        """Notes what has changed by now."""
+        for name in self._begun:
+            self._note_moved(name, self._looks(name, self._callbacks[name], without=self._moved[name]))
+
+    def take(self) -> Taken:
+        """The states as they are now, by the names of the callbacks that have one."""
+        self.unsaved = []
+        states: dict[str, Any] = {}
+        assumed: list[Leaf] = []
+        for name, callback in self._callbacks.items():
+            if _has_own_state(callback):
+                states[name] = self._own_state(name, callback)
+                continue
+            looks = self._looks(name, callback)
+            self._note_moved(name, looks)
+            self._note_unsaved(name, looks)
+            plain = {place: look for place, look in looks.items() if isinstance(look, Look)}
+            moved = {place: look.structure for place, look in plain.items() if place in self._moved[name]}
+            states[name] = dict_of(moved) if moved else None
+            assumed += [leaf for place in plain.keys() - moved.keys() for leaf in plain[place].leaves]
+        return Taken(dict_of({name: state for name, state in states.items() if state is not None}), assumed)
+
+    def put_back(self, states: Mapping[str, Any]) -> list[str]:
+        """Puts states back that `take` gave, in this process or in another.
+
+        Returns:
+            The names of those that got theirs.
+        """
+        known = [name for name in self._callbacks if name in states]
+        for name in known:
+            # A copy: the callback goes on to change it, and it may be put back once more.
+            callback, state = self._callbacks[name], copy.deepcopy(states[name])
+            if _has_own_state(callback):
+                callback.set_state(state)
+                continue
+            for place, value in state.items():
+                self._moved[name].update([place, *callback_places.keyed(place, value)])
+                callback_places.put(callback, place, value)
+        return known
+
+    def strangers(self, states: Mapping[str, Any]) -> list[str]:
+        """The names in the states that no callback here has."""
+        return [name for name in states if name not in self._callbacks]
+
+    def _looks(self, name: str, callback: Any, first: bool = False, without: Iterable[str] = ()) -> dict[str, Any]:
+        """The places of a callback: a look at each that is plain, the value of each other."""
+        looks: dict[str, Any] = {}
+        for place, value in callback_places.values(callback, [] if first else self._begun[name]).items():
+            if place not in without:
+                try:
+                    looks[place] = self._look(value, f"{name}.{place}", first)
+                except UnplainError:
+                    looks[place] = value
+        return looks
+
+    def _look(self, value: Any, name: str, first: bool) -> Look:
+        if isinstance(value, keras.Variable | tf.Variable):
+            return self._captures.look_at_copies(_value(value))
+        if isinstance(value, keras.metrics.Metric):
+            return self._captures.look_at_copies([_value(each) for each in value.variables])
+        return self._captures.look(value, name, fingerprints=first)
+
+    def _note_moved(self, name: str, looks: Mapping[str, Any]) -> None:
+        begun, moved = self._begun[name], self._moved[name]
+        for place, look in looks.items():
+            before = begun.get(place)
+            if isinstance(look, Look) and not (isinstance(before, Look) and before.mark == look.mark):
+                moved.add(place)
+
+    def _note_unsaved(self, name: str, looks: Mapping[str, Any]) -> None:
+        if not _is_kerass(self._callbacks[name]):
+            begun = self._begun[name]
+            unplain = {place: value for place, value in looks.items() if not isinstance(value, Look)}
+            for place, value in unplain.items():
+                same = begun.get(place) is value
+                fixed = same and (isinstance(value, _FIXED) or callback_places.is_of_class(place))
+                if not fixed and not isinstance(value, _OF_THE_PROCESS) and not self._is_known(value):
+                    self.unsaved.append(f"{name}.{place}")
+
+    def _is_known(self, value: Any) -> bool:
+        """Whether a value is a part of the model, or a callback of this fit, so that it is saved as such."""
+        callbacks = [*self._callbacks.values()]
+        models = [each for callback in callbacks if (each := getattr(callback, "model", None)) is not None][:1]
+        known = [*callbacks, *(layer for model in models for layer in layers_of(model))]
+        known += [owner for model in models for owner in owners_of(model, tracked(model)).values()]
+        return any(value is each for each in known)
+
+    def _own_state(self, name: str, callback: Any) -> Any:
+        try:
+            return self._captures.look(callback.get_state(), f"{name}.get_state()").structure
+        except UnplainError as error:
+            self.unsaved.append(f"{name}.get_state(){error}")
+        except Exception as error:  # noqa: BLE001 - it is somebody else's, and no reason to end a training
+            self.unsaved.append(f"{name}.get_state(), which raised {error!r}")
+        return None
+
+
+def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:
+    """The callbacks by their classes and what they monitor; not by their places, which a new one would shift."""
+    counts: collections.Counter[str] = collections.Counter()
+    named = {}
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.ProgbarLogger):
+            continue
+        monitor = getattr(callback, "monitor", None)
+        kind = type(callback).__name__ + (f"({monitor})" if isinstance(monitor, str) else "")
+        counts[kind] += 1
+        name = kind if counts[kind] == 1 else f"{kind} {counts[kind]}"
+        named[name] = callback
+        if isinstance(callback, keras.callbacks.CSVLogger):
+            # A subclass has attributes of its own beside.
+            own = "" if type(callback) is keras.callbacks.CSVLogger else ", its file"
+            named[f"{name}{own}"] = _CsvLog(callback)
+    return named
+
+
+class _CsvLog:
+    """The state of a `CSVLogger`: what it has written."""
+
+    def __init__(self, logger: keras.callbacks.CSVLogger) -> None:
+        self._logger = logger
+
+    def get_state(self) -> dict[str, Any]:
+        return {"keys": self._logger.keys, "size": self._size()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        # Lines of epochs that will come again.
+        files.cut(self._logger.filename, state["size"])
+        self._logger.keys = state["keys"]
+        self._logger.append_header = not self._size()
+
+    def _size(self) -> int:
+        path = self._logger.filename
+        return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def keep_csv_logs(callbacks: Iterable[keras.callbacks.Callback]) -> list[keras.callbacks.CSVLogger]:
+    """Keeps each `CSVLogger` from emptying its file at the beginning of a training that is gone on with.
+
+    Returns:
+        Those whose `append` was set for it.
+    """
+    loggers = [each for each in callbacks if isinstance(each, keras.callbacks.CSVLogger) and not each.append]
+    for logger in loggers:
+        logger.append = True
+    return loggers
+
+
+def _has_own_state(callback: Any) -> bool:
+    return callable(getattr(callback, "get_state", None)) and callable(getattr(callback, "set_state", None))
+
+
+def _is_kerass(callback: Any) -> bool:
+    return type(callback).__module__.startswith("keras.")
+
+
+def _value(variable: Any) -> np.ndarray:
+    """The value of a variable. TensorFlow copies it before the variable changes, for as long as it is held."""
+    return np.asarray(variable.value if isinstance(variable, keras.Variable) else variable.value())

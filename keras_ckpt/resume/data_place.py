@@ -1,0 +1,168 @@
+"""Where a `fit` is in its data: in a pass, which is an epoch, or in a stream of which an epoch is a part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from keras_ckpt.model.position import FitData
+from keras_ckpt.resume.resumable_dataset import ResumableDataset
+from keras_ckpt.store.notices import warn
+
+_KEEPING = {
+    "_MapDataset",
+    "_ParallelMapDataset",
+    "_PrefetchDataset",
+    "_RepeatDataset",
+    "_OptionsDataset",
+    "_TakeDataset",
+    "_AssertCardinalityDataset",
+}
+"""The classes of datasets whose batches are those that they read, one by one and in their order."""
+_DRAWING = {"Multinomial", "TruncatedNormal", "ParameterizedTruncatedNormal"}
+"""The operations of TensorFlow that draw random numbers and whose names do not begin with `Random` or `Stateful`."""
+
+
+class DataPlace:
+    """The place of a `fit` in a `ResumableDataset`.
+
+    Without `steps_per_epoch` each epoch reads a pass of its own. With it, the epochs of a fit read one stream of
+    batches, of endless data or of passes one after another.
+
+    Args:
+        data: The dataset.
+        steps: The number of batches of an epoch, `None` if `fit` does not know it yet.
+        fit: What `fit` was given.
+
+    Raises:
+        ValueError: The epochs do not fit the data.
+    """
+
+    def __init__(self, data: ResumableDataset, steps: int | None, fit: FitData) -> None:
+        self._data = data
+        self._steps = steps
+        self._streams = fit.steps_per_epoch is not None
+        self._refuse_another_order(fit)
+        self._refuse_other_epochs(fit)
+        self._pass, self._batch = data.passes, 0
+        self._taken = 0
+        self._is_read = False
+
+    def epoch_begin(self) -> None:
+        """An epoch begins."""
+        if not self._streams:
+            self._pass = self._data.passes
+
+    def batch_end(self, ran: int) -> None:
+        """So many batches were read and trained on.
+
+        Raises:
+            ValueError: They were not read from the dataset.
+        """
+        self._taken += ran
+        if not self._is_read and self._data.passes == self._pass:
+            raise ValueError(
+                "fit() does not train on the ResumableDataset that BackupAndRestore was given. Give both the same one: "
+                "model.fit(data, ..., callbacks=[keras_ckpt.BackupAndRestore(..., data=data)])."
+            )
+        self._is_read = True
+
+    def get_state(self, batch: int) -> dict[str, Any]:
+        """What another process needs to enter the data here.
+
+        Args:
+            batch: How many batches of the epoch are done.
+        """
+        state = self._data.get_state()
+        if self._streams:
+            number, place = self._pass, self._batch + self._taken
+            if self._data.batches is not None:
+                number, place = number + place // self._data.batches, place % self._data.batches
+            return state | {"pass": number, "batch": place}
+        return state | ({"pass": self._pass} if 0 < batch < (self._steps or 0) else {})
+
+    def set_state(self, state: Mapping[str, Any], batch: int) -> None:
+        """Enters the data where another process was.
+
+        Args:
+            state: What `get_state` gave there.
+            batch: How many batches of the epoch are done.
+
+        Raises:
+            MismatchError: This is other data, or not in the same order.
+        """
+        if ("batch" in state) != self._streams:
+            warn(
+                "The place in the data is not known: the backup is of a fit() "
+                + ("with steps_per_epoch, this one has none." if "batch" in state else "without steps_per_epoch.")
+            )
+            return
+        self._pass = state["pass"]
+        self._batch = state.get("batch", 0)
+        self._data.set_state(state, self._batch if self._streams else batch if batch != self._steps else 0)
+
+    def _refuse_another_order(self, fit: FitData) -> None:
+        """Refuses a dataset that reads this one, and whose batches are not this one's in their order."""
+        steps = _steps_between(fit.dataset, self._data)
+        found = [type(step).__name__ for step in steps if type(step).__name__ not in _KEEPING]
+        if any(map(_draws, steps)):
+            warn(
+                "fit() reads the ResumableDataset through a map() that draws random numbers or changes variables. A "
+                "restart does not know how often it did. To resume exactly, give the map to the pipeline that the "
+                "ResumableDataset is made of: ResumableDataset(pipeline.map(...))."
+            )
+        if found:
+            step = found[0].strip("_").removesuffix("Dataset").lower()
+            raise ValueError(
+                f"fit() reads the ResumableDataset through a step {step!r} of tf.data. It may change the batches or "
+                "their order, so an epoch cannot be resumed at a batch. Give this step to the pipeline that the "
+                "ResumableDataset is made of: ResumableDataset(pipeline). The steps map, prefetch, repeat and "
+                "with_options keep the batches."
+            )
+
+    def _refuse_other_epochs(self, fit: FitData) -> None:
+        batches = self._data.batches
+        if self._streams:
+            if fit.batches is not None:
+                raise ValueError(
+                    f"With steps_per_epoch={fit.steps_per_epoch} an epoch ends in the middle of the data, so the data "
+                    f"have to be endless; they have {fit.batches} batches. Give fit() the dataset repeated, "
+                    f"model.fit(data.repeat(), steps_per_epoch={fit.steps_per_epoch}, ...), and BackupAndRestore the "
+                    "dataset itself; or leave steps_per_epoch out."
+                )
+        elif batches is None:
+            raise ValueError("The ResumableDataset has no end, so fit() needs steps_per_epoch.")
+        elif self._steps is None:
+            raise ValueError(
+                f"fit() does not know its number of batches; the ResumableDataset has {batches}. Give fit() the "
+                "dataset itself, or what keeps its number of batches, such as data.map(...) or data.prefetch(...)."
+            )
+        elif self._steps != batches:
+            raise ValueError(
+                f"fit() has {self._steps} batches an epoch; the ResumableDataset that BackupAndRestore was given has "
+                f"{batches}. Give both the same dataset. If fit() is to read a part of it, make the ResumableDataset "
+                "of this part."
+            )
+
+
+def _steps_between(dataset: Any, data: ResumableDataset) -> list[tf.data.Dataset]:
+    """The datasets by which one reads another; none if it does not read it."""
+    if dataset is data or not isinstance(dataset, tf.data.Dataset):
+        return []
+    # A subclass of a dataset has to have this method, so it is public in all but its name.
+    for each in dataset._inputs():  # noqa: SLF001
+        inner = _steps_between(each, data)
+        if each is data or inner:
+            return [dataset, *inner]
+    return []
+
+
+def _draws(dataset: Any) -> bool:
+    """Whether functions of a dataset draw random numbers that go on from batch to batch, or change variables."""
+    graphs = [function.function.graph.as_graph_def() for function in dataset._functions()]  # noqa: SLF001
+    bodies = [graph.node for graph in graphs]
+    bodies += [function.node_def for graph in graphs for function in graph.library.function]
+    operations = {node.op for body in bodies for node in body}
+    return any(name.startswith(("Random", "Stateful", "Assign")) or name in _DRAWING for name in operations)

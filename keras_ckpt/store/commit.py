@@ -1,0 +1,262 @@
+"""The one rule: a sidecar is the commit record of its checkpoint, published last and withdrawn first.
+
+Without a complete, valid sidecar in the directory there is no checkpoint, whatever else lies there. The functions
+here keep that so, in an order that survives a crash at any point; the caller holds the directory's mutex.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import uuid
+from collections.abc import Container, Iterable, Sequence
+
+from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, DirectoryNotEmptyError, FormatVersionError
+from keras_ckpt.store import record as sidecars
+from keras_ckpt.store.files import PRIVATE, Folder, UnfinishedError
+from keras_ckpt.store.listing import scan
+from keras_ckpt.store.notices import warn
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+
+STATE_FILE = "checkpoint"
+_STATE_LIMIT = 1 << 24
+_NO_FILE = (errno.ENOENT, errno.EFBIG, errno.EINVAL, errno.ELOOP, errno.ENXIO)
+"""What `Folder.read` says of what is not there, too big, no file, or a link. Any other error may pass."""
+
+
+def publish(
+    folder: Folder, stage: Folder, record: CheckpointRecord, superseded: Iterable[CheckpointRecord] = ()
+) -> None:
+    """Puts a staged checkpoint in its place, in that of the one that had the same step before.
+
+    Args:
+        folder: The directory.
+        stage: Where it was staged.
+        record: What it is.
+        superseded: Those of the same step, whatever their names.
+
+    Raises:
+        DirectoryNotEmptyError: A file of somebody else's has the name of one of the checkpoint's.
+        FormatVersionError: A newer version of this package saved this step.
+        UnfinishedError: It is not published, and another is withdrawn for it. Recovery goes on.
+        OSError: It is not published.
+    """
+    sidecar = f"{record.name}.json"
+    previous = _read(folder, sidecar)
+    if previous is None or not _is_whole(folder, previous):
+        previous = None
+        _set_damaged_aside(folder, record.name)
+    with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
+        _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
+    # From here on the stage, which is durable, is what a crash is recovered from.
+    earlier = [each for each in superseded if each.name != record.name]
+    if previous:
+        earlier.append(previous)
+    else:
+        # A pin that was left behind by an earlier checkpoint of that name is no pin of this one.
+        folder.remove(f"{record.name}.keep")
+    staged = [file.name for file in record.files if stage.exists(file.name)]
+    try:
+        withdraw(folder, earlier)
+        for name in staged:
+            stage.move(name, folder)
+        folder.sync()
+        stage.move(sidecar, folder)
+        folder.sync()
+    except Exception as error:
+        if _take_back(folder, stage, [sidecar, *staged], earlier):
+            raise
+        raise UnfinishedError(*error.args) from error
+
+
+def _take_back(folder: Folder, stage: Folder, names: Iterable[str], earlier: Iterable[CheckpointRecord]) -> bool:
+    """Moves back what was moved of a stage; says whether all is as it was before."""
+    try:
+        for name in names:
+            if not stage.exists(name):
+                folder.move(name, stage)
+        return all(folder.exists(f"{record.name}.json") for record in earlier)
+    except OSError:
+        return False
+
+
+def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
+    """Removes checkpoints: the sidecars go first, then the files that they list and nothing else."""
+    if not records:
+        return
+    with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
+        for record in records:
+            folder.move(f"{record.name}.json", trash)
+        trash.sync()
+        folder.sync()
+        _empty_trash(folder, trash, records)
+
+
+def recover(folder: Folder) -> None:
+    """Finishes what a process that died had begun: complete stages go forward, the rest is thrown away."""
+    with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
+        # A process that was killed had not come to make everything durable.
+        for changed in (trash, private, folder):
+            changed.sync()
+        for name in private.names():
+            if name.startswith("stage-"):
+                with private.folder(name) as stage:
+                    for sidecar in stage.names():
+                        _roll_forward(folder, stage, sidecar)
+            if name.startswith(("stage-", "swap-")):
+                private.remove_folder(name)
+        for name in trash.names():
+            record, published = _read(trash, name), _read(folder, name)
+            if record is None or (published is None and folder.exists(name)):
+                trash.remove(name)
+            else:
+                # The same step may have been saved again since, under some of the same names.
+                used = {file.name for file in published.files} if published else set()
+                _empty_trash(folder, trash, [record], used)
+
+
+def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preserved: float | None = None) -> None:
+    """Writes TensorFlow's state file, so that its functions agree on what is there and what is newest.
+
+    Args:
+        folder: The directory.
+        records: Its checkpoints, oldest first. Pinned ones are not listed: TensorFlow's manager would delete them.
+        last_preserved: When `keep_checkpoint_every_n_hours` last preserved one; defaults to what the file says.
+    """
+    records = list(records)
+    if not records:
+        # It goes with the last checkpoint, unless it names one that TensorFlow wrote.
+        newest = read_state(folder)[0]
+        if newest is None or folder.exists(f"{newest}.json") or not folder.exists(f"{newest}.index"):
+            folder.remove(STATE_FILE)
+        return
+    listed = [record for record in records if not record.pinned]
+    lines = [f"model_checkpoint_path: {_quoted(records[-1].name)}"]
+    lines += [f"all_model_checkpoint_paths: {_quoted(record.name)}" for record in listed]
+    lines += [f"all_model_checkpoint_timestamps: {record.time!r}" for record in listed]
+    if last_preserved is None:
+        last_preserved = read_state(folder)[1]
+    if last_preserved is not None:
+        lines.append(f"last_preserved_timestamp: {last_preserved!r}")
+    folder.replace(STATE_FILE, "\n".join([*lines, ""]).encode())
+
+
+def read_state(folder: Folder) -> tuple[str | None, float | None]:
+    """The newest checkpoint's name, and the time of the last preserved one, as TensorFlow's state file has them.
+
+    The name is only a hint: it may be of a file that is not there, but never of one outside the directory.
+    """
+    try:
+        text = folder.read(STATE_FILE, _STATE_LIMIT).decode()
+    except (OSError, UnicodeDecodeError):
+        return None, None
+    newest = re.search(r'^model_checkpoint_path: "([^"\\/]+)"$', text, re.MULTILINE)
+    preserved = re.search(r"^last_preserved_timestamp: ([0-9.e+]+)$", text, re.MULTILINE)
+    with contextlib.suppress(ValueError):
+        return newest and newest[1], preserved and float(preserved[1])
+    return newest and newest[1], None
+
+
+def _set_damaged_aside(folder: Folder, name: str) -> None:
+    """Moves a checkpoint whose sidecar cannot be read out of the way of the one that is saved in its place."""
+    try:
+        sidecars.decode(folder.read(f"{name}.json", sidecars.SIZE_LIMIT), name)
+        raise DamagedCheckpointError("a file of it is missing, or of another size")
+    except FileNotFoundError:
+        return
+    except FormatVersionError as error:
+        raise FormatVersionError(f"{name} in {folder.path} is not saved over: {error}") from error
+    except (CheckpointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FILE:
+            raise  # what cannot be read just now may be whole
+        own = re.compile(re.escape(name) + r"\.(json|index|data-\d{5}-of-\d{5})")
+        place = f"damaged-{uuid.uuid4().hex}"
+        with folder.folder(PRIVATE, create=True) as private, private.folder(place, create=True) as aside:
+            for file in filter(own.fullmatch, folder.names()):
+                folder.move(file, aside)
+            warn(f"{name} is damaged ({error}); what is left of it is in {aside.path}")
+
+
+def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
+    record = _read(stage, sidecar) if sidecar.endswith(".json") else None
+    if record is None:
+        return
+    superseded = [each for each in scan(folder).records if each.step == record.step]
+    pinned = folder.exists(sidecar) and folder.exists(f"{record.name}.keep")
+    if pinned or any(each.pinned or each.sequence >= record.sequence for each in superseded):
+        return  # it was pinned, or saved, again or at all, before its removal from the stage had reached the disk
+    for file in record.files:
+        # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
+        holder = stage if folder.exists(sidecar) or stage.exists(file.name) else folder
+        if not _holds(holder, file):
+            return
+        if holder is stage and not folder.exists(sidecar) and _holds(folder, file):
+            # A crash in the middle of a rename may leave both names.
+            folder.sync_file(file.name)
+            stage.remove(file.name)
+    for name in stage.names():
+        stage.sync_file(name)
+    stage.sync()
+    with contextlib.suppress(DirectoryNotEmptyError):
+        publish(folder, stage, record, superseded)
+
+
+def _refuse_foreign(
+    folder: Folder, stage: Folder, record: CheckpointRecord, earlier: Iterable[CheckpointRecord | None]
+) -> None:
+    ours = {file.name for each in earlier if each for file in each.files}
+    for file in record.files:
+        if file.name not in ours and stage.exists(file.name) and folder.exists(file.name):
+            raise DirectoryNotEmptyError(
+                f"{folder.path} has a file {file.name} that belongs to no checkpoint of this package. It is left "
+                "alone: move it away, or save into another directory."
+            )
+
+
+def _is_whole(folder: Folder, record: CheckpointRecord) -> bool:
+    """Whether the files of a checkpoint are there with their sizes."""
+    try:
+        return all(folder.size(file.name) == file.size for file in record.files)
+    except FileNotFoundError:
+        return False
+
+
+def _holds(folder: Folder, file: CheckpointFile) -> bool:
+    """Whether a file is there with the bytes that a sidecar says."""
+    try:
+        return folder.digest(file.name) == (file.size, file.digest.lower())
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        return False
+
+
+def _read(folder: Folder, name: str) -> CheckpointRecord | None:
+    try:
+        return sidecars.decode(folder.read(name, sidecars.SIZE_LIMIT), name.removesuffix(".json"))
+    except CheckpointError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        return None
+
+
+def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointRecord], used: Container[str] = ()) -> None:
+    for record in records:
+        for file in record.files:
+            if file.name not in used:
+                folder.remove(file.name)
+    # Were the sidecars gone first, a power cut could bring files back that nothing lists any more.
+    folder.sync()
+    for record in records:
+        trash.remove(f"{record.name}.json")
+
+
+def _quoted(text: str) -> str:
+    """A string in protocol buffer text form."""
+    if text.isascii() and text.isprintable() and not set('"\\') & set(text):
+        return f'"{text}"'
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}" for byte in text.encode())
+    return f'"{"".join(plain)}"'

@@ -1,0 +1,426 @@
+"""What a directory holds: sidecars, pins and the checkpoints of others, read and checked."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import itertools
+import operator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import msgspec
+
+from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
+from keras_ckpt.store import record as sidecars
+from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+
+_NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What a process has run out of says nothing of a file."""
+PIN_LIMIT = 4096
+"""The greatest size of a pin's reason in bytes."""
+_CHECKED = 16
+"""So many known checkpoints are read again by a look, in turns."""
+_TICK = 100_000_000
+"""Within so many nanoseconds a file system may give two changes of a directory the same time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What a directory held when it was read.
+
+    Attributes:
+        path: The directory.
+        records: The checkpoints, oldest first in the order of saving.
+        damaged: By name, the error of each checkpoint that cannot be trusted. Nothing of it is ever removed.
+        unmanaged: Names of TensorFlow checkpoints without a sidecar, which others wrote.
+        sequence: The greatest place in the order of saving that any of them has.
+    """
+
+    path: str
+    records: tuple[CheckpointRecord, ...] = ()
+    damaged: Mapping[str, CheckpointError] = dataclasses.field(default_factory=dict)
+    unmanaged: tuple[str, ...] = ()
+    sequence: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.records or self.damaged or self.unmanaged)
+
+    def find(self, step: int) -> CheckpointRecord:
+        """The checkpoint of a step.
+
+        Raises:
+            DamagedCheckpointError, FormatVersionError: It cannot be trusted.
+            CheckpointNotFoundError: There is none; those there are, are named.
+        """
+        for record in self.records:
+            if record.step == step:
+                return record
+        for name, error in self.damaged.items():
+            if sidecars.step_in(name) == step:
+                raise type(error)(f"{name} in {self.path} cannot be used: {error}")
+        steps = sorted(record.step for record in self.records)
+        there = f"There are the steps {', '.join(map(str, steps[-20:]))}" if steps else "There are none"
+        more = " and smaller ones" if len(steps) > 20 else ""
+        raise CheckpointNotFoundError(f"No checkpoint of step {step!r} in {self.path}. {there}{more}.")
+
+    @property
+    def newer(self) -> bool:
+        """Whether a newer version of this package wrote here: what it meant to keep is not known."""
+        return any(isinstance(error, FormatVersionError) for error in self.damaged.values())
+
+    def refuse_newer(self) -> None:
+        """Raises where a newer version of this package wrote here."""
+        for name, error in self.damaged.items():
+            if isinstance(error, FormatVersionError):
+                raise FormatVersionError(f"{self.path} is left as it is, because of {name}.json: {error}")
+
+    def joined_by(self, record: CheckpointRecord) -> Listing:
+        """The listing with a record that was saved, or changed, since."""
+        others = [other for other in self.records if other.step != record.step]
+        return dataclasses.replace(self, records=_oldest_first([*others, record]))
+
+
+class Known:
+    """What a look at a directory has found, so that the next look reads only what was replaced since.
+
+    A file may also be changed in its place, so the next look reads some other checkpoints again, in turns.
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[str, CheckpointRecord] = {}  # read longest ago first
+        self._listing: Listing | None = None
+        self._inodes: Mapping[str, int] = {}
+        self._changed = 0
+        self._owners: dict[str, str] = {}
+
+    def listing(self, folder: Folder) -> Listing | None:
+        """The listing of the look before, if no file of the directory was replaced since."""
+        return self._listing if folder.changed() == self._changed else None
+
+    def forget(self, inodes: Mapping[str, int]) -> None:
+        """Forgets each checkpoint of which a file was replaced, and some others in turns."""
+        replaced = {file for file, _ in inodes.items() ^ self._inodes.items()}
+        names = {self._owners.get(file, file.rpartition(".")[0]) for file in replaced}
+        for name in [*names, *itertools.islice(self.records, _CHECKED)]:
+            if record := self.records.pop(name, None):
+                for file in _files(record):
+                    self._owners.pop(file, None)
+
+    def add(self, record: CheckpointRecord) -> None:
+        """Notes a checkpoint that was read and found whole."""
+        self.records[record.name] = record
+        self._owners |= dict.fromkeys(_files(record), record.name)
+
+    def keep(self, listing: Listing, inodes: Mapping[str, int], changed: int) -> None:
+        """Notes a listing, and the numbers of the files and the time of the last change from before it was read."""
+        self._inodes, self._listing = inodes, listing
+        trusted = not listing.damaged and time.time_ns() - changed > _TICK
+        self._changed = changed if trusted else 0
+
+
+def scan(
+    folder: Folder, check: Callable[[CheckpointRecord], object] = lambda record: None, known: Known | None = None
+) -> Listing:
+    """Reads the sidecars of a directory.
+
+    Args:
+        folder: The directory.
+        check: Called with each record that is read; a checkpoint for which it raises is among the damaged.
+        known: What the look before has found.
+    """
+    known = known or Known()
+    listing = known.listing(folder)
+    if listing is None:
+        changed, inodes = folder.changed(), folder.inodes()
+        known.forget(inodes)
+        listing = _listed(folder, inodes, check, known)
+        known.keep(listing, inodes, changed)
+    return listing
+
+
+def _listed(
+    folder: Folder, inodes: Mapping[str, int], check: Callable[[CheckpointRecord], object], known: Known
+) -> Listing:
+    damaged, sequence, present = _read_others(folder, inodes.keys(), check, known)
+    sound = sorted(known.records.values(), key=operator.attrgetter("sequence"))
+    newest = {record.step: record for record in sound}
+    for record in sound:
+        if (newer := newest[record.step]) is not record:
+            damaged[record.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
+    indexed = {file[:-6] for file in present if file.endswith(".index")} - known.records.keys() - damaged.keys()
+    return Listing(
+        folder.path,
+        tuple(record for record in sound if newest[record.step] is record),
+        {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(name, present, damaged[name])},
+        _by_step(unmanaged(folder, {name for name in indexed if sidecars.step_in(name) is not None})),
+        max([sequence, *(record.sequence for record in sound[-1:])]),
+    )
+
+
+def unmanaged(folder: Folder, names: set[str]) -> set[str]:
+    """Those of the names under which there is a checkpoint without a sidecar, and none on its way to or from there."""
+    if not names:
+        return names
+    names = names - _in_transit(folder)
+    return {name for name in names if folder.exists(f"{name}.index") and not folder.exists(f"{name}.json")}
+
+
+def examine(folder: Folder, known: Known | None = None) -> Listing:
+    """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
+    return scan(folder, lambda record: check(folder, record, digests=False), known)
+
+
+def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
+    """Reads all sidecars of a directory, and every byte of the files that they list.
+
+    Args:
+        folder: The directory.
+        progress: Called with the bytes that were read and those there are, again and again.
+    """
+    total = sum(record.size for record in scan(folder).records)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, max(done, total))
+
+    return scan(folder, lambda record: check(folder, record, advance=advance))
+
+
+def taken(records: Sequence[CheckpointRecord]) -> int:
+    """The bytes that checkpoints of a directory take on disk, those that some share counted once."""
+    return sum({inode: size for links in _links(records) for inode, _, size in links}.values())
+
+
+def freed(records: Sequence[CheckpointRecord]) -> list[int]:
+    """The bytes that the removal of each checkpoint of a directory frees, after those before it are removed."""
+    removed: collections.Counter[int] = collections.Counter()
+    sizes = []
+    for links in _links(records):
+        removed.update(inode for inode, _, _ in links)
+        sizes.append(sum(size for inode, names, size in links if removed[inode] == names))
+    return sizes
+
+
+def _links(records: Sequence[CheckpointRecord]) -> list[list[tuple[int, int, int]]]:
+    """For each file of each record its number, how many names it has, and its size."""
+    found: list[list[tuple[int, int, int]]] = [[] for _ in records]
+    if records:
+        with Folder(records[0].directory) as folder:
+            for links, record in zip(found, records, strict=True):
+                for file in record.files:
+                    with contextlib.suppress(FileNotFoundError):  # pruned since
+                        links.append((*folder.links(file.name), file.size))
+    return found
+
+
+@contextlib.contextmanager
+def held(folder: Folder, record: CheckpointRecord) -> Iterator[Folder]:
+    """The files of a checkpoint, which nobody can take away while they are read.
+
+    Raises:
+        DamagedCheckpointError: One cannot be read.
+        FileNotFoundError: The checkpoint was removed or saved anew since its sidecar was read.
+    """
+    names = [file.name for file in record.files]
+    try:
+        with folder.held(names) as files:
+            yield files
+    except (OSError, DamagedCheckpointError) as error:
+        if isinstance(error, OSError) and error.filename not in names:
+            raise  # of something else than these files
+        raise _judged(folder, record, error) from error
+
+
+def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> CheckpointRecord:
+    """Replaces facts in a checkpoint's sidecar by one rename. The caller holds the mutex."""
+    file = f"{record.name}.json"
+    changed = msgspec.structs.replace(record, **changes)
+    folder.replace(file, sidecars.update(folder.read(file, sidecars.SIZE_LIMIT), changed))
+    return changed
+
+
+def read_record(folder: Folder, name: str) -> CheckpointRecord:
+    """The record of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError, FormatVersionError: Its sidecar cannot be trusted.
+        FileNotFoundError: It has none.
+    """
+    try:
+        data = folder.read(f"{name}.json", sidecars.SIZE_LIMIT)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(error) from error
+    return sidecars.decode(data, name, folder.path)
+
+
+def check(folder: Folder, record: CheckpointRecord, **how: Any) -> None:
+    """As `check_files`, in a directory that others may change meanwhile.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, or not what was written.
+        FileNotFoundError: The checkpoint was removed or saved anew since its sidecar was read.
+    """
+    try:
+        check_files(folder, record, **how)
+    except DamagedCheckpointError as error:
+        raise _judged(folder, record, error) from error
+
+
+def check_files(
+    folder: Folder,
+    record: CheckpointRecord,
+    *,
+    digests: bool = True,
+    advance: Callable[[int], object] | None = None,
+) -> None:
+    """Compares the files of a checkpoint with what its sidecar says of them.
+
+    Args:
+        folder: Where they are.
+        record: The checkpoint.
+        digests: Whether to read every byte; if not, the sizes have to do.
+        advance: Called with the number of bytes after each piece that was read.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, or not what was written.
+    """
+    for file in record.files:
+        try:
+            size, digest = folder.digest(file.name, advance) if digests else (folder.size(file.name), None)
+        except OSError as error:
+            if error.filename != file.name:
+                raise  # of whoever was told of the progress
+            raise unreadable(error) from error
+        refuse_changed(file, size, digest)
+
+
+def refuse_changed(file: CheckpointFile, size: int, digest: str | None) -> None:
+    """Refuses a file that is not what was written.
+
+    Args:
+        file: What was.
+        size: The bytes that it has.
+        digest: Of these, `None` if the size has to do.
+
+    Raises:
+        DamagedCheckpointError: It is another.
+    """
+    if size != file.size:
+        raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
+    if digest not in (None, file.digest.lower()):
+        raise DamagedCheckpointError(f"{file.name} was changed after it was written: its digest does not match")
+
+
+def _judged(folder: Folder, record: CheckpointRecord, error: Exception) -> Exception:
+    """Tells a checkpoint that is damaged from one that was removed or saved anew since its sidecar was read."""
+    if not _is_current(folder, record):
+        return FileNotFoundError(errno.ENOENT, "it was removed or saved anew", record.name)
+    return unreadable(error) if isinstance(error, OSError) else error
+
+
+def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
+    """Whether a checkpoint was neither removed nor saved anew since its sidecar was read."""
+    try:
+        return read_record(folder, record.name).same_save(record)
+    except FileNotFoundError:
+        return False
+    except CheckpointError:
+        return True
+
+
+def _read_others(
+    folder: Folder, present: Set[str], check: Callable[[CheckpointRecord], object], known: Known
+) -> tuple[dict[str, CheckpointError], int, Set[str]]:
+    """Reads the checkpoints that are not known.
+
+    Returns:
+        The errors of those that are damaged, the greatest place that one of them has in the order of saving, and the
+        names of all files.
+    """
+    damaged: dict[str, CheckpointError] = {}
+    sequence = 0
+    again = True
+    while again:
+        again = False
+        names = {file[:-5] for file in present if file.endswith(".json")} - known.records.keys() - damaged.keys()
+        for name in names:
+            if sidecars.step_in(name) is None:
+                continue
+            try:
+                record = _read(folder, name, present)
+                sequence = max(sequence, record.sequence)
+                check(record)
+                known.add(record)
+            except FileNotFoundError:
+                again = True  # it was removed since, so another may have come that this look at the names missed
+            except CheckpointError as error:
+                damaged[name] = error
+        if again:
+            present = folder.inodes().keys()
+    return damaged, sequence, present
+
+
+def _files(record: CheckpointRecord) -> list[str]:
+    return [f"{record.name}.json", f"{record.name}.keep", *(file.name for file in record.files)]
+
+
+def _read(folder: Folder, name: str, present: Set[str]) -> CheckpointRecord:
+    record = read_record(folder, name)
+    if (pin := _read_pin(folder, name, present)) is not None:
+        record = msgspec.structs.replace(record, pin=pin)
+    for file in record.files:
+        if file.name not in present and not folder.exists(file.name):
+            if not _is_current(folder, record):
+                raise FileNotFoundError(name)
+            raise DamagedCheckpointError(f"{file.name} is missing")
+    return record
+
+
+def _in_transit(folder: Folder) -> set[str]:
+    """The names of checkpoints that a process is about to publish or to remove: their sidecars are on their way."""
+    found: set[str] = set()
+    with contextlib.suppress(OSError), folder.folder(PRIVATE) as private:
+        for name in private.names():
+            if name != "trash" and not name.startswith("stage-"):
+                continue
+            with contextlib.suppress(OSError), private.folder(name) as inner:
+                found |= {file[:-5] for file in inner.names() if file.endswith(".json")}
+    return found
+
+
+def _read_pin(folder: Folder, name: str, present: Set[str]) -> str | None:
+    if f"{name}.keep" not in present:
+        return None
+    try:
+        return folder.read(f"{name}.keep", PIN_LIMIT).decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def unreadable(error: OSError) -> Exception:
+    """What an error while a file is read is: damage, unless the process has run out of something."""
+    if error.errno in _NOTHING_LEFT:
+        return error
+    return DamagedCheckpointError(f"it cannot be read: {error}")
+
+
+def _is_checkpoint(name: str, present: Set[str], error: CheckpointError) -> bool:
+    """Whether a JSON file that is no sidecar was meant as one; anybody may have a history-2.json."""
+    return name.startswith("ckpt-") or f"{name}.index" in present or isinstance(error, FormatVersionError)
+
+
+def _oldest_first(records: Iterable[CheckpointRecord]) -> tuple[CheckpointRecord, ...]:
+    return tuple(sorted(records, key=lambda record: record.sequence))
+
+
+def _by_step(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names, key=lambda name: (sidecars.step_in(name), name)))

@@ -1,0 +1,26 @@
+"""Warnings at the line of the user that they are about."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+import warnings
+
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")
+_FRAMEWORKS = tuple(os.path.join("", *parts, "") for parts in (("keras", "src"), ("tensorflow", "python")))
+
+
+def warn(message: str) -> None:
+    """Warns at the first line of the call stack that is not of this package, Keras, TensorFlow or Python."""
+    level, frame = 1, sys._getframe(0)  # noqa: SLF001 - inspect.currentframe() may be None, by its type
+    while frame is not None and _is_inner(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+        level += 1
+    warnings.warn(message, stacklevel=level if frame is not None else 2)
+
+
+def _is_inner(path: str) -> bool:
+    standard = path.startswith(_STANDARD) and "site-packages" not in path
+    return path.startswith((_PACKAGE, "<frozen ")) or standard or any(each in path for each in _FRAMEWORKS)

@@ -1,0 +1,352 @@
+"""Which checkpoints to keep: frozen values, each with one pure function of records.
+
+A policy reads no clock and no file. `a | b` keeps what either keeps. What a policy once does not select it
+never selects again when newer records come, so pruning after every save ends where pruning once at the end
+ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from keras_ckpt.store.record import CheckpointRecord, Mode
+
+
+class PreservationPolicy:
+    """Base class of the rules that say which checkpoints stay.
+
+    A policy of your own is a subclass with one method, `select`. It must be a pure function: the same records give
+    the same answer, and a record that it did not select must not come back when newer ones are added.
+
+    Example:
+
+    ```python
+    class KeepRoundSteps(keras_ckpt.PreservationPolicy):
+        def select(self, records):
+            return {record.step for record in records if record.step % 1000 == 0}
+
+    keep = KeepRoundSteps() | keras_ckpt.LatestN(2)
+    ```
+    """
+
+    def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        """Chooses the checkpoints to keep.
+
+        Args:
+            records: The records of one directory, each of another step, oldest first in the order of saving.
+
+        Returns:
+            The steps of those to keep.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define select(records), which returns a set of steps.")
+
+    @property
+    def monitors(self) -> frozenset[str]:
+        """The metrics that the policy ranks by."""
+        return frozenset()
+
+    @property
+    def parts(self) -> tuple[PreservationPolicy, ...]:
+        """The policies that this one joins; itself alone if it joins none."""
+        return (self,)
+
+    def resolve(self, monitor: str | None, mode_of: Callable[[str], Mode]) -> PreservationPolicy:
+        """This policy with what it left open filled in.
+
+        Args:
+            monitor: The metric for a policy that names none, or `None` if there is none.
+            mode_of: Gives the direction of a metric for a policy that names none; may raise.
+        """
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def __or__(self, other: PreservationPolicy) -> PreservationPolicy:
+        if not isinstance(other, PreservationPolicy):
+            raise TypeError(f"A policy can be joined with another policy by `|`. Received: {other!r}")
+        return _AnyOf((*self.parts, *(part for part in other.parts if part not in self.parts)))
+
+
+class _Repr:
+    """The way a policy was written, without what was left open."""
+
+    def __repr__(self) -> str:
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(repr(value) for value in values if value is not None)})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LatestN(_Repr, PreservationPolicy):
+    """Keeps the `n` newest checkpoints, in the order of saving.
+
+    Example:
+
+    ```python
+    keras_ckpt.ModelCheckpoint("runs/digits", keep=keras_ckpt.LatestN(3))
+    ```
+
+    Args:
+        n: How many, at least 1.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count(self, self.n)
+
+    def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        return {record.step for record in _oldest_first(records)[-self.n :]}
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class BestN(_Repr, PreservationPolicy):
+    """Keeps the `n` best checkpoints by a metric.
+
+    Of equal ones the earlier is better. One whose metric is missing, NaN or infinite is never best.
+
+    Example:
+
+    ```python
+    keep = keras_ckpt.BestN(3, "val_accuracy", "max") | keras_ckpt.LatestN(2)
+    ```
+
+    Args:
+        n: How many, at least 1.
+        monitor: The metric's name. Defaults to the one that the callback monitors.
+        mode: `"min"` if less is better, `"max"` if more is. Defaults to what the callback finds, or to what the
+            sidecars say of that metric.
+    """
+
+    n: int
+    monitor: str | None = None
+    mode: Mode | None = None
+
+    def __post_init__(self) -> None:
+        _check_count(self, self.n)
+        if self.monitor is not None and not isinstance(self.monitor, str):
+            raise TypeError(f"BestN ranks by a metric's name. Received: monitor={self.monitor!r}")
+        if self.mode not in (None, "min", "max"):
+            raise ValueError(f"BestN expected mode 'min' or 'max'. Received: mode={self.mode!r}")
+
+    @property
+    def monitors(self) -> frozenset[str]:
+        return frozenset(() if self.monitor is None else (self.monitor,))
+
+    def resolve(self, monitor: str | None, mode_of: Callable[[str], Mode]) -> PreservationPolicy:
+        monitor = self.monitor if self.monitor is not None else monitor
+        if monitor is None:
+            raise ValueError(f"{self!r} does not say what to rank by. Give it a metric: BestN({self.n}, 'val_loss')")
+        return BestN(self.n, monitor, self.mode or mode_of(monitor))
+
+    def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        if self.monitor is None or self.mode is None:
+            raise ValueError(
+                f"{self!r} does not say what to rank by, or whether less or more is better. "
+                f"Expected for example BestN({self.n}, 'val_loss', 'min')"
+            )
+        sign = 1 if self.mode == "min" else -1
+        values = [(record.finite(self.monitor), record.sequence, record.step) for record in records]
+        ranked = sorted((sign * value, sequence, step) for value, sequence, step in values if value is not None)
+        return {step for _, _, step in ranked[: self.n]}
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class EveryNSteps(_Repr, PreservationPolicy):
+    """Keeps, for each multiple of `n` steps, the first checkpoint at or after it and before the next multiple.
+
+    Zero is a multiple too: the first checkpoint of a run stays.
+
+    Example:
+
+    ```python
+    keep = keras_ckpt.EveryNSteps(10_000) | keras_ckpt.LatestN(2)
+    ```
+
+    Args:
+        n: The distance in steps, at least 1.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count(self, self.n)
+
+    def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        return _first_of_each((record.step // self.n, record.step, record.step) for record in records)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class EveryNEpochs(_Repr, PreservationPolicy):
+    """Keeps, for each multiple of `n` epochs, the first checkpoint at or after it and before the next multiple.
+
+    Zero is a multiple too: the first checkpoint of a run stays. A checkpoint whose epoch is not known is not kept.
+
+    Example:
+
+    ```python
+    keep = keras_ckpt.EveryNEpochs(10) | keras_ckpt.BestN(1)
+    ```
+
+    Args:
+        n: The distance in epochs, at least 1.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count(self, self.n)
+
+    def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        return _first_of_each(
+            (record.epoch // self.n, (record.epoch, record.step), record.step)
+            for record in records
+            if record.epoch is not None
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class EveryNHours(_Repr, PreservationPolicy):
+    """Keeps the oldest checkpoint, and each that was saved at least `hours` after the last one so kept.
+
+    Time is what the checkpoints carry, never the clock of the machine that prunes, so a run that stands still is
+    not thinned out. Where a clock was set back, the distance counts in either direction.
+
+    Example:
+
+    ```python
+    keep = keras_ckpt.EveryNHours(6) | keras_ckpt.LatestN(2)
+    ```
+
+    Args:
+        hours: The distance in hours, greater than 0.
+    """
+
+    hours: float
+
+    def __post_init__(self) -> None:
+        hours = self.hours
+        if isinstance(hours, bool) or not isinstance(hours, numbers.Real):
+            raise TypeError(f"EveryNHours expected a number of hours. Received: {hours!r}")
+        if not (math.isfinite(hours) and hours > 0):
+            raise ValueError(f"EveryNHours expected hours > 0. Received: {hours!r}")
+
+    def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        selected: set[int] = set()
+        last: float | None = None
+        for record in _oldest_first(records):
+            if last is None or abs(record.time - last) >= self.hours * 3600:
+                selected.add(record.step)
+                last = record.time
+        return selected
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _AnyOf(PreservationPolicy):
+    """What `a | b` makes: it keeps what any of its policies keeps."""
+
+    policies: tuple[PreservationPolicy, ...]
+
+    @property
+    def monitors(self) -> frozenset[str]:
+        return frozenset().union(*(policy.monitors for policy in self.policies))
+
+    @property
+    def parts(self) -> tuple[PreservationPolicy, ...]:
+        return self.policies
+
+    def resolve(self, monitor: str | None, mode_of: Callable[[str], Mode]) -> PreservationPolicy:
+        return _AnyOf(tuple(policy.resolve(monitor, mode_of) for policy in self.policies))
+
+    def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        return set().union(*(selection(policy, records) for policy in self.policies))
+
+    def __repr__(self) -> str:
+        return " | ".join(repr(policy) for policy in self.policies)
+
+
+def as_policy(keep: PreservationPolicy | int | None) -> PreservationPolicy | None:
+    """What a `keep` argument stands for: a policy itself, an int `n` for `LatestN(n)`, `None` for keeping all."""
+    if keep is None or isinstance(keep, PreservationPolicy):
+        return keep
+    if isinstance(keep, numbers.Integral) and not isinstance(keep, bool):
+        if keep < 1:
+            raise ValueError(f"keep expected a number of at least 1, or None to keep all. Received: {keep!r}")
+        return LatestN(int(keep))
+    raise TypeError(
+        "keep must be None (keep all), an int (the newest so many) or a policy such as "
+        f"keras_ckpt.BestN(3) | keras_ckpt.LatestN(2). Received: {keep!r}"
+    )
+
+
+def selection(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> set[int]:
+    """What a policy selects, checked: a policy of somebody's own may not select what it was not given.
+
+    Raises:
+        TypeError: It did not return steps.
+        ValueError: It returned steps that it was not given.
+    """
+    records = _oldest_first(records)
+    answer = policy.select(records)
+    try:
+        selected = set(answer)
+        unknown = selected - {record.step for record in records}
+    except TypeError as error:
+        raise TypeError(f"{policy!r} must return a set of steps from select(). Received: {answer!r}") from error
+    if unknown:
+        raise ValueError(
+            f"{policy!r} selected what it was not given: {sorted(map(repr, unknown))[:5]}. "
+            "select() returns a set of the steps of the records that it keeps."
+        )
+    return selected
+
+
+def is_known(policy: PreservationPolicy) -> bool:
+    """Whether a policy is one of this package's: what they do not keep among few they do not keep among more."""
+    return all(type(part) in (LatestN, BestN, EveryNSteps, EveryNEpochs, EveryNHours) for part in policy.parts)
+
+
+def kept_in_training(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> set[int]:
+    """The steps to keep while training goes on: what the policy selects, and more while it cannot rank.
+
+    A policy that ranks by a metric which no record has yet would have all of them deleted. Until one has it, what
+    was saved at an epoch's end stays; and once the metric is known to be missing, everything does.
+    """
+    selected = selection(policy, records)
+    for monitor in policy.monitors:
+        if missing(monitor, records):
+            return {record.step for record in records}
+        if not any(monitor in record.metrics for record in records):
+            selected |= {record.step for record in records if not record.batch}
+    return selected
+
+
+def missing(monitor: str, records: Sequence[CheckpointRecord]) -> bool:
+    """Whether no record has the metric, although one was saved with metrics of its kind at an epoch's end."""
+    kind = "val_" if monitor.startswith("val_") else ""
+    measured = (name for record in records if not record.batch for name in record.metrics)
+    return any(name.startswith(kind) for name in measured) and not any(monitor in record.metrics for record in records)
+
+
+def _oldest_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
+    return sorted(records, key=lambda record: record.sequence)
+
+
+def _first_of_each(entries: Iterable[tuple[int, Any, int]]) -> set[int]:
+    """The step of the first entry, by its second member, of each group, which is the first member."""
+    first: dict[int, int] = {}
+    for group, _, step in sorted(entries):
+        first.setdefault(group, step)
+    return set(first.values())
+
+
+def _check_count(policy: PreservationPolicy, n: object) -> None:
+    name = type(policy).__name__
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral):
+        raise TypeError(f"{name} expected a whole number of at least 1. Received: {n!r}")
+    if n < 1:
+        raise ValueError(f"{name} expected n >= 1; leave the policy out to keep none of its kind. Received: {n!r}")

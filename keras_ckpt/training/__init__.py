@@ -1,0 +1,1 @@
+"""One fit, or one training loop, that saves: `ModelCheckpoint` and `CheckpointManager`."""

@@ -1,0 +1,413 @@
+"""`CheckpointManager`: TensorFlow's, with retention by policy and sidecars, for training loops of one's own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import numbers
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import tensorflow as tf
+
+from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
+from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.model import model_state, object_graph
+from keras_ckpt.model.restoring import opened
+from keras_ckpt.store.commit import read_state, write_state
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.files import Folder, lasting_tensorflow_path
+from keras_ckpt.store.listing import Listing
+from keras_ckpt.store.notices import warn
+from keras_ckpt.store.policies import LatestN, PreservationPolicy, as_policy
+from keras_ckpt.store.record import Mode, as_metric, encodable_metadata, step_in
+from keras_ckpt.store.tables import counted
+from keras_ckpt.store.writer import Writer, by_prefix
+
+PRESERVED = "keep_checkpoint_every_n_hours"
+"""The reason of a pin that the manager made."""
+
+
+class CheckpointManager(tf.train.CheckpointManager):
+    """A `tf.train.CheckpointManager` that keeps by policy, writes sidecars, and survives a crash.
+
+    All arguments and methods of TensorFlow's have their meaning; eager code written for it runs unchanged. It shares
+    no state with its parent: what there is, is read from the directory.
+
+    Example:
+
+    ```python
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer)
+    manager = keras_ckpt.CheckpointManager(checkpoint, "runs/digits", keep=keras_ckpt.BestN(3, "loss", "min"))
+    manager.restore_or_initialize()
+    for epoch in range(10):
+        loss = train_one_epoch()
+        manager.save(metrics={"loss": loss}, epoch=epoch + 1)
+    ```
+
+    Args:
+        checkpoint: The `tf.train.Checkpoint` to save.
+        directory: The directory to save into.
+        max_to_keep: How many checkpoints to keep; `None` keeps all.
+        keep_checkpoint_every_n_hours: A checkpoint that would be removed is kept for good, and pinned, if it is at
+            least so many hours younger than the last one so kept.
+        checkpoint_name: What the names of the checkpoints begin with.
+        step_counter: An integer `tf.Variable`, needed for `checkpoint_interval`.
+        checkpoint_interval: The least number of steps between two checkpoints.
+        init_fn: Called by `restore_or_initialize` if there is no checkpoint.
+        last_checkpoint_step: The step of the last checkpoint, from which the interval counts.
+        keep: A policy, or an int `n` for the newest `n`, instead of `max_to_keep`.
+        metadata: A dict to put into each sidecar.
+        monitor: The metric by which `keep` ranks where it names none.
+        mode: Whether less (`"min"`) or more (`"max"`) of it is better.
+
+    Raises:
+        ValueError, TypeError: A wrong argument.
+    """
+
+    def __init__(
+        self,
+        checkpoint: tf.train.Checkpoint,
+        directory: str | os.PathLike[str],
+        max_to_keep: int | None = None,
+        keep_checkpoint_every_n_hours: float | None = None,
+        checkpoint_name: str = "ckpt",
+        step_counter: tf.Variable | None = None,
+        checkpoint_interval: int | None = None,
+        init_fn: Callable[[], object] | None = None,
+        last_checkpoint_step: int | None = None,
+        *,
+        keep: PreservationPolicy | int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+        mode: Mode | None = None,
+    ) -> None:
+        if not isinstance(checkpoint, tf.train.Checkpoint):
+            raise TypeError(
+                f"CheckpointManager expected a tf.train.Checkpoint. Received: {checkpoint!r:.200}. "
+                "Wrap what is to be saved: tf.train.Checkpoint(model=model)."
+            )
+        if keep is not None and max_to_keep is not None:
+            raise ValueError(
+                f"keep and max_to_keep say the same thing. Received: keep={keep!r}, max_to_keep={max_to_keep!r}. "
+                f"Give keep alone, for example keep=keras_ckpt.BestN(3) | keras_ckpt.LatestN({max_to_keep})."
+            )
+        if max_to_keep is not None and not (isinstance(max_to_keep, numbers.Integral) and max_to_keep > 0):
+            raise ValueError(f"max_to_keep expected a number of at least 1, or None. Received: {max_to_keep!r}")
+        if keep_checkpoint_every_n_hours is not None and not keep_checkpoint_every_n_hours > 0:
+            raise ValueError(
+                f"keep_checkpoint_every_n_hours expected a number > 0. Received: {keep_checkpoint_every_n_hours!r}"
+            )
+        if checkpoint_interval is not None and step_counter is None:
+            raise ValueError("checkpoint_interval counts in steps: give the step_counter, an integer tf.Variable, too.")
+        if not isinstance(checkpoint_name, str) or not checkpoint_name or "/" in checkpoint_name:
+            raise ValueError(f"checkpoint_name is a name in the directory. Received: {checkpoint_name!r}")
+        if init_fn is not None and not callable(init_fn):
+            raise TypeError(f"init_fn expected a function. Received: {init_fn!r}")
+        if mode not in (None, "min", "max"):
+            raise ValueError(f"CheckpointManager expected mode 'min' or 'max'. Received: mode={mode!r}")
+        self._checkpoint = checkpoint
+        self._directory = os.fspath(directory)
+        self._step_counter = step_counter
+        self._interval = checkpoint_interval
+        self._init_fn = init_fn
+        self._last_step = last_checkpoint_step
+        self._has_looked = False
+        self._metadata = encodable_metadata(metadata or {})
+        self._monitor = monitor
+        self._mode = mode
+        policy = as_policy(keep if max_to_keep is None else LatestN(max_to_keep))
+        policy = policy and policy.resolve(monitor, self._mode_of)
+        target = CheckpointDirectory(self._directory)
+        self._writer = _PreservingWriter(keep_checkpoint_every_n_hours, target, policy, base=checkpoint_name)
+
+    @property
+    def directory(self) -> str:
+        """The directory, as it was given."""
+        return self._directory
+
+    @property
+    def checkpoint(self) -> tf.train.Checkpoint:
+        """The `tf.train.Checkpoint`."""
+        return self._checkpoint
+
+    @property
+    def checkpoint_interval(self) -> int | None:
+        """The least number of steps between two checkpoints."""
+        return self._interval
+
+    @property
+    def latest_checkpoint(self) -> str | None:
+        """The prefix of the newest checkpoint, `None` if there is none. One without a sidecar counts too."""
+        name = self._latest()
+        return None if name is None else os.path.join(self._directory, name)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The prefixes of the checkpoints that a policy may remove, oldest first; so not the pinned ones."""
+        listing = self._writer.directory.listing()
+        if not listing.records:
+            return [os.path.join(self._directory, name) for name in listing.unmanaged]
+        return [os.path.join(self._directory, record.name) for record in listing.records if not record.pinned]
+
+    def save(
+        self,
+        checkpoint_number: Any = None,
+        check_interval: bool = True,
+        options: tf.train.CheckpointOptions | None = None,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        epoch: int | None = None,
+    ) -> str | None:
+        """Saves a checkpoint, and removes what is not to be kept.
+
+        Args:
+            checkpoint_number: Its number, an int or an integer variable or tensor; the default is the checkpoint's
+                `save_counter`, which is incremented in any case.
+            check_interval: Whether `checkpoint_interval` counts. If not, it is saved unless it was at this step.
+            options: A `tf.train.CheckpointOptions`.
+            metrics: What was measured on the state as it is now, by name.
+            metadata: A dict for the sidecar, beside the manager's.
+            epoch: Epochs completed, for `EveryNEpochs`.
+
+        Returns:
+            The prefix of the checkpoint; `None` if the interval is not over or the policy would not keep it.
+
+        Raises:
+            SaveError: It could not be saved. The others are untouched.
+            DirectoryInUseError: Another process writes into the directory.
+            DirectoryNotEmptyError: The directory holds a run of `fit` that the checkpoint was not restored from.
+        """
+        began = time.perf_counter()
+        if not self._interval_is_over(check_interval):
+            return None
+        if not isinstance(metrics or {}, Mapping):
+            raise TypeError(f"save() expected a dict of metrics. Received: metrics={metrics!r:.200}")
+        measured = {name: as_metric(name, value) for name, value in (metrics or {}).items()}
+        if checkpoint_number is not None and _integer(checkpoint_number) < 0:
+            raise ValueError(f"A checkpoint's number is 0 or more. Received: checkpoint_number={checkpoint_number!r}")
+        epoch = None if epoch is None else _integer(epoch)
+        extra = encodable_metadata(metadata or {})
+        options, callbacks = _without_callbacks(options)
+        self._warn_of_hidden()
+        number = self._count(checkpoint_number)
+
+        def write(prefix: str) -> None:
+            with model_state.plain_errors():
+                self._checkpoint.write(prefix, options)
+
+        record = self._writer.save(
+            by_prefix(write),
+            step=number,
+            began=began,
+            epoch=epoch,
+            metrics=measured,
+            monitor=self._monitor,
+            mode=self._mode,
+            metadata={**self._metadata, **extra},
+            reason="save",
+            time=time.time(),
+            versions=model_state.versions(),
+        )
+        # Not before: a save that failed can be tried again at once.
+        self._begin_interval()
+        if record is None:
+            return None
+        path = os.path.join(self._directory, record.name)
+        for callback in callbacks:
+            callback(path)
+        return path
+
+    def restore_or_initialize(self) -> str | None:
+        """Restores the newest checkpoint, or calls `init_fn` if there is none.
+
+        Returns:
+            The prefix of the checkpoint that was restored, `None` if there is none.
+
+        Raises:
+            DamagedCheckpointError: It cannot be read, or all that there are, are damaged.
+        """
+        while (name := self._latest()) is not None:
+            self._tell_of_damaged(name)
+            try:
+                self._restore(name)
+            except (FileNotFoundError, tf.errors.NotFoundError):
+                if self._latest() == name:
+                    raise
+                continue  # pruned meanwhile, in favour of another
+            self._begin_interval()
+            return os.path.join(self._directory, name)
+        self._tell_of_damaged(name)
+        if self._init_fn is not None:
+            self._init_fn()
+        return None
+
+    def sync(self) -> None:
+        """Waits for saves that are under way."""
+        self._checkpoint.sync()
+
+    def _restore(self, name: str) -> None:
+        try:
+            with Folder(self._directory) as folder, opened(folder, name) as (_, files):
+                read_index(files, name)
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{os.path.join(self._directory, name)} cannot be trusted: {error}") from error
+        _ = self._checkpoint.save_counter  # is made when it is asked for
+        path = lasting_tensorflow_path(self._directory, name)
+        reader = tf.train.load_checkpoint(path)
+        if reader.has_tensor(object_graph.KEY):
+            graph = object_graph.ObjectGraph(reader.get_tensor(object_graph.KEY))
+            _tell_of_differences(os.path.join(self._directory, name), graph.compare(self._checkpoint))
+        self._checkpoint.restore(path)
+
+    def _latest(self) -> str | None:
+        listing = self._writer.directory.listing()
+        if listing.unmanaged:
+            with Folder(self._directory) as folder:
+                hinted = read_state(folder)[0]
+            # This package names its own newest there, so whoever named another saved after it.
+            if hinted in listing.unmanaged:
+                return hinted
+        return listing.records[-1].name if listing.records else next(reversed(listing.unmanaged), None)
+
+    def _tell_of_damaged(self, name: str | None) -> None:
+        """Warns of damaged checkpoints that are newer than the one to restore, and raises if there is no such one."""
+        step = -1 if name is None else step_in(name) or 0
+        damaged = self._writer.directory.listing().damaged.items()
+        newer = [f"{each} is damaged: {error}" for each, error in damaged if (step_in(each) or 0) > step]
+        if not newer:
+            return
+        if name is None:
+            raise DamagedCheckpointError(f"No checkpoint in {self._directory} can be restored. {'. '.join(newer)}.")
+        warn(f"In {self._directory}: {'. '.join(newer)}. Going back to {name}.")
+
+    def _warn_of_hidden(self) -> None:
+        """Warns, with the first save, of weights that TensorFlow does not save."""
+        hidden = [] if self._has_looked else object_graph.hidden(self._checkpoint)
+        self._has_looked = True
+        if hidden:
+            warn(
+                f"TensorFlow does not save these weights: {', '.join(hidden[:20])}. It does not look into lists and "
+                "dicts of Keras's layers. Hold each layer in an attribute, or save with ModelCheckpoint."
+            )
+
+    def _count(self, checkpoint_number: Any) -> int:
+        """Counts a save, and gives its number."""
+        counter = self._checkpoint.save_counter
+        if int(counter.numpy()) == 0:
+            self._refuse_to_begin_over()
+        counter.assign_add(1)
+        return _integer(counter if checkpoint_number is None else checkpoint_number)
+
+    def _refuse_to_begin_over(self) -> None:
+        """Keeps a checkpoint that was never saved nor restored from taking over what others saved here."""
+        newest = self._writer.directory.latest()
+        if newest is None:
+            return
+        restore = "restore it: manager.restore_or_initialize()"
+        if newest.batch is not None:
+            raise DirectoryNotEmptyError(
+                f"{self._directory} holds a run of fit, the newest checkpoint of step {newest.step}, which this one "
+                f"does not continue. To go on with it, {restore}. To begin another, save into another directory, or "
+                f"remove these: keras_ckpt.CheckpointDirectory({self._directory!r}).clear()."
+            )
+        # TensorFlow's manager does so without a word, so it is done, with one.
+        warn(
+            f"{self._directory} holds checkpoints, and this one was not restored from them, so its numbers begin again "
+            f"and theirs may be saved over. To go on with them, {restore}."
+        )
+
+    def _interval_is_over(self, check_interval: bool) -> bool:
+        if self._interval is None:
+            return True
+        step = _integer(self._step_counter)
+        if self._last_step is not None:
+            least = self._last_step + (self._interval if check_interval else 1)
+            if step == self._last_step or (check_interval and step < least):
+                return False
+        return True
+
+    def _begin_interval(self) -> None:
+        if self._interval is not None:
+            self._last_step = _integer(self._step_counter)
+
+    def _mode_of(self, monitor: str) -> Mode:
+        if monitor == self._monitor and self._mode is not None:
+            return self._mode
+        raise ValueError(f"Nothing says whether less or more of {monitor!r} is better: give mode='min' or mode='max'.")
+
+
+class _PreservingWriter(Writer):
+    """A writer that pins one checkpoint every so many hours, among those that it would remove.
+
+    The hours count from the first writer in the directory, even from one that preserves nothing, as with TensorFlow.
+    """
+
+    def __init__(self, hours: float | None, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._hours = hours
+        # Set back a little, as TensorFlow does, for a manager that is made again at once.
+        self._opened = time.time() - 1.0
+
+    def retain(self, folder: Folder, listing: Listing) -> None:
+        with self._explaining("What was to be saved is saved, but what is to be preserved could not be noted in"):
+            listing = self._preserved(folder, listing)
+        super().retain(folder, listing)
+
+    def _preserved(self, folder: Folder, listing: Listing) -> Listing:
+        noted = read_state(folder)[1]
+        last = min(time.time(), self._opened if noted is None else noted)
+        for record in self.unkept(listing.records):
+            if self._hours and record.time - self._hours * 3600 >= last:
+                last = record.time
+                folder.replace(f"{record.name}.keep", PRESERVED.encode())
+                listing = listing.joined_by(msgspec.structs.replace(record, pin=PRESERVED))
+        if last != noted:
+            write_state(folder, listing.records, last)
+        return listing
+
+
+def _tell_of_differences(prefix: str, found: object_graph.Comparison) -> None:
+    """Refuses what cannot be restored later, and warns of what a restore leaves out.
+
+    Raises:
+        ValueError: A layer is not built, and its parts would keep their first values.
+    """
+    if found.unbuilt:
+        names = ", ".join(sorted({repr(layer.name) for layer in found.unbuilt})[:10])
+        raise ValueError(
+            f"{prefix} has variables of layers that are not built: {names}. Keras initializes their parts at the first "
+            "call, which would undo the restore. Call the model on a batch before restore_or_initialize()."
+        )
+    left_out = []
+    if found.unused:
+        unused = (f"{place} ({counted(count, 'variable')})" for place, count in found.unused.items())
+        left_out.append(f"In the checkpoint, but not in the program: {', '.join(itertools.islice(unused, 20))}.")
+    if found.missing:
+        left_out.append(f"In the program, but not in the checkpoint: {', '.join(found.missing[:20])}.")
+    if left_out:
+        warn(f"{prefix} is restored in part. {' '.join(left_out)}")
+
+
+def _without_callbacks(
+    options: tf.train.CheckpointOptions | None,
+) -> tuple[tf.train.CheckpointOptions, list[Callable[..., object]]]:
+    """The options for writing into a stage, and the callbacks that wait until the checkpoint is in its place."""
+    options = copy.copy(options) if options is not None else tf.train.CheckpointOptions()
+    callbacks = [
+        callback if inspect.signature(callback).parameters else (lambda _, callback=callback: callback())
+        for callback in options.experimental_write_callbacks or []
+    ]
+    options.experimental_write_callbacks = None
+    # The checkpoint is committed when save() returns, so its files must be there.
+    options.enable_async = options.experimental_enable_async_checkpoint = False
+    return options, callbacks
+
+
+def _integer(number: Any) -> int:
+    return int(number.numpy() if hasattr(number, "numpy") else number)

@@ -1,0 +1,371 @@
+"""`ModelCheckpoint`: Keras's, feeding a checkpoint directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Literal
+
+import keras
+
+from keras_ckpt.errors import DiskFullError
+from keras_ckpt.store import tables
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.notices import warn
+from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
+from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
+from keras_ckpt.store.writer import Writer
+from keras_ckpt.training.monitor import metrics_in, mode_of, no_such_metric
+from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
+from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
+
+Logs = Mapping[str, Any] | None
+Metadata = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
+_NOT_KEPT = "not saved, it would not be kept"
+
+
+class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
+    """Saves checkpoints of a training into a directory, and keeps the right ones.
+
+    Each save is a plain TensorFlow checkpoint with a sidecar file that says what is known about it. What is best, and
+    what is to be removed, is read from the directory, so it holds after a restart too.
+
+    Example:
+
+    ```python
+    checkpoint = keras_ckpt.ModelCheckpoint("runs/digits", monitor="val_accuracy", mode="max",
+                                            keep=keras_ckpt.BestN(3) | keras_ckpt.LatestN(2))
+    model.fit(x, y, validation_data=valid, epochs=30, callbacks=[checkpoint])
+    ```
+
+    Args:
+        filepath: The directory of the run.
+        monitor: The metric by which checkpoints are ranked, where something ranks them.
+        verbose: 1 says what is saved and what is not, as soon as that is known: of what is written while training goes
+            on, at a later batch or at the end. 0 says nothing.
+        save_best_only: Whether to save only what is better than everything on disk, and than
+            `initial_value_threshold`. All that was saved stays, unless `keep` says otherwise.
+        save_weights_only: Whether to leave the optimizer out. Training cannot go on exactly from such a checkpoint.
+        mode: `"min"` if less of the monitored metric is better, `"max"` if more is, `"auto"` for what Keras knows.
+        save_freq: `"epoch"`, a number of batches, a `datetime.timedelta`, or a list of these, any of which makes a save
+            due. A save that is due in the middle of an epoch and cannot be ranked there is ranked at the epoch's end.
+        initial_value_threshold: What the monitored metric must be better than, with `save_best_only`.
+        keep: Which checkpoints stay: a policy, an int `n` for the newest `n`, or `None` for all. A save that would be
+            removed at once is not written.
+        metadata: A dict to put into each sidecar, or a function of `logs` that returns one.
+        on_full_disk: Whether a save that finds no room is a warning and training goes on (`"warn"`), or an error
+            (`"raise"`).
+        save_on_background: Whether training goes on while a save is written. One that comes meanwhile, and with which
+            more than 64 MB would wait, waits itself; if it is by batches or time in the middle of an epoch, and nothing
+            ranks it, it is left out instead, with a warning for the first. An error comes with the next batch, and
+            `fit` ends when all is written.
+
+    Raises:
+        ValueError, TypeError: A wrong argument; at the latest before the first batch.
+        DirectoryNotEmptyError: Before the first batch: the directory holds another run than the model's.
+        DirectoryInUseError: Before the first batch: another process trains into the directory.
+        SaveError: A checkpoint could not be saved. The others are untouched.
+    """
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike[str],
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        save_weights_only: bool = False,
+        mode: Literal["auto", "min", "max"] = "auto",
+        save_freq: SaveFreq | list[SaveFreq] = "epoch",
+        initial_value_threshold: float | None = None,
+        *,
+        keep: PreservationPolicy | int | None = None,
+        metadata: Metadata | None = None,
+        on_full_disk: OnFullDisk = "warn",
+        save_on_background: bool = True,
+    ) -> None:
+        # Keras's own __init__ takes nothing but a template of file names.
+        keras.callbacks.Callback.__init__(self)
+        if mode not in ("auto", "min", "max"):
+            raise ValueError(f"ModelCheckpoint expected mode 'auto', 'min' or 'max'. Received: mode={mode!r}")
+        if not isinstance(monitor, str) or not monitor:
+            raise TypeError(f"ModelCheckpoint expected the name of a metric. Received: monitor={monitor!r}")
+        if not isinstance(verbose, int):
+            raise TypeError(f"ModelCheckpoint expected verbose 0 or 1. Received: verbose={verbose!r}")
+        if initial_value_threshold is not None:
+            initial_value_threshold = as_metric("initial_value_threshold", initial_value_threshold)
+        self.directory = CheckpointDirectory(_checked_path(filepath))
+        self.filepath = self.directory.path
+        self.monitor = monitor
+        self.verbose = verbose
+        self.save_best_only = save_best_only
+        self.save_weights_only = save_weights_only
+        self.mode = mode
+        self.save_freq = save_freq
+        self.initial_value_threshold = initial_value_threshold
+        self.keep = as_policy(keep)
+        self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
+        self.on_full_disk = checked_on_full_disk(on_full_disk)
+        self.save_on_background = save_on_background
+        self._schedule = SaveSchedule(save_freq)
+        self._ranking = _Ranking()
+        self._session: Session | None = None
+        self._pending: str | None = None
+        self._due = 0
+        self._epochs = 0
+        self._seen: set[str] = set()
+        self._warned = False
+        self._last: dict[str, Any] = {}
+        self._owed: dict[str, Any] = {}
+
+    @property
+    def best(self) -> float | None:
+        """The best value of the monitored metric, on disk or the threshold; `None` if there is none yet."""
+        mode = self._ranking.mode or self.mode
+        values = [record.finite(self.monitor) for record in self.directory]
+        known = [value for value in (*values, self.initial_value_threshold) if value is not None]
+        if not known or mode == "auto":
+            return None
+        return min(known) if mode == "min" else max(known)
+
+    def get_state(self) -> dict[str, Any]:
+        """What a run that is gone on with by another process needs of this callback, beside what is on disk."""
+        return {
+            "pending": self._pending,
+            "due": self._due,
+            "epochs": self._epochs,
+            "elapsed": self._schedule.elapsed(),
+            "last": self._last,
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another process was: what `get_state` gave there."""
+        self._pending = state["pending"]
+        self._due = state["due"]
+        self._epochs = state["epochs"]
+        self._schedule.resume(state["elapsed"])
+        self._last = self._owed = state.get("last", {})
+
+    def go_on_within(self, batch: int) -> None:
+        """Goes on in the middle of an epoch that another process began.
+
+        Args:
+            batch: How many of its batches are done.
+        """
+        self._current().progress.resume(batch)
+
+    def save_owed(self) -> None:
+        """Saves what the process that died had yet to write, if the model is restored as it was for that save.
+
+        A backup of the same moment may be on disk before it.
+        """
+        owed, self._owed = self._owed, {}
+        position = self._current().progress.position
+        if not owed or (owed["step"], owed["batch"]) != (position.step, position.batch):
+            return
+        if all(record.step != position.step for record in self.directory):
+            self._write(time.perf_counter(), owed["facts"], _NOT_KEPT)
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        self._session = None
+        self._pending = None
+        self._due = 0
+        self._epochs = 0
+        self._seen = set()
+        self._warned = False
+        self._last = self._owed = {}
+        self._schedule.start()
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self._current()
+
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
+        began = time.perf_counter()
+        fit = self._current()
+        fit.settle()
+        reason = fit.batch_end(batch)
+        if reason is not None:
+            monitors = self._ranking.monitors
+            ranked = monitors <= metrics_in(logs).keys()
+            if (ranked and monitors) or not fit.skips():
+                self._save(reason, logs, began, _NOT_KEPT if ranked else "waits for the epoch's end")
+            elif self.verbose > 0:
+                start = self._described(metrics_in(logs))
+                print(start, "left out, because an earlier one is still being written")
+            if not ranked:
+                self._pending = reason
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        began = time.perf_counter()
+        reasons = [reason for reason in (self._current().epoch_end(), self._pending) if reason is not None]
+        self._pending = None
+        self._epochs += 1
+        self._look_for_metrics(logs or {})
+        if reasons:
+            self._save(", ".join(reasons), logs, began, _NOT_KEPT)
+
+    def on_train_end(self, logs: Logs = None) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        session.close()
+        if self._due and not session.missed and not len(self.directory):
+            warn(
+                f"Nothing was saved into {self.filepath}: {self._due} saves were due, and none was to be kept by "
+                f"{self._ranking}. Was {self.monitor!r} ever a finite number, and better than "
+                f"initial_value_threshold={self.initial_value_threshold}? Join the policy with "
+                "keras_ckpt.LatestN(1) to have the newest in any case."
+            )
+
+    def _current(self) -> Session:
+        """The fit under way, begun with its first epoch: in `on_train_begin` another callback may yet restore."""
+        if self._session is None:
+            self._ranking = self._resolve()
+            writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
+            self._session = Session(
+                self, writer, self._schedule, self.on_full_disk, self.save_on_background, self.save_weights_only
+            )
+        return self._session
+
+    def _resolve(self) -> _Ranking:
+        """What ranks the checkpoints of this fit, with what the arguments left open."""
+
+        def mode(monitor: str) -> Mode:
+            if monitor == self.monitor and self.mode != "auto":
+                return self.mode
+            return mode_of(self.model, monitor)
+
+        keep = self.keep and self.keep.resolve(self.monitor, mode)
+        only = BestN(1, self.monitor, mode(self.monitor)) if self.save_best_only else None
+        ranking = _Ranking(keep, only)
+        modes = {monitor: mode(monitor) for monitor in ranking.monitors}
+        with contextlib.suppress(ValueError):  # nothing may rank by it
+            modes[self.monitor] = mode(self.monitor)
+        return dataclasses.replace(ranking, mode=modes.pop(self.monitor, None), modes=modes)
+
+    def _save(self, reason: str, logs: Logs, began: float, otherwise: str) -> None:
+        """Saves; `otherwise` is what to say if nothing is saved."""
+        fit = self._current()
+        self._due += 1
+        metrics = metrics_in(logs)
+        if not self._beats_threshold(metrics.get(self.monitor)):
+            self._say(self._described(metrics), Outcome(None), otherwise)
+            return
+        metadata = encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata)
+        facts = {"reason": reason, "metrics": metrics, "metadata": metadata}
+        position = fit.progress.position
+        self._last = {"step": position.step, "batch": position.batch, "facts": facts}
+        self._write(began, facts, otherwise)
+
+    def _write(self, began: float, facts: Mapping[str, Any], otherwise: str) -> None:
+        """Saves the model as it is now, with some facts of its record."""
+        fit = self._current()
+        start = self._described(facts["metrics"])
+        fit.save(
+            began,
+            fit.snapshot(),
+            amends=fit.progress.position.batch == 0,
+            then=lambda outcome: self._say(start, outcome, otherwise),
+            monitor=self.monitor,
+            mode=self._ranking.mode,
+            modes=dict(self._ranking.modes),
+            **facts,
+        )
+
+    def _say(self, start: str, outcome: Outcome, otherwise: str) -> None:
+        if self.verbose > 0:
+            print(start, _result(outcome, otherwise))
+
+    def _described(self, metrics: Mapping[str, float]) -> str:
+        """What is said of a save before its outcome."""
+        position = self._current().progress.position
+        value = tables.metric(metrics.get(self.monitor)) or "not known"
+        return f"\nStep {position.step}, epoch {position.epoch}: {self.monitor} {value},"
+
+    def _beats_threshold(self, value: float | None) -> bool:
+        threshold = self.initial_value_threshold
+        if not self.save_best_only or threshold is None or value is None:
+            return True
+        return value < threshold if self._ranking.mode == "min" else value > threshold
+
+    def _look_for_metrics(self, logs: Mapping[str, Any]) -> None:
+        """Keeps everything while a metric that something ranks by does not come in this fit, and warns once."""
+        metrics = metrics_in(logs)
+        self._seen |= metrics.keys()
+        absent = sorted(self._ranking.monitors - self._seen)
+        missing = [monitor for monitor in absent if any(map(_of_kind(monitor), metrics))]
+        missing += [monitor for monitor in sorted(self._ranking.monitors) if monitor in logs and monitor not in metrics]
+        self._current().rank(not missing)
+        if self._warned:
+            return
+        if missing:
+            self._warned = True
+            warn(no_such_metric(missing[0], logs))
+        elif absent and self._epochs == 2:
+            self._warned = True
+            warn(
+                f"Two epochs have ended without {absent[0]!r}. Until it comes nothing can be ranked by it, and what is "
+                "saved at an epoch's end stays. Does fit() have validation data?"
+            )
+
+
+def _of_kind(monitor: str) -> Callable[[str], bool]:
+    """Says of a metric whether it is measured where another is: in training, or in validation."""
+    return lambda name: name.startswith("val_") == monitor.startswith("val_")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranking:
+    """What decides in one fit: `keep` what stays, and `only` what is written at all.
+
+    `mode` is the direction of the monitored metric, `modes` has those of the others that something ranks by.
+    """
+
+    keep: PreservationPolicy | None = None
+    only: PreservationPolicy | None = None
+    mode: Mode | None = None
+    modes: Mapping[str, Mode] = dataclasses.field(default_factory=dict)
+
+    @property
+    def monitors(self) -> Set[str]:
+        """The metrics by which something is ranked."""
+        return frozenset().union(*(policy.monitors for policy in (self.keep, self.only) if policy))
+
+    def __str__(self) -> str:
+        return " and ".join(repr(policy) for policy in (self.keep, self.only) if policy)
+
+
+def _result(outcome: Outcome, otherwise: str) -> str:
+    if outcome.record is not None:
+        return f"saved {outcome.record.prefix} ({tables.save(outcome.record)})"
+    if outcome.error is None:
+        return otherwise
+    return "not saved, the disk is full" if isinstance(outcome.error, DiskFullError) else "the save failed"
+
+
+def _checked_path(filepath: str | os.PathLike[str]) -> str:
+    if not isinstance(filepath, str | os.PathLike):
+        raise TypeError(f"ModelCheckpoint expected the path of a directory. Received: filepath={filepath!r}")
+    path = os.fspath(filepath)
+    if not isinstance(path, str) or not (_FILE.search(path) or _TEMPLATE.search(path)):
+        return path
+    raise ValueError(
+        "ModelCheckpoint saves into a directory, where checkpoints are named by their step, and metrics are in the "
+        "sidecars. Files of Keras's own formats, and templates of names, are not supported. Received: "
+        f"filepath={path!r}. Give a directory, such as {_directory_for(path)!r}."
+    )
+
+
+_FILE = re.compile(r"(\.weights)?\.(keras|h5|hdf5|hd5|ckpt)$", re.IGNORECASE)
+"""The endings of paths that are files elsewhere."""
+_TEMPLATE = re.compile(r"\{.*\}")
+
+
+def _directory_for(path: str) -> str:
+    """A directory in the place of a file, or of a template of names."""
+    start = _FILE.sub("", path).partition("{")[0]
+    stem = start.rstrip("-_.= ") if not start.endswith("/") else start.rstrip("/")
+    return _FILE.sub("", stem) or "checkpoints"
