@@ -401,3 +401,16 @@ def test_what_keras_keeps_private_is_as_this_module_expects() -> None:
         "iteration",
         "learning_rate",
     ]
+
+
+def test_keys_of_optimizers_may_have_slashes() -> None:
+    """`{"x/y": ...}` is not `{"x": {"y": ...}}`."""
+    model = dense_model()
+    model.others = {"x/y": keras.optimizers.SGD(), "x": {"y": keras.optimizers.Adam()}}
+    model.others["x/y"].build(model.trainable_variables)
+    model.others["x"]["y"].build(model.trainable_variables)
+
+    names = [*named_variables(model)]
+
+    assert "optimizer/others/x|y/learning_rate" in names
+    assert "optimizer/others/x/y/learning_rate" in names

@@ -274,6 +274,39 @@ def test_a_map_that_draws_nothing_is_not_warned_of(tmp_path, recwarn) -> None:
     assert [str(each.message) for each in recwarn if each.category is UserWarning] == []
 
 
+NUMBERS = tf.data.Dataset.from_tensor_slices((X, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "step"),
+    [
+        (NUMBERS.shuffle(9, seed=1).cache().batch(4), "cache"),
+        (NUMBERS.batch(4).shuffle(9, seed=1).map(lambda *batch: batch).cache().prefetch(1), "cache"),
+        (NUMBERS.shuffle(9, seed=1).batch(4).shuffle(3, seed=2), "shuffle"),
+    ],
+)
+def test_a_pipeline_that_keeps_a_shuffled_epoch_is_warned_of(pipeline, step) -> None:
+    """What a later epoch reads depends on what the first has read."""
+    with pytest.warns(UserWarning, match=rf"shuffle\(\) before {step}\(\)"):
+        kc.ResumableDataset(pipeline)
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        NUMBERS.cache().shuffle(9, seed=1).batch(4),
+        NUMBERS.shuffle(9, seed=1, reshuffle_each_iteration=False).cache().batch(4),
+        NUMBERS.shuffle(9, seed=1).batch(4).prefetch(1),
+        NUMBERS.batch(4),
+    ],
+)
+def test_other_pipelines_are_not_warned_of(pipeline, recwarn) -> None:
+    """Each epoch shuffles what comes in one order."""
+    kc.ResumableDataset(pipeline)
+
+    assert not recwarn
+
+
 class TestOtherArgumentsAtARestart:
     """The program gives `ResumableDataset` other arguments than before."""
 

@@ -323,7 +323,12 @@ def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> I
         if inside and id(value) not in entered:
             entered.add(id(value))
             if not _is_data(value):
-                stack += reversed([(f"{path}/{key}", each) for key, each in inside])
+                stack += reversed([(f"{path}/{_segment(key)}", each) for key, each in inside])
+
+
+def _segment(key: Any) -> str:
+    """A key as a segment of a path."""
+    return str(key).replace("/", "|")
 
 
 def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:

@@ -283,6 +283,12 @@ class _Pipeline(_Source):
     def __init__(self, dataset: tf.data.Dataset) -> None:
         self._dataset = dataset
         self.count = _known_length(dataset)
+        if step := _keeps_a_shuffled_pass(dataset):
+            warn(
+                f"The pipeline has shuffle() before {step}(). Its order in an epoch depends on what was read of the "
+                f"epochs before, so a restart reads another order. Give {step}() before the one shuffle(), or give "
+                "ResumableDataset a function of the number of the epoch that returns the pipeline."
+            )
 
     def batches(self, number: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
         return self._dataset.skip(start)
@@ -552,6 +558,21 @@ def _known_length(dataset: tf.data.Dataset) -> int | None:
             "it with .take(n), or say what it is with .apply(tf.data.experimental.assert_cardinality(n))."
         )
     return count
+
+
+def _keeps_a_shuffled_pass(dataset: Any, after: str | None = None) -> str | None:
+    """The step of a pipeline that keeps batches of another step that shuffles each pass anew, if there is one.
+
+    Args:
+        dataset: The pipeline.
+        after: Such a step that reads it.
+    """
+    step = type(dataset).__name__.strip("_").removesuffix("Dataset").lower()
+    if step == "shuffle" and after and dataset._reshuffle_each_iteration:  # noqa: SLF001 - no public name tells
+        return after
+    after = step if step in ("shuffle", "cache") else after
+    found = (_keeps_a_shuffled_pass(each, after) for each in dataset._inputs())  # noqa: SLF001
+    return next(filter(None, found), None)
 
 
 def _of_known_length(passes: tf.data.Dataset, count: int | None) -> tf.data.Dataset:
