@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -162,6 +163,16 @@ def test_only_one_module_touches_files() -> None:
                 assert not (called.startswith(("os.", "shutil.", "pathlib.")) and called.split(".")[-1] in touching), (
                     path
                 )
+
+
+def test_only_one_module_names_files() -> None:
+    """The endings of a checkpoint's files are in `layout`, and nowhere else but in documentation and messages."""
+    for path in set(modules()) - {PACKAGE / "store" / "layout.py"}:
+        tree = ast.parse(path.read_text())
+        told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told]
+        named = [text for text in texts if isinstance(text, str) and re.match(r"\\?\.(json|keep|index|data-)", text)]
+        assert not named, path
 
 
 def test_no_code_is_ever_loaded_from_a_checkpoint() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import keras_ckpt
+from keras_ckpt.store import layout
 
 _BATCH = 64
 _EPOCHS = 12
@@ -53,7 +54,7 @@ def run(path: str) -> None:
     print(f"{keras_ckpt.restore(fresh, best)}\n")
     recorded = best.metrics["val_accuracy"], best.metrics["val_loss"]
     loss, accuracy = fresh.evaluate(*validation, batch_size=_BATCH, verbose=0)
-    sidecar = f"{os.path.relpath(best.prefix)}.json"
+    sidecar = layout.sidecar(os.path.relpath(best.prefix))
     print(f"{sidecar} says: val_accuracy {recorded[0]:.6f}, val_loss {recorded[1]:.6f}")
     print(f"The new network, evaluated now: val_accuracy {accuracy:.6f}, val_loss {loss:.6f}")
     np.testing.assert_allclose((accuracy, loss), recorded, rtol=1e-5)

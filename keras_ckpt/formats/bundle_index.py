@@ -24,6 +24,7 @@ from typing import NamedTuple
 import google_crc32c
 
 from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
 
 _INDEX_LIMIT = 1 << 28
@@ -106,12 +107,8 @@ def read_index(folder: Folder, name: str) -> Index:
         DamagedCheckpointError: It is no index, or what it says cannot be so.
     """
     try:
-        shards, entries = _decode(folder.read(f"{name}.index", _INDEX_LIMIT))
-        files = {
-            entry.shard: f"{name}.data-{entry.shard:05d}-of-{shards:05d}"
-            for entry in entries.values()
-            if not entry.slices
-        }
+        shards, entries = _decode(folder.read(layout.index(name), _INDEX_LIMIT))
+        files = {entry.shard: layout.data(name, entry.shard, shards) for entry in entries.values() if not entry.slices}
         _check_places(entries, {shard: folder.size(file) for shard, file in files.items()})
         _check_texts(folder, files, entries)
     except OSError as error:

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from keras_ckpt.formats.bundle_index import KEY_LIMIT, Entry, Slice, masked
+from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.streams import PORTION, NewFile
@@ -136,18 +137,18 @@ def write_bundle(
     files: list[CheckpointFile] = []
     entries: dict[bytes, Entry] = {}
     for shard, link in enumerate(linked):
-        file = msgspec.structs.replace(link.file, name=_data_file(name, shard, number))
+        file = msgspec.structs.replace(link.file, name=layout.data(name, shard, number))
         folder.rename(link.file.name, file.name)
         files.append(file)
         entries |= {key: entry._replace(shard=shard) for key, entry in link.entries.items()}
     # Each is on its way to the disk while the next is made.
     with contextlib.ExitStack() as under_way:
         for shard, group in enumerate(groups, len(linked)):
-            data = _data_file(name, shard, number)
+            data = layout.data(name, shard, number)
             new = under_way.enter_context(folder.writing(data))
             entries |= _write_values(new, group, shard)
             files.append(CheckpointFile(data, *new.finish()))
-        index = f"{name}.index"
+        index = layout.index(name)
         table = under_way.enter_context(folder.writing(index))
         encoded = ((key, _entry(entries[key])) for key in sorted(entries))
         table.write(memoryview(_table([(b"", _header(number)), *encoded])))
@@ -161,11 +162,6 @@ def _refuse_long(keys: Iterable[bytes]) -> None:
         raise ValueError(
             f"a variable has a name of {len(longest)} bytes, at most {KEY_LIMIT} are read: {longest.decode():.50}..."
         )
-
-
-def _data_file(name: str, shard: int, number: int) -> str:
-    """The name of one of so many data files of a checkpoint."""
-    return f"{name}.data-{shard:05d}-of-{number:05d}"
 
 
 def _write_values(file: NewFile, group: Mapping[bytes, Value], shard: int) -> dict[bytes, Entry]:

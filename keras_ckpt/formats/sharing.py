@@ -16,6 +16,7 @@ from keras_ckpt.errors import CheckpointError
 from keras_ckpt.formats.arena import Arena, Saved, is_table, parts_of
 from keras_ckpt.formats.bundle_index import Entry, Index, read_index
 from keras_ckpt.formats.bundle_writer import Linked, Value, checksum_of, write_bundle
+from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder, Stamp
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
@@ -200,7 +201,7 @@ def _link(
     """
     record = saved.record
     # Their names are in the order of their numbers.
-    files = sorted((file for file in record.files if ".data-" in file.name), key=lambda file: file.name)
+    files = sorted((file for file in record.files if layout.is_data(file.name)), key=lambda file: file.name)
     linked: list[Linked] = []
     # What cannot be linked is written.
     with contextlib.suppress(OSError), Folder(record.directory) as folder:

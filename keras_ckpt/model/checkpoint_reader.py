@@ -18,6 +18,7 @@ from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description
 from keras_ckpt.model import model_state, naming, object_graph
 from keras_ckpt.model.bundle_reader import read_values
 from keras_ckpt.model.matching import Kind
+from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import refuse_changed, unreadable
 from keras_ckpt.store.record import CheckpointFile
@@ -46,10 +47,10 @@ class Source:
     def __init__(self, folder: Folder, name: str, digested: Sequence[CheckpointFile] = ()) -> None:
         self._folder = folder
         self._name = name
-        self._digested = [file for file in digested if file.name != f"{name}.index"]
+        self._digested = [file for file in digested if file.name != layout.index(name)]
         with what_fails_is_damaged():
             for file in digested:
-                if file.name == f"{name}.index":
+                if file.name == layout.index(name):
                     refuse_changed(file, *folder.digest(file.name))
             self._index = read_index(folder, name)
         listed = self._index.variables

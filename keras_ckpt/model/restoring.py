@@ -6,7 +6,6 @@ import contextlib
 import errno
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.parts import is_built
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import Request, transfer
-from keras_ckpt.store import background, commit
+from keras_ckpt.store import background, commit, layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import check_files, held, read_record, unmanaged
@@ -153,8 +152,7 @@ def _locate(checkpoint: object) -> tuple[str, list[str]]:
         raise ValueError(
             f"{path} is a file of Keras's own: model.load_weights() or keras.models.load_model() reads it."
         )
-    name = re.sub(r"\.(index|json|data-\d{5}-of-\d{5})\Z", "", os.path.basename(path))
-    return os.path.dirname(path), [name]
+    return os.path.dirname(path), [layout.named_by(os.path.basename(path))]
 
 
 def _newest_first(directory: CheckpointDirectory) -> list[str]:
@@ -194,11 +192,10 @@ def opened(
         CheckpointNotFoundError: It is not the expected one.
         FileNotFoundError: There is none of that name, or none any more.
     """
-    if not folder.exists(f"{name}.json"):
+    if not folder.exists(layout.sidecar(name)):
         if not unmanaged(folder, {name}):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        own = re.compile(re.escape(name) + r"\.(index|data-\d{5}-of-\d{5})")
-        with folder.held(filter(own.fullmatch, folder.names())) as files:
+        with folder.held(file for file in folder.names() if layout.is_tensorflows(file, name)) as files:
             yield None, files
         return
     record = read_record(folder, name)

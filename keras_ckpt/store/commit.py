@@ -13,13 +13,13 @@ import uuid
 from collections.abc import Container, Iterable, Sequence
 
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, DirectoryNotEmptyError, FormatVersionError
+from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.files import PRIVATE, Folder, UnfinishedError
 from keras_ckpt.store.listing import scan
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 
-STATE_FILE = "checkpoint"
 _STATE_LIMIT = 1 << 24
 _NO_FILE = (errno.ENOENT, errno.EFBIG, errno.EINVAL, errno.ELOOP, errno.ENXIO)
 """What `Folder.read` says of what is not there, too big, no file, or a link. Any other error may pass."""
@@ -42,7 +42,7 @@ def publish(
         UnfinishedError: It is not published, and another is withdrawn for it. Recovery goes on.
         OSError: It is not published.
     """
-    sidecar = f"{record.name}.json"
+    sidecar = layout.sidecar(record.name)
     previous = _read(folder, sidecar)
     if previous is None or not _is_whole(folder, previous):
         previous = None
@@ -55,7 +55,7 @@ def publish(
         earlier.append(previous)
     else:
         # A pin that was left behind by an earlier checkpoint of that name is no pin of this one.
-        folder.remove(f"{record.name}.keep")
+        folder.remove(layout.pin(record.name))
     staged = [file.name for file in record.files if stage.exists(file.name)]
     try:
         withdraw(folder, earlier)
@@ -76,7 +76,7 @@ def _take_back(folder: Folder, stage: Folder, names: Iterable[str], earlier: Ite
         for name in names:
             if not stage.exists(name):
                 folder.move(name, stage)
-        return all(folder.exists(f"{record.name}.json") for record in earlier)
+        return all(folder.exists(layout.sidecar(record.name)) for record in earlier)
     except OSError:
         return False
 
@@ -87,7 +87,7 @@ def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
         return
     with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
         for record in records:
-            folder.move(f"{record.name}.json", trash)
+            folder.move(layout.sidecar(record.name), trash)
         trash.sync()
         folder.sync()
         _empty_trash(folder, trash, records)
@@ -128,8 +128,8 @@ def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preser
     if not records:
         # It goes with the last checkpoint, unless it names one that TensorFlow wrote.
         newest = read_state(folder)[0]
-        if newest is None or folder.exists(f"{newest}.json") or not folder.exists(f"{newest}.index"):
-            folder.remove(STATE_FILE)
+        if newest is None or folder.exists(layout.sidecar(newest)) or not folder.exists(layout.index(newest)):
+            folder.remove(layout.STATE_FILE)
         return
     listed = [record for record in records if not record.pinned]
     lines = [f"model_checkpoint_path: {_quoted(records[-1].name)}"]
@@ -139,7 +139,7 @@ def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preser
         last_preserved = read_state(folder)[1]
     if last_preserved is not None:
         lines.append(f"last_preserved_timestamp: {last_preserved!r}")
-    folder.replace(STATE_FILE, "\n".join([*lines, ""]).encode())
+    folder.replace(layout.STATE_FILE, "\n".join([*lines, ""]).encode())
 
 
 def read_state(folder: Folder) -> tuple[str | None, float | None]:
@@ -148,7 +148,7 @@ def read_state(folder: Folder) -> tuple[str | None, float | None]:
     The name is only a hint: it may be of a file that is not there, but never of one outside the directory.
     """
     try:
-        text = folder.read(STATE_FILE, _STATE_LIMIT).decode()
+        text = folder.read(layout.STATE_FILE, _STATE_LIMIT).decode()
     except (OSError, UnicodeDecodeError):
         return None, None
     newest = re.search(r'^model_checkpoint_path: "([^"\\/]+)"$', text, re.MULTILINE)
@@ -161,7 +161,7 @@ def read_state(folder: Folder) -> tuple[str | None, float | None]:
 def _set_damaged_aside(folder: Folder, name: str) -> None:
     """Moves a checkpoint whose sidecar cannot be read out of the way of the one that is saved in its place."""
     try:
-        sidecars.decode(folder.read(f"{name}.json", sidecars.SIZE_LIMIT), name)
+        sidecars.decode(folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT), name)
         raise DamagedCheckpointError("a file of it is missing, or of another size")
     except FileNotFoundError:
         return
@@ -170,20 +170,19 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
     except (CheckpointError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_FILE:
             raise  # what cannot be read just now may be whole
-        own = re.compile(re.escape(name) + r"\.(json|index|data-\d{5}-of-\d{5})")
         place = f"damaged-{uuid.uuid4().hex}"
         with folder.folder(PRIVATE, create=True) as private, private.folder(place, create=True) as aside:
-            for file in filter(own.fullmatch, folder.names()):
+            for file in [file for file in folder.names() if layout.is_of(file, name)]:
                 folder.move(file, aside)
             warn(f"{name} is damaged ({error}); what is left of it is in {aside.path}")
 
 
 def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
-    record = _read(stage, sidecar) if sidecar.endswith(".json") else None
+    record = _read(stage, sidecar) if layout.is_sidecar(sidecar) else None
     if record is None:
         return
     superseded = [each for each in scan(folder).records if each.step == record.step]
-    pinned = folder.exists(sidecar) and folder.exists(f"{record.name}.keep")
+    pinned = folder.exists(sidecar) and folder.exists(layout.pin(record.name))
     if pinned or any(each.pinned or each.sequence >= record.sequence for each in superseded):
         return  # it was pinned, or saved, again or at all, before its removal from the stage had reached the disk
     for file in record.files:
@@ -234,7 +233,7 @@ def _holds(folder: Folder, file: CheckpointFile) -> bool:
 
 def _read(folder: Folder, name: str) -> CheckpointRecord | None:
     try:
-        return sidecars.decode(folder.read(name, sidecars.SIZE_LIMIT), name.removesuffix(".json"))
+        return sidecars.decode(folder.read(name, sidecars.SIZE_LIMIT), layout.named_by(name))
     except CheckpointError:
         return None
     except OSError as error:
@@ -251,7 +250,7 @@ def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointReco
     # Were the sidecars gone first, a power cut could bring files back that nothing lists any more.
     folder.sync()
     for record in records:
-        trash.remove(f"{record.name}.json")
+        trash.remove(layout.sidecar(record.name))
 
 
 def _quoted(text: str) -> str:

@@ -1,14 +1,4 @@
-"""The checkpoints of one run on disk: the only ledger, read anew each time.
-
-The files of a directory:
-
-    checkpoint                       TensorFlow's state file
-    ckpt-120.index                   a plain TensorFlow checkpoint
-    ckpt-120.data-00000-of-00001
-    ckpt-120.json                    the sidecar; without it there is no checkpoint
-    ckpt-120.keep                    a pin
-    .keras_ckpt/                     lock, stages, trash
-"""
+"""The checkpoints of one run on disk: the only ledger, read again each time."""
 
 from __future__ import annotations
 
@@ -22,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
-from keras_ckpt.store import background, commit, tables
+from keras_ckpt.store import background, commit, layout, tables
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, check, examine, freed, scan, taken, verify
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy, selection
@@ -271,12 +261,12 @@ class CheckpointDirectory(tables.Shown):
         if not isinstance(reason, str) or len(reason.encode()) > PIN_LIMIT:
             raise ValueError(f"A pin's reason is a string of at most {PIN_LIMIT} bytes. Received: {reason!r:.100}")
         with self._change() as (folder, listing):
-            folder.replace(f"{listing.find(step).name}.keep", reason.encode())
+            folder.replace(layout.pin(listing.find(step).name), reason.encode())
 
     def unpin(self, step: int) -> None:
         """Gives a checkpoint back to the policies. One that is not pinned stays as it is."""
         with self._change() as (folder, listing):
-            folder.remove(f"{listing.find(step).name}.keep")
+            folder.remove(layout.pin(listing.find(step).name))
             folder.sync()
 
     def add_metrics(self, step: int, metrics: Mapping[str, float] = {}, /, **named: float) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
+from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.files import PRIVATE, Folder
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
@@ -77,7 +78,7 @@ class Listing:
         """Raises where a newer version of this package wrote here."""
         for name, error in self.damaged.items():
             if isinstance(error, FormatVersionError):
-                raise FormatVersionError(f"{self.path} is left as it is, because of {name}.json: {error}")
+                raise FormatVersionError(f"{self.path} is left as it is, because of {layout.sidecar(name)}: {error}")
 
     def joined_by(self, record: CheckpointRecord) -> Listing:
         """The listing with a record that was saved, or changed, since."""
@@ -152,7 +153,7 @@ def _listed(
     for record in sound:
         if (newer := newest[record.step]) is not record:
             damaged[record.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
-    indexed = {file[:-6] for file in present if file.endswith(".index")} - known.records.keys() - damaged.keys()
+    indexed = layout.of_indexes(present) - known.records.keys() - damaged.keys()
     return Listing(
         folder.path,
         tuple(record for record in sound if newest[record.step] is record),
@@ -167,7 +168,7 @@ def unmanaged(folder: Folder, names: set[str]) -> set[str]:
     if not names:
         return names
     names = names - _in_transit(folder)
-    return {name for name in names if folder.exists(f"{name}.index") and not folder.exists(f"{name}.json")}
+    return {name for name in names if folder.exists(layout.index(name)) and not folder.exists(layout.sidecar(name))}
 
 
 def examine(folder: Folder, known: Known | None = None) -> Listing:
@@ -240,7 +241,7 @@ def held(folder: Folder, record: CheckpointRecord) -> Iterator[Folder]:
 
 def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> CheckpointRecord:
     """Replaces facts in a checkpoint's sidecar by one rename. The caller holds the mutex."""
-    file = f"{record.name}.json"
+    file = layout.sidecar(record.name)
     changed = msgspec.structs.replace(record, **changes)
     folder.replace(file, sidecars.update(folder.read(file, sidecars.SIZE_LIMIT), changed))
     return changed
@@ -254,7 +255,7 @@ def read_record(folder: Folder, name: str) -> CheckpointRecord:
         FileNotFoundError: It has none.
     """
     try:
-        data = folder.read(f"{name}.json", sidecars.SIZE_LIMIT)
+        data = folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -351,7 +352,7 @@ def _read_others(
     again = True
     while again:
         again = False
-        names = {file[:-5] for file in present if file.endswith(".json")} - known.records.keys() - damaged.keys()
+        names = layout.of_sidecars(present) - known.records.keys() - damaged.keys()
         for name in names:
             if sidecars.step_in(name) is None:
                 continue
@@ -370,7 +371,7 @@ def _read_others(
 
 
 def _files(record: CheckpointRecord) -> list[str]:
-    return [f"{record.name}.json", f"{record.name}.keep", *(file.name for file in record.files)]
+    return [layout.sidecar(record.name), layout.pin(record.name), *(file.name for file in record.files)]
 
 
 def _read(folder: Folder, name: str, present: Set[str]) -> CheckpointRecord:
@@ -393,15 +394,15 @@ def _in_transit(folder: Folder) -> set[str]:
             if name != "trash" and not name.startswith("stage-"):
                 continue
             with contextlib.suppress(OSError), private.folder(name) as inner:
-                found |= {file[:-5] for file in inner.names() if file.endswith(".json")}
+                found |= layout.of_sidecars(inner.names())
     return found
 
 
 def _read_pin(folder: Folder, name: str, present: Set[str]) -> str | None:
-    if f"{name}.keep" not in present:
+    if layout.pin(name) not in present:
         return None
     try:
-        return folder.read(f"{name}.keep", PIN_LIMIT).decode(errors="replace").strip()
+        return folder.read(layout.pin(name), PIN_LIMIT).decode(errors="replace").strip()
     except OSError:
         return ""
 
@@ -415,7 +416,7 @@ def unreadable(error: OSError) -> Exception:
 
 def _is_checkpoint(name: str, present: Set[str], error: CheckpointError) -> bool:
     """Whether a JSON file that is no sidecar was meant as one; anybody may have a history-2.json."""
-    return name.startswith("ckpt-") or f"{name}.index" in present or isinstance(error, FormatVersionError)
+    return name.startswith("ckpt-") or layout.index(name) in present or isinstance(error, FormatVersionError)
 
 
 def _oldest_first(records: Iterable[CheckpointRecord]) -> tuple[CheckpointRecord, ...]:

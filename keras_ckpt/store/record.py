@@ -17,6 +17,7 @@ import msgspec
 from blake3 import blake3
 
 from keras_ckpt.errors import DamagedCheckpointError, FormatVersionError
+from keras_ckpt.store import layout
 
 FORMAT_VERSION = 1
 SIZE_LIMIT = 1 << 20
@@ -232,7 +233,7 @@ def _pairs(pairs: list[tuple[str, object]]) -> None:
 def _check_names(files: tuple[CheckpointFile, ...], name: str) -> None:
     """Lets no name from disk be used that is not one of the checkpoint's own."""
     own = f"{name}."
-    seen = {f"{name}.json", f"{name}.keep"}
+    seen = {layout.sidecar(name), layout.pin(name)}
     for file in files:
         if not file.name.startswith(own) or "/" in file.name or "\0" in file.name or file.name in seen:
             raise DamagedCheckpointError(

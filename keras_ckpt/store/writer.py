@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
-from keras_ckpt.store import commit, tables
+from keras_ckpt.store import commit, layout, tables
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.directory import CheckpointDirectory, remove
 from keras_ckpt.store.files import Folder, UnfinishedError
@@ -293,7 +293,7 @@ def _stage(
     blocked = _milliseconds(began, sealed if went_on is None else went_on)
     timings = {"write_ms": _milliseconds(started, sealed), "blocked_ms": blocked}
     record = msgspec.structs.replace(candidate, files=tuple(files), timings=timings)
-    stage.create(f"{record.name}.json", sidecars.encode(record))
+    stage.create(layout.sidecar(record.name), sidecars.encode(record))
     stage.sync()
     return record
 
@@ -313,7 +313,7 @@ def _pinned(listing: Listing, step: int) -> bool:
 
 
 def _pinned_and_damaged(folder: Folder, listing: Listing, step: int) -> bool:
-    names = [name for name in listing.damaged if sidecars.step_in(name) == step and folder.exists(f"{name}.keep")]
+    names = [name for name in listing.damaged if sidecars.step_in(name) == step and folder.exists(layout.pin(name))]
     for name in names:
         warn(
             f"{name} in {folder.path} is pinned and damaged, so step {step} is not saved over what is left of it: "

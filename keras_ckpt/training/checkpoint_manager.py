@@ -18,6 +18,7 @@ from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.model import model_state, object_graph
 from keras_ckpt.model.restoring import opened
+from keras_ckpt.store import layout
 from keras_ckpt.store.commit import read_state, write_state
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder, lasting_tensorflow_path
@@ -365,7 +366,7 @@ class _PreservingWriter(Writer):
         for record in self.unkept(listing.records):
             if self._hours and record.time - self._hours * 3600 >= last:
                 last = record.time
-                folder.replace(f"{record.name}.keep", PRESERVED.encode())
+                folder.replace(layout.pin(record.name), PRESERVED.encode())
                 listing = listing.joined_by(msgspec.structs.replace(record, pin=PRESERVED))
         if last != noted:
             write_state(folder, listing.records, last)

@@ -481,7 +481,7 @@ def test_a_power_cut_after_a_kill_loses_nothing(memory, tally, long, name, order
 SYNCS = {
     "write_bundle: with contextlib.ExitStack() as under_way: #1": "saves that share",
     "write: with folder.writing(each) as file: #1": "a save over a leftover pin",
-    '_stage: stage.create(f"{record.name}.json", sidecars.encode(record)) #1': "a save over a leftover pin",
+    "_stage: stage.create(layout.sidecar(record.name), sidecars.encode(record)) #1": "a save over a leftover pin",
     "_stage: stage.sync() #1": "a step saved again",
     "publish: folder.sync() #1": "a save over a leftover pin",
     "publish: folder.sync() #2": "a save without a state file",
