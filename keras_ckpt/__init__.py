@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from keras_ckpt.resume.backup_and_restore import BackupAndRestore as BackupAndRestore
     from keras_ckpt.resume.resumable_dataset import ResumableDataset as ResumableDataset
     from keras_ckpt.store.directory import CheckpointDirectory as CheckpointDirectory
+    from keras_ckpt.store.directory import Decision as Decision
     from keras_ckpt.store.directory import PrunePlan as PrunePlan
+    from keras_ckpt.store.directory import Verification as Verification
+    from keras_ckpt.store.listing import Listing as Listing
     from keras_ckpt.store.policies import BestN as BestN
     from keras_ckpt.store.policies import EveryNEpochs as EveryNEpochs
     from keras_ckpt.store.policies import EveryNHours as EveryNHours
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "resume.backup_and_restore": ("BackupAndRestore",),
     "resume.resumable_dataset": ("ResumableDataset",),
-    "store.directory": ("CheckpointDirectory", "PrunePlan"),
+    "store.directory": ("CheckpointDirectory", "Decision", "PrunePlan", "Verification"),
+    "store.listing": ("Listing",),
     "errors": (
         "CheckpointError",
         "CheckpointNotFoundError",

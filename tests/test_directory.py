@@ -280,10 +280,52 @@ def test_clearing_stops_at_a_pin(filler) -> None:
     runs = filler.save("10 20")
     runs.pin(10)
 
-    with pytest.raises(PlanError, match=r"pinned checkpoints: \[10\]"):
+    with pytest.raises(PlanError, match=r"pinned checkpoints: \[10\].*clear\(pinned=True\)"):
         runs.clear()
 
     assert len(runs) == 2
+
+
+def test_clearing_removes_what_is_pinned_if_asked_to(filler) -> None:
+    """The pins go with the checkpoints."""
+    runs = filler.save("10 20")
+    runs.pin(10)
+
+    assert runs.clear(pinned=True) == [10, 20]
+    assert names(runs) == []
+
+
+class TestARecordInThePlaceOfAStep:
+    """What a method returns, another takes."""
+
+    def test_is_taken(self, filler) -> None:
+        runs = filler.save("10:0.5 20:0.4", monitor="loss", mode="min")
+
+        runs.pin(runs.best(), "the best")
+        runs.add_metrics(runs.best(), accuracy=0.9)
+
+        assert runs[runs.best()].metrics == {"loss": 0.4, "accuracy": 0.9}
+        assert runs[20].pin == "the best"
+        runs.unpin(runs.best())
+        assert runs[20].pin is None
+
+    def test_is_refused_if_it_was_saved_again(self, filler) -> None:
+        """The reason was of another checkpoint."""
+        runs = filler.save("10 20")
+        old = runs[20]
+        filler.save("20")
+
+        with pytest.raises(CheckpointNotFoundError, match="was saved again since this record"):
+            runs.pin(old)
+        assert runs[20].pin is None
+
+    def test_is_refused_if_it_is_of_another_directory(self, filler, tmp_path) -> None:
+        """A step of the same number may be there too."""
+        runs = filler.save("10")
+        shutil.copytree(runs.path, tmp_path / "copy")
+
+        with pytest.raises(ValueError, match="The record is one of"):
+            CheckpointDirectory(tmp_path / "copy").pin(runs[10])
 
 
 def test_clearing_stops_at_a_training_in_another_process(tmp_path, holder) -> None:

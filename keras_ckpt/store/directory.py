@@ -93,10 +93,10 @@ class Verification(tables.Shown):
 class CheckpointDirectory(tables.Shown):
     """The checkpoints of one run.
 
-    Iterating gives the records, oldest first; `directory[120]` is that of step 120. What is there is read from
-    disk each time. Iterating and `len` take the sidecars' word; whatever shows, chooses or removes looks at the
-    sizes of the files too. TensorFlow is not needed for any of it. In a process that trains, it waits for what is being
-    written.
+    Iterating gives the records, oldest first; `directory[120]` is that of step 120. A record does as well wherever a
+    step is asked for. What is there is read from disk each time. Iterating and `len` take the sidecars' word; whatever
+    shows, chooses or removes looks at the sizes of the files too. TensorFlow is not needed for any of it. In a process
+    that trains, it waits for what is being written.
 
     Example:
 
@@ -104,7 +104,7 @@ class CheckpointDirectory(tables.Shown):
     runs = keras_ckpt.CheckpointDirectory("runs/digits")
     print(runs)
     best = runs.best("val_accuracy", mode="max")
-    runs.pin(best.step, "the one in production")
+    runs.pin(best, "the one in production")
     ```
 
     Args:
@@ -140,8 +140,8 @@ class CheckpointDirectory(tables.Shown):
     def __contains__(self, item: object) -> bool:
         return any(item in (record.step, record) for record in self)
 
-    def __getitem__(self, step: int) -> CheckpointRecord:
-        return self.listing().find(step)
+    def __getitem__(self, step: int | CheckpointRecord) -> CheckpointRecord:
+        return self._find(self.listing(), step)
 
     def latest(self) -> CheckpointRecord | None:
         """The checkpoint that was saved last, or `None` if there is none."""
@@ -251,25 +251,28 @@ class CheckpointDirectory(tables.Shown):
         """
         return Verification(self._read(lambda folder: verify(folder, progress)))
 
-    def pin(self, step: int, reason: str = "") -> None:
+    def pin(self, step: int | CheckpointRecord, reason: str = "") -> None:
         """Keeps a checkpoint whatever a policy says, until `unpin`. The same as `touch ckpt-120.keep` in a shell.
 
         Args:
-            step: Its step.
+            step: Its step, or a record of it.
             reason: Why, for those who read the table later.
+
+        Raises:
+            CheckpointNotFoundError: It is not there, or was saved again since its record was read.
         """
         if not isinstance(reason, str) or len(reason.encode()) > PIN_LIMIT:
             raise ValueError(f"A pin's reason is a string of at most {PIN_LIMIT} bytes. Received: {reason!r:.100}")
         with self._change() as (folder, listing):
-            folder.replace(layout.pin(listing.find(step).name), reason.encode())
+            folder.replace(layout.pin(self._find(listing, step).name), reason.encode())
 
-    def unpin(self, step: int) -> None:
+    def unpin(self, step: int | CheckpointRecord) -> None:
         """Gives a checkpoint back to the policies. One that is not pinned stays as it is."""
         with self._change() as (folder, listing):
-            folder.remove(layout.pin(listing.find(step).name))
+            folder.remove(layout.pin(self._find(listing, step).name))
             folder.sync()
 
-    def add_metrics(self, step: int, metrics: Mapping[str, float] = {}, /, **named: float) -> None:
+    def add_metrics(self, step: int | CheckpointRecord, metrics: Mapping[str, float] = {}, /, **named: float) -> None:
         """Adds what was measured on a checkpoint elsewhere to its sidecar; a metric of the same name is replaced.
 
         Example:
@@ -280,23 +283,26 @@ class CheckpointDirectory(tables.Shown):
         ```
 
         Args:
-            step: Its step.
+            step: Its step, or a record of it.
             metrics: Values by name, for names that are no Python identifiers.
             **named: Values by name.
         """
         added = {name: as_metric(name, value) for name, value in {**metrics, **named}.items()}
         with self._change() as (folder, listing):
-            record = listing.find(step)
+            record = self._find(listing, step)
             amend(folder, record, metrics={**record.metrics, **added})
 
-    def clear(self) -> list[int]:
+    def clear(self, *, pinned: bool = False) -> list[int]:
         """Removes all checkpoints of the directory, so that another run can begin in it.
+
+        Args:
+            pinned: Whether to remove those too that are pinned.
 
         Returns:
             The steps that were removed.
 
         Raises:
-            PlanError: Some are pinned.
+            PlanError: Some are pinned, and `pinned` is false; nothing was removed.
             DirectoryInUseError: A training in another process writes here.
             FormatVersionError: A newer version of this package wrote here.
         """
@@ -308,12 +314,30 @@ class CheckpointDirectory(tables.Shown):
             # What a process that died had complete would come back with the next writer.
             commit.recover(folder)
             listing = examine(folder)
-            if pinned := [record.step for record in listing.records if record.pinned]:
-                raise PlanError(f"{self.path} has pinned checkpoints: {pinned}. Nothing was removed; unpin them first.")
+            if not pinned and (steps := [record.step for record in listing.records if record.pinned]):
+                raise PlanError(
+                    f"{self.path} has pinned checkpoints: {steps}. Nothing was removed. To remove these too, use "
+                    "clear(pinned=True)."
+                )
             if listing.records:
                 remove(folder, listing, listing.records)
+            for record in listing.records:
+                folder.remove(layout.pin(record.name))
             del lock
         return [record.step for record in listing.records]
+
+    def _find(self, listing: Listing, step: int | CheckpointRecord) -> CheckpointRecord:
+        """The record of now of a step, or of a record."""
+        if not isinstance(step, CheckpointRecord):
+            return listing.find(step)
+        if os.path.realpath(step.directory) != os.path.realpath(self.path):
+            raise ValueError(f"The record is one of {step.directory}, not of {self.path}.")
+        found = listing.find(step.step)
+        if not found.same_save(step):
+            raise CheckpointNotFoundError(
+                f"{step.prefix} was saved again since this record of it was read. Look it up again."
+            )
+        return found
 
     def _table(self) -> tables.Table:
         listing = self.listing()
