@@ -34,6 +34,10 @@ class OwnAUC(keras.metrics.AUC):
     """A metric of a user's own, which Keras could not build from its config."""
 
 
+ALL = kc.EveryNSteps(1)
+"""A policy that keeps what is saved."""
+
+
 class TestWhatIsSaved:
     def test_each_epoch_by_default(self, runs) -> None:
         """A record has where training was, what was measured, and what made it due."""
@@ -140,16 +144,22 @@ class TestWhatIsKept:
 
     def test_a_first_nan_does_not_end_the_tracking_of_the_best(self, runs) -> None:
         """In Keras it does."""
-        trained(runs, [math.nan, 0.5, math.inf, 0.4, math.nan], save_best_only=True)
+        trained(runs, [math.nan, 0.5, math.inf, 0.4, math.nan], save_best_only=True, keep=ALL)
 
         assert steps(runs) == [2, 4]
 
-    def test_save_best_only_saves_improvements_and_keeps_them(self, runs) -> None:
-        """An equal value is no improvement."""
-        trained(runs, [0.5, 0.5, 0.6, 0.4], save_best_only=True)
+    def test_save_best_only_saves_improvements_alone(self, runs) -> None:
+        """An equal value is no improvement. The policy keeps each."""
+        trained(runs, [0.5, 0.5, 0.6, 0.4], save_best_only=True, keep=ALL)
 
         assert steps(runs) == [1, 4]
         assert runs.best().step == 4
+
+    def test_save_best_only_keeps_the_best_alone(self, runs) -> None:
+        """As Keras's one file has the best alone."""
+        trained(runs, [0.5, 0.3, 0.6, 0.4], save_best_only=True)
+
+        assert steps(runs) == [2]
 
     def test_save_best_only_with_a_policy(self, runs) -> None:
         """Only improvements are written, and of these the policy keeps its own."""
@@ -158,7 +168,7 @@ class TestWhatIsKept:
     @pytest.mark.parametrize(("mode", "kept"), [("min", [3]), ("max", [1, 4])])
     def test_save_best_only_has_a_threshold(self, runs, mode, kept) -> None:
         """The first that is saved must beat it."""
-        trained(runs, [0.5, 0.45, 0.3, 0.6], save_best_only=True, mode=mode, initial_value_threshold=0.4)
+        trained(runs, [0.5, 0.45, 0.3, 0.6], save_best_only=True, mode=mode, initial_value_threshold=0.4, keep=ALL)
 
         assert steps(runs) == kept
 
@@ -439,7 +449,7 @@ class TestSavesWithinAnEpoch:
         fit(
             dense_model(),
             Reports(val_loss=[0.5, 0.6, 0.4]),
-            kc.ModelCheckpoint(runs.path, save_freq=3, save_best_only=True),
+            kc.ModelCheckpoint(runs.path, save_freq=3, save_best_only=True, keep=ALL),
             epochs=3,
         )
 
@@ -450,7 +460,7 @@ class TestSavesWithinAnEpoch:
         fit(
             dense_model(),
             Reports(val_loss=[0.5, 0.4, 0.3, 0.2]),
-            kc.ModelCheckpoint(runs.path, save_freq=9, save_best_only=True),
+            kc.ModelCheckpoint(runs.path, save_freq=9, save_best_only=True, keep=ALL),
             epochs=4,
         )
 
@@ -458,7 +468,7 @@ class TestSavesWithinAnEpoch:
 
     def test_a_training_metric_is_ranked_at_once(self, runs) -> None:
         """The running mean of the epoch so far is what Keras gives, and all there is."""
-        fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="loss", save_freq=2, save_best_only=True))
+        fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="loss", save_freq=2, save_best_only=True, keep=ALL))
 
         best = runs.best("loss", "min")
         assert best.step in (2, 4)

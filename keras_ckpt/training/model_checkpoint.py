@@ -48,14 +48,15 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         verbose: 1 says what is saved and what is not, as soon as that is known: of what is written while training goes
             on, at a later batch or at the end. 0 says nothing.
         save_best_only: Whether to save only what is better than everything on disk, and than
-            `initial_value_threshold`. All that was saved stays, unless `keep` says otherwise.
+            `initial_value_threshold`. The best alone stays, as the one file of Keras's would, unless `keep` says
+            otherwise.
         save_weights_only: Whether to leave the optimizer out. Training cannot go on exactly from such a checkpoint.
         mode: `"min"` if less of the monitored metric is better, `"max"` if more is, `"auto"` for what Keras knows.
         save_freq: `"epoch"`, a number of batches, a `datetime.timedelta`, or a list of these, any of which makes a save
             due. A save that is due in the middle of an epoch and cannot be ranked there is ranked at the epoch's end.
         initial_value_threshold: What the monitored metric must be better than, with `save_best_only`.
-        keep: Which checkpoints stay: a policy, an int `n` for the newest `n`, or `None` for all. A save that would be
-            removed at once is not written.
+        keep: Which checkpoints stay: a policy, or an int `n` for the newest `n`. `None` keeps all, or the best with
+            `save_best_only`. A save that would be removed at once is not written.
         metadata: A dict to put into each sidecar, or a function of `logs` that returns one.
         on_full_disk: Whether a save that finds no room is a warning and training goes on (`"warn"`), or an error
             (`"raise"`).
@@ -106,7 +107,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.mode = mode
         self.save_freq = save_freq
         self.initial_value_threshold = initial_value_threshold
-        self.keep = as_policy(keep)
+        self.keep = as_policy(BestN(1) if keep is None and save_best_only else keep)
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
         self.on_full_disk = checked_on_full_disk(on_full_disk)
         self.save_on_background = save_on_background
