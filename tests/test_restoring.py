@@ -118,7 +118,7 @@ def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
                 variable.dtype if isinstance(variable.dtype, str) else "float32"
             )
         )
-    writer = kc.CheckpointManager(kc.state.ModelState(model), tmp_path)
+    writer = kc.CheckpointManager(ModelState(model), tmp_path)
     writer.save()
 
     kc.restore(other, tmp_path)
@@ -408,7 +408,7 @@ def test_the_report_fits_on_a_screen(tmp_path) -> None:
         return model
 
     model = build("a")
-    kc.CheckpointManager(kc.state.ModelState(model), tmp_path).save()
+    kc.CheckpointManager(ModelState(model), tmp_path).save()
 
     with pytest.warns(UserWarning, match="Left as they were") as caught:
         report = kc.restore(build("b"), tmp_path, strict=False)

@@ -181,7 +181,8 @@ def untracked(model: keras.Model, known: Iterable[Any], owners: Mapping[str, Any
         owners: The optimizers, losses and metrics whose attributes are searched, by place.
     """
     layers, below = layers_of(model), tracked(model)
-    seen = {id(each) for each in (*known, *layers)}
+    inner = (each for owner in owners.values() for each in inner_optimizers(owner))
+    seen = {id(each) for each in (*known, *layers, *inner)}
     found = []
     tables = [
         (path, each)

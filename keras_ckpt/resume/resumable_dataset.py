@@ -93,9 +93,9 @@ class ResumableDataset(tf.data.Dataset):
         self._seed = tf.Variable(random.getrandbits(31) if seed is None else seed, dtype=tf.int64, trainable=False)
         self._next = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
         self._shuffle = shuffle
-        self._weights = _shown(class_weight) if class_weight else None
         self._source = _source(x, y, sample_weight, batch_size, shuffle, self._seed)
         weigh = _weigher(class_weight) if class_weight else None
+        self._weights = _shown(class_weight) if class_weight else None
 
         @_plain
         def one_pass(_: tf.Tensor) -> tf.data.Dataset:
