@@ -17,7 +17,8 @@ import numpy as np
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt.model.model_state import ModelState, value_of
+from keras_ckpt.model.keras_internals import value_of
+from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.store import background, commit
 
 

@@ -18,7 +18,8 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.formats.bundle_index import read_index
-from keras_ckpt.model.model_state import ModelState, value_of
+from keras_ckpt.model.keras_internals import value_of
+from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.store import background, streams
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, encode

@@ -14,7 +14,8 @@ import tensorflow as tf
 from keras_ckpt.formats import threads
 from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.bundle_writer import Value
-from keras_ckpt.model.model_state import ModelState, value_of
+from keras_ckpt.model.keras_internals import value_of
+from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.model.snapshot import Reader, Snapshot, array_of
 from tests.test_bundle_writer import NUMBERS
 

@@ -9,7 +9,7 @@ from keras_ckpt.formats import description
 from keras_ckpt.model import object_graph
 from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX, ModelState
 from keras_ckpt.model.naming import named_variables
-from models import X, Y, dense_model, fit
+from models import X, dense_model, fit
 
 
 def convolutional() -> keras.Model:
@@ -382,25 +382,6 @@ def test_another_backend_is_refused_in_plain_words(monkeypatch) -> None:
 
     with pytest.raises(ValueError, match=r"Received: torch\. Set KERAS_BACKEND=tensorflow"):
         ModelState(dense_model())
-
-
-def test_what_keras_keeps_private_is_as_this_module_expects() -> None:
-    """Should one of these change in Keras, this says so before anything is named wrongly."""
-    model = dense_model(metrics=["mae"])
-
-    assert next(iter(model._flatten_layers())).name == model.name
-    assert model._initial_epoch is None
-    model.optimizer.build(model.trainable_variables)
-    assert model.optimizer._trainable_variables == model.trainable_variables
-    assert all(variable._value is variable.value for variable in model.variables)
-    assert hasattr(model.metrics[1], "_user_metrics")
-    assert hasattr(model.metrics[1], "_user_weighted_metrics")
-    assert keras.metrics.AUC()._direction == "up"
-    fit(model, validation_data=(X, Y))
-    assert [variable.path.split("/")[-1] for variable in model.optimizer.variables[:2]] == [
-        "iteration",
-        "learning_rate",
-    ]
 
 
 def test_keys_of_optimizers_may_have_slashes() -> None:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_ckpt.model.keras_internals import arguments_of, loss_weights
+
 _NO_SETTINGS = {"name", "module", "registered_name", "is_legacy_optimizer"}
 RATE = "learning_rate"
 CLASS = "class"
@@ -33,8 +35,7 @@ def note(model: keras.Model, optimizers: Mapping[str, Any]) -> dict[str, Any]:
         found |= {f"{prefix}/{name}": value for name, value in _seen[optimizer].items()}
     if getattr(model, "compiled", False):
         found |= dict(_flat("loss", _loss(getattr(model, "loss", None))))
-        # No public name tells the weights without an attempt to serialize all that `compile` was given.
-        weights = getattr(getattr(model, "_compile_loss", None), "_user_loss_weights", None)
+        weights = loss_weights(model)
         found |= {} if weights is None else dict(_flat("loss_weights", _spelled(weights)))
     return found
 
@@ -151,7 +152,7 @@ def _default_name(loss: Any) -> str | None:
 
 def _config_of(loss: Any) -> Any:
     try:
-        config = {**loss.get_config(), **getattr(loss, "_fn_kwargs", {})}  # Huber's config lacks its delta
+        config = {**loss.get_config(), **arguments_of(loss)}  # Huber's config lacks its delta
         return _spelled({name: each for name, each in config.items() if name not in _NO_SETTINGS})
     except Exception:  # noqa: BLE001 - as of an optimizer
         return None

@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description, Learned
+from keras_ckpt.model.keras_internals import unlock
 from keras_ckpt.model.matching import same_end, unsure
 from keras_ckpt.model.naming import named_objects
 from keras_ckpt.store.files import files_below, temporary_directory, write_below
@@ -359,7 +360,7 @@ def build(each: Any, learned: Learned) -> None:
     if learned.build is None or not _has_own(each, "build_from_config"):
         return
     # Keras locks a layer that is built. Here it gets variables that its first build could not know of.
-    each._tracker.unlock()  # noqa: SLF001
+    unlock(each)
     each.build_from_config(keras.saving.deserialize_keras_object(json.loads(learned.build)))
 
 

@@ -19,6 +19,7 @@ from keras_ckpt.formats import description
 from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.threads import begin
 from keras_ckpt.model import compiled, naming, object_graph, parts
+from keras_ckpt.model.keras_internals import layers_of, trained_by, value_of
 from keras_ckpt.model.learned import Learners, Taken
 from keras_ckpt.model.snapshot import Late, Reader, Snapshot
 from keras_ckpt.store.files import Folder
@@ -170,7 +171,7 @@ class ModelState(tf.train.Checkpoint):
         if self._weights_only:
             return description.Description(lora=lora)
         built = {prefix: optimizer for prefix, optimizer in optimizers.items() if optimizer.built}
-        trained = {prefix: [names.get(id(v), "") for v in naming.trained_by(built[prefix])] for prefix in built}
+        trained = {prefix: [names.get(id(v), "") for v in trained_by(built[prefix])] for prefix in built}
         return description.Description(
             optimizers=trained, compiled=compiled.encoded(compiled.note(self.model, optimizers)), lora=lora
         )
@@ -251,7 +252,7 @@ def _built(owners: Iterable[Any]) -> list[bool]:
 
 def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:
     """The variables of a model, of its optimizers and of its losses, and what would show that there are more."""
-    layers = parts.layers_of(model)
+    layers = layers_of(model)
     attributes = [each for layer in layers for each in vars(layer).values()]
     # Asked once for each class, because TensorFlow's answer takes long.
     kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, _Tracked)}
@@ -293,9 +294,3 @@ def versions() -> dict[str, str]:
         "tensorflow": tf.__version__,
         "python": platform.python_version(),
     }
-
-
-def value_of(variable: Any) -> Any:
-    """A variable's value as TensorFlow's functions take it."""
-    # The public property looks for scopes first, which takes longer than to read the variable.
-    return variable._value if isinstance(variable, keras.Variable) else variable  # noqa: SLF001

@@ -16,9 +16,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_ckpt.model.keras_internals import layers_of, trained_by
 from keras_ckpt.model.parts import (
     inner_optimizers,
-    layers_of,
     losses_of,
     metrics_of,
     optimizers_of,
@@ -57,12 +57,6 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
         found += _metric_variables(model)
     unique = _unique([name for name, _ in found])
     return dict(zip(unique, (variable for _, variable in found), strict=True))
-
-
-def trained_by(optimizer: Any) -> list[Any]:
-    """The variables that an optimizer was built for, in its order."""
-    # No public name tells it.
-    return list(optimizer._trainable_variables) if optimizer.built else []  # noqa: SLF001
 
 
 def build_optimizers(

@@ -17,8 +17,9 @@ import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from keras_ckpt.errors import DamagedCheckpointError, MismatchError
-from keras_ckpt.model.naming import named_variables, trained_by
-from keras_ckpt.model.parts import layers_of, optimizers_of
+from keras_ckpt.model.keras_internals import layers_of, trained_by
+from keras_ckpt.model.naming import named_variables
+from keras_ckpt.model.parts import optimizers_of
 
 KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _VALUE = "VARIABLE_VALUE"

@@ -18,6 +18,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_ckpt.model.keras_internals import layers_of, metrics_given
+
 _VARIABLES = keras.Variable | tf.Variable
 _TABLES = tf.lookup.experimental.MutableHashTable | tf.lookup.experimental.DenseHashTable
 _CONTAINERS = (list, tuple, dict, collections.deque)
@@ -28,12 +30,6 @@ _HASHED = 1 << 26
 _LONG = 1000
 """A list of more numbers or strings than this is not searched."""
 _FRAMEWORKS = {"builtins", "keras", "tensorflow", "numpy", "collections", "functools", "threading", "weakref"}
-
-
-def layers_of(model: keras.Model) -> list[Any]:
-    """The model and all layers in it."""
-    # No public name gives the layers inside of layers that are not models.
-    return list(model._flatten_layers(include_self=True, recursive=True))  # noqa: SLF001
 
 
 def is_built(model: keras.Model) -> bool:
@@ -146,9 +142,8 @@ def losses_of(model: keras.Model, below: Mapping[str, Any] | None = None) -> dic
 def metrics_of(model: keras.Model) -> list[Any]:
     """The metrics of a model and those inside them, with those of `compile` before Keras builds them."""
     metrics = [each for metric in model.metrics for each in _with_inner(metric)]
-    given = [getattr(each, "_user_metrics", None) for each in metrics]
-    given += [getattr(each, "_user_weighted_metrics", None) for each in metrics]
-    metrics += [each for each in keras.tree.flatten(given) if isinstance(each, keras.metrics.Metric)]
+    given = [each for metric in metrics for each in metrics_given(metric)]
+    metrics += [each for each in given if isinstance(each, keras.metrics.Metric)]
     return list({id(each): each for each in metrics}.values())
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import uuid
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-import tensorflow as tf
 
+from keras_ckpt.model.keras_internals import data_of_fit
 from keras_ckpt.store.notices import warn
 
 
@@ -51,37 +50,6 @@ def set_position(model: keras.Model, position: Position | None, with_optimizer: 
     _positions.pop(model, None)
     if position is not None:
         _positions[model] = position, _optimizer(model) if with_optimizer else None
-
-
-class FitData(NamedTuple):
-    """What the `fit` that is calling was given to train on.
-
-    Attributes:
-        steps_per_epoch: After how many batches an epoch ends; `None` if the data say so themselves.
-        batches: How many batches the data have, `None` if they have no end, or it is not known.
-        dataset: The dataset that is read, `None` if the data are none of TensorFlow's.
-        is_known: Whether there is a `fit`, and not a loop of a user's own.
-    """
-
-    steps_per_epoch: int | None = None
-    batches: int | None = None
-    dataset: tf.data.Dataset | None = None
-    is_known: bool = False
-
-
-def data_of_fit() -> FitData:
-    """What the `fit` that is calling trains on. Keras tells a callback nothing of it."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        # Of no other frame: one whose variables were looked at is kept, with all that it has.
-        if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= frame.f_locals.keys():
-            steps: int | None = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
-            adapter = frame.f_locals["epoch_iterator"].data_adapter
-            dataset = getattr(adapter, "_dataset", None)  # no public name gives it and makes none
-            dataset = dataset if isinstance(dataset, tf.data.Dataset) else None
-            return FitData(steps, adapter.num_batches, dataset, is_known=True)
-        frame = frame.f_back
-    return FitData()
 
 
 class Progress:

@@ -16,8 +16,9 @@ import tensorflow as tf
 
 from keras_ckpt.errors import DamagedCheckpointError, MismatchError
 from keras_ckpt.formats.description import Learned
-from keras_ckpt.model import compiled, learned, matching, model_state, naming
+from keras_ckpt.model import compiled, learned, matching, naming
 from keras_ckpt.model.checkpoint_reader import Source
+from keras_ckpt.model.keras_internals import trained_by, value_of
 from keras_ckpt.model.matching import Kind, Matching
 from keras_ckpt.model.parts import lora_scales, optimizers_of
 from keras_ckpt.model.position import Position, set_position
@@ -218,7 +219,7 @@ class _Transfer:
             lacks = any(id(each) in names for each in optimizer.variables)
             if lacks and optimizer.built and prefix not in self._source.description.optimizers:
                 new = type(optimizer).from_config(optimizer.get_config())
-                new.build(naming.trained_by(optimizer))
+                new.build(trained_by(optimizer))
                 pairs = zip(optimizer.variables, new.variables, strict=True)
                 found |= {names[id(mine)]: other.value for mine, other in pairs if id(mine) in names}
         return found
@@ -398,7 +399,7 @@ class _Transfer:
 
     def _give(self, values: Mapping[str, tf.Tensor], read: Mapping[str, tf.Tensor]) -> None:
         """Gives the model its values, and its objects what they learned; or leaves both as they were."""
-        variables = {name: model_state.value_of(self._wanted[name]) for name in values}
+        variables = {name: value_of(self._wanted[name]) for name in values}
         objects = self._objects
         changes_objects = bool(objects.given or objects.alone)
         before = Reader(variables).read() if changes_objects else {}

@@ -20,8 +20,9 @@ import tensorflow as tf
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from keras_ckpt.errors import FormatVersionError, MismatchError
+from keras_ckpt.model.keras_internals import begin_with_epoch, data_of_fit
 from keras_ckpt.model.model_state import TRAINING_KEY
-from keras_ckpt.model.position import Position, data_of_fit
+from keras_ckpt.model.position import Position
 from keras_ckpt.model.snapshot import Snapshot
 from keras_ckpt.model.transfer import is_finite
 from keras_ckpt.resume import random_state
@@ -392,8 +393,7 @@ class Training:
 
     def _begin_with(self, epoch: int | None) -> None:
         """Tells `fit` with which epoch to begin, which it reads before its first one."""
-        # Keras's own BackupAndRestore has no other way.
-        self._model._initial_epoch = epoch  # noqa: SLF001
+        begin_with_epoch(self._model, epoch)
         if self._callbacks is not None:
             # Left there, it would hold for the next fit too, if another callback has an error in the first epoch.
             self._callbacks.on_epoch_begin = self._first_epoch_begin
@@ -404,7 +404,7 @@ class Training:
             self._callbacks.on_epoch_begin(epoch, logs)
 
     def _forget_the_beginning(self) -> None:
-        self._model._initial_epoch = None  # noqa: SLF001
+        begin_with_epoch(self._model, None)
         if self._callbacks is not None:
             vars(self._callbacks).pop("on_epoch_begin", None)
 

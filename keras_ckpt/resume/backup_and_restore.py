@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Mapping
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 import keras
 
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, PlanError
+from keras_ckpt.model.keras_internals import callbacks_of_fit
 from keras_ckpt.model.parts import is_built
 from keras_ckpt.resume.backed_up_fit import INITIAL_EPOCH, Training
 from keras_ckpt.resume.callback_states import CallbackStates, keep_csv_logs
@@ -115,7 +115,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def set_params(self, params: Any) -> None:
         super().set_params(params)
-        self._callbacks = _list_of(self)
+        self._callbacks = callbacks_of_fit(self)
         if self._callbacks is not None:
             # To be the last, and see what the others have done. The loop that is under way has the old list.
             others = [each for each in self._callbacks.callbacks if each is not self]
@@ -217,17 +217,6 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def _open_session(self) -> Session:
         writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
         return Session(self, writer, self._schedule, self.on_full_disk, self.save_on_background, backs_up=True)
-
-
-def _list_of(callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList | None:
-    """The list of callbacks that is calling this one; Keras tells a callback nothing of the others."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
-            return caller
-        frame = frame.f_back
-    return None
 
 
 def _refuse_what_is_no_backup(directory: CheckpointDirectory) -> None:

@@ -23,7 +23,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_ckpt.model.parts import layers_of, owners_of, tracked
+from keras_ckpt.model.keras_internals import layers_of
+from keras_ckpt.model.parts import owners_of, tracked
 from keras_ckpt.resume import callback_places
 from keras_ckpt.resume.capture import Captures, Leaf, Look
 from keras_ckpt.resume.plain_values import UnplainError, dict_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_ckpt.model.position import FitData
+from keras_ckpt.model.keras_internals import FitData
 from keras_ckpt.resume.resumable_dataset import ResumableDataset
 from keras_ckpt.store.notices import warn
 

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# These have no public name: the generator of unseeded functions of keras.random, a look whether it is there, and the
-# generator that seeds TensorFlow's functions where they are called eagerly.
-from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+# The generator that seeds TensorFlow's functions where they are called eagerly has no public name.
 from tensorflow.python.eager import context
+
+from keras_ckpt.model.keras_internals import seed_of_random, set_seed_of_random
 
 
 def get_state() -> dict[str, Any]:
@@ -23,10 +22,8 @@ def get_state() -> dict[str, Any]:
     Those inside of TensorFlow's own operations, such as an unseeded `tf.random.uniform` in a graph, show theirs to
     nobody. What is called eagerly is seeded by a generator, if the script has called `tf.random.set_seed`.
     """
-    # A look makes no generator: Keras would draw the seed of a new one from Python's.
-    generator = get_global_attribute(GLOBAL_SEED_GENERATOR)
     return {
-        "keras": None if generator is None else np.asarray(generator.state),
+        "keras": None if (seed := seed_of_random()) is None else np.asarray(seed),
         "tensorflow": None if (random_generator := _tensorflows()) is None else random_generator.state.numpy(),
         "operations": _of_operations(),
         "numpy": np.random.get_state(legacy=False),
@@ -36,10 +33,7 @@ def get_state() -> dict[str, Any]:
 
 def set_state(state: Mapping[str, Any]) -> None:
     """Puts each generator where `get_state` found it."""
-    if state["keras"] is None:
-        set_global_attribute(GLOBAL_SEED_GENERATOR, None)
-    else:
-        global_seed_generator().state.assign(state["keras"])
+    set_seed_of_random(state["keras"])
     if (generator := _tensorflows()) is not None and state["tensorflow"] is not None:
         generator.state.assign(state["tensorflow"])
     if (operations := state.get("operations")) is not None:

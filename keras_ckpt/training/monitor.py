@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from keras_ckpt.model.keras_internals import direction_of, metrics_given
 from keras_ckpt.store.record import Mode, as_metric
 
 
@@ -66,14 +67,12 @@ def no_such_metric(monitor: str, logs: Mapping[str, Any]) -> str:
 
 def _directions(model: keras.Model) -> Iterable[tuple[str, str | None]]:
     """The names of the compiled metrics with their direction, `"up"`, `"down"` or unknown."""
-    # Keras has no public names for a metric's direction and for the metrics that compile() was given, which it builds
-    # with the first batch. Its own callbacks read the direction, once they are built.
+    # Keras builds the metrics that compile() was given with the first batch.
     for metric in model.metrics:
         for built in getattr(metric, "metrics", ()):
-            yield built.name, getattr(built, "_direction", None)
-        for given in (getattr(metric, "_user_metrics", None), getattr(metric, "_user_weighted_metrics", None)):
-            for identifier in keras.tree.flatten(given):
-                yield _name_and_direction(identifier)
+            yield built.name, direction_of(built)
+        for identifier in metrics_given(metric):
+            yield _name_and_direction(identifier)
 
 
 def _name_and_direction(identifier: Any) -> tuple[str, str | None]:
@@ -85,4 +84,4 @@ def _name_and_direction(identifier: Any) -> tuple[str, str | None]:
         name = identifier if isinstance(identifier, str) else getattr(metric, "__name__", "")
         metric = keras.metrics.MeanMetricWrapper(metric, name=name or None)
     name = identifier if isinstance(identifier, str) else metric.name
-    return name, getattr(metric, "_direction", None)
+    return name, direction_of(metric)

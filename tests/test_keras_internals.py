@@ -1,0 +1,126 @@
+"""Private names of Keras: each test names the function whose private name has changed in Keras."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_ckpt.model import keras_internals as internals
+from models import X, Y, dense_model, fit
+
+
+@pytest.fixture
+def model() -> keras.Model:
+    model = dense_model(metrics=["mae", keras.metrics.AUC(name="auc")], weighted_metrics=["mse"], loss_weights=[2.0])
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def test_layers_of_has_layers_in_layers() -> None:
+    """`Bidirectional` is no model."""
+    layer = keras.layers.Bidirectional(keras.layers.LSTM(2))
+    model = keras.Sequential([keras.Input((3, 2)), layer])
+
+    found = internals.layers_of(model)
+
+    assert found[0] is model
+    assert all(any(each is inner for each in found) for inner in (layer, layer.forward_layer, layer.backward_layer))
+
+
+def test_trained_by_has_the_variables_in_the_order_of_the_optimizer(model) -> None:
+    assert internals.trained_by(model.optimizer) == model.trainable_variables
+    assert internals.trained_by(keras.optimizers.SGD()) == []
+
+
+def test_value_of_is_the_value(model) -> None:
+    assert all(internals.value_of(variable) is variable.value for variable in model.variables)
+    variable = tf.Variable(1.0)
+    assert internals.value_of(variable) is variable
+
+
+def test_unlock_lets_a_layer_get_variables(model) -> None:
+    layer = model.layers[0]
+    with pytest.raises(ValueError, match="cannot add new elements"):
+        layer.more = keras.Variable(1.0)
+
+    internals.unlock(layer)
+    layer.more = keras.Variable(1.0)
+
+    assert any(each is layer.more for each in layer.variables)
+
+
+def test_metrics_given_are_those_of_compile(model) -> None:
+    given = [each for metric in model.metrics for each in internals.metrics_given(metric)]
+
+    assert [getattr(each, "name", each) for each in given] == ["mae", "auc", "mse"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [(keras.metrics.AUC(), "up"), (keras.metrics.MeanSquaredError(), "down"), (keras.metrics.Mean(), None)],
+)
+def test_direction_of_a_metric(metric, direction) -> None:
+    assert internals.direction_of(metric) == direction
+
+
+def test_loss_weights_are_those_of_compile(model) -> None:
+    assert internals.loss_weights(model) == [2.0]
+    assert internals.loss_weights(dense_model()) is None
+
+
+def test_arguments_of_a_loss_are_those_of_its_function() -> None:
+    assert internals.arguments_of(keras.losses.Huber(delta=2.0)) == {"delta": 2.0}
+    assert internals.arguments_of(keras.losses.Loss()) == {}
+
+
+def test_begin_with_epoch_has_fit_begin_there() -> None:
+    """A callback says so when training begins."""
+    model = dense_model()
+    says = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: internals.begin_with_epoch(model, 2))
+
+    assert fit(model, says, epochs=4).epoch == [2, 3]
+
+
+def test_seed_of_random_goes_back() -> None:
+    """To a state, and to none."""
+    before = internals.seed_of_random()
+    state = None if before is None else np.asarray(before)
+    try:
+        first = np.asarray(keras.random.normal((2,)))
+        internals.set_seed_of_random(state)
+        internals.set_seed_of_random(None)
+        assert internals.seed_of_random() is None
+        keras.utils.set_random_seed(1)
+        first = np.asarray(keras.random.normal((2,)))
+        there = np.asarray(internals.seed_of_random())
+        second = np.asarray(keras.random.normal((2,)))
+        internals.set_seed_of_random(there)
+        np.testing.assert_array_equal(np.asarray(keras.random.normal((2,))), second)
+        assert not np.array_equal(first, second)
+    finally:
+        internals.set_seed_of_random(state)
+
+
+def test_a_callback_sees_the_fit_that_calls_it() -> None:
+    """Its data, and the other callbacks."""
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None) -> None:
+            seen.extend([internals.data_of_fit(), internals.callbacks_of_fit(self)])
+
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).repeat()
+    dense_model().fit(data, steps_per_epoch=3, verbose=0, shuffle=False, callbacks=[looks := Looks()])
+    found, callbacks = seen
+
+    assert (found.steps_per_epoch, found.batches, found.dataset, found.is_known) == (3, None, data, True)
+    assert looks in callbacks.callbacks
+    assert internals.data_of_fit() == internals.FitData()
+    assert internals.callbacks_of_fit(looks) is None
+
+
+def test_an_optimizer_has_its_own_variables_first(model) -> None:
+    """Names of slots are read off the rest."""
+    names = [variable.path.split("/")[-1] for variable in model.optimizer.variables[:2]]
+
+    assert names == ["iteration", "learning_rate"]
