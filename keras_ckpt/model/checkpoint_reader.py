@@ -61,10 +61,13 @@ class Source:
         counter = f"save_counter{model_state.SUFFIX}"  # TensorFlow's own, no part of a model
         keys = [key for key in listed if key.endswith(model_state.SUFFIX) and key != counter]
         self._keys = {key.removesuffix(model_state.SUFFIX): key for key in keys}
+        self._kinds: dict[str, Kind] = {}
 
-    def kinds(self) -> dict[str, Kind]:
+    def kinds(self) -> Mapping[str, Kind]:
         """The kinds of the variables, by name."""
-        return {name: self._kind(key) for name, key in self._keys.items()}
+        if not self._kinds:
+            self._kinds = {name: self._kind(key) for name, key in self._keys.items()}
+        return self._kinds
 
     def build_optimizers(self, model: keras.Model, wanted: Mapping[str, Any]) -> None:
         """Builds the optimizers of a model as they were built here. What they raise is no damage."""
@@ -84,7 +87,7 @@ class Source:
             graph = object_graph.ObjectGraph(self._text(object_graph.KEY))
         with model.distribute_strategy.scope():
             found = graph.find(model, {key.decode(): entry.shape for key, entry in self._index.entries.items()})
-        self._keys = {**found.keys, **found.unexpected}
+        self._keys, self._kinds = {**found.keys, **found.unexpected}, {}
         if unknown := sorted(set(self._keys.values()) - self._index.variables):
             raise DamagedCheckpointError(
                 f"it cannot be read: its object graph names {unknown[0]!r:.200}, which its index does not"

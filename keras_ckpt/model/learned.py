@@ -83,7 +83,7 @@ class Learners:
     """
 
     def __init__(self, model: keras.Model, names: Mapping[int, str], weights_only: bool = False) -> None:
-        self._objects = learners(model, weights_only)
+        self._objects = learners(named_objects(model), weights_only)
         self._names = names
         self._steady: dict[str, tuple[list[Any], _One]] = {}
         self._last: tuple[list[_One], Taken] | None = None
@@ -143,11 +143,16 @@ class _One(NamedTuple):
     failed: list[str]
 
 
-def learners(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
-    """The objects of a model whose class has methods of its own in Keras's saving protocol, by name."""
+def learners(objects: Mapping[str, Any], weights_only: bool = False) -> dict[str, Any]:
+    """The objects whose class has methods of its own in Keras's saving protocol, by name.
+
+    Args:
+        objects: The objects of a model by name.
+        weights_only: Whether to leave out those beside the model's layers.
+    """
     return {
         name: each
-        for name, each in named_objects(model).items()
+        for name, each in objects.items()
         if any(_has_own(each, method) for method in _METHODS)
         and not (weights_only and name.partition("/")[0] != "model")
     }

@@ -13,7 +13,7 @@ import keras
 
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
 from keras_ckpt.model.learned import learners
-from keras_ckpt.model.naming import named_variables
+from keras_ckpt.model.naming import named_objects, named_variables
 from keras_ckpt.model.parts import is_built
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import Request, transfer
@@ -79,7 +79,7 @@ def restore(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "
             "call it on a batch of data, or, if it has a build() of its own, model.build(input_shape)."
         )
-    if not (model.variables or named_variables(model, weights_only=True) or learners(model)):
+    if not (model.variables or named_variables(model, weights_only=True) or learners(named_objects(model))):
         raise ValueError(f"The model {model.name!r} is built and has no variables, so there is nothing to restore.")
     request = Request(strict, weights_only, check_digests)
     return restore_and_read(model, checkpoint, request, lambda files, name: None)[0]

@@ -20,7 +20,7 @@ from keras_ckpt.model import compiled, learned, matching, naming
 from keras_ckpt.model.checkpoint_reader import Source
 from keras_ckpt.model.keras_internals import trained_by, value_of
 from keras_ckpt.model.matching import Kind, Matching
-from keras_ckpt.model.parts import lora_scales, optimizers_of
+from keras_ckpt.model.parts import lora_scales
 from keras_ckpt.model.position import Position, set_position
 from keras_ckpt.model.report import RestoreReport, by_layer, shortened
 from keras_ckpt.model.snapshot import Reader
@@ -67,8 +67,8 @@ def transfer(
         MismatchError: The checkpoint does not fit the model.
         DamagedCheckpointError: It is not what was written.
     """
-    objects = learned.learners(model, request.weights_only)
-    undo = learned.Undo(objects.values())
+    objects = naming.named_objects(model)
+    undo = learned.Undo(learned.learners(objects, request.weights_only).values())
     try:
         return _Transfer(model, files, name, record, request, objects).run()
     except BaseException:
@@ -93,16 +93,17 @@ class _Transfer:
         self._record = record
         self._request = request
         self._prefix = os.path.join(files.path, name)
-        self._optimizers = optimizers_of(model)
+        self._optimizers = {key: each for key, each in objects.items() if isinstance(each, keras.optimizers.Optimizer)}
         self._compiled = compiled.note(model, self._optimizers)  # before a learning rate changes
         self._source = Source(files, name, digested)
         self._arrays, self._assets = self._source.read_learned()
         automatic = None if request.strict else naming.automatic_stems(model)
         self._wanted = self._names()
         names = {id(variable): name for name, variable in self._wanted.items()}
-        self._objects = learned.pair(objects, self._source.description, names, self._assets, automatic)
+        learners = learned.learners(objects, request.weights_only)
+        self._objects = learned.pair(learners, self._source.description, names, self._assets, automatic)
         self._automatic = automatic
-        self._adapted = [each for each in objects.values() if hasattr(each, "adapt")]
+        self._adapted = [each for each in learners.values() if hasattr(each, "adapt")]
 
     def run(self) -> RestoreReport:
         self._build()
@@ -460,6 +461,8 @@ class _Transfer:
 
 
 def _kind(variable: Any) -> Kind:
+    if isinstance(variable, keras.Variable):
+        return Kind(tuple(variable.shape), variable.dtype)
     shape = tf.TensorShape(variable.shape)
     return Kind(None if shape.rank is None else tuple(shape), tf.as_dtype(variable.dtype).name)
 
