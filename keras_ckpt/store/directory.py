@@ -22,6 +22,14 @@ from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
 class Decision(NamedTuple):
     """What a plan means for one checkpoint, and why.
 
+    Example:
+
+    ```python
+    plan = keras_ckpt.CheckpointDirectory("runs/digits").plan(keras_ckpt.LatestN(1))
+    for decision in plan.decisions:
+        print(decision.record.step, decision.kept, decision.reason)
+    ```
+
     Attributes:
         record: The checkpoint.
         kept: Whether it stays.
@@ -74,6 +82,13 @@ class PrunePlan(tables.Shown):
 @dataclasses.dataclass(frozen=True, repr=False)
 class Verification(tables.Shown):
     """What `CheckpointDirectory.verify` found.
+
+    Example:
+
+    ```python
+    found = keras_ckpt.CheckpointDirectory("runs/digits").verify()
+    print(found.ok, dict(found.listing.damaged))
+    ```
 
     Attributes:
         listing: The directory: in `records` what is whole, in `damaged` what is not, by name with the reason.

@@ -34,6 +34,13 @@ _TICK = 100_000_000
 class Listing:
     """What a directory held when it was read.
 
+    Example:
+
+    ```python
+    listing = keras_ckpt.CheckpointDirectory("runs/digits").listing()
+    print(len(listing.records), dict(listing.damaged), listing.unmanaged)
+    ```
+
     Attributes:
         path: The directory.
         records: The checkpoints, oldest first in the order of saving.
