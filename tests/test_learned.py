@@ -615,7 +615,7 @@ def test_a_vocabulary_of_another_encoding_is_restored(tmp_path) -> None:
 
 @pytest.mark.parametrize("harm", ["path", "config"])
 def test_a_description_of_a_lookup_that_no_program_wrote_is_damaged(tmp_path, harm) -> None:
-    """A path that leaves its place, a config that is none. The vocabulary stays."""
+    """The path of an asset leaves its folder, or a config is not an object. The vocabulary stays as it was."""
     layer = keras.layers.StringLookup(name="words")
     layer.adapt(np.array([["a"]]))
     zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), tmp_path / "run")

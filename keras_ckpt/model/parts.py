@@ -1,7 +1,7 @@
 """The parts of a model that hold state: layers, optimizers, losses, metrics, and what no part tracks.
 
 Keras tracks layers, and TensorFlow what an attribute holds. Optimizers in a list or a dict, and losses, are tracked by
-neither, so attributes are searched for them. A variable that nobody tracks is found too: its name belongs in a warning.
+neither, so attributes are searched for them. The search also finds variables that neither tracks, for a warning.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Position:
     batch: int = 0
 
 
-# With the optimizer that the model had there, `None` if any will do: one that is compiled anew begins afresh.
+# Each with the optimizer of the model at that position. A new optimizer has no state. `None`: any optimizer will do.
 _positions: weakref.WeakKeyDictionary[keras.Model, tuple[Position, Any]] = weakref.WeakKeyDictionary()
 
 

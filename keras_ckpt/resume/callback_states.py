@@ -68,6 +68,14 @@ _OF_THE_PROCESS = (
     tf.summary.SummaryWriter,
 )
 """Objects of these classes belong to a process, and cannot be saved for another."""
+_OF_A_FIT = (
+    keras.Layer,
+    keras.optimizers.Optimizer,
+    keras.losses.Loss,
+    keras.metrics.Metric,
+    keras.callbacks.Callback,
+)
+"""The parts of a model, and callbacks, are of these classes."""
 
 
 class Taken(NamedTuple):
@@ -106,6 +114,7 @@ class CallbackStates:
             if not _has_own_state(callback)
         }
         self._moved: dict[str, set[str]] = {name: set() for name in self._begun}
+        self._known: list[Any] = []
         self.unsaved: list[str] = []
 
     def look(self) -> None:
@@ -190,11 +199,17 @@ class CallbackStates:
 
     def _is_known(self, value: Any) -> bool:
         """Whether a value is a part of the model, or a callback of this fit, so that it is saved as such."""
+        if not isinstance(value, _OF_A_FIT):
+            return False
+        if not any(value is each for each in self._known):  # a look at the model takes long
+            self._known += [each for each in self._parts_of_fit() if each is value][:1]
+        return any(value is each for each in self._known)
+
+    def _parts_of_fit(self) -> list[Any]:
         callbacks = [*self._callbacks.values()]
         models = [each for callback in callbacks if (each := getattr(callback, "model", None)) is not None][:1]
-        known = [*callbacks, *(layer for model in models for layer in layers_of(model))]
-        known += [owner for model in models for owner in owners_of(model, tracked(model)).values()]
-        return any(value is each for each in known)
+        found = [*callbacks, *(layer for model in models for layer in layers_of(model))]
+        return found + [owner for model in models for owner in owners_of(model, tracked(model)).values()]
 
     def _own_state(self, name: str, callback: Any) -> Any:
         try:

@@ -58,8 +58,19 @@ class Leaf(abc.ABC):
     def array(self) -> np.ndarray:
         """The content, after `keep`, if it is known."""
 
-    def doubt(self, doubts: bool) -> None:  # noqa: B027 - most assume nothing
+    @abc.abstractmethod
+    def doubt(self, doubts: bool) -> None:
         """Has later looks assume nothing of the content, or again what is likely."""
+
+
+class _Known(Leaf):
+    """A leaf whose content a look knows, because nothing of it is assumed."""
+
+    def is_true(self) -> bool:
+        return True
+
+    def doubt(self, doubts: bool) -> None:
+        """There is nothing to doubt."""
 
 
 class Look:
@@ -182,7 +193,7 @@ class Later:
         return {key: leaf.array() for key, leaf in self._leaves.items()}
 
 
-class Copy(Leaf):
+class Copy(_Known):
     """A small array, copied by the look."""
 
     def __init__(self, array: np.ndarray) -> None:
@@ -192,9 +203,6 @@ class Copy(Leaf):
 
     def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         return ()
-
-    def is_true(self) -> bool:
-        return True
 
     def array(self) -> np.ndarray:
         return self._array
@@ -215,7 +223,7 @@ class _Memory:
 
     def prepare(self, like: np.ndarray) -> None:
         """Gets memory for two copies, the one that is written and the next."""
-        self._free[like.shape, like.dtype] += [np.full_like(like, 0, subok=False) for _ in range(2)]
+        self._free[like.shape, like.dtype] += [np.full(like.shape, 0, like.dtype) for _ in range(2)]
 
 
 class _Held:
@@ -225,7 +233,7 @@ class _Held:
         self.array = array
 
 
-class _Own(Leaf):
+class _Own(_Known):
     """A large array that was made for one look. While it is held, TensorFlow copies the variable before a change."""
 
     _copy: _Held
@@ -242,9 +250,6 @@ class _Own(Leaf):
             return []
         self._copy = self._memory.take(source)
         return [(self._copy.array, source)]
-
-    def is_true(self) -> bool:
-        return True
 
     def array(self) -> np.ndarray:
         return self._copy.array
@@ -464,6 +469,9 @@ class _ItemsLeaf(Leaf):
         if not is_known and type(self._items) is self._collection.form:
             self._collection.give_up()
         return is_known
+
+    def doubt(self, doubts: bool) -> None:
+        """A copy of the items is compared at each look, so nothing is assumed."""
 
     def array(self) -> np.ndarray:
         return cast(np.ndarray, self._items.array(self._count))

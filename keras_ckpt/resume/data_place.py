@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from keras_ckpt.model.keras_internals import FitData
+from keras_ckpt.resume import pipelines
 from keras_ckpt.resume.resumable_dataset import ResumableDataset
 from keras_ckpt.store.notices import warn
-
-_KEEPING = {
-    "_MapDataset",
-    "_ParallelMapDataset",
-    "_PrefetchDataset",
-    "_RepeatDataset",
-    "_OptionsDataset",
-    "_TakeDataset",
-    "_AssertCardinalityDataset",
-}
-"""The classes of datasets whose batches are those that they read, one by one and in their order."""
-_DRAWING = {"Multinomial", "TruncatedNormal", "ParameterizedTruncatedNormal"}
-"""The operations of TensorFlow that draw random numbers and whose names do not begin with `Random` or `Stateful`."""
 
 
 class DataPlace:
@@ -44,7 +32,9 @@ class DataPlace:
         self._data = data
         self._steps = steps
         self._streams = fit.steps_per_epoch is not None
-        self._refuse_another_order(fit)
+        between = pipelines.steps_between(fit.dataset, data)
+        _refuse_another_order(between)
+        _warn_of_draws(between)
         self._refuse_other_epochs(fit)
         self._pass, self._batch = data.passes, 0
         self._taken = 0
@@ -103,25 +93,6 @@ class DataPlace:
         self._batch = state.get("batch", 0)
         self._data.set_state(state, self._batch if self._streams else batch if batch != self._steps else 0)
 
-    def _refuse_another_order(self, fit: FitData) -> None:
-        """Refuses a dataset that reads this one, and whose batches are not this one's in their order."""
-        steps = _steps_between(fit.dataset, self._data)
-        found = [type(step).__name__ for step in steps if type(step).__name__ not in _KEEPING]
-        if any(map(_draws, steps)):
-            warn(
-                "fit() reads the ResumableDataset through a map() that draws random numbers or changes variables. A "
-                "restart does not know how often it did. To resume exactly, give the map to the pipeline that the "
-                "ResumableDataset is made of: ResumableDataset(pipeline.map(...))."
-            )
-        if found:
-            step = found[0].strip("_").removesuffix("Dataset").lower()
-            raise ValueError(
-                f"fit() reads the ResumableDataset through a step {step!r} of tf.data. It may change the batches or "
-                "their order, so an epoch cannot be resumed at a batch. Give this step to the pipeline that the "
-                "ResumableDataset is made of: ResumableDataset(pipeline). The steps map, prefetch, repeat and "
-                "with_options keep the batches."
-            )
-
     def _refuse_other_epochs(self, fit: FitData) -> None:
         batches = self._data.batches
         if self._streams:
@@ -147,22 +118,23 @@ class DataPlace:
             )
 
 
-def _steps_between(dataset: Any, data: ResumableDataset) -> list[tf.data.Dataset]:
-    """The datasets by which one reads another; none if it does not read it."""
-    if dataset is data or not isinstance(dataset, tf.data.Dataset):
-        return []
-    # A subclass of a dataset has to have this method, so it is public in all but its name.
-    for each in dataset._inputs():  # noqa: SLF001
-        inner = _steps_between(each, data)
-        if each is data or inner:
-            return [dataset, *inner]
-    return []
+def _refuse_another_order(steps: Sequence[tf.data.Dataset]) -> None:
+    """Refuses steps between a `ResumableDataset` and `fit` after which the batches may be others."""
+    other = [pipelines.name_of(step) for step in steps if not pipelines.keeps_batches(step)]
+    if other:
+        raise ValueError(
+            f"fit() reads the ResumableDataset through a step {other[0]!r} of tf.data. It may change the batches or "
+            "their order, so an epoch cannot be resumed at a batch. Give this step to the pipeline that the "
+            "ResumableDataset is made of: ResumableDataset(pipeline). The steps map, prefetch, repeat and "
+            "with_options keep the batches."
+        )
 
 
-def _draws(dataset: Any) -> bool:
-    """Whether functions of a dataset draw random numbers that go on from batch to batch, or change variables."""
-    graphs = [function.function.graph.as_graph_def() for function in dataset._functions()]  # noqa: SLF001
-    bodies = [graph.node for graph in graphs]
-    bodies += [function.node_def for graph in graphs for function in graph.library.function]
-    operations = {node.op for body in bodies for node in body}
-    return any(name.startswith(("Random", "Stateful", "Assign")) or name in _DRAWING for name in operations)
+def _warn_of_draws(steps: Sequence[tf.data.Dataset]) -> None:
+    """Warns of steps whose random numbers a restart does not know."""
+    if any(map(pipelines.draws, steps)):
+        warn(
+            "fit() reads the ResumableDataset through a map() that draws random numbers or changes variables. A "
+            "restart does not know how often it did. To resume exactly, give the map to the pipeline that the "
+            "ResumableDataset is made of: ResumableDataset(pipeline.map(...))."
+        )

@@ -136,7 +136,7 @@ def _more(value: Any, where: str) -> list[Any]:
 
 
 def is_fixed(value: Any) -> bool:
-    """Whether a value is plain, and such as nobody can change: a number, a string, or a tuple of these."""
+    """Whether a value is plain and immutable: a number, a string, or a tuple of these."""
     if type(value) is tuple:
         return all(map(is_fixed, value))
     return type(value) in _PLAIN or isinstance(value, np.generic)

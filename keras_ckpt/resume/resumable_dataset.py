@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_ckpt.errors import MismatchError
+from keras_ckpt.resume.pipelines import keeps_a_shuffled_epoch
 from keras_ckpt.store.notices import warn
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -283,7 +284,7 @@ class _Pipeline(_Source):
     def __init__(self, dataset: tf.data.Dataset) -> None:
         self._dataset = dataset
         self.count = _known_length(dataset)
-        if step := _keeps_a_shuffled_pass(dataset):
+        if step := keeps_a_shuffled_epoch(dataset):
             warn(
                 f"The pipeline has shuffle() before {step}(). Its order in an epoch depends on what was read of the "
                 f"epochs before, so a restart reads another order. Give {step}() before the one shuffle(), or give "
@@ -558,21 +559,6 @@ def _known_length(dataset: tf.data.Dataset) -> int | None:
             "it with .take(n), or say what it is with .apply(tf.data.experimental.assert_cardinality(n))."
         )
     return count
-
-
-def _keeps_a_shuffled_pass(dataset: Any, after: str | None = None) -> str | None:
-    """The step of a pipeline that keeps batches of another step that shuffles each pass anew, if there is one.
-
-    Args:
-        dataset: The pipeline.
-        after: Such a step that reads it.
-    """
-    step = type(dataset).__name__.strip("_").removesuffix("Dataset").lower()
-    if step == "shuffle" and after and dataset._reshuffle_each_iteration:  # noqa: SLF001 - no public name tells
-        return after
-    after = step if step in ("shuffle", "cache") else after
-    found = (_keeps_a_shuffled_pass(each, after) for each in dataset._inputs())  # noqa: SLF001
-    return next(filter(None, found), None)
 
 
 def _of_known_length(passes: tf.data.Dataset, count: int | None) -> tf.data.Dataset:
