@@ -718,6 +718,7 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
         alive = weakref.ref(model)
         with pytest.raises(KeyboardInterrupt):
             fit(model, backup, Interrupts(2))
+        background.wait()  # a save in progress holds the model
         keras.utils.clear_session()
         del model, backup
         gc.collect()

@@ -86,7 +86,9 @@ class Job(Generic[Result]):
         work, self._work = self._work, None
         try:
             if work is not None and self._future.set_running_or_notify_cancel():
-                self._future.set_result(work())
+                result = work()
+                work = None  # whoever waits for the result may expect that nothing is held any more
+                self._future.set_result(result)
         except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
             # Whoever keeps the error would keep the model's values with it.
             work = None
