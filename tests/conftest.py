@@ -1,9 +1,8 @@
-"""What tests share: histories written as lines, directories filled without TensorFlow, and small real models."""
+"""Fixtures that tests share, and the counts of the harnesses."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import os
 import pathlib
@@ -12,94 +11,18 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
-from keras_ckpt.store.directory import CheckpointDirectory
-from keras_ckpt.store.files import Folder
-from keras_ckpt.store.policies import PreservationPolicy
-from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
-from keras_ckpt.store.writer import Write, Writer
-
-
-def history(text: str) -> list[CheckpointRecord]:
-    """Records in the order of saving, from words like `10:0.5`, `10:nan` or `10`: a step, and a loss or none."""
-    records = []
-    for sequence, word in enumerate(text.split(), 1):
-        step, _, loss = word.partition(":")
-        metrics = {"loss": float(loss)} if loss else {}
-        records.append(
-            CheckpointRecord(sequence=sequence, step=int(step), metrics=metrics, time=3600.0 * sequence, batch=0)
-        )
-    return records
-
-
-def steps(text: str) -> set[int]:
-    """A set of steps, from a line of them."""
-    return {int(word) for word in text.split()}
-
-
-def payload(content: bytes = b"weights", shards: int = 1) -> Write:
-    """Writes the files of a checkpoint, as many as TensorFlow would."""
-
-    def write(folder: Folder, name: str) -> list[CheckpointFile]:
-        data = {f"{name}.data-{shard:05}-of-{shards:05}": content for shard in range(shards)}
-        files = []
-        for each, part in {**data, f"{name}.index": b"index of " + content}.items():
-            with folder.writing(each) as file:
-                file.write(memoryview(part))
-                files.append(CheckpointFile(each, *file.finish()))
-        return files
-
-    return write
-
-
-def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
-    """Writes a TensorFlow checkpoint, most of which is the same in each, so that it shares that with the newest."""
-    import numpy as np
-
-    from keras_ckpt.formats.arena import Arena
-    from keras_ckpt.formats.sharing import SharingWrite
-    from keras_ckpt.model.snapshot import Reader, Snapshot
-
-    arrays = {"changed": np.frombuffer(content.encode(), np.uint8), "same": np.arange(10, dtype=np.uint8)}
-    arena = Arena()
-    return SharingWrite(Snapshot(Reader({}), arrays).move(arena), arena, runs)
-
-
-class Filler:
-    """Saves checkpoints into a directory without TensorFlow."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.runs = CheckpointDirectory(path)
-
-    def save(
-        self, text: str, keep: PreservationPolicy | None = None, run_id: str = "run", **facts: object
-    ) -> CheckpointDirectory:
-        writer = Writer(self.runs, keep)
-        for record in history(text):
-            named = {"metrics": record.metrics, "time": record.time, "batch": 0, "run_id": run_id, **facts}
-            writer.save(payload(str(record.step).encode()), step=record.step, **named)
-        writer.close()
-        return self.runs
+from support.runs import HOLD, Filler
 
 
 @pytest.fixture
 def filler(tmp_path: pathlib.Path) -> Filler:
     return Filler(tmp_path / "run")
-
-
-HOLD = """
-import sys
-from keras_ckpt.store.files import Folder
-lock = Folder(sys.argv[1], create=True).lock()
-print("held", flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -112,19 +35,6 @@ def holder(tmp_path):
     yield process
     process.kill()
     process.communicate()
-
-
-@contextlib.contextmanager
-def somebody_else() -> Iterator[None]:
-    """Runs as a user who may write only where everybody may; the superuser may everywhere."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if user == 0:
-            os.seteuid(user)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

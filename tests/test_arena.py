@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from conftest import history
 from keras_ckpt.formats import arena
 from keras_ckpt.formats.arena import Arena, Packed, Saved, arena_of, parts_of
 from keras_ckpt.formats.bundle_index import Entry
 from keras_ckpt.formats.bundle_writer import Value, checksum_of, number_value, string_value
+from support.runs import history
 
 FLOAT = 1
 

@@ -30,7 +30,7 @@ from keras_ckpt.model.snapshot import Snapshot
 from keras_ckpt.store import background
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.writer import Writer
-from tests.models import Interrupts, X, Y, dense_model, fit, same, values
+from support.models import Interrupts, X, Y, dense_model, fit, same, values
 
 
 @pytest.fixture(autouse=True)
@@ -662,12 +662,13 @@ fit(dense_model(), checkpoint, busy, After({{3: busy.free_soon}}), Interrupts(4,
 import keras_ckpt as kc
 kc.CheckpointDirectory({str(tmp_path)!r}).latest()
 import keras
-from tests.models import Interrupts, fit
+from support.models import Interrupts, fit
 model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(width) for width in (1500, 1500, 1))])
 model.compile("sgd", "mse", run_eagerly=True)
 fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, RuntimeError("no more")))
 """
-        subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+        here = os.path.dirname(__file__)
+        subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, cwd=here)
 
         assert on_disk(tmp_path) == ["ckpt-2"]
 
@@ -822,5 +823,6 @@ class Adds(keras.callbacks.Callback):
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     """A process that runs the code with the names of this module."""
-    code = f"import sys, warnings\nsys.path.insert(0, {os.getcwd()!r})\nfrom tests.test_background import *\n{code}"
+    here = os.path.dirname(__file__)
+    code = f"import sys, warnings\nsys.path.insert(0, {here!r})\nfrom test_background import *\n{code}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

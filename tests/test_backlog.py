@@ -13,7 +13,7 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.training.backlog import MOST, Backlog
-from models import dense_model, fit
+from support.models import dense_model, fit
 
 
 class TestABacklog:

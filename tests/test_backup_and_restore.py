@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.model.position import position_of
-from models import Interrupts, X, dense_model, fit, into_a_stage, same
+from support.models import Interrupts, X, dense_model, fit, into_a_stage, same
 
 
 @pytest.fixture

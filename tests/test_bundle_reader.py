@@ -18,7 +18,7 @@ from keras_ckpt.model.bundle_reader import read_values
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.streams import PORTION
-from tests.test_bundle_writer import NUMBERS, content, native, write, write_pages
+from support.bundles import NUMBERS, content, native, write, write_pages
 
 RNG = np.random.default_rng(0)
 SIZES = (0, 1, 100, 1 << 20, PORTION - 1, PORTION, 2 * PORTION + 3, 17)

@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from models import Reports, X, Y, dense_model, fit, same
+from support.models import Reports, X, Y, dense_model, fit, same
 
 callbacks = keras.callbacks
 LOSSES = [5.0, 4.0, 4.5, 4.6, 3.0, 3.5, 3.6, 3.7, 3.8, 2.0]

@@ -12,7 +12,7 @@ from keras_ckpt.resume import capture
 from keras_ckpt.resume.callback_states import CallbackStates
 from keras_ckpt.resume.capture import Captures, Later
 from keras_ckpt.resume.plain_values import UnplainError, decode, dict_of, dumped
-from models import Interrupts, X, Y, dense_model, fit
+from support.models import Interrupts, X, Y, dense_model, fit
 
 LARGE = 100_000
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from models import dense_model, fit
+from support.models import dense_model, fit
 
 X = np.arange(10, dtype="float32")
 Y = np.arange(10)

@@ -10,7 +10,6 @@ import shutil
 import pytest
 
 import keras_ckpt
-from conftest import history, payload
 from keras_ckpt.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
@@ -24,6 +23,7 @@ from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import check_files, held
 from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN
 from keras_ckpt.store.writer import Writer
+from support.runs import history, payload
 from test_record import sealed
 
 

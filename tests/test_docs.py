@@ -62,7 +62,7 @@ def test_the_example_runs(tmp_path, monkeypatch, name) -> None:
     import keras
     import tensorflow as tf
 
-    from models import X, Y, dense_model, fit
+    from support.models import X, Y, dense_model, fit
 
     monkeypatch.chdir(tmp_path)
     model = dense_model(metrics=["accuracy"])

@@ -13,11 +13,11 @@ import threading
 
 import pytest
 
-from conftest import HOLD
 from keras_ckpt.errors import DirectoryInUseError
 from keras_ckpt.store import files
 from keras_ckpt.store.files import PRIVATE, Folder, lasting_tensorflow_path, remove_unused
 from reliability.crash_states import Recorder
+from support.runs import HOLD
 
 
 def test_a_second_process_is_refused_with_the_holders_name(tmp_path, holder) -> None:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_ckpt.model import keras_internals as internals
-from models import X, Y, dense_model, fit
+from support.models import X, Y, dense_model, fit
 
 
 @pytest.fixture

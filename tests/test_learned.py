@@ -14,9 +14,9 @@ import tensorflow as tf
 from blake3 import blake3
 
 import keras_ckpt as kc
-import zoo
 from keras_ckpt.formats import description
 from keras_ckpt.model.model_state import ModelState
+from support import zoo
 
 DATA = np.random.default_rng(0).normal(5, 3, (32, 4)).astype("float32")
 registered = keras.saving.register_keras_serializable("tests")

@@ -6,11 +6,11 @@ import pathlib
 import pytest
 
 import keras_ckpt as kc
-from conftest import Filler, payload
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Known, examine
 from keras_ckpt.store.policies import BestN, LatestN
 from keras_ckpt.store.writer import Writer
+from support.runs import Filler, payload
 
 
 def looked_at(runs: kc.CheckpointDirectory, known: Known):

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.store.files import Folder
-from models import dense_model, fit
+from support.models import dense_model, fit
 
 
 class Setup:

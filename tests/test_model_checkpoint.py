@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from models import Interrupts, Reports, X, Y, dense_model, fit, same
+from support.models import Interrupts, Reports, X, Y, dense_model, fit, same
 
 
 @pytest.fixture
@@ -693,7 +693,7 @@ class TestOneRunADirectory:
         import subprocess
         import sys
 
-        from conftest import HOLD
+        from support.runs import HOLD
 
         fit(dense_model(), kc.ModelCheckpoint(runs.path))
 

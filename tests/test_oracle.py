@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.model.position import set_position
-from models import dense_model, fit
+from support.models import dense_model, fit
 
 VALUES = [0.1, 0.2, 0.2, 0.3, 0.4, 0.5, math.nan, math.inf, -math.inf, None]
 

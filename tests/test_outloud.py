@@ -16,8 +16,8 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from conftest import Filler, somebody_else
-from models import Interrupts, X, Y, dense_model, fit, same, values
+from support.models import Interrupts, X, Y, dense_model, fit, same, values
+from support.runs import Filler, somebody_else
 
 optimizers = keras.optimizers
 
@@ -30,7 +30,8 @@ def backup(tmp_path) -> pathlib.Path:
 def lines(caught: Iterable[warnings.WarningMessage]) -> list[str]:
     """The warnings that were given, each of which points at this file."""
     caught = list(caught)
-    assert {each.filename for each in caught} <= {__file__, str(pathlib.Path(__file__).with_name("models.py"))}
+    here = pathlib.Path(__file__)
+    assert {each.filename for each in caught} <= {__file__, str(here.with_name("support") / "models.py")}
     return [str(each.message) for each in caught]
 
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from conftest import history, steps
 from keras_ckpt.store.policies import (
     BestN,
     EveryNEpochs,
@@ -19,6 +18,7 @@ from keras_ckpt.store.policies import (
     selection,
 )
 from keras_ckpt.store.record import CheckpointRecord
+from support.runs import history, steps
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import sys
 import pytest
 
 import keras_ckpt as kc
-from conftest import HOLD
+from support.runs import HOLD
 
 HERE = pathlib.Path(__file__).parent
 PROGRAM = """
 import json, sys
 import keras
 import keras_ckpt as kc
-from models import Reports, Interrupts, dense_model, fit
+from support.models import Reports, Interrupts, dense_model, fit
 
 path, batches = sys.argv[1], int(sys.argv[2])
 values = [float("nan"), 0.5, 0.2, 0.4, 0.2, 0.3, 0.1, 0.6]

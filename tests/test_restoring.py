@@ -9,14 +9,14 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-import zoo
 from keras_ckpt.model import checkpoint_reader
 from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.position import position_of
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.writer import Writer
-from models import X, Y, dense_model, fit, same, values
+from support import zoo
+from support.models import X, Y, dense_model, fit, same, values
 from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
 
 

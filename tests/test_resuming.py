@@ -16,10 +16,10 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from conftest import HOLD
 from keras_ckpt.resume import backed_up_fit, random_state
 from keras_ckpt.store.files import Folder
-from models import X, Y, dense_model, into_a_stage, same
+from support.models import X, Y, dense_model, into_a_stage, same
+from support.runs import HOLD
 
 HERE = pathlib.Path(__file__).parent
 
@@ -497,7 +497,7 @@ import sys
 import keras
 import tensorflow as tf
 import keras_ckpt as kc
-from models import X, Y, dense_model
+from support.models import X, Y, dense_model
 
 if sys.argv[2] == "on":
     keras.utils.set_random_seed(1)

@@ -17,7 +17,7 @@ from keras_ckpt.formats.bundle_writer import Value
 from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.model.snapshot import Reader, Snapshot, array_of
-from tests.test_bundle_writer import NUMBERS
+from support.bundles import NUMBERS
 
 BATCHES = 24
 ROWS = np.random.default_rng(0).integers(0, 500, (BATCHES * 8, 6))

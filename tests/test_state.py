@@ -9,7 +9,7 @@ from keras_ckpt.formats import description
 from keras_ckpt.model import object_graph
 from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX, ModelState
 from keras_ckpt.model.naming import named_variables
-from models import X, dense_model, fit
+from support.models import X, dense_model, fit
 
 
 def convolutional() -> keras.Model:

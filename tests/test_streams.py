@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from models import Interrupts, same
+from support.models import Interrupts, same
 
 ROWS = 24
 X = np.arange(ROWS, dtype="float32")[:, None]

@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-import models
-from models import dense_model, fit
+from support import models
+from support.models import dense_model, fit
 
 
 class Passes(keras.layers.Layer):

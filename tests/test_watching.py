@@ -10,10 +10,9 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-import trainings
-import zoo
 from keras_ckpt.model.parts import optimizers_of
-from models import Interrupts
+from support import trainings, zoo
+from support.models import Interrupts
 
 pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # by the default of `fit`
 OPTIMIZERS = {**zoo.OPTIMIZERS, **trainings.optimizer_options()}

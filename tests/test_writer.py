@@ -9,7 +9,6 @@ import warnings
 import msgspec
 import pytest
 
-from conftest import Filler, history, payload, somebody_else
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError, FormatVersionError, SaveError
 from keras_ckpt.store import commit, files, streams
 from keras_ckpt.store import record as sidecars
@@ -17,6 +16,7 @@ from keras_ckpt.store.files import PRIVATE, Folder
 from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.writer import Writer, by_prefix
+from support.runs import Filler, history, payload, somebody_else
 
 
 def leftovers(runs) -> list[str]:

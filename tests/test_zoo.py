@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-import zoo
+from support import zoo
 
 
 @pytest.fixture(scope="module")

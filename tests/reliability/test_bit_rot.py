@@ -16,7 +16,7 @@ from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, FormatVer
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.record import SIZE_LIMIT, decode
-from models import fit, values
+from support.models import fit, values
 
 PAGE = 4096
 NAME = "ckpt-5"

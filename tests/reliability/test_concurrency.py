@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 WRITE = """
 import sys
 import keras_ckpt as kc
-from conftest import payload
+from support.runs import payload
 from keras_ckpt.store.writer import Writer
 
 runs, saves = kc.CheckpointDirectory(sys.argv[1]), int(sys.argv[2])
@@ -42,7 +42,7 @@ import keras, keras_ckpt as kc
 from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.store.writer import Writer
-from models import dense_model
+from support.models import dense_model
 
 path, readers, restores = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 model = dense_model()

@@ -23,7 +23,6 @@ import pytest
 from blake3 import blake3
 
 import keras_ckpt as kc
-from conftest import Filler, payload, somebody_else
 from keras_ckpt.model import transfer
 from keras_ckpt.model.checkpoint_reader import Source
 from keras_ckpt.store.files import Folder
@@ -31,7 +30,8 @@ from keras_ckpt.store.listing import examine
 from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, encode
 from keras_ckpt.store.writer import Writer
-from models import dense_model, fit, values
+from support.models import dense_model, fit, values
+from support.runs import Filler, payload, somebody_else
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIDECAR, INDEX, DATA = "ckpt-10.json", "ckpt-10.index", "ckpt-10.data-00000-of-00001"

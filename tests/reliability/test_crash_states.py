@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import Filler, payload, shared_payload
 from keras_ckpt.errors import DamagedCheckpointError, DiskFullError, SaveError
 from keras_ckpt.formats import sharing
 from keras_ckpt.store import commit, files, streams
@@ -38,6 +37,7 @@ from reliability.crash_states import (
     make,
     read,
 )
+from support.runs import Filler, payload, shared_payload
 
 FOREIGN = {
     "notes.txt": b"mine",

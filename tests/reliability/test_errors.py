@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import pytest
 
-from conftest import payload
 from keras_ckpt.errors import CheckpointError
 from keras_ckpt.store import files, locks, streams
 from keras_ckpt.store.directory import CheckpointDirectory
@@ -25,6 +24,7 @@ from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.writer import Writer
 from reliability.crash_states import IN_ORDER, Disk, Snapshot, make, read
 from reliability.test_crash_states import FOREIGN, WORKLOADS, Checkpoint, Examiner, Promise, copy, memory, perform, seen
+from support.runs import payload
 
 __all__ = ["memory"]
 

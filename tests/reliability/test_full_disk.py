@@ -43,7 +43,7 @@ print(json.dumps({
 
 SIZES = """
 import json, os, subprocess, sys
-from conftest import payload
+from support.runs import payload
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.errors import DiskFullError
 from keras_ckpt.store.policies import LatestN

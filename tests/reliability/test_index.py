@@ -28,8 +28,8 @@ from keras_ckpt.formats import bundle_index as bundles
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import SIZE_LIMIT, CheckpointFile, decode, encode
-from models import dense_model, fit, values
 from reliability.index_writer import Bundle, Entry, read, string, varint
+from support.models import dense_model, fit, values
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 KERNEL = f"model/dense/kernel{SUFFIX}"

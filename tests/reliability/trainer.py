@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
-from conftest import payload
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import Write, Writer
+from support.runs import payload
 
 Acknowledge = Callable[[CheckpointRecord], None]
 _forks = multiprocessing.get_context("fork")
