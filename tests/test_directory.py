@@ -22,7 +22,7 @@ from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import check_files, held
 from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from support.runs import history, payload
 from test_record import sealed
 
@@ -405,7 +405,7 @@ def test_what_is_changed_while_it_is_listed_is_not_damaged(filler, monkeypatch, 
         if change == "pruned":
             runs.prune(LatestN(1))
         else:
-            Writer(runs).save(payload(b"anew"), step=10)
+            Writer(runs).save(SaveRequest(step=10), payload(b"anew"))
         return folder.size(name)
 
     monkeypatch.setattr(Folder, "size", changed_first)
@@ -522,7 +522,7 @@ def test_nothing_is_removed_where_a_newer_version_wrote(filler) -> None:
     """Its rules are not known here; what is of this version is still listed and restored."""
     runs = filler.save("10 20")
     made_before = runs.plan(LatestN(1))
-    damage(runs, "ckpt-30.json", json.dumps({"format": "keras_ckpt", "format_version": 2}).encode())
+    damage(runs, "ckpt-30.json", json.dumps({"format": "keras_ckpt", "format_version": 3}).encode())
     before = names(runs)
 
     with pytest.raises(FormatVersionError, match="upgrade keras_ckpt"):
@@ -691,7 +691,7 @@ def test_what_is_read_is_not_taken_away(filler) -> None:
     runs = filler.save("1")
     with Folder(runs.path) as folder, held(folder, runs[1]) as files:
         record = runs[1]
-        Writer(runs).save(payload(b"other weights"), step=1)
+        Writer(runs).save(SaveRequest(step=1), payload(b"other weights"))
 
         check_files(files, record)
 
@@ -747,7 +747,7 @@ def test_what_is_visible_changes_under_the_mutex(filler, monkeypatch, change) ->
         return call
 
     changes = {
-        "save": lambda: Writer(runs, LatestN(1)).save(payload(), step=3),
+        "save": lambda: Writer(runs, LatestN(1)).save(SaveRequest(step=3), payload()),
         "pin": lambda: runs.pin(2),
         "unpin": lambda: runs.unpin(1),
         "add_metrics": lambda: runs.add_metrics(2, loss=1),

@@ -6,11 +6,13 @@ once at the end ends. 5. Kept and removed are all; what is once not selected is 
 """
 
 import math
+import tempfile
 
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import (
     BestN,
     EveryNEpochs,
@@ -22,6 +24,8 @@ from keras_ckpt.store.policies import (
     selection,
 )
 from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.writer import SaveRequest, Writer
+from support.runs import payload
 
 
 class EverySecondOfAKind(PreservationPolicy):
@@ -97,6 +101,31 @@ def saved_last(saved):
     for record in saved:
         present = append(present, record)
     return present
+
+
+saves = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), min_size=1, max_size=8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(saves, st.sampled_from([None, LatestN(1), LatestN(2), EveryNSteps(2)]))
+def test_a_save_supersedes_the_same_name_and_the_same_step_and_nothing_else(saved, policy):
+    """On disk: a directory holds one checkpoint of a name and one of a step, and retention removes no new one."""
+    with tempfile.TemporaryDirectory() as path:
+        runs = CheckpointDirectory(path)
+        writer = Writer(runs, policy)
+        present = []
+        for name, step in saved:
+            joined = [other for other in present if name != other.name and step != other.step]
+            record = writer.save(SaveRequest(step=step, name=name), payload(f"{name} {step}".encode()))
+            if record is not None:
+                present = [*joined, record]
+            if policy is not None:
+                selected = policy.select(present)
+                present = [each for each in present if each.step in selected]
+
+            assert list(runs) == present
+        assert runs.verify().ok
+        writer.close()
 
 
 @given(policies, histories_with_repeats)

@@ -9,7 +9,7 @@ import keras_ckpt as kc
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Known, examine
 from keras_ckpt.store.policies import BestN, LatestN
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from support.runs import Filler, payload
 
 
@@ -24,7 +24,7 @@ def saves(runs: kc.CheckpointDirectory, known: Known) -> None:
 
 
 def saves_again(runs: kc.CheckpointDirectory, known: Known) -> None:
-    Writer(runs).save(payload(b"again"), step=200, run_id="run", metrics={"loss": 9.0})
+    Writer(runs).save(SaveRequest(step=200, run_id="run", metrics={"loss": 9.0}), payload(b"again"))
 
 
 def pins(runs: kc.CheckpointDirectory, known: Known) -> None:
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_keeps_its_place_in_the_order_of_saving(filler) -> 
     runs = filler.save("1 2 3")
     pathlib.Path(runs.path, "ckpt-3.index").write_bytes(b"")
 
-    assert Writer(runs).save(payload(), step=4, run_id="run").sequence == 4
+    assert Writer(runs).save(SaveRequest(step=4, run_id="run"), payload()).sequence == 4
 
 
 def test_a_save_reads_no_more_files_with_six_hundred_kept_than_with_thirty(tmp_path, monkeypatch) -> None:
@@ -126,9 +126,9 @@ def test_a_save_reads_no_more_files_with_six_hundred_kept_than_with_thirty(tmp_p
     for kept in (30, 600):
         writer = Writer(kc.CheckpointDirectory(tmp_path / str(kept)), LatestN(kept) | BestN(1, "loss", "min"))
         for step in range(kept + 5):
-            writer.save(payload(), step=step, run_id="run", metrics={"loss": float(step)})
+            writer.save(SaveRequest(step=step, run_id="run", metrics={"loss": float(step)}), payload())
         reads.clear()
-        writer.save(payload(), step=1000, run_id="run", metrics={"loss": 1.0})
+        writer.save(SaveRequest(step=1000, run_id="run", metrics={"loss": 1.0}), payload())
         counts.append(len(reads))
 
     assert counts[1] < counts[0] + 16

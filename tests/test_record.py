@@ -166,7 +166,7 @@ def test_a_flipped_bit_is_found(position: int) -> None:
         ({"files": [{"name": "ckpt-120.index", "size": 3, "digest": "sha256:00"}]}, "$.files"),
         ({"files": [{"name": "ckpt-120.index", "size": 3}]}, "digest"),
         ({"files": []}, "lists no files"),
-        ({"step": 121}, "its name says ckpt-120"),
+        ({"format_version": 1, "step": 121}, "its name says ckpt-120"),
     ],
 )
 def test_a_field_that_is_not_what_it_should_be_is_named(changes: dict, place: str) -> None:
@@ -235,7 +235,7 @@ def test_what_is_no_sidecar_is_damaged(data: bytes) -> None:
 
 
 @given(st.binary(max_size=400))
-@example(b'{"format":"keras_ckpt","format_version":2')
+@example(b'{"format":"keras_ckpt","format_version":3')
 def test_no_bytes_raise_anything_but_a_checkpoint_error(data: bytes) -> None:
     """Whatever lies there under the name of a sidecar."""
     with pytest.raises((DamagedCheckpointError, FormatVersionError)):
@@ -245,8 +245,8 @@ def test_no_bytes_raise_anything_but_a_checkpoint_error(data: bytes) -> None:
 @pytest.mark.parametrize("changes", [{}, {"step": "a new kind of step"}, {"files": ...}])
 def test_a_newer_format_is_refused_as_such(changes: dict) -> None:
     """Whether it still looks like ours or not, it says to upgrade."""
-    with pytest.raises(FormatVersionError, match=r"version 2, this package reads up to 1: upgrade"):
-        decode(sealed(members(format_version=2, **changes)), "ckpt-120")
+    with pytest.raises(FormatVersionError, match=r"version 3, this package reads up to 2: upgrade"):
+        decode(sealed(members(format_version=3, **changes)), "ckpt-120")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.position import position_of
 from keras_ckpt.store import record as sidecars
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from support import zoo
 from support.models import X, Y, dense_model, fit, same, values
 from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
@@ -675,7 +675,7 @@ def test_what_is_about_to_be_removed_is_not_restored_unchecked(runs, model) -> N
 def test_a_record_of_what_was_saved_anew_since_is_refused(runs, model) -> None:
     """Another checkpoint is no answer to a question for this one."""
     record = runs.latest()
-    Writer(runs).save(ModelState(model).snapshot(), step=record.step, run_id=record.run_id)
+    Writer(runs).save(SaveRequest(step=record.step, run_id=record.run_id), ModelState(model).snapshot())
 
     with pytest.raises(kc.CheckpointNotFoundError, match="was saved anew"):
         kc.restore(dense_model(), record)

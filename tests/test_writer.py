@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import pickle
 import shutil
 import warnings
 
@@ -15,7 +16,8 @@ from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.files import PRIVATE, Folder
 from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN, PreservationPolicy
-from keras_ckpt.store.writer import Writer, by_prefix
+from keras_ckpt.store.record import CheckpointFile
+from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
 from support.runs import Filler, history, payload, somebody_else
 
 
@@ -40,7 +42,9 @@ def test_a_save_has_its_facts_and_leaves_nothing_behind(filler) -> None:
     """The record that save returns is the one on disk."""
     writer = Writer(filler.runs)
 
-    record = writer.save(payload(), step=120, epoch=3, batch=0, metrics={"loss": 0.5}, metadata={"a": 1}, time=5.0)
+    record = writer.save(
+        SaveRequest(step=120, epoch=3, batch=0, metrics={"loss": 0.5}, metadata={"a": 1}, time=5.0), payload()
+    )
 
     assert record == filler.runs[120]
     assert record.sequence == 1
@@ -53,11 +57,11 @@ def test_a_save_has_its_facts_and_leaves_nothing_behind(filler) -> None:
 def test_a_writer_has_one_stage_which_is_empty_between_saves(filler) -> None:
     """A folder that is made for each save would have to be made durable each time."""
     writer = Writer(filler.runs)
-    writer.save(payload(b"1"), step=1)
+    writer.save(SaveRequest(step=1), payload(b"1"))
     (stage,) = leftovers(filler.runs)
 
     for _ in range(2):
-        writer.save(payload(b"2"), step=2)
+        writer.save(SaveRequest(step=2), payload(b"2"))
         assert leftovers(filler.runs) == [stage]
         assert os.listdir(pathlib.Path(filler.runs.path) / PRIVATE / stage) == []
 
@@ -65,9 +69,9 @@ def test_a_writer_has_one_stage_which_is_empty_between_saves(filler) -> None:
 def test_a_stage_that_somebody_removed_is_made_anew(filler) -> None:
     """Nothing in the private folder is needed."""
     writer = Writer(filler.runs)
-    writer.save(payload(b"1"), step=1)
+    writer.save(SaveRequest(step=1), payload(b"1"))
     shutil.rmtree(pathlib.Path(filler.runs.path) / PRIVATE)
-    writer.save(payload(b"2"), step=2)
+    writer.save(SaveRequest(step=2), payload(b"2"))
 
     assert verify(filler.runs) == [1, 2]
 
@@ -75,7 +79,7 @@ def test_a_stage_that_somebody_removed_is_made_anew(filler) -> None:
 def test_one_run_has_one_run_id(filler) -> None:
     """Without a run id, a save belongs to the run of the newest."""
     for step in (1, 2):
-        Writer(filler.runs).save(payload(), step=step)
+        Writer(filler.runs).save(SaveRequest(step=step), payload())
 
     assert len({record.run_id for record in filler.runs}) == 1
     assert filler.runs[1].run_id
@@ -89,7 +93,7 @@ def test_what_would_be_pruned_at_once_is_not_written(filler) -> None:
     def unwanted(folder, name) -> None:
         raise AssertionError(name)
 
-    assert writer.save(unwanted, step=20, metrics={"loss": 0.6}, batch=0) is None
+    assert writer.save(SaveRequest(step=20, metrics={"loss": 0.6}, batch=0), unwanted) is None
     assert verify(filler.runs) == [10]
 
 
@@ -103,7 +107,7 @@ def test_saving_prunes(filler) -> None:
 def test_a_step_that_is_saved_again_supersedes(filler) -> None:
     """It is the newest then, and its files are the new ones."""
     filler.save("10 20 30")
-    Writer(filler.runs).save(payload(b"anew"), step=20)
+    Writer(filler.runs).save(SaveRequest(step=20), payload(b"anew"))
 
     assert verify(filler.runs) == [10, 30, 20]
     assert pathlib.Path(f"{filler.runs[20].prefix}.data-00000-of-00001").read_bytes() == b"anew"
@@ -113,7 +117,7 @@ def test_a_step_that_is_saved_again_supersedes(filler) -> None:
 def test_a_step_that_is_saved_again_under_another_name_supersedes(filler) -> None:
     """The step counts, not what the names begin with."""
     filler.save("10 20")
-    Writer(filler.runs, base="model").save(payload(), step=10)
+    Writer(filler.runs).save(SaveRequest(step=10, name="model-10"), payload())
 
     assert verify(filler.runs) == [20, 10]
     assert not (pathlib.Path(filler.runs.path) / "ckpt-10.index").exists()
@@ -124,10 +128,98 @@ def test_a_pinned_step_is_not_superseded(filler) -> None:
     filler.save("10 20")
     filler.runs.pin(10)
 
-    with pytest.warns(UserWarning, match="Step 10 is pinned"):
-        assert Writer(filler.runs).save(payload(b"anew"), step=10) is None
+    with pytest.warns(UserWarning, match="Step 10 is not saved .*ckpt-10 of step 10 is pinned"):
+        assert Writer(filler.runs).save(SaveRequest(step=10), payload(b"anew")) is None
 
     assert pathlib.Path(f"{filler.runs[10].prefix}.data-00000-of-00001").read_bytes() == b"10"
+
+
+def test_a_checkpoint_supersedes_the_one_of_the_same_name(filler) -> None:
+    """The name is free, and the step is in the sidecar: the older checkpoint goes, and the new one stays."""
+    writer = Writer(filler.runs, LatestN(1))
+    writer.save(SaveRequest(step=10, name="best"), payload(b"10"))
+
+    record = writer.save(SaveRequest(step=20, name="best"), payload(b"20"))
+
+    assert filler.runs.latest() == record
+    assert (record.name, record.step) == ("best", 20)
+    assert verify(filler.runs) == [20]
+    assert pathlib.Path(f"{record.prefix}.data-00000-of-00001").read_bytes() == b"20"
+
+
+def test_a_pinned_checkpoint_is_not_superseded_by_another_step_of_its_name(filler) -> None:
+    """The save of the other step is skipped, with a warning."""
+    writer = Writer(filler.runs)
+    writer.save(SaveRequest(step=10, name="best"), payload(b"10"))
+    filler.runs.pin(10)
+
+    with pytest.warns(UserWarning, match="Step 20 is not saved .*best of step 10 is pinned"):
+        assert writer.save(SaveRequest(step=20, name="best"), payload(b"20")) is None
+
+    assert verify(filler.runs) == [10]
+
+
+def test_the_state_file_names_only_checkpoints_of_tensorflow(filler) -> None:
+    """A newer checkpoint without an index is not TensorFlow's, so TensorFlow's functions do not see it."""
+
+    def without_index(folder, name):
+        folder.create(f"{name}.weights", b"other")
+        return [CheckpointFile(f"{name}.weights", *folder.digest(f"{name}.weights"))]
+
+    filler.save("10")
+    Writer(filler.runs).save(SaveRequest(step=20, name="best"), without_index)
+
+    state = (pathlib.Path(filler.runs.path) / "checkpoint").read_text()
+    assert 'model_checkpoint_path: "ckpt-10"' in state
+    assert "best" not in state
+
+
+def test_a_staged_checkpoint_is_out_of_sight_until_it_is_committed(filler) -> None:
+    """Staging and committing are two calls, which two writers may make."""
+    filler.save("10")
+    staged = Writer(filler.runs, LatestN(1)).stage(SaveRequest(step=20), payload(b"20"))
+    assert verify(filler.runs) == [10]
+
+    second = Writer(filler.runs, LatestN(1))
+    record = second.commit(staged)
+    second.close()
+
+    assert verify(filler.runs) == [20]
+    assert filler.runs.latest() == record
+    assert leftovers(filler.runs) == []
+
+
+def test_a_process_commits_the_checkpoint_that_a_dead_process_staged(filler) -> None:
+    """Its recovery has done so already; the commit prunes, and returns the record."""
+    filler.save("10")
+    child = os.fork()
+    if not child:
+        staged = Writer(filler.runs).stage(SaveRequest(step=20), payload(b"20"))
+        pathlib.Path(f"{filler.runs.path}.staged").write_bytes(pickle.dumps(staged))
+        os._exit(0)
+    os.waitpid(child, 0)
+    staged = pickle.loads(pathlib.Path(f"{filler.runs.path}.staged").read_bytes())
+
+    writer = Writer(filler.runs, LatestN(1))
+    record = writer.commit(staged)
+    writer.close()
+
+    assert record == filler.runs.latest()
+    assert verify(filler.runs) == [20]
+    assert leftovers(filler.runs) == []
+
+
+def test_a_staged_checkpoint_that_is_gone_supersedes_nothing(filler) -> None:
+    """The commit fails before an older checkpoint is withdrawn for it."""
+    filler.save("10")
+    writer = Writer(filler.runs)
+    staged = writer.stage(SaveRequest(step=10), payload(b"again"))
+    shutil.rmtree(pathlib.Path(filler.runs.path) / PRIVATE / staged.stage)
+
+    with pytest.raises(SaveError, match="the staged checkpoint is gone"):
+        writer.commit(staged)
+
+    assert verify(filler.runs) == [10]
 
 
 def test_a_pin_that_was_left_behind_pins_nothing(filler) -> None:
@@ -166,7 +258,7 @@ def test_a_save_that_fails_changes_nothing(filler, number, mend) -> None:
         raise OSError(number, os.strerror(number), name)
 
     with pytest.raises(SaveError, match=f"Could not save step 30 into .*{os.strerror(number)}.*{mend}"):
-        Writer(filler.runs, LatestN(1)).save(failing, step=30)
+        Writer(filler.runs, LatestN(1)).save(SaveRequest(step=30), failing)
 
     assert verify(filler.runs) == [10, 20]
     assert leftovers(filler.runs) == []
@@ -176,7 +268,7 @@ def test_a_save_that_fails_changes_nothing(filler, number, mend) -> None:
 def test_a_payload_that_writes_nothing_is_an_error(filler) -> None:
     """A checkpoint without files is none."""
     with pytest.raises(SaveError, match="no files"):
-        Writer(filler.runs).save(by_prefix(lambda prefix: None), step=1)
+        Writer(filler.runs).save(SaveRequest(step=1), by_prefix(lambda prefix: None))
 
     assert len(filler.runs) == 0
 
@@ -224,7 +316,7 @@ def test_a_checkpoint_of_a_newer_version_is_not_saved_over(filler) -> None:
     """Nobody here knows what it is."""
     filler.save("10")
     path = pathlib.Path(filler.runs.path) / "ckpt-20.json"
-    path.write_text('{"format": "keras_ckpt", "format_version": 2}')
+    path.write_text('{"format": "keras_ckpt", "format_version": 3}')
 
     with pytest.raises(FormatVersionError, match=r"ckpt-20 in .* is not saved over"):
         filler.save("20")
@@ -248,7 +340,7 @@ def test_two_writers_of_one_session_are_refused(filler) -> None:
     with pytest.raises(DirectoryNotEmptyError, match="Two callbacks"):
         Writer(filler.runs).open(session)
 
-    first.save(payload(), step=1)
+    first.save(SaveRequest(step=1), payload())
     assert verify(filler.runs) == [1]
 
 
@@ -257,14 +349,14 @@ def test_of_two_at_once_the_one_that_saves_first_goes_on(filler) -> None:
     outer, inner = Writer(filler.runs), Writer(filler.runs)
     outer.open({"epochs": 3})
     inner.open({"epochs": 1})
-    inner.save(payload(b"inner"), step=1, run_id="inner")
+    inner.save(SaveRequest(step=1, run_id="inner"), payload(b"inner"))
 
     with pytest.raises(
         SaveError, match=r"Could not save step 1 .*another run, the newest of step 1, which another fit"
     ):
-        outer.save(payload(b"outer"), step=1, run_id="outer")
+        outer.save(SaveRequest(step=1, run_id="outer"), payload(b"outer"))
     outer.close()
-    inner.save(payload(b"inner"), step=2, run_id="inner")
+    inner.save(SaveRequest(step=2, run_id="inner"), payload(b"inner"))
 
     assert verify(filler.runs) == [1, 2]
 
@@ -273,10 +365,10 @@ def test_a_session_goes_on_in_a_directory_that_is_made_anew(filler) -> None:
     """Somebody has removed it; and at the end nothing of the package's own stays."""
     writer = Writer(filler.runs)
     writer.open({"epochs": 3})
-    writer.save(payload(), step=1)
+    writer.save(SaveRequest(step=1), payload())
     shutil.rmtree(filler.runs.path)
 
-    writer.save(payload(), step=2)
+    writer.save(SaveRequest(step=2), payload())
     writer.close()
 
     assert verify(filler.runs) == [2]
@@ -296,11 +388,14 @@ def test_facts_are_amended_and_pruned_by(filler) -> None:
     filler.save("10:0.5 20", monitor="loss", mode="min")
     writer = Writer(filler.runs, BestN(1, "loss", "min"))
 
-    changed = writer.amend(filler.runs[20], metrics={"loss": 0.1})
+    def measured(record):
+        return msgspec.structs.replace(record, metrics={"loss": 0.1})
+
+    changed = writer.amend(filler.runs[20], measured)
 
     assert changed.metrics == {"loss": 0.1}
     assert verify(filler.runs) == [20]
-    assert writer.amend(history("10")[0], metrics={}) is None
+    assert writer.amend(history("10")[0], measured) is None
 
 
 class Crash(BaseException):
@@ -364,7 +459,7 @@ def test_a_crash_at_any_change_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
         return filler
 
     def save(filler: Filler) -> None:
-        Writer(filler.runs, keep).save(payload(b"new"), step=step)
+        Writer(filler.runs, keep).save(SaveRequest(step=step), payload(b"new"))
 
     whole = begin("whole")
     there = set(verify(whole.runs))
@@ -385,7 +480,7 @@ def test_a_crash_at_any_change_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
         assert (listing.unmanaged, listing.damaged, leftovers(filler.runs)) == ((), {}, [])
         if not crashed:
             break
-        Writer(filler.runs).save(payload(), step=99)
+        Writer(filler.runs).save(SaveRequest(step=99), payload())
         assert 99 in verify(filler.runs)
     assert calls > 10
     assert ends >= {tuple(sorted(there)), tuple(sorted(final))}
@@ -422,11 +517,11 @@ def test_an_interrupt_is_recovered_by_the_next_save_of_the_process(filler, monke
     monkeypatch.setattr(Folder, "move", interrupted)
     writer = Writer(filler.runs)  # a notebook keeps a reference to it
     with pytest.raises(KeyboardInterrupt):
-        writer.save(payload(b"20"), step=20)
+        writer.save(SaveRequest(step=20), payload(b"20"))
     monkeypatch.undo()
 
     assert verify(filler.runs) == [10]
-    writer.save(payload(b"30"), step=30)
+    writer.save(SaveRequest(step=30), payload(b"30"))
     assert verify(filler.runs) == [10, 20, 30]
     writer.close()
     assert leftovers(filler.runs) == []
@@ -435,7 +530,7 @@ def test_an_interrupt_is_recovered_by_the_next_save_of_the_process(filler, monke
 def staged(runs, step: int, content: bytes = b"staged", sequence: int = 100) -> pathlib.Path:
     """What a process that died had staged."""
     filler = Filler(pathlib.Path(runs.path).parent / "source")
-    record = Writer(filler.runs).save(payload(content), step=step, run_id="run", batch=0)
+    record = Writer(filler.runs).save(SaveRequest(step=step, run_id="run", batch=0), payload(content))
     stage = pathlib.Path(runs.path) / PRIVATE / "stage-0"
     stage.mkdir(parents=True)
     record = msgspec.structs.replace(record, sequence=sequence)
@@ -560,7 +655,7 @@ def test_a_pinned_checkpoint_that_is_damaged_is_not_saved_over(filler) -> None:
     data.write_bytes(b"")
 
     with pytest.warns(UserWarning, match="pinned and damaged"):
-        assert Writer(runs).save(payload(), step=10) is None
+        assert Writer(runs).save(SaveRequest(step=10), payload()) is None
 
     assert data.read_bytes() == b""
     assert list(runs.listing().damaged) == ["ckpt-10"]
@@ -588,7 +683,7 @@ def test_a_saved_checkpoint_without_a_state_file_is_saved(filler, monkeypatch) -
     with monkeypatch.context() as patch:
         patch.setattr(commit, "write_state", full)
         with pytest.raises(DiskFullError, match="is saved, but older ones could not be removed"):
-            Writer(filler.runs).save(payload(), step=10)
+            Writer(filler.runs).save(SaveRequest(step=10), payload())
 
     assert verify(filler.runs) == [10]
 
@@ -606,7 +701,7 @@ def test_a_saved_checkpoint_is_saved_though_the_policy_fails_afterwards(filler) 
             return {record.step for record in records}
 
     with pytest.raises(SaveError, match=r"is saved, but older ones could not be removed from .*no answer"):
-        Writer(filler.runs, Fails()).save(payload(), step=10)
+        Writer(filler.runs, Fails()).save(SaveRequest(step=10), payload())
 
     assert verify(filler.runs) == [10]
 
@@ -614,15 +709,15 @@ def test_a_saved_checkpoint_is_saved_though_the_policy_fails_afterwards(filler) 
 def test_a_step_that_could_not_be_withdrawn_is_untouched_when_it_is_saved_again(filler, monkeypatch) -> None:
     """Nothing was done yet, so nothing is left to be finished."""
     writer = Writer(filler.runs)
-    before = writer.save(payload(b"first"), step=1)
+    before = writer.save(SaveRequest(step=1), payload(b"first"))
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "injected")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", refuse)
-        with pytest.raises(SaveError, match="What was there before is untouched"):
-            writer.save(payload(b"second"), step=1)
+        with pytest.raises(SaveError, match="Earlier checkpoints are untouched"):
+            writer.save(SaveRequest(step=1), payload(b"second"))
 
     assert leftovers(filler.runs) == []
     assert verify(filler.runs) == [1]

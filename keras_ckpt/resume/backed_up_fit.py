@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import keras
+import msgspec
 import tensorflow as tf
 
 # Whether operations are deterministic can be set by a public function, but not be asked for.
@@ -38,7 +39,7 @@ from keras_ckpt.store import background
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from keras_ckpt.training.model_checkpoint import ModelCheckpoint
 from keras_ckpt.training.session import Outcome, Session
 
@@ -282,7 +283,7 @@ class Training:
         """Notes in the backup that its training came to its end: nobody killed it after a callback stopped it."""
         newest = self._directory.latest()
         if newest is not None and self._model.stop_training:
-            Writer(self._directory).amend(newest, metadata={**newest.metadata, STOPPED: True})
+            Writer(self._directory).amend(newest, _stopped)
 
     def _is_stopped_early(self, epoch: int) -> bool:
         """Whether an `EarlyStopping` stopped the training in this epoch."""
@@ -525,14 +526,17 @@ class Training:
         metadata = {INITIAL_EPOCH: moment.place.epoch, ENDED: _ended[self._directory.path]}
         self._changed, self._again = False, None
         try:
-            self._session.save(
-                began,
-                moment.snapshot,
-                position=moment.position,
-                then=functools.partial(self._ended, reason),
+            position = moment.position
+            request = SaveRequest(
+                step=position.step,
+                run_id=position.run_id,
+                epoch=position.epoch,
+                batch=position.batch,
                 reason=reason,
                 metadata=metadata,
+                began=began,
             )
+            self._session.save(request, moment.snapshot, functools.partial(self._ended, reason))
         except BaseException:
             self._changed = True  # for all that is known
             raise
@@ -584,6 +588,10 @@ def _errors_as_warnings() -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - there may be no memory for it, for one
         warn(str(error) or repr(error))
+
+
+def _stopped(record: CheckpointRecord) -> CheckpointRecord:
+    return msgspec.structs.replace(record, metadata={**record.metadata, STOPPED: True})
 
 
 def _refuse_newer(document: Any, record: CheckpointRecord) -> None:

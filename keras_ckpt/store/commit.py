@@ -18,27 +18,25 @@ from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.files import PRIVATE, Folder, UnfinishedError
 from keras_ckpt.store.listing import scan
 from keras_ckpt.store.notices import warn
-from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, superseded
 
 _STATE_LIMIT = 1 << 24
 _NO_FILE = (errno.ENOENT, errno.EFBIG, errno.EINVAL, errno.ELOOP, errno.ENXIO)
 """What `Folder.read` says of what is not there, too big, no file, or a link. Any other error may pass."""
 
 
-def publish(
-    folder: Folder, stage: Folder, record: CheckpointRecord, superseded: Iterable[CheckpointRecord] = ()
-) -> None:
-    """Puts a staged checkpoint in its place, in that of the one that had the same step before.
+def publish(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: Iterable[CheckpointRecord] = ()) -> None:
+    """Puts a staged checkpoint in its place, and withdraws those that it supersedes.
 
     Args:
         folder: The directory.
         stage: Where it was staged.
         record: What it is.
-        superseded: Those of the same step, whatever their names.
+        earlier: The checkpoints of the same step or the same name.
 
     Raises:
         DirectoryNotEmptyError: A file of somebody else's has the name of one of the checkpoint's.
-        FormatVersionError: A newer version of this package saved this step.
+        FormatVersionError: A newer version of this package saved the checkpoint of this name.
         UnfinishedError: It is not published, and another is withdrawn for it. Recovery goes on.
         OSError: It is not published.
     """
@@ -50,22 +48,22 @@ def publish(
     with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
     # From here on the stage, which is durable, is what a crash is recovered from.
-    earlier = [each for each in superseded if each.name != record.name]
+    withdrawn = [each for each in earlier if each.name != record.name]
     if previous:
-        earlier.append(previous)
+        withdrawn.append(previous)
     else:
         # A pin that was left behind by an earlier checkpoint of that name is no pin of this one.
         folder.remove(layout.pin(record.name))
     staged = [file.name for file in record.files if stage.exists(file.name)]
     try:
-        withdraw(folder, earlier)
+        withdraw(folder, withdrawn)
         for name in staged:
             stage.move(name, folder)
         folder.sync()
         stage.move(sidecar, folder)
         folder.sync()
     except Exception as error:
-        if _take_back(folder, stage, [sidecar, *staged], earlier):
+        if _take_back(folder, stage, [sidecar, *staged], withdrawn):
             raise
         raise UnfinishedError(*error.args) from error
 
@@ -121,10 +119,11 @@ def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preser
 
     Args:
         folder: The directory.
-        records: Its checkpoints, oldest first. Pinned ones are not listed: TensorFlow's manager would delete them.
+        records: Its checkpoints, oldest first. Only TensorFlow's are named. Pinned ones are not listed, because
+            TensorFlow's manager would delete them.
         last_preserved: When `keep_checkpoint_every_n_hours` last preserved one; defaults to what the file says.
     """
-    records = list(records)
+    records = [record for record in records if _is_tensorflows(record)]
     if not records:
         # It goes with the last checkpoint, unless it names one that TensorFlow wrote.
         newest = read_state(folder)[0]
@@ -181,9 +180,9 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
     record = _read(stage, sidecar) if layout.is_sidecar(sidecar) else None
     if record is None:
         return
-    superseded = [each for each in scan(folder).records if each.step == record.step]
+    earlier = superseded(record, scan(folder).records)
     pinned = folder.exists(sidecar) and folder.exists(layout.pin(record.name))
-    if pinned or any(each.pinned or each.sequence >= record.sequence for each in superseded):
+    if pinned or any(each.pinned or each.sequence >= record.sequence for each in earlier):
         return  # it was pinned, or saved, again or at all, before its removal from the stage had reached the disk
     for file in record.files:
         # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
@@ -198,7 +197,11 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
         stage.sync_file(name)
     stage.sync()
     with contextlib.suppress(DirectoryNotEmptyError):
-        publish(folder, stage, record, superseded)
+        publish(folder, stage, record, earlier)
+
+
+def _is_tensorflows(record: CheckpointRecord) -> bool:
+    return any(file.name == layout.index(record.name) for file in record.files)
 
 
 def _refuse_foreign(

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
 from keras_ckpt.store import background, commit, layout, tables
 from keras_ckpt.store.files import Folder
@@ -305,7 +307,7 @@ class CheckpointDirectory(tables.Shown):
         added = {name: as_metric(name, value) for name, value in {**metrics, **named}.items()}
         with self._change() as (folder, listing):
             record = self._find(listing, step)
-            amend(folder, record, metrics={**record.metrics, **added})
+            amend(folder, msgspec.structs.replace(record, metrics={**record.metrics, **added}))
 
     def clear(self, *, pinned: bool = False) -> list[int]:
         """Removes all checkpoints of the directory, so that another run can begin in it.

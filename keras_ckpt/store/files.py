@@ -327,14 +327,12 @@ class Folder:
             yield held
 
     @contextlib.contextmanager
-    def stage(self, lock: WriterLock) -> Iterator[Folder]:
-        """The private folder in which the process that writes here puts together what is to be published.
+    def stage(self, name: str) -> Iterator[Folder]:
+        """A private folder for the files of one save; it is durable when it is made.
 
-        It is empty at the beginning and at the end. It is made durable when it is made, and used again. An interrupt,
-        such as Ctrl-C, is like a crash: it stays, for the one who recovers the directory. So is what cannot be taken
-        back.
+        An error removes it. An interrupt, such as Ctrl-C, is like a crash: the folder stays for recovery. So it does
+        if the commit cannot be taken back.
         """
-        name, lock.stage = lock.stage or f"stage-{uuid.uuid4().hex}", ""
         with self.folder(PRIVATE, create=True) as private, private.folder(name, create=True) as folder:
             try:
                 yield folder
@@ -343,11 +341,11 @@ class Folder:
             except Exception:
                 private.remove_folder(name)
                 raise
-            # What stays is swept at the next start; it is no reason to call what was done undone.
-            with contextlib.suppress(OSError):
-                for each in folder.names():
-                    folder.remove(each)
-                lock.stage = name
+
+    def empty(self) -> None:
+        """Unlinks all files of the directory."""
+        for name in self.names():
+            self.remove(name)
 
     def remove_stage(self, lock: WriterLock) -> None:
         """Removes the folder for what is saved, if there is one."""

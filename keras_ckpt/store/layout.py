@@ -19,6 +19,11 @@ _SIDECAR, _PIN, _INDEX, _DATA = ".json", ".keep", ".index", ".data-"
 _SHARD = r"\.data-\d{5}-of-\d{5}"
 
 
+def numbered(step: int, base: str = "ckpt") -> str:
+    """The usual name of the checkpoint of a step."""
+    return f"{base}-{step}"
+
+
 def sidecar(name: str) -> str:
     """The sidecar of a checkpoint."""
     return name + _SIDECAR

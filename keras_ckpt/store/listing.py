@@ -18,7 +18,7 @@ from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedC
 from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.files import PRIVATE, Folder
-from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, superseded
 
 _NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What a process has run out of says nothing of a file."""
@@ -89,7 +89,8 @@ class Listing:
 
     def joined_by(self, record: CheckpointRecord) -> Listing:
         """The listing with a record that was saved, or changed, since."""
-        others = [other for other in self.records if other.step != record.step]
+        gone = superseded(record, self.records)
+        others = [other for other in self.records if other not in gone]
         return dataclasses.replace(self, records=_oldest_first([*others, record]))
 
 
@@ -246,12 +247,11 @@ def held(folder: Folder, record: CheckpointRecord) -> Iterator[Folder]:
         raise _judged(folder, record, error) from error
 
 
-def amend(folder: Folder, record: CheckpointRecord, **changes: Any) -> CheckpointRecord:
-    """Replaces facts in a checkpoint's sidecar by one rename. The caller holds the mutex."""
+def amend(folder: Folder, record: CheckpointRecord) -> CheckpointRecord:
+    """Replaces the sidecar of a checkpoint by one rename, for a changed record. The caller holds the mutex."""
     file = layout.sidecar(record.name)
-    changed = msgspec.structs.replace(record, **changes)
-    folder.replace(file, sidecars.update(folder.read(file, sidecars.SIZE_LIMIT), changed))
-    return changed
+    folder.replace(file, sidecars.update(folder.read(file, sidecars.SIZE_LIMIT), record))
+    return record
 
 
 def read_record(folder: Folder, name: str) -> CheckpointRecord:
@@ -361,8 +361,6 @@ def _read_others(
         again = False
         names = layout.of_sidecars(present) - known.records.keys() - damaged.keys()
         for name in names:
-            if sidecars.step_in(name) is None:
-                continue
             try:
                 record = _read(folder, name, present)
                 sequence = max(sequence, record.sequence)
@@ -423,7 +421,8 @@ def unreadable(error: OSError) -> Exception:
 
 def _is_checkpoint(name: str, present: Set[str], error: CheckpointError) -> bool:
     """Whether a JSON file that is no sidecar was meant as one; anybody may have a history-2.json."""
-    return name.startswith("ckpt-") or layout.index(name) in present or isinstance(error, FormatVersionError)
+    usual = (step := sidecars.step_in(name)) is not None and name == layout.numbered(step)
+    return usual or layout.index(name) in present or isinstance(error, FormatVersionError)
 
 
 def _oldest_first(records: Iterable[CheckpointRecord]) -> tuple[CheckpointRecord, ...]:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import weakref
 
 import msgspec
@@ -26,7 +27,7 @@ class WriterLock:
             two trainings after one another.
         recovered: Whether what an earlier process left half done has been seen to.
         saving: Held by the thread that saves.
-        stage: The name of the folder for what is saved, if there is one to be used again.
+        stage: The name of an empty folder for the next save, `""` if there is none.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -35,6 +36,11 @@ class WriterLock:
         self.saving = threading.RLock()
         self.stage = ""
         self._close = weakref.finalize(self, os.close, descriptor)
+
+    def take_stage(self) -> str:
+        """The name of an empty private folder, which is the caller's until it is given back as `stage`."""
+        name, self.stage = self.stage or f"stage-{uuid.uuid4().hex}", ""
+        return name
 
     def drop_after_fork(self) -> None:
         """A forked child must not keep its parent's lock alive."""

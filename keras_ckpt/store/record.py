@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -19,7 +19,8 @@ from blake3 import blake3
 from keras_ckpt.errors import DamagedCheckpointError, FormatVersionError
 from keras_ckpt.store import layout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 is of keras_ckpt 0.1.0: the names of its checkpoints end in their steps."""
 SIZE_LIMIT = 1 << 20
 """The greatest size of a sidecar in bytes; a larger file is not read."""
 REASON_LIMIT = 200
@@ -67,7 +68,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ```
 
     Attributes:
-        step: Training batches completed since the run began; the number in the checkpoint's name.
+        step: Training batches completed since the run began.
         sequence: Place in the order of saving, from 1; newest means greatest.
         epoch: Epochs completed since the run began; `None` if the training loop did not say.
         batch: Batches completed in the epoch under way, 0 at an epoch's end; `None` if nobody said.
@@ -161,6 +162,11 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             return f"{self.time:.0f} s"
 
 
+def superseded(record: CheckpointRecord, others: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
+    """The checkpoints that the save of a record replaces: those of the same step or the same name."""
+    return [other for other in others if record.step == other.step or record.name == other.name]
+
+
 # Text that is not UTF-8 is a ValueError.
 _UNREADABLE = (msgspec.MsgspecError, RecursionError, ValueError)
 _CONTEXT = ("directory", "name", "pin")
@@ -199,7 +205,7 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
     if bytes.fromhex(last[1].decode()) != blake3(data[: last.start()]).digest():
         raise DamagedCheckpointError("its digest does not match: it was changed after it was written")
     _refuse_twice(data, record)
-    if not name.endswith(f"-{record.step}"):
+    if record.format_version == 1 and not name.endswith(f"-{record.step}"):
         raise DamagedCheckpointError(f"it says step {record.step}, and its name says {name}")
     _check_names(record.files, name)
     msgspec.structs.force_setattr(record, "directory", directory)

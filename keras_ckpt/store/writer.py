@@ -1,6 +1,7 @@
-"""Saving one run's checkpoints into a directory: what is wanted, staged, committed and pruned.
+"""Saving checkpoints of one run into a directory: selected, staged, committed, pruned.
 
-The payload is somebody else's: a function that writes files into a folder.
+A save has two halves. `stage` writes the files of a checkpoint durably into a private folder. `commit` puts them in
+their place. The payload is the caller's: a function that writes files into a folder.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import contextlib
 import errno
 import os
 import re
-import time
+import time as clock
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -25,10 +26,10 @@ from keras_ckpt.store.listing import Known, Listing, amend, examine
 from keras_ckpt.store.locks import WriterLock
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import PreservationPolicy, kept_in_training
-from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.store.record import REASON_LIMIT, CheckpointFile, CheckpointRecord, Mode, superseded
 
 Write = Callable[[Folder, str], Sequence[CheckpointFile]]
-"""Writes the files of a checkpoint of a name into a folder, durably, and says what they are."""
+"""Writes the files of a named checkpoint into a folder, durably, and returns their sizes and digests."""
 
 _FULL = {
     errno.ENOSPC: "Free some space, or keep fewer checkpoints.",
@@ -41,14 +42,110 @@ _MENDS = _FULL | {
 }
 
 
+def _now() -> float:
+    return clock.time()
+
+
+class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint to save: everything that its caller knows for the sidecar.
+
+    Example:
+
+    ```python
+    writer.save(SaveRequest(step=120, reason="epoch", metrics={"loss": 0.5}), write)
+    ```
+
+    Attributes:
+        step: Training batches completed since the run began.
+        name: Its name in the directory; defaults to `ckpt-<step>`. All of its files begin with it.
+        run_id: The run of the checkpoint; defaults to the run of the newest in the directory.
+        epoch: Epochs completed, `None` if unknown.
+        batch: Batches completed in the epoch in progress, 0 at an epoch's end, `None` if unknown.
+        metrics: The metrics of these weights, by name.
+        monitor: The metric that training watches.
+        mode: Whether a smaller (`"min"`) or a larger (`"max"`) value of the monitor is better.
+        modes: The same for other metrics, by name.
+        reason: Why the save is due. A long reason is cut.
+        metadata: JSON-able values of the user's.
+        versions: Versions of the packages that save.
+        time: When the save began, in seconds since 1970.
+        began: When training began to wait, by `time.perf_counter`.
+        blocked_ms: How long training waited; defaults to the time until all data is durable.
+        size: Bytes of disk that the files need; defaults to the size of the newest checkpoint.
+    """
+
+    step: int
+    name: str = ""
+    run_id: str | None = None
+    epoch: int | None = None
+    batch: int | None = None
+    metrics: Mapping[str, float] = {}
+    monitor: str | None = None
+    mode: Mode | None = None
+    modes: Mapping[str, Mode] = {}
+    reason: str = ""
+    metadata: Mapping[str, Any] = {}
+    versions: Mapping[str, str] = {}
+    time: float = msgspec.field(default_factory=_now)
+    began: float = msgspec.field(default_factory=clock.perf_counter)
+    blocked_ms: float | None = None
+    size: int | None = None
+
+    def record(self, sequence: int, run_id: str = "", directory: str = "") -> CheckpointRecord:
+        """The record of this save, before its files are written.
+
+        Args:
+            sequence: Its place in the order of saving.
+            run_id: The run, where the request names none.
+            directory: Where the checkpoint will be.
+        """
+        return CheckpointRecord(
+            sequence=sequence,
+            step=self.step,
+            name=self.name or layout.numbered(self.step),
+            directory=directory,
+            run_id=run_id if self.run_id is None else self.run_id,
+            time=self.time,
+            versions=dict(self.versions),
+            **self._description(),
+        )
+
+    def amended(self, record: CheckpointRecord) -> CheckpointRecord:
+        """A record of a checkpoint with the same values, described by this request."""
+        return msgspec.structs.replace(record, **self._description())
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "metrics": dict(self.metrics),
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "modes": dict(self.modes),
+            "reason": self.reason[:REASON_LIMIT],
+            "metadata": dict(self.metadata),
+        }
+
+
+class Staged(NamedTuple):
+    """A checkpoint that is complete and durable, but not in its place.
+
+    Attributes:
+        record: Its record.
+        stage: The name of the private folder with its files.
+    """
+
+    record: CheckpointRecord
+    stage: str
+
+
 class Writer:
     """The writing side of a directory.
 
     Args:
         target: The directory.
-        keep: What stays, asked before each save and after it; `None` keeps all.
-        only: What a new checkpoint must satisfy besides to be written at all.
-        base: What the names of the checkpoints begin with.
+        keep: The policy that retains checkpoints, asked before each save and after it; `None` keeps all.
+        only: A policy that a new checkpoint must satisfy besides, or it is not written.
 
     Raises:
         ValueError: The directory is `/`, or the user's home.
@@ -59,27 +156,25 @@ class Writer:
         target: CheckpointDirectory,
         keep: PreservationPolicy | None = None,
         only: PreservationPolicy | None = None,
-        base: str = "ckpt",
     ) -> None:
         if os.path.realpath(target.path) in {"/", os.path.realpath(os.path.expanduser("~"))}:
             raise ValueError(f"{target.path} is no directory of one run's own: name one in it, such as runs/digits.")
         self.directory = target
         self.keep = keep
         self.only = only
-        self.base = base
         self._lock: WriterLock | None = None
         self._session: object = None
         self._known = Known()
 
     def open(self, session: object = None) -> None:
-        """Becomes the one that writes here, and finishes what a process that died had begun.
+        """Locks the directory for writing, and recovers the unfinished save of a process that died.
 
         Args:
-            session: What the writing is for, such as one `fit`; it may have one writer a directory.
+            session: The owner of the writing, such as one `fit`. A session has at most one writer in a directory.
 
         Raises:
             DirectoryInUseError: Another process writes here.
-            DirectoryNotEmptyError: Another writer of the same session does.
+            DirectoryNotEmptyError: Another writer of the same session writes here.
             SaveError: The directory cannot be written.
         """
         lock = self._claim()
@@ -99,91 +194,119 @@ class Writer:
                 folder.remove_stage(self._lock)
         self._lock = None
 
-    def save(
-        self,
-        write: Write,
-        *,
-        step: int,
-        size: int | None = None,
-        began: float | None = None,
-        went_on: float | None = None,
-        **facts: Any,
-    ) -> CheckpointRecord | None:
-        """Saves a checkpoint, unless it would be pruned at once, and prunes.
+    def save(self, request: SaveRequest, write: Write) -> CheckpointRecord | None:
+        """Saves a checkpoint and prunes, unless the policy would prune the checkpoint at once.
 
-        After a crash there is the directory as it was or as it is afterwards, never anything between.
+        After a crash the directory is as before or as after, never in between.
 
         Args:
+            request: What to save.
             write: Writes the checkpoint's files, whose names all begin with its own.
-            step: Its step; a checkpoint of that step which is there already is superseded.
-            size: The bytes that it will need, 0 if `write` looks for the room itself; defaults to those of the newest.
-            began: When training began to wait for it, by `time.perf_counter`; defaults to now.
-            went_on: When training went on; defaults to when everything is sealed.
-            **facts: More fields of its record; without a `run_id`, it belongs to the run of the newest.
 
         Returns:
-            Its record; `None` if it was not wanted.
+            The record; `None` if the checkpoint was not wanted.
 
         Raises:
-            DiskFullError: There is no room for it. The others are untouched.
-            SaveError: It could not be saved, or another run than that of this session was, meanwhile. The others are
-                untouched.
+            DiskFullError: There is no room. Earlier checkpoints are untouched.
+            SaveError: The save failed, or another run was saved here meanwhile. Earlier checkpoints are untouched.
         """
-        began = time.perf_counter() if began is None else began
-        lock = self._claim()
-        with lock.saving, Folder(self.directory.path, create=True) as folder:
-            with self.explaining(step):
-                listing = examine(folder, self._known)
-            candidate = self._candidate(listing, step, facts)
-            if self._session is not None:
-                self._refuse_other_run(listing, candidate)
-            # Refuses what no sidecar can hold before anything is written.
-            sidecars.encode(candidate)
-            if not self._wanted(candidate, listing.records) or _pinned(listing, step):
-                return None
-            try:
-                with self.explaining(step), folder.stage(lock) as stage:
-                    look_for_room(stage, _size_of_newest(listing) if size is None else size)
-                    record = _stage(stage, candidate, write, began, went_on)
-                    with folder.mutex():
-                        listing = examine(folder, self._known)
-                        if _pinned(listing, step) or _pinned_and_damaged(folder, listing, step):
-                            return None
-                        if listing.sequence >= record.sequence:
-                            raise OSError(errno.EIO, "a sidecar could not be read, so the order of saving is not known")
-                        commit.publish(folder, stage, record, _of(listing, step))
-                        self.retain(folder, listing.joined_by(record))
-            except (KeyboardInterrupt, SystemExit, SaveError):
-                # What is left of it is seen to at the next save or the next start; a complete stage goes forward.
-                lock.recovered = False
-                raise
-        return record
+        with self._writing() as (folder, lock):
+            staged = self._stage(folder, lock, request, write)
+            return staged and self._commit(folder, lock, staged)
+
+    def stage(self, request: SaveRequest, write: Write) -> Staged | None:
+        """Writes the files and the sidecar of a checkpoint into a private folder, durably.
+
+        Arguments and errors are those of `save`. A staged checkpoint that nobody commits is committed by the next
+        recovery.
+
+        Returns:
+            The argument of `commit`; `None` if the checkpoint is not wanted.
+        """
+        with self._writing() as (folder, lock):
+            return self._stage(folder, lock, request, write)
+
+    def commit(self, staged: Staged) -> CheckpointRecord | None:
+        """Puts a staged checkpoint in its place, and prunes.
+
+        Args:
+            staged: The result of `stage`, of this writer or of another, even of a process that died.
+
+        Returns:
+            The record; `None` if a checkpoint of the same step or name was pinned meanwhile.
+
+        Raises:
+            SaveError: The commit failed. Earlier checkpoints are untouched.
+        """
+        with self._writing() as (folder, lock):
+            return self._commit(folder, lock, staged)
+
+    def _stage(self, folder: Folder, lock: WriterLock, request: SaveRequest, write: Write) -> Staged | None:
+        with self.explaining(request.step):
+            listing = examine(folder, self._known)
+        newest = listing.records[-1] if listing.records else None
+        run_id = newest.run_id if newest else uuid.uuid4().hex
+        candidate = request.record(listing.sequence + 1, run_id, self.directory.path)
+        if self._session is not None:
+            self._refuse_other_run(newest, candidate)
+        # Refuses what no sidecar can hold before anything is written.
+        sidecars.encode(candidate)
+        if not self._wanted(candidate, listing) or _pinned(listing, candidate):
+            return None
+        name = lock.take_stage()
+        with self.explaining(request.step), folder.stage(name) as stage:
+            size = newest.size if newest and request.size is None else request.size
+            look_for_room(stage, size or 0)
+            return Staged(_sealed(stage, candidate, request, write), name)
+
+    def _commit(self, folder: Folder, lock: WriterLock, staged: Staged) -> CheckpointRecord | None:
+        record = staged.record
+        with self.explaining(record.step), folder.stage(staged.stage) as stage, folder.mutex():
+            listing = examine(folder, self._known)
+            wanted = not _pinned(listing, record) and not _pinned_and_damaged(folder, listing, record)
+            if any(each.same_save(record) for each in listing.records):
+                self.retain(folder, listing)  # recovery has committed it
+            elif wanted:
+                _refuse_disorder(listing, stage, record)
+                commit.publish(folder, stage, record, superseded(record, listing.records))
+                self.retain(folder, listing.joined_by(record))
+            # The next start removes what cannot be removed now.
+            with contextlib.suppress(OSError):
+                stage.empty()
+                lock.stage = staged.stage
+        return record if wanted else None
 
     def latest(self) -> CheckpointRecord | None:
-        """The checkpoint that was saved last. What the last save has read is not read again."""
+        """The newest checkpoint. Records that the last save has read are not read again."""
         with self._explaining("Cannot read"), Folder(self.directory.path) as folder:
             records = examine(folder, self._known).records
         return records[-1] if records else None
 
-    def amend(self, record: CheckpointRecord, **facts: Any) -> CheckpointRecord | None:
-        """Replaces facts of a saved checkpoint, and prunes by them.
+    def amend(
+        self, record: CheckpointRecord, change: Callable[[CheckpointRecord], CheckpointRecord]
+    ) -> CheckpointRecord | None:
+        """Changes the sidecar of a saved checkpoint, and prunes by its new record.
+
+        Args:
+            record: The checkpoint.
+            change: Returns the new record, given the record of now: others may have added metrics since.
 
         Returns:
-            Its record, `None` if it was pruned meanwhile.
+            The new record, `None` if the checkpoint was pruned or saved again meanwhile.
         """
         what = f"Could not add to step {record.step} in"
         with self._explaining(what), Folder(self.directory.path) as folder, folder.mutex():
             listing = examine(folder, self._known)
-            current = [each for each in _of(listing, record.step) if each.sequence == record.sequence]
+            current = [each for each in listing.records if each.same_save(record)]
             if not current:
                 return None
-            changed = amend(folder, current[0], **facts)
+            changed = amend(folder, change(current[0]))
             self.retain(folder, listing.joined_by(changed))
             return changed
 
     def retain(self, folder: Folder, listing: Listing) -> None:
-        """Removes what the policy does not keep. The caller holds the mutex, and listed the directory under it."""
-        with self._explaining("What was to be saved is saved, but older ones could not be removed from"):
+        """Removes checkpoints that the policy does not keep. The caller holds the mutex, and listed under it."""
+        with self._explaining("The checkpoint is saved, but older ones could not be removed from"):
             remove(folder, listing, [] if listing.newer else self.unkept(listing.records))
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
@@ -194,8 +317,20 @@ class Writer:
         return [record for record in records if record.step not in kept and not record.pinned]
 
     def explaining(self, step: int) -> contextlib.AbstractContextManager[None]:
-        """Says of any error in the saving of a step what it is, and how to mend it."""
+        """Turns each error in the saving of a step into a `SaveError` that says how to mend it."""
         return self._explaining(f"Could not save step {step} into")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[Folder, WriterLock]]:
+        """The open directory and its lock, while no other thread saves."""
+        lock = self._claim()
+        with lock.saving, Folder(self.directory.path, create=True) as folder:
+            try:
+                yield folder, lock
+            except (KeyboardInterrupt, SystemExit, SaveError):
+                # The next save or start recovers what is left; a complete stage goes forward.
+                lock.recovered = False
+                raise
 
     def _claim(self) -> WriterLock:
         # Asked for each time: the directory may be another one since, and then so is its lock.
@@ -212,7 +347,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _explaining(self, what: str) -> Iterator[None]:
-        """Says of any error what could not be done, and how to mend it."""
+        """Turns each error into a `SaveError` that says what failed and how to mend it."""
         try:
             yield
         except CheckpointError:
@@ -222,53 +357,37 @@ class Writer:
             kind, mend = DiskFullError if number in _FULL else SaveError, _MENDS.get(number, "")
             text = _plain(str(error)) or type(error).__name__
             if isinstance(error, UnfinishedError):
-                rest = "It is there after the next save or the next start, in place of the one before."
+                rest = "The checkpoint is there after the next save or the next start."
             else:
-                rest = "What was there before is untouched."
+                rest = "Earlier checkpoints are untouched."
             sentences = (f"{what} {self.directory.path}: {text}.", mend, rest)
             raise kind(" ".join(filter(None, sentences))) from error
 
-    def _candidate(self, listing: Listing, step: int, facts: dict[str, Any]) -> CheckpointRecord:
-        newest = listing.records[-1] if listing.records else None
-        facts = {"run_id": newest.run_id if newest else uuid.uuid4().hex, **facts}
-        return CheckpointRecord(
-            step=step,
-            sequence=listing.sequence + 1,
-            name=f"{self.base}-{step}",
-            directory=self.directory.path,
-            **facts,
-        )
-
-    def _refuse_other_run(self, listing: Listing, candidate: CheckpointRecord) -> None:
-        """Refuses to go on where another training saves at the same time."""
-        newest = listing.records[-1] if listing.records else candidate
-        if newest.run_id != candidate.run_id:
+    def _refuse_other_run(self, newest: CheckpointRecord | None, candidate: CheckpointRecord) -> None:
+        """Refuses to save where another training saves at the same time."""
+        if newest is not None and newest.run_id != candidate.run_id:
             raise SaveError(
                 f"Could not save step {candidate.step} into {self.directory.path}: by now it holds checkpoints of "
                 f"another run, the newest of step {newest.step}, which another fit of this process has saved. Give "
-                "each fit a directory of its own. What was there before is untouched."
+                "each fit a directory of its own. Earlier checkpoints are untouched."
             )
 
-    def _wanted(self, candidate: CheckpointRecord, records: Sequence[CheckpointRecord]) -> bool:
-        """Whether the policies would keep it; "save" and "prune" are one question."""
-        others = [record for record in records if record.step != candidate.step]
+    def _wanted(self, candidate: CheckpointRecord, listing: Listing) -> bool:
+        """Whether the policies would keep a checkpoint; "save" and "prune" are one question."""
+        records = listing.joined_by(candidate).records
         policies = (policy for policy in (self.keep, self.only) if policy is not None)
-        return all(candidate.step in kept_in_training(policy, [*others, candidate]) for policy in policies)
-
-
-def _size_of_newest(listing: Listing) -> int:
-    return listing.records[-1].size if listing.records else 0
+        return all(candidate.step in kept_in_training(policy, records) for policy in policies)
 
 
 def look_for_room(folder: Folder, size: int) -> None:
-    """Refuses before anything is written what would not fit."""
+    """Raises before anything is written if the disk has no room for so many bytes."""
     free = folder.free()
     if free < size:
         raise OSError(errno.ENOSPC, f"{tables.size(size)} are needed, {tables.size(free)} are free")
 
 
 def by_prefix(write: Callable[[str], object]) -> Write:
-    """What a function writes that takes a prefix, as TensorFlow's do, and leaves the rest to the one who calls it."""
+    """A `Write` made of a function that takes a prefix, as TensorFlow's functions do."""
 
     def write_files(stage: Folder, name: str) -> Sequence[CheckpointFile]:
         write(stage.tensorflow_path(name))
@@ -283,50 +402,55 @@ def by_prefix(write: Callable[[str], object]) -> Write:
     return write_files
 
 
-def _stage(
-    stage: Folder, candidate: CheckpointRecord, write: Write, began: float, went_on: float | None
-) -> CheckpointRecord:
+def _sealed(stage: Folder, candidate: CheckpointRecord, request: SaveRequest, write: Write) -> CheckpointRecord:
     """Writes everything into the stage, durably, the sidecar last."""
-    started = time.perf_counter()
+    started = clock.perf_counter()
     files = write(stage, candidate.name)
-    sealed = time.perf_counter()
-    blocked = _milliseconds(began, sealed if went_on is None else went_on)
-    timings = {"write_ms": _milliseconds(started, sealed), "blocked_ms": blocked}
+    durable = clock.perf_counter()
+    blocked = milliseconds(request.began, durable) if request.blocked_ms is None else request.blocked_ms
+    timings = {"write_ms": milliseconds(started, durable), "blocked_ms": blocked}
     record = msgspec.structs.replace(candidate, files=tuple(files), timings=timings)
     stage.create(layout.sidecar(record.name), sidecars.encode(record))
     stage.sync()
     return record
 
 
-def _of(listing: Listing, step: int) -> list[CheckpointRecord]:
-    return [record for record in listing.records if record.step == step]
+def _refuse_disorder(listing: Listing, stage: Folder, record: CheckpointRecord) -> None:
+    """Refuses to commit a checkpoint out of order, or one whose stage is gone."""
+    if listing.sequence >= record.sequence:
+        raise OSError(errno.EIO, "a sidecar could not be read, so the order of saving is not known")
+    if not stage.exists(layout.sidecar(record.name)):
+        raise FileNotFoundError(errno.ENOENT, "the staged checkpoint is gone", record.name)
 
 
-def _pinned(listing: Listing, step: int) -> bool:
-    pinned = [record for record in _of(listing, step) if record.pinned]
-    for record in pinned:
+def _pinned(listing: Listing, record: CheckpointRecord) -> bool:
+    """Whether the save of a record would supersede a pinned checkpoint; warns of it."""
+    pinned = [each for each in superseded(record, listing.records) if each.pinned]
+    for each in pinned:
         warn(
-            f"Step {step} is pinned in {record.directory}, so it is not saved again over the one that is there. "
-            "Unpin it, or go on in another directory."
+            f"Step {record.step} is not saved into {listing.path}: {each.name} of step {each.step} is pinned. "
+            "Unpin it, or train into another directory."
         )
     return bool(pinned)
 
 
-def _pinned_and_damaged(folder: Folder, listing: Listing, step: int) -> bool:
-    names = [name for name in listing.damaged if sidecars.step_in(name) == step and folder.exists(layout.pin(name))]
+def _pinned_and_damaged(folder: Folder, listing: Listing, record: CheckpointRecord) -> bool:
+    same = [name for name in listing.damaged if name == record.name or sidecars.step_in(name) == record.step]
+    names = [name for name in same if folder.exists(layout.pin(name))]
     for name in names:
         warn(
-            f"{name} in {folder.path} is pinned and damaged, so step {step} is not saved over what is left of it: "
-            f"{listing.damaged[name]}. Move its files away, or go on in another directory."
+            f"{name} in {folder.path} is pinned and damaged, so step {record.step} is not saved over what is left of "
+            f"it: {listing.damaged[name]}. Move its files away, or train into another directory."
         )
     return bool(names)
 
 
 def _plain(text: str) -> str:
-    """The first line of an error, without what TensorFlow adds of its own workings."""
+    """The first line of an error, without TensorFlow's internals."""
     line = text.partition("\n")[0]
     return re.sub(r"\{\{.*?\}\} ?|/proc/self/fd/\d+/", "", line).rstrip(". ")
 
 
-def _milliseconds(start: float, end: float) -> float:
+def milliseconds(start: float, end: float) -> float:
+    """The time between two readings of `time.perf_counter`, in milliseconds."""
     return round((end - start) * 1000, 3)

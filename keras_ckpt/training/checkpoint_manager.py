@@ -27,7 +27,7 @@ from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import LatestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata, step_in
 from keras_ckpt.store.tables import counted
-from keras_ckpt.store.writer import Writer, by_prefix
+from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
 
 PRESERVED = "keep_checkpoint_every_n_hours"
 """The reason of a pin that the manager made."""
@@ -114,6 +114,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         self._checkpoint = checkpoint
         self._directory = os.fspath(directory)
         self._step_counter = step_counter
+        self._name = checkpoint_name
         self._interval = checkpoint_interval
         self._init_fn = init_fn
         self._last_step = last_checkpoint_step
@@ -124,7 +125,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         policy = as_policy(keep if max_to_keep is None else LatestN(max_to_keep))
         policy = policy and policy.resolve(monitor, self._mode_of)
         target = CheckpointDirectory(self._directory)
-        self._writer = _PreservingWriter(keep_checkpoint_every_n_hours, target, policy, base=checkpoint_name)
+        self._writer = _PreservingWriter(keep_checkpoint_every_n_hours, target, policy)
 
     @property
     def directory(self) -> str:
@@ -202,19 +203,19 @@ class CheckpointManager(tf.train.CheckpointManager):
             with model_state.plain_errors():
                 self._checkpoint.write(prefix, options)
 
-        record = self._writer.save(
-            by_prefix(write),
+        request = SaveRequest(
             step=number,
-            began=began,
+            name=layout.numbered(number, self._name),
             epoch=epoch,
             metrics=measured,
             monitor=self._monitor,
             mode=self._mode,
-            metadata={**self._metadata, **extra},
             reason="save",
-            time=time.time(),
+            metadata={**self._metadata, **extra},
             versions=model_state.versions(),
+            began=began,
         )
+        record = self._writer.save(request, by_prefix(write))
         # Not before: a save that failed can be tried again at once.
         self._begin_interval()
         if record is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -18,7 +19,7 @@ from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from keras_ckpt.training.monitor import metrics_in, mode_of, no_such_metric
 from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
@@ -168,7 +169,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if not owed or (owed["step"], owed["batch"]) != (position.step, position.batch):
             return
         if all(record.step != position.step for record in self.directory):
-            self._write(time.perf_counter(), owed["facts"], _NOT_KEPT)
+            self._write(self._request(**owed["facts"], began=time.perf_counter()), _NOT_KEPT)
 
     def on_train_begin(self, logs: Logs = None) -> None:
         self._session = None
@@ -249,34 +250,42 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def _save(self, reason: str, logs: Logs, began: float, otherwise: str) -> None:
         """Saves; `otherwise` is what to say if nothing is saved."""
-        fit = self._current()
         self._due += 1
         metrics = metrics_in(logs)
         if not self._beats_threshold(metrics.get(self.monitor)):
-            self._say(self._described(metrics), Outcome(None), otherwise)
+            self._say(self._described(metrics), otherwise, Outcome(None))
             return
         metadata = encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata)
+        request = self._request(reason, metrics, metadata, began)
         facts = {"reason": reason, "metrics": metrics, "metadata": metadata}
-        position = fit.progress.position
-        self._last = {"step": position.step, "batch": position.batch, "facts": facts}
-        self._write(began, facts, otherwise)
+        self._last = {"step": request.step, "batch": request.batch, "facts": facts}
+        self._write(request, otherwise)
 
-    def _write(self, began: float, facts: Mapping[str, Any], otherwise: str) -> None:
-        """Saves the model as it is now, with some facts of its record."""
-        fit = self._current()
-        start = self._described(facts["metrics"])
-        fit.save(
-            began,
-            fit.snapshot(),
-            amends=fit.progress.position.batch == 0,
-            then=lambda outcome: self._say(start, outcome, otherwise),
+    def _request(
+        self, reason: str, metrics: Mapping[str, float], metadata: Mapping[str, Any], began: float
+    ) -> SaveRequest:
+        """A save of the model as it is now."""
+        position = self._current().progress.position
+        return SaveRequest(
+            step=position.step,
+            run_id=position.run_id,
+            epoch=position.epoch,
+            batch=position.batch,
+            metrics=metrics,
             monitor=self.monitor,
             mode=self._ranking.mode,
-            modes=dict(self._ranking.modes),
-            **facts,
+            modes=self._ranking.modes,
+            reason=reason,
+            metadata=metadata,
+            began=began,
         )
 
-    def _say(self, start: str, outcome: Outcome, otherwise: str) -> None:
+    def _write(self, request: SaveRequest, otherwise: str) -> None:
+        told = functools.partial(self._say, self._described(request.metrics), otherwise)
+        fit = self._current()
+        fit.save(request, fit.snapshot(), told, amends=request.batch == 0)
+
+    def _say(self, start: str, otherwise: str, outcome: Outcome) -> None:
         if self.verbose > 0:
             print(start, _result(outcome, otherwise))
 

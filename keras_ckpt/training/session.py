@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import keras
+import msgspec
 
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
 from keras_ckpt.formats.arena import arena_of
@@ -21,9 +23,9 @@ from keras_ckpt.store import background
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import is_known, kept_in_training
-from keras_ckpt.store.record import REASON_LIMIT, CheckpointRecord, step_in
+from keras_ckpt.store.record import CheckpointRecord, step_in
 from keras_ckpt.store.tables import counted
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer, milliseconds
 from keras_ckpt.training.backlog import MOST, Backlog
 from keras_ckpt.training.schedule import SaveSchedule
 
@@ -195,24 +197,15 @@ class Session:
         return True
 
     def save(
-        self,
-        began: float,
-        snapshot: Snapshot,
-        *,
-        position: Position | None = None,
-        amends: bool = False,
-        then: Callable[[Outcome], object] = lambda outcome: None,
-        **facts: Any,
+        self, request: SaveRequest, snapshot: Snapshot, then: Callable[[Outcome], object], amends: bool = False
     ) -> None:
-        """Saves the model, unless that would not be kept, or there is no room for it.
+        """Saves the model, unless the policy would not keep the checkpoint, or there is no room for it.
 
         Args:
-            began: When training began to wait for it, by `time.perf_counter`.
-            snapshot: What to write.
-            position: Where training was when the snapshot was taken; defaults to where it is.
-            amends: Whether the facts may be added to a checkpoint of this step, if it has the same values.
-            then: Told of the outcome, at once or at a later call in this thread.
-            **facts: More fields of the record.
+            request: What to save, but for the versions.
+            snapshot: The values.
+            then: A handler of the outcome, called at once or at a later call in this thread.
+            amends: Whether a checkpoint of this step with the same values is described again instead.
 
         Raises:
             SaveError: This save, or an earlier one, failed.
@@ -220,41 +213,41 @@ class Session:
         self.save_first()
         self._warn_of_unsaved()
         self._snapshot_size = self._state.size + snapshot.others_size
-        position, now = position or self.progress.position, time.time()
-        moment = position.run_id, position.step
-        facts |= {"run_id": position.run_id, "epoch": position.epoch, "batch": position.batch}
-        facts["reason"] = facts["reason"][:REASON_LIMIT]
+        moment = self.progress.position.run_id, request.step
         number = self._backlog.due()
-        candidate = CheckpointRecord(sequence=number, step=position.step, time=now, **facts)
+        candidate = request.record(number)
         self._replace_waiting(candidate)
         if not snapshot.is_copied and background.is_full(moment, self._snapshot_size):
             background.wait()
         self.settle()
         if self._copies_at_once:
             self.copy(snapshot)
-        went_on = time.perf_counter() if self._on_background else None
-
-        def write() -> Outcome:
-            if not snapshot.is_true:
-                return Outcome(None, changed=True)
-            with self._writer.explaining(position.step):
-                values = snapshot.move(self._arena)
-            sharing = SharingWrite(values, self._arena, self._writer.directory)
-            newest = self._writer.latest() if amends else None
-            if newest and newest.step == position.step and sharing.is_in(newest, _is_of_model):
-                # The epoch's last batch was saved already; what is new is what was measured since.
-                amended = self._writer.amend(newest, **facts)
-                if amended is not None:
-                    return Outcome(amended)
-            facts.update(step=position.step, size=0, time=now, versions=model_state.versions())
-            record = self._writer.save(sharing, began=began, went_on=went_on, **facts)
-            if record is not None:
-                sharing.remember(record)
-            return Outcome(record)
-
+        if self._on_background:
+            request = msgspec.structs.replace(request, blocked_ms=milliseconds(request.began, time.perf_counter()))
+        write = functools.partial(self._write, request, snapshot, amends)
         job = background.Job(write, moment, self._snapshot_size, first=self._backs_up)
         self._saves.append(_Save(job, then, number, candidate))
         self.settle(wait=not self._on_background)
+
+    def _write(self, request: SaveRequest, snapshot: Snapshot, amends: bool) -> Outcome:
+        """Writes a snapshot; in the background, unless training waits for it."""
+        if not snapshot.is_true:
+            return Outcome(None, changed=True)
+        with self._writer.explaining(request.step):
+            values = snapshot.move(self._arena)
+        sharing = SharingWrite(values, self._arena, self._writer.directory)
+        newest = self._writer.latest() if amends else None
+        if newest and newest.step == request.step and sharing.is_in(newest, _is_of_model):
+            # The epoch's last batch is saved already. Only the metrics of the epoch's end are new.
+            amended = self._writer.amend(newest, request.amended)
+            if amended is not None:
+                return Outcome(amended)
+        # The payload looks for the room itself: it may link most of its files.
+        request = msgspec.structs.replace(request, size=0, versions=model_state.versions())
+        record = self._writer.save(request, sharing)
+        if record is not None:
+            sharing.remember(record)
+        return Outcome(record)
 
     def _replace_waiting(self, candidate: CheckpointRecord) -> None:
         """Gives up saves that have not begun, and that the policy would not keep beside a newer one."""

@@ -19,7 +19,7 @@ WRITE = """
 import sys
 import keras_ckpt as kc
 from support.runs import payload
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 
 runs, saves = kc.CheckpointDirectory(sys.argv[1]), int(sys.argv[2])
 writer = Writer(runs, kc.LatestN(3))
@@ -31,7 +31,7 @@ except kc.DirectoryInUseError as error:
 print("writing", flush=True)
 sys.stdin.readline()
 for step in range(1, saves + 1):
-    writer.save(payload(str(step).encode()), step=step)
+    writer.save(SaveRequest(step=step), payload(str(step).encode()))
     print(step, flush=True)
 """
 
@@ -41,7 +41,7 @@ import numpy as np
 import keras, keras_ckpt as kc
 from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.model_state import ModelState
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from support.models import dense_model
 
 path, readers, restores = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -53,7 +53,7 @@ writer = Writer(kc.CheckpointDirectory(path), kc.LatestN(1))
 def save(step):
     for variable in model.weights:
         variable.assign(np.full(variable.shape, step, variable.dtype))
-    writer.save(state.snapshot(), step=step, run_id="run")
+    writer.save(SaveRequest(step=step, run_id="run"), state.snapshot())
 
 def read():
     counts = {"restores": 0, "mixed": 0, "errors": []}

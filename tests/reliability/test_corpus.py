@@ -29,7 +29,7 @@ from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import examine
 from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, encode
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from support.models import dense_model, fit, values
 from support.runs import Filler, payload, somebody_else
 
@@ -278,7 +278,7 @@ def test_what_is_harmless_changes_nothing(run, model, row) -> None:
 
 def test_15_a_newer_format_is_refused_and_nothing_is_pruned(run, model) -> None:
     """What it meant to keep is not known."""
-    member("format_version", 2)(run)
+    member("format_version", 3)(run)
     before = contents(run)
     runs = kc.CheckpointDirectory(run)
 
@@ -368,11 +368,11 @@ def test_51_a_directory_that_goes_away_during_a_save_loses_no_more(filler, tmp_p
     writer = Writer(runs)
     if how == "removed":
         with pytest.raises(kc.SaveError):
-            writer.save(write_and_take_away, step=2)
+            writer.save(SaveRequest(step=2), write_and_take_away)
     else:
-        writer.save(write_and_take_away, step=2)
+        writer.save(SaveRequest(step=2), write_and_take_away)
         assert [record.step for record in kc.CheckpointDirectory(elsewhere)] == [1, 2]
-    writer.save(payload(), step=3)
+    writer.save(SaveRequest(step=3), payload())
 
     assert [record.step for record in runs] == [3]
     assert os.path.exists(f"{runs.path}/.keras_ckpt/lock")
@@ -485,7 +485,7 @@ WORK = """
 import os, sys
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import LatestN
-from keras_ckpt.store.writer import Writer, by_prefix
+from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
 
 assert False, "assertions are to be off"
 os.umask(0o777)
@@ -498,7 +498,7 @@ def write(prefix):
 runs = CheckpointDirectory(sys.argv[1])
 writer = Writer(runs, LatestN(1))
 for step in (1, 2):
-    writer.save(by_prefix(write), step=step, metadata={"name": "ü"})
+    writer.save(SaveRequest(step=step, metadata={"name": "ü"}), by_prefix(write))
 runs.pin(2, "ü")
 assert runs.verify().ok
 print(str(runs).encode("ascii", "replace").decode(), [record.step for record in runs])

@@ -24,7 +24,7 @@ from keras_ckpt.store.files import PRIVATE, Folder
 from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.policies import LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from reliability.crash_states import (
     IN_ANY_ORDER,
     IN_ORDER,
@@ -52,6 +52,7 @@ class Checkpoint(NamedTuple):
 
     sequence: int
     step: int
+    name: str
     digests: tuple[str, ...]
     metrics: tuple[tuple[str, float], ...]
     pin: str | None
@@ -59,7 +60,7 @@ class Checkpoint(NamedTuple):
     @classmethod
     def of(cls, record: CheckpointRecord) -> Checkpoint:
         digests = tuple(file.digest for file in record.files)
-        return cls(record.sequence, record.step, digests, tuple(record.metrics.items()), record.pin)
+        return cls(record.sequence, record.step, record.name, digests, tuple(record.metrics.items()), record.pin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,10 @@ class Promise:
         return self.before & self.after <= there <= self.before | self.after and (going <= there or coming <= there)
 
     def lost(self, there: set[Checkpoint], *, recovered: bool) -> int:
-        """How many are not there that must be. One that is saved again may be out of sight until it is recovered."""
-        saved = {checkpoint.step for checkpoint in self.after - self.before}
-        hidden = {one for one in self.before - self.after if one.step in saved and not recovered}
+        """How many are missing. A superseded checkpoint may be out of sight until the directory is recovered."""
+        saved = {fact for checkpoint in self.after - self.before for fact in (checkpoint.step, checkpoint.name)}
+        gone = set() if recovered else self.before - self.after
+        hidden = {checkpoint for checkpoint in gone if checkpoint.step in saved or checkpoint.name in saved}
         return 0 if self.kept(there) or self.kept(there | hidden) else 1
 
     def joined_by(self, checkpoint: Checkpoint) -> Promise:
@@ -101,24 +103,27 @@ class Run:
         keep: PreservationPolicy | None = None,
         content: str = "",
         shards: int = 1,
-        base: str = "ckpt",
+        name: str = "",
     ) -> None:
         with self._action():
-            writer = Writer(self.runs, keep, base=base)
-            record = writer.save(payload(f"{step} {content}".encode(), shards), step=step, run_id="run", batch=0)
+            writer = Writer(self.runs, keep)
+            request = SaveRequest(step=step, name=name, run_id="run", batch=0)
+            record = writer.save(request, payload(f"{step} {content}".encode(), shards))
             writer.close()
             assert record in list(self.runs)
 
     def save_by(self, writer: Writer, step: int) -> None:
         with self._action():
-            assert writer.save(payload(os.urandom(4)), step=step, run_id="run", batch=0)
+            assert writer.save(SaveRequest(step=step, run_id="run", batch=0), payload(os.urandom(4)))
 
     def save_shared(self, step: int, keep: PreservationPolicy | None = None) -> None:
         """Half of it is as before, so that it is a link."""
         with self._action(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharing, "_WORTHWHILE", 1)
             writer = Writer(self.runs, keep)
-            assert writer.save(shared_payload(self.runs, f"{step}"), step=step, size=0, run_id="run", batch=0)
+            assert writer.save(
+                SaveRequest(step=step, size=0, run_id="run", batch=0), shared_payload(self.runs, f"{step}")
+            )
 
     def save_without_a_state_file(self, step: int) -> None:
         def full(*arguments: object) -> None:
@@ -128,7 +133,7 @@ class Run:
         with self._action(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(commit, "write_state", full)
             with pytest.raises(DiskFullError, match="is saved"):
-                writer.save(write, step=step, run_id="run", batch=0)
+                writer.save(SaveRequest(step=step, run_id="run", batch=0), write)
 
     def prune(self, keep: PreservationPolicy) -> None:
         with self._action():
@@ -181,7 +186,14 @@ def step_saved_again_in_other_files(run: Run) -> None:
 
 def step_saved_again_under_another_name(run: Run) -> None:
     run.save(10)
-    run.save(10, base="model")
+    run.save(10, name="model-10")
+
+
+def other_step_under_the_same_name(run: Run) -> None:
+    run.save(10, LatestN(1), name="best")
+    run.save(20, LatestN(1), name="best")
+    run.save(30, LatestN(2), name="other")
+    run.save(20, LatestN(1), name="other")
 
 
 def step_saved_again_with_the_same_bytes(run: Run) -> None:
@@ -263,6 +275,7 @@ WORKLOADS = {
     "a step saved again": Workload(step_saved_again),
     "a step saved again in other files": Workload(step_saved_again_in_other_files),
     "a step saved again under another name": Workload(step_saved_again_under_another_name),
+    "another step under the same name": Workload(other_step_under_the_same_name),
     "a step saved again with the same bytes": Workload(step_saved_again_with_the_same_bytes),
     "an explicit prune": Workload(explicit_prune),
     "pins and prunes": Workload(pin_and_prune),
@@ -349,7 +362,7 @@ class Examiner:
         self.tally["lost"] += promise.lost(there, recovered=True)
         self._count_leftovers(runs)
 
-        writer.save(payload(b"next"), step=99)
+        writer.save(SaveRequest(step=99), payload(b"next"))
         self.tally["lost"] += len(there - self.visible(runs))
         self.tally["lost"] += 99 not in runs
         writer.close()
@@ -481,8 +494,8 @@ def test_a_power_cut_after_a_kill_loses_nothing(memory, tally, long, name, order
 SYNCS = {
     "write_bundle: with contextlib.ExitStack() as under_way: #1": "saves that share",
     "write: with folder.writing(each) as file: #1": "a save over a leftover pin",
-    "_stage: stage.create(layout.sidecar(record.name), sidecars.encode(record)) #1": "a save over a leftover pin",
-    "_stage: stage.sync() #1": "a step saved again",
+    "_sealed: stage.create(layout.sidecar(record.name), sidecars.encode(record)) #1": "a save over a leftover pin",
+    "_sealed: stage.sync() #1": "a step saved again",
     "publish: folder.sync() #1": "a save over a leftover pin",
     "publish: folder.sync() #2": "a save without a state file",
     "withdraw: trash.sync() #1": "an explicit prune",

@@ -21,7 +21,7 @@ from keras_ckpt.errors import CheckpointError
 from keras_ckpt.store import files, locks, streams
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import LatestN
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 from reliability.crash_states import IN_ORDER, Disk, Snapshot, make, read
 from reliability.test_crash_states import FOREIGN, WORKLOADS, Checkpoint, Examiner, Promise, copy, memory, perform, seen
 from support.runs import payload
@@ -84,7 +84,7 @@ class Faulty:
 
 
 def save(runs: CheckpointDirectory, step: int, keep: LatestN | None = None) -> None:
-    Writer(runs, keep).save(payload(b"new"), step=step, run_id="run", batch=0)
+    Writer(runs, keep).save(SaveRequest(step=step, run_id="run", batch=0), payload(b"new"))
 
 
 ACTIONS: dict[str, Callable[[CheckpointDirectory], object]] = {
@@ -163,7 +163,7 @@ class Sweep:
         else:
             self.tally["unexplained"] += runs.path not in error
         self.tally["lost"] += self.promise.lost(self.examiner.visible(runs), recovered=False)
-        Writer(runs).save(payload(), step=98)
+        Writer(runs).save(SaveRequest(step=98), payload())
         locks.drop_all()  # the next start is another process
         self.examiner.check(self.promise.joined_by(Checkpoint.of(runs[98])))
         shutil.rmtree(self.examiner.path)

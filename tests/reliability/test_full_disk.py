@@ -47,7 +47,7 @@ from support.runs import payload
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.errors import DiskFullError
 from keras_ckpt.store.policies import LatestN
-from keras_ckpt.store.writer import Writer
+from keras_ckpt.store.writer import SaveRequest, Writer
 
 disk = sys.argv[1]
 outcomes = []
@@ -58,7 +58,7 @@ for pages in range(4, 4 + int(sys.argv[2])):
     acknowledged, lost, full = 0, 0, 0
     for step in (1, 2, 2, 3):
         try:
-            writer.save(payload(bytes([step]) * 30_000), step=step, size=30_000 if pages % 2 else 0)
+            writer.save(SaveRequest(step=step, size=30_000 if pages % 2 else 0), payload(bytes([step]) * 30_000))
         except DiskFullError:
             full += 1
         else:
@@ -78,7 +78,7 @@ for pages in range(4, 4 + int(sys.argv[2])):
         "left": sorted(left - {"lock", "mutex", "trash"}),
     })
     subprocess.run(["mount", "-o", f"remount,size={1 << 20}", disk], check=True)
-    writer.save(payload(), step=4)
+    writer.save(SaveRequest(step=4), payload())
     assert runs.latest().step == 4
     runs.clear()
 print(json.dumps(outcomes))

@@ -61,13 +61,19 @@ MUTANTS = {
     ),
     "pruning before saving": Mutant(
         "store/writer",
-        "                        commit.publish(folder, stage, record, _of(listing, step))\n"
-        "                        self.retain(folder, listing.joined_by(record))\n",
-        "                        doomed = self.unkept(listing.joined_by(record).records)\n"
-        "                        commit.withdraw(folder, doomed)\n"
-        "                        commit.publish(folder, stage, record, _of(listing, step))\n"
-        "                        commit.write_state(folder, examine(folder).records)\n",
+        "                commit.publish(folder, stage, record, superseded(record, listing.records))\n"
+        "                self.retain(folder, listing.joined_by(record))\n",
+        "                doomed = self.unkept(listing.joined_by(record).records)\n"
+        "                commit.withdraw(folder, doomed)\n"
+        "                commit.publish(folder, stage, record, superseded(record, listing.records))\n"
+        "                commit.write_state(folder, examine(folder).records)\n",
         f"{STATES}[in order-saves with pruning]",
+    ),
+    "only the same step superseded": Mutant(
+        "store/record",
+        "    return [other for other in others if record.step == other.step or record.name == other.name]\n",
+        "    return [other for other in others if record.step == other.step]\n",
+        f"{STATES}[in order-another step under the same name]",
     ),
     "no roll forward": Mutant(
         "store/commit",

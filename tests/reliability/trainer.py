@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord
-from keras_ckpt.store.writer import Write, Writer
+from keras_ckpt.store.writer import SaveRequest, Write, Writer
 from support.runs import payload
 
 Acknowledge = Callable[[CheckpointRecord], None]
@@ -122,7 +122,7 @@ class Job:
         # Later ones are better, but not each, so that a policy that ranks goes on wanting some.
         metrics = {"loss": step * 7 % 11 - step}
         write = self.payload.write(step, writer.directory)
-        record = writer.save(write, step=step, metrics=metrics, batch=0)
+        record = writer.save(SaveRequest(step=step, metrics=metrics, batch=0), write)
         if record is not None:
             self.payload.saved(write, record)
         return record

@@ -11,7 +11,7 @@ from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.policies import PreservationPolicy
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
-from keras_ckpt.store.writer import Write, Writer
+from keras_ckpt.store.writer import SaveRequest, Write, Writer
 
 
 def history(text: str) -> list[CheckpointRecord]:
@@ -71,7 +71,7 @@ class Filler:
         writer = Writer(self.runs, keep)
         for record in history(text):
             named = {"metrics": record.metrics, "time": record.time, "batch": 0, "run_id": run_id, **facts}
-            writer.save(payload(str(record.step).encode()), step=record.step, **named)
+            writer.save(SaveRequest(step=record.step, **named), payload(str(record.step).encode()))
         writer.close()
         return self.runs
 
