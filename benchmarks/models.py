@@ -1,4 +1,4 @@
-"""Models with states of several sizes, trained by what changes every value, a tenth of them, or a few rows."""
+"""Models with states of several sizes, whose training changes every value, or a tenth of them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,6 @@ def frozen() -> keras.Model:
     return model
 
 
-def embedding(evenness: int) -> keras.Model:
-    """A table of 100 MB, of which two batches touch one row in a hundred: any, or rather the first ones."""
-    table = keras.layers.Embedding(200_000, 125)
-    model = keras.Sequential([keras.Input((32,), dtype="int32"), table, keras.layers.Flatten(), keras.layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
-    model.evenness = evenness
-    return model
-
-
 def small() -> keras.Model:
     """500 KB: a network of 41,000 weights for small pictures, trained by Adam."""
     model = keras.Sequential(
@@ -64,8 +55,6 @@ def small() -> keras.Model:
 WORKLOADS: dict[str, Callable[[], keras.Model]] = {
     "all values change": lambda: dense("100 MB, 20 variables"),
     "nine tenths are frozen": frozen,
-    "one row of a table in a hundred, anywhere": lambda: embedding(1),
-    "one row of a table in a hundred, as words occur": lambda: embedding(8),
 }
 
 
@@ -74,10 +63,7 @@ def train(model: keras.Model, batches: int, *callbacks: keras.callbacks.Callback
     generator = np.random.default_rng(0)
     inputs, outputs = model.inputs[0], model.outputs[0]
     shape = (ROWS * batches, *inputs.shape[1:])
-    if inputs.dtype == "int32":
-        x = (model.layers[0].input_dim * generator.random(shape) ** model.evenness).astype("int32")
-    else:
-        x = generator.random(shape, "float32")
+    x = generator.random(shape, "float32")
     y = generator.random((len(x), *outputs.shape[1:]), "float32")
     model.fit(x, y, batch_size=ROWS, shuffle=False, verbose=0, callbacks=list(callbacks))
 

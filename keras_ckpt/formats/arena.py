@@ -7,62 +7,26 @@ from __future__ import annotations
 
 import collections
 import ctypes
-import functools
 import io
 import mmap
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from keras_ckpt.formats.bundle_index import Entry, Slice, slice_key
-from keras_ckpt.formats.bundle_writer import STRING, Place, Value, checksum_of
+from keras_ckpt.formats.bundle_index import Entry
+from keras_ckpt.formats.bundle_writer import STRING, Place, Value
 from keras_ckpt.store.files import Stamp
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.streams import pages
 
 GREAT = 1 << 18
 """Values of so many bytes have pages of their own, and are copied by several threads."""
-_TABLE = 4 << 20
-"""Values of so many bytes may be cut into ranges of rows."""
-_RANGE, _RANGES = 4096, 4096
-"""The least bytes of a range, and the most ranges."""
-_SAMPLES, _SAMPLE = 16, 64
-"""How many looks tell whether a table is mostly as before, and the bytes of each."""
 
 _compare = ctypes.CDLL(None).memcmp
 _compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-class Part(NamedTuple):
-    """A range of rows of a table.
-
-    Attributes:
-        key: Its key in a checkpoint.
-        extent: Its rows.
-        shape: Its shape.
-        start: Where its bytes begin in those of the table.
-        end: Where they end.
-    """
-
-    key: bytes
-    extent: Slice
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    def of(self, value: Value) -> Value:
-        """This part of a table."""
-        place = value.place and Place(value.place.block, value.place.begin + self.start)
-        return Value(value.dtype, self.shape, value.data[self.start : self.end], place=place)
-
-    def within(self, table: Entry, checksum: int) -> Entry:
-        """Where its bytes are in a table that was saved in one piece."""
-        return Entry(
-            table.dtype, self.shape, table.shard, table.offset + self.start, self.end - self.start, checksum, ()
-        )
 
 
 class Packed(NamedTuple):
@@ -95,14 +59,12 @@ class Saved(NamedTuple):
         stamps: Of those of its files that were known to be whole, by name.
         variables: The keys of all that it holds.
         entries: Those of its index whose bytes are the same in the arena, by key.
-        ranges: Of tables, by key, the entries of those ranges whose bytes are the same, by the keys of the ranges.
     """
 
     record: CheckpointRecord
     stamps: Mapping[str, Stamp]
     variables: frozenset[bytes]
     entries: dict[bytes, Entry]
-    ranges: dict[bytes, dict[bytes, Entry]]
 
 
 class Arena:
@@ -153,7 +115,7 @@ class Arena:
                 self._rooms[key] = _Room(block[begin:end], address + begin, Place(block, begin))
 
     def take(self, key: bytes, value: Value, change: bool = True) -> Value:
-        """Copies a value. What is on disk of the one before is forgotten as far as it is another.
+        """Copies a value. A value that differs is no longer known to be on disk.
 
         Args:
             key: Its key, for which there is room.
@@ -200,37 +162,14 @@ class Arena:
         self.saved[saved.record.directory] = saved
 
     def _change(self, key: bytes, value: Value, room: np.ndarray) -> None:
-        # What is on disk is forgotten first, because an interrupt may come at any time.
-        changed = _changed_parts(key, value, room) if key in self._filled else None
-        if changed is None:
-            self._forget(key)
-            np.copyto(room, value.data)
-        else:
-            self._forget_parts(key, value, changed)
-            for part in changed:
-                np.copyto(room[part.start : part.end], value.data[part.start : part.end])
+        self._forget(key)  # first, because an interrupt may come at any time
+        np.copyto(room, value.data)
         self._filled.add(key)
 
     def _forget(self, *keys: bytes) -> None:
         for saved in self.saved.values():
             for key in keys:
                 saved.entries.pop(key, None)
-                saved.ranges.pop(key, None)
-
-    def _forget_parts(self, key: bytes, value: Value, changed: Sequence[Part]) -> None:
-        gone = {part.key for part in changed}
-        still = [part for part in parts_of(key, value) if part.key not in gone]
-        checksums: dict[bytes, int] = {}
-        for saved in self.saved.values():
-            table = saved.entries.pop(key, None)
-            if table and not table.slices:
-                checksums = checksums or {part.key: checksum_of(part.of(value).data) for part in still}
-                saved.ranges[key] = {part.key: part.within(table, checksums[part.key]) for part in still}
-            elif key in saved.ranges:
-                kept = saved.ranges[key].items()
-                # Those of another shape have other keys, and nothing tells which of them have changed.
-                same = {part.key for part in still}
-                saved.ranges[key] = {each: entry for each, entry in kept if each in same}
 
 
 def arena_of(model: object) -> Arena:
@@ -239,47 +178,6 @@ def arena_of(model: object) -> Arena:
 
 
 _arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
-
-
-def parts_of(key: bytes, value: Value) -> Sequence[Part]:
-    """Ranges of rows of a table, of one size but for the last; none of what is too small for that."""
-    return _parts(key, value.shape, len(value.data)) if is_table(value) else ()
-
-
-def is_table(value: Value) -> bool:
-    """Whether a value is large enough to be cut into ranges of rows."""
-    return len(value.data) >= _TABLE and bool(value.shape) and value.dtype != STRING
-
-
-@functools.lru_cache(64)
-def _parts(key: bytes, shape: tuple[int, ...], size: int) -> Sequence[Part]:
-    rows = shape[0]
-    row = size // rows
-    length = max(-(-rows // _RANGES), -(-_RANGE // row))
-    rest = tuple((0, each) for each in shape[1:])
-    found = []
-    for start in range(0, rows, length):
-        count = min(length, rows - start)
-        extent = ((start, count), *rest)
-        found.append(Part(slice_key(key, extent), extent, (count, *shape[1:]), start * row, (start + count) * row))
-    return found
-
-
-def _changed_parts(key: bytes, value: Value, before: np.ndarray) -> Sequence[Part] | None:
-    """The ranges of a table that have changed; `None` if they are many, or it is none."""
-    if not is_table(value) or _likeness(value.data, before) < 0.5:
-        return None
-    parts = parts_of(key, value)
-    old, new = _address(before), _address(value.data)
-    changed = [part for part in parts if _compare(old + part.start, new + part.start, part.end - part.start)]
-    return changed if len(changed) <= len(parts) / 2 else None
-
-
-def _likeness(data: np.ndarray, before: np.ndarray) -> float:
-    """Which part of some samples from all over is the same."""
-    step = len(data) // _SAMPLES
-    samples = [each[: step * _SAMPLES].reshape(_SAMPLES, step)[:, :_SAMPLE] for each in (data, before)]
-    return float((samples[0] == samples[1]).all(axis=1).mean())
 
 
 def _whole_pages(size: int) -> int:

@@ -1,7 +1,6 @@
-"""What of a new checkpoint an older one has already: files that have much of it are linked, and the rest is written.
+"""Deduplication: values that did not change since an older checkpoint are shared by a hard link to its file.
 
-A link is the file itself under one more name, so every checkpoint is complete, whatever is removed around it. Of a
-great table of which few rows have changed, only ranges with these rows are written; TensorFlow reads it in parts too.
+A hard link is the file itself under one more name, so every checkpoint is complete, whatever is removed around it.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence, Set
 import msgspec
 
 from keras_ckpt.errors import CheckpointError
-from keras_ckpt.formats.arena import Arena, Saved, is_table, parts_of
+from keras_ckpt.formats.arena import Arena, Saved
 from keras_ckpt.formats.bundle_index import Entry, Index, read_index
-from keras_ckpt.formats.bundle_writer import Linked, Value, checksum_of, write_bundle
+from keras_ckpt.formats.bundle_writer import Linked, Value, write_bundle
 from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder, Stamp
@@ -23,9 +22,7 @@ from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 from keras_ckpt.store.writer import look_for_room
 
 _WORTHWHILE = 1 << 20
-"""Fewer bytes are written once more: a link has its costs too."""
-_LOOKS, _SAMPLE = 16, 64
-"""How many looks into a file tell whether a table is mostly there, and the bytes of each."""
+"""Fewer bytes are written again: a hard link has its costs too."""
 
 
 class SharingWrite:
@@ -62,7 +59,6 @@ class SharingWrite:
         for saved in reversed(self._arena.saved.values()):
             if _size(values) >= _WORTHWHILE:
                 linked += _link(stage, saved, self._candidates(saved, values), values, unchanged, stamps)
-        _join(values, self._values, unchanged)
         look_for_room(stage, _size(values))
         files, self._entries = write_bundle(stage, name, _grouped(values, unchanged), linked)
         self._stamps = {file.name: stamp for file, stamp in zip(files, stamps, strict=False)}
@@ -70,18 +66,13 @@ class SharingWrite:
 
     def remember(self, record: CheckpointRecord) -> None:
         """Notes for later saves that the arena has what was written."""
-        entries, ranges = {}, {}
-        for key, value in self._values.items():
-            if self._arena.has(key, value):
-                entries[key] = self._entries[key]
-                if entries[key].slices:
-                    ranges[key] = {part.key: self._entries[part.key] for part in parts_of(key, value)}
+        entries = {key: self._entries[key] for key, value in self._values.items() if self._arena.has(key, value)}
         # Without the stamps there will be no links.
         with contextlib.suppress(OSError), Folder(record.directory) as folder:
             new = [file.name for file in record.files if file.size >= _WORTHWHILE and not file.shared]
             # Of those that were linked, that of before: somebody may have written to them since.
             stamps = {**self._stamps, **{name: folder.stamp(name) for name in new}}
-            self._arena.remember(Saved(record, stamps, frozenset(self._values), entries, ranges))
+            self._arena.remember(Saved(record, stamps, frozenset(self._values), entries))
 
     def is_in(self, record: CheckpointRecord, counts: Callable[[bytes], bool]) -> bool:
         """Whether a checkpoint holds the same, to the bit.
@@ -115,72 +106,33 @@ class SharingWrite:
             return saved
         return None
 
-    def _candidates(self, saved: Saved, values: dict[bytes, Value]) -> Mapping[int, Mapping[bytes, Entry]]:
-        """The entries of a checkpoint that have what is to be written yet, by the numbers of their files.
-
-        Tables of which only ranges are there, are cut into these.
-        """
+    def _candidates(self, saved: Saved, values: Mapping[bytes, Value]) -> Mapping[int, Mapping[bytes, Entry]]:
+        """The entries of a checkpoint that hold values which are still to be written, by data file."""
         found: dict[int, dict[bytes, Entry]] = collections.defaultdict(dict)
         for key, entry in saved.entries.items():
-            if key in values and not (entry.slices or values[key].slices) and self._has(key, entry):
+            if key in values and self._has(key, entry):
                 found[entry.shard][key] = entry
-        for key, ranges in saved.ranges.items():
-            if key in values and self._arena.has(key, self._values[key]):
-                _split(key, values)
-                for part, entry in ranges.items():
-                    if part in values and (values[part].dtype, values[part].shape) == (entry.dtype, entry.shape):
-                        found[entry.shard][part] = entry
         return found
 
 
 def _found(record: CheckpointRecord, values: Mapping[bytes, Value]) -> Saved:
     """What of the values is in a checkpoint, by a look at its files."""
     entries: dict[bytes, Entry] = {}
-    ranges: dict[bytes, dict[bytes, Entry]] = {}
     stamps = {}
     with Folder(record.directory) as folder, folder.held([file.name for file in record.files]) as files:
         index = read_index(files, record.name)
         for key, value in values.items():
             entry = index.entries.get(key)
-            if entry is None or (entry.dtype, entry.shape) != (value.dtype, value.shape):
+            if entry is None or entry.slices or (entry.dtype, entry.shape) != (value.dtype, value.shape):
                 continue
-            if not entry.slices and _is_at(files, index, entry, value):
+            if _is_at(files, index, entry, value):
                 entries[key] = entry
-            elif same := _same_ranges(files, index, key, value):
-                ranges[key] = same
-                if len(same) == len(entry.slices):
-                    entries[key] = entry
         for file in record.files:
             stamp = files.stamp(file.name)
             # All of it is read, for a new checkpoint must not begin with a damaged file.
             if file.size >= _WORTHWHILE and files.digest(file.name) == (file.size, file.digest.lower()):
                 stamps[file.name] = stamp
-    return Saved(record, stamps, frozenset(key.encode() for key in index.variables), entries, ranges)
-
-
-def _same_ranges(files: Folder, index: Index, key: bytes, value: Value) -> dict[bytes, Entry]:
-    """The ranges of a table that are in a checkpoint, by their keys; none if they are few."""
-    table = index.entries[key]
-    if not is_table(value) or not (table.slices or _is_alike(files, index, table, value)):
-        return {}
-    parts = parts_of(key, value)
-    if table.slices not in ((), tuple(part.extent for part in parts)):
-        return {}
-    found = {}
-    for part in parts:
-        rows = part.of(value)
-        entry = index.entries[part.key] if table.slices else part.within(table, checksum_of(rows.data))
-        if _is_at(files, index, entry, rows):
-            found[part.key] = entry
-    return found
-
-
-def _is_alike(files: Folder, index: Index, table: Entry, value: Value) -> bool:
-    """Whether a half of some samples from all over a table is as in a checkpoint."""
-    places = range(0, len(value.data), len(value.data) // _LOOKS)
-    samples = [(at, value.data[at : at + _SAMPLE].data) for at in places]
-    same = [files.holds(index.files[table.shard], table.offset + at, sample) for at, sample in samples]
-    return sum(same) >= len(same) / 2
+    return Saved(record, stamps, frozenset(key.encode() for key in index.variables), entries)
 
 
 def _is_at(files: Folder, index: Index, entry: Entry, value: Value) -> bool:
@@ -223,27 +175,6 @@ def _link(
             for key in entries:
                 del values[key]
     return linked
-
-
-def _split(key: bytes, values: dict[bytes, Value]) -> None:
-    """Cuts a table into ranges of rows, if it is not yet."""
-    value = values[key]
-    if not value.slices:
-        parts = parts_of(key, value)
-        values[key] = Value(value.dtype, value.shape, value.data[:0], slices=tuple(part.extent for part in parts))
-        values.update({part.key: part.of(value) for part in parts})
-
-
-def _join(values: dict[bytes, Value], whole: Mapping[bytes, Value], unchanged: set[bytes]) -> None:
-    """Makes those whole again of which no range is shared; they count as unchanged if most ranges are."""
-    for key in [key for key, value in values.items() if value.slices]:
-        parts = [part.key for part in parts_of(key, whole[key])]
-        if values.keys() >= set(parts):
-            values[key] = whole[key]
-            if len(unchanged.intersection(parts)) > len(parts) / 2:
-                unchanged.add(key)
-            for part in parts:
-                del values[part]
 
 
 def _grouped(values: Mapping[bytes, Value], unchanged: Set[bytes]) -> list[Mapping[bytes, Value]]:
