@@ -7,10 +7,12 @@ import json
 import os
 import pathlib
 import platform
+import random
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 
 import pytest
 
@@ -40,7 +42,27 @@ def holder(tmp_path):
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Each harness in tests/reliability and tests/resume has a short form, for the suite, and a long form."""
     parser.addoption("--long", action="store_true", help="run the long form of the harnesses")
+    parser.addoption("--seed", type=int, help="the seed of the samples, to repeat a run")
     parser.addoption("--log", help="a file to add the counts of the harnesses to, a line of JSON a run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the seed of the samples; a worker has the seed of the process that started it."""
+    if hasattr(config, "workerinput"):
+        config.option.seed = config.workerinput["seed"]
+    elif config.option.seed is None:
+        config.option.seed = random.randrange(1 << 30)
+
+
+def pytest_configure_node(node) -> None:
+    """Gives the seed to a worker."""
+    node.workerinput["seed"] = node.config.option.seed
+
+
+@pytest.fixture
+def dice(request: pytest.FixtureRequest) -> random.Random:
+    """Chooses the samples of a test: other samples in each run, the same samples for the same `--seed`."""
+    return random.Random(f"{request.config.option.seed} {request.node.nodeid.rpartition('/')[2]}")
 
 
 @pytest.fixture
@@ -76,18 +98,27 @@ def counts_of(report: object) -> dict[str, object] | None:
     return dict(report.user_properties).get("tally")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tells how to repeat the samples of a test that has failed."""
+    report = yield
+    if report.failed and "dice" in getattr(item, "fixturenames", ()):
+        report.sections.append(("Samples", f"repeat them with --seed={item.config.option.seed}"))
+    return report
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """A line for each harness, and one for the log."""
+    """Prints a line for each harness, and writes one to the log."""
     if hasattr(config, "workerinput"):
         return  # the process that started the workers tells of all
     reports = [report for category in terminalreporter.stats.values() for report in category]
     harnesses = {report.nodeid.rpartition("/")[2]: counts for report in reports if (counts := counts_of(report))}
     if not harnesses:
         return
-    terminalreporter.section("harnesses")
+    terminalreporter.section(f"harnesses (--seed={config.option.seed})")
     for test, counts in sorted(harnesses.items()):
         terminalreporter.line(f"{test}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     if path := config.getoption("--log"):
-        entry = {"date": time.strftime("%Y-%m-%d"), "kernel": platform.release(), "harnesses": harnesses}
+        entry = {"date": time.strftime("%Y-%m-%d"), "kernel": platform.release(), "seed": config.option.seed}
         with open(path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(entry | {"harnesses": harnesses}) + "\n")

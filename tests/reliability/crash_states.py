@@ -6,7 +6,6 @@ The model knows of each change whether it is durable. Of those that are not, a c
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import os
 import pathlib
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from keras_ckpt.store.files import PRIVATE, Folder
+from support.functions import call_at
 
 Place: TypeAlias = tuple[int, str]
 Tree: TypeAlias = dict[Place, int]
@@ -36,7 +36,7 @@ class Operation(NamedTuple):
         path: What it was done to.
         target: The new path, of a rename and of a link.
         data: The bytes, of a write.
-        site: The line that asked for it, of a sync.
+        site: The call that asked for it, of a sync.
     """
 
     kind: str
@@ -124,17 +124,15 @@ def _opened(descriptor: int) -> str:
 
 
 _SYNCING = (Folder.create, Folder.writing.__wrapped__, Folder.sync_file, Folder.sync)
-"""Whoever calls these asks for the sync."""
+"""The callers of these functions ask for the sync."""
 
 
 def _site(frame: types.FrameType) -> str:
-    """The function and the line that asked for a sync; of equal lines of a function, which one it is."""
+    """The call that asked for a sync."""
     own = [function.__code__ for function in _SYNCING]
     while frame.f_code.co_filename == contextlib.__file__ or frame.f_code in own:
         frame = frame.f_back
-    lines, first = inspect.getsourcelines(frame.f_code)
-    texts = [line.strip() for line in lines[: frame.f_lineno - first + 1]]
-    return f"{frame.f_code.co_name}: {texts[-1]} #{texts.count(texts[-1])}"
+    return call_at(frame)
 
 
 class Change(NamedTuple):

@@ -23,7 +23,7 @@ from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.writer import SaveRequest, Writer
 from reliability.crash_states import IN_ORDER, Disk, Snapshot, make, read
-from reliability.test_crash_states import FOREIGN, WORKLOADS, Checkpoint, Examiner, Promise, copy, memory, perform, seen
+from reliability.test_crash_states import FOREIGN, Checkpoint, Examiner, Promise, copy, memory, perform, seen
 from support.runs import payload
 
 __all__ = ["memory"]
@@ -168,10 +168,11 @@ class Sweep:
         self.examiner.check(self.promise.joined_by(Checkpoint.of(runs[98])))
         shutil.rmtree(self.examiner.path)
 
-    def fail_everywhere(self, chance: random.Random, share: float) -> None:
-        """ENOSPC and EIO at each call, once and for good, and a share of all the other errors."""
+    def fail_everywhere(self, chance: random.Random, common: float, other: float) -> None:
+        """Tries a share of the common errors, which are ENOSPC and EIO, once and for good, and of all other errors."""
         for call, number, lasting in itertools.product(range(1, self.calls + 1), NUMBERS, ("", "same", "all")):
-            if (number in ("ENOSPC", "EIO") and lasting != "same") or chance.random() < share:
+            share = common if number in ("ENOSPC", "EIO") and lasting != "same" else other
+            if chance.random() < share:
                 self.fail(call, number, lasting)
 
     def verify(self) -> None:
@@ -181,27 +182,29 @@ class Sweep:
 
 
 @pytest.mark.parametrize("name", ACTIONS)
-def test_an_error_at_any_call_loses_nothing(memory, tally, long, name) -> None:
+def test_an_error_at_any_call_loses_nothing(memory, tally, long, dice, name) -> None:
     """Once, for that function from then on, or for all: what was there stays, and the next save works."""
     sweep = Sweep(memory, tally, three_checkpoints(memory / "run"), ACTIONS[name])
 
-    sweep.fail_everywhere(random.Random(name), share=1 if long else 0.02)
+    sweep.fail_everywhere(dice, common=1 if long else 0.4, other=1 if long else 0.02)
 
     sweep.verify()
     assert tally["errors"] > tally["trials"] / 4
 
 
 @pytest.mark.parametrize("name", ["a step saved again", "a step saved again in other files", "saves with pruning"])
-def test_an_error_in_a_recovery_loses_nothing(memory, tally, long, name) -> None:
+def test_an_error_in_a_recovery_loses_nothing(memory, tally, long, dice, name) -> None:
     """Wherever the process before was killed, and whatever fails then: the next start recovers."""
-    recording = perform(WORKLOADS[name], memory / "run")
+    recording = perform(name)
     disk = Disk(recording.start, IN_ORDER)
+    every = 1 if long else 15
+    offset = dice.randrange(every)
     for moment, operation in enumerate(recording.log, 1):
         disk.replay(operation)
-        if moment % (1 if long else 15) == 0:
+        if moment % every == offset:
             before = recording.promise(moment).before
             sweep = Sweep(memory, tally, disk.whole(), lambda runs: Writer(runs).open(), before)
-            sweep.fail_everywhere(random.Random(moment), share=0.1 if long else 0)
+            sweep.fail_everywhere(dice, common=1 if long else 0.4, other=0.1 if long else 0)
 
             sweep.verify()
 

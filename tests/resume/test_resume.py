@@ -1,6 +1,5 @@
 """A run that is killed and begun again ends, to the bit, where the run ends that nobody disturbs."""
 
-import random
 import signal
 
 import pytest
@@ -33,11 +32,14 @@ def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", script.ROWS)
-def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, tally, long, name) -> None:
-    """At each of its batches in turn in the long form; the callback stands at another place in the list each time."""
+def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, tally, long, dice, name) -> None:
+    """The kill comes at each batch in turn in the long form, at a random batch in the short form.
+
+    The callback has another place in the list each time.
+    """
     last = script.ROWS[name].executions
-    points = range(1, last + 1) if long else (random.choice((1, random.randrange(2, last))), last)
-    for place, at in enumerate(points):
+    points = enumerate(range(1, last + 1)) if long else [(dice.randrange(8), dice.randint(1, last))]
+    for place, at in points:
         found, resumes, seconds = station.submit(trials.killed, name, at, place).result()
         different = differing(found, whole(name))
         tally.update(trials=1, differing=bool(different))
@@ -48,26 +50,30 @@ def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, 
 
 
 @pytest.mark.parametrize("name", ["Arrays", "Pipeline", "Generated"])
-def test_a_run_that_is_killed_ten_times_ends_as_if_it_were_not(station, whole, tally, long, name) -> None:
-    """At random moments: in a batch, in a save, while the model is compiled."""
-    for seed in range(10 if long else 1):
-        found = station.submit(trials.killed_often, name, 10, seed).result()
+def test_a_run_that_is_killed_often_ends_as_if_it_were_not(station, whole, tally, long, dice, name) -> None:
+    """At random moments: in a batch, in a save, while the model is compiled; ten times in the long form."""
+    kills = 10 if long else 3
+    for seed in range(10) if long else [dice.randrange(1 << 30)]:
+        found = station.submit(trials.killed_often, name, kills, seed).result()
         different = differing(found, whole(name))
-        tally.update(trials=1, kills=10, differing=bool(different))
+        tally.update(trials=1, kills=kills, differing=bool(different))
         assert not different, seed
 
 
 CODES = {signal.SIGTERM: -signal.SIGTERM, signal.SIGUSR1: -signal.SIGUSR1, signal.SIGINT: 130}
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 @pytest.mark.parametrize("name", ["Arrays", "Pipeline"])
-def test_a_run_that_is_asked_to_end_has_all_that_it_trained(station, whole, tally, long, name, number) -> None:
-    """At random moments, in validation and between epochs too; the exit code is the usual one."""
-    for seed in range(17 if long else 1):
+def test_a_run_that_is_asked_to_end_has_all_that_it_trained(station, whole, tally, long, dice, name) -> None:
+    """At random moments, in validation and between epochs too; the exit code is that of the signal.
+
+    The long form sends each signal 17 times, the short form sends one signal once.
+    """
+    pairs = [(number, seed) for number in CODES for seed in range(17)]
+    for number, seed in pairs if long else [dice.choice(pairs)]:
         found, code, complete = station.submit(trials.signalled, name, number, seed).result()
         different = differing(found, whole(name))
         tally.update(trials=1, differing=bool(different), incomplete=not complete)
-        assert code == CODES[number], seed
-        assert not different, seed
-        assert complete, seed
+        assert code == CODES[number], (number, seed)
+        assert not different, (number, seed)
+        assert complete, (number, seed)
