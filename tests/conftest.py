@@ -102,7 +102,7 @@ def counts_of(report: object) -> dict[str, object] | None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Tells how to repeat the samples of a test that has failed."""
     report = yield
-    if report.failed and "dice" in getattr(item, "fixturenames", ()):
+    if report.failed and {"dice", "long"} & set(getattr(item, "fixturenames", ())):
         report.sections.append(("Samples", f"repeat them with --seed={item.config.option.seed}"))
     return report
 

@@ -4,6 +4,7 @@ import inspect
 import pathlib
 import re
 import shlex
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -56,19 +57,31 @@ def test_every_public_thing_that_does_something_has_an_example() -> None:
     assert set(kc.__all__) - silent <= {name.split(".")[0] for name in examples()}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> pathlib.Path:
+    """A directory in which runs/digits is a training of three epochs."""
+    from support.models import X, Y, dense_model, fit
+
+    path = tmp_path_factory.mktemp("trained")
+    checkpoint = kc.ModelCheckpoint(path / "runs" / "digits", monitor="val_accuracy")
+    model = dense_model(metrics=["accuracy"])
+    fit(model, checkpoint, epochs=3, batches=40, validation_data=(X, Y))
+    return path
+
+
 @pytest.mark.parametrize("name", examples())
-def test_the_example_runs(tmp_path, monkeypatch, name) -> None:
+def test_the_example_runs(tmp_path, monkeypatch, trained, name) -> None:
     """In a directory in which runs/digits is a training of three epochs, unless it begins one itself."""
     import keras
     import tensorflow as tf
 
-    from support.models import X, Y, dense_model, fit
+    from support.models import X, Y, dense_model
 
     monkeypatch.chdir(tmp_path)
     model = dense_model(metrics=["accuracy"])
     if name not in ("ModelCheckpoint", "CheckpointManager"):
-        checkpoint = kc.ModelCheckpoint("runs/digits", monitor="val_accuracy")
-        fit(model, checkpoint, epochs=3, batches=40, validation_data=(X, Y))
+        shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+        kc.restore(model, "runs/digits")
     namespace = {
         "keras": keras,
         "tf": tf,

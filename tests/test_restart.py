@@ -1,86 +1,52 @@
-"""A run that is gone on with by another process ends with exactly the set that one uninterrupted run ends with."""
+"""A run that other processes resume ends with exactly the checkpoints of an uninterrupted run."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 import keras_ckpt as kc
-from support.runs import HOLD
-
-HERE = pathlib.Path(__file__).parent
-PROGRAM = """
-import json, sys
-import keras
-import keras_ckpt as kc
-from support.models import Reports, Interrupts, dense_model, fit
-
-path, batches = sys.argv[1], int(sys.argv[2])
-values = [float("nan"), 0.5, 0.2, 0.4, 0.2, 0.3, 0.1, 0.6]
-other = kc.EveryNSteps(20) | kc.LatestN(2)
-model = dense_model()
-runs = kc.CheckpointDirectory(path)
-begin = 0
-if runs.latest():
-    kc.restore(model, runs)
-    begin = runs.latest().epoch
-checkpoint = kc.ModelCheckpoint(path, save_freq=["epoch", 4], keep=kc.BestN(2) | other)
-best = kc.ModelCheckpoint(path + "-best", save_best_only=True)
-try:
-    fit(model, Reports(val_loss=values), checkpoint, best, Interrupts(batches, RuntimeError()),
-        initial_epoch=begin, epochs=len(values))
-except RuntimeError:
-    pass
-"""
+from support.restarts import trainer
 
 
-def run(path, batches: int = 1000) -> list[list]:
-    """Trains in a process of its own, at most so many batches, and gives what is on disk then."""
-    subprocess.run([sys.executable, "-c", PROGRAM, str(path), str(batches)], check=True, cwd=HERE, capture_output=True)
-    return [
+@pytest.fixture(scope="module")
+def train():
+    with trainer() as function:
+        yield function
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory) -> str:
+    """The checkpoints that an uninterrupted process leaves."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    train(path)
+    return kept(path)
+
+
+def kept(path) -> str:
+    """Steps, positions and metrics of all checkpoints of a run, and of its best checkpoint."""
+    return json.dumps(
         [
-            (record.step, record.epoch, record.batch, record.metrics.get("val_loss"))
-            for record in kc.CheckpointDirectory(each)
+            [
+                (record.step, record.epoch, record.batch, record.metrics.get("val_loss"))
+                for record in kc.CheckpointDirectory(each)
+            ]
+            for each in (path, f"{path}-best")
         ]
-        for each in (path, f"{path}-best")
-    ]
+    )
 
 
 @pytest.mark.parametrize("ends", [(10,), (5, 15, 10)])
-def test_processes_after_one_another_leave_what_one_leaves(tmp_path, monkeypatch, ends) -> None:
-    """Stopped at ends of epochs, and gone on with from the newest: steps, metrics and the best are the same."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
-    whole = run(tmp_path / "whole")
-
+def test_several_processes_leave_the_checkpoints_of_a_single_process(tmp_path, train, whole, ends) -> None:
+    """Each process stops at the end of an epoch, and the next resumes from the newest checkpoint."""
     for batches in ends:
-        run(tmp_path / "parts", batches + 1)
-    parts = run(tmp_path / "parts")
+        train(tmp_path / "run", batches + 1)
+    train(tmp_path / "run")
 
-    assert json.dumps(parts) == json.dumps(whole)
+    assert kept(tmp_path / "run") == whole
 
 
-def test_a_second_trainer_is_refused_with_the_holders_name(tmp_path, monkeypatch) -> None:
-    """While another process trains into the directory."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+def test_a_second_trainer_is_refused_with_the_name_of_the_first(tmp_path, train, holder) -> None:
+    """Another process has the lock of the directory."""
+    [error] = train(tmp_path)
 
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "run"), "99"],
-        check=False,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-    )
-    process.kill()
-    process.communicate()
-
-    assert result.returncode == 1
-    assert (
-        f"DirectoryInUseError: {tmp_path / 'run'} is written to by another trainer: process {process.pid}"
-        in result.stderr
-    )
+    assert f"{tmp_path} is written to by another trainer: process {holder.pid}" in error

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.record import CheckpointRecord
@@ -75,18 +76,29 @@ def fill(job: Job, steps: int) -> None:
     writer.close()
 
 
-def kill_everywhere(job: Job, action: Action, every: int = 1) -> collections.Counter[str]:
-    """Kills an action before each of its system calls, or before some of them, and checks what is left each time."""
-    return _kill_everywhere(job, action, list(CheckpointDirectory(job.path)), [], every)
+class Choice(NamedTuple):
+    """Which calls of each kind a process is killed before: each one, or every so many from an offset on."""
+
+    every: int = 1
+    offset: int = 0
+
+    def of(self, count: int) -> range:
+        """The numbers of the chosen calls, at least one of them."""
+        return range(1 + self.offset % min(self.every, count), count + 1, self.every)
 
 
-def kill_recoveries(job: Job, every: int = 1) -> collections.Counter[str]:
-    """Kills saves that supersede, or some of them, and then each recovery before each of its own system calls."""
+def kill_everywhere(job: Job, action: Action, choice: Choice) -> collections.Counter[str]:
+    """Kills an action before each chosen system call, and checks each time the state that is left."""
+    return _kill_everywhere(job, action, list(CheckpointDirectory(job.path)), [], choice)
+
+
+def kill_recoveries(job: Job, choice: Choice, inner: Choice) -> collections.Counter[str]:
+    """Kills saves that supersede, and kills each recovery before system calls of its own, the inner choice."""
     counts: collections.Counter[str] = collections.Counter()
     before = list(CheckpointDirectory(job.path))
-    for call, number in _points(job, save_again, every):
+    for call, number in _points(job, save_again, choice):
         _, acknowledged = _kill(job, save_again, call, number)
-        counts.update(_kill_everywhere(job, recover, before, acknowledged, 1))
+        counts.update(_kill_everywhere(job, recover, before, acknowledged, inner))
     return counts
 
 
@@ -95,26 +107,25 @@ def _kill_everywhere(
     action: Action,
     before: Sequence[CheckpointRecord],
     acknowledged: Sequence[CheckpointRecord],
-    every: int,
+    choice: Choice,
 ) -> collections.Counter[str]:
     counts: collections.Counter[str] = collections.Counter()
-    for call, number in _points(job, action, every):
+    for call, number in _points(job, action, choice):
         killed, heard = _kill(job, action, call, number)
         counts.update(verify(job, before, [*acknowledged, *heard]), **{call if killed else "ended": 1})
     # How many files a writer reads again depends on the time: some runs make fewer calls than the counted run.
-    assert counts["ended"] <= counts["openat"] / 5, counts
+    assert counts["ended"] <= counts["openat"] / 5 + (choice.every > 1), counts
     return counts
 
 
-def _points(job: Job, action: Action, every: int) -> Iterator[tuple[str, int]]:
-    """The system calls of an action, each with which of its kind it is; for each the directory is as it is now."""
+def _points(job: Job, action: Action, choice: Choice) -> Iterator[tuple[str, int]]:
+    """The chosen system calls of an action: name and number. The directory is as now for each of them."""
     with tempfile.TemporaryDirectory() as temporary:
         original = f"{temporary}/original"
         if os.path.exists(job.path):
             shutil.copytree(job.path, original)
         counts = _calls(job, action)
-        # Of a selection each kind has its first.
-        points = [(call, number + 1) for call, count in counts.items() for number in range(0, count, every)]
+        points = [(call, number) for call, count in counts.items() for number in choice.of(count)]
         for call, number in points:
             shutil.rmtree(job.path)
             if os.path.exists(original):

@@ -30,6 +30,11 @@ def directory(tmp_path):
         yield f"{path}/run"
 
 
+def sample(long: bool, dice: random.Random, every: int) -> kills.Choice:
+    """Every call in the long form; in the short form every so many from a random offset on."""
+    return kills.Choice() if long else kills.Choice(every, dice.randrange(every))
+
+
 @pytest.fixture(scope="module")
 def plain_station():
     """Where processes without TensorFlow are forked, and strace may watch them."""
@@ -43,42 +48,63 @@ def plain_station():
         yield place
 
 
+@pytest.fixture(scope="module")
+def real_station():
+    """Where processes with TensorFlow are forked."""
+    with station(RealModel().prepare) as place:
+        yield place
+
+
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_a_kill_before_any_system_call(directory, tally, plain_station, workload) -> None:
-    """The directory is as it was or as it is afterwards, and the next process goes on."""
+def test_a_kill_before_any_system_call(directory, tally, long, dice, plain_station, workload) -> None:
+    """The directory is as before the action or as after it, and the next process continues."""
     action, keep, steps = WORKLOADS[workload]
     job = Job(directory, keep)
     kills.fill(job, steps)
 
-    tally.update(plain_station.submit(kills.kill_everywhere, job, action).result())
+    tally.update(plain_station.submit(kills.kill_everywhere, job, action, sample(long, dice, 4)).result())
 
 
-def test_a_kill_before_any_system_call_of_a_recovery(directory, tally, long, plain_station) -> None:
-    """A process that dies while it cleans up after one that died leaves that to the next."""
+def test_a_kill_before_any_system_call_of_a_recovery(directory, tally, long, dice, plain_station) -> None:
+    """A process that dies during a recovery leaves the recovery to the next process."""
     job = Job(directory, LatestN(2))
     kills.fill(job, 3)
 
-    tally.update(plain_station.submit(kills.kill_recoveries, job, 1 if long else 12).result())
+    choices = sample(long, dice, 12), sample(long, dice, 4)
+    tally.update(plain_station.submit(kills.kill_recoveries, job, *choices).result())
 
 
 @pytest.mark.parametrize("workload", ["saves that prune", "a step saved again"])
-def test_a_kill_before_any_system_call_of_a_real_model(directory, tally, long, plain_station, workload) -> None:
+@pytest.mark.usefixtures("plain_station")
+def test_a_kill_before_any_system_call_of_a_real_model(directory, tally, long, dice, real_station, workload) -> None:
     """TensorFlow's writing included."""
     action, keep, steps = WORKLOADS[workload]
     job = Job(directory, keep, RealModel())
-    with station(job.payload.prepare) as place:
-        place.submit(kills.fill, job, steps).result()
-        tally.update(place.submit(kills.kill_everywhere, job, action, 1 if long else 4).result())
+    real_station.submit(kills.fill, job, steps).result()
+
+    tally.update(real_station.submit(kills.kill_everywhere, job, action, sample(long, dice, 8)).result())
     assert tally["linkat"], "nothing was shared"
 
 
-@pytest.mark.parametrize("payload", [Noise(), RealModel()], ids=["bytes", "real model"])
-def test_a_kill_at_random(directory, tally, long, payload) -> None:
+@pytest.fixture(scope="module")
+def noise_station():
+    """Where processes without TensorFlow are forked; strace need not watch them."""
+    with station() as place:
+        yield place
+
+
+@pytest.mark.parametrize(
+    ("place", "payload"),
+    [("noise_station", Noise()), ("real_station", RealModel())],
+    ids=["bytes", "real model"],
+)
+def test_a_kill_at_random(directory, tally, long, dice, request, place, payload) -> None:
     """Trainings in one directory after one another, each killed, while another process reads."""
+    place = request.getfixturevalue(place)
     keeps = (LatestN(1), LatestN(3), LatestN(2) | BEST, BestN(2, "loss", "min"))
-    with station(payload.prepare) as place, looking(directory) as seen:
-        for number in range(1000 if long else 60):
-            delay = random.uniform(0, 0.1) if number % 2 else math.exp(random.uniform(-9, -1))
-            job = Job(directory, random.choice(keeps), payload)
+    with looking(directory) as seen:
+        for number in range(1000 if long else 30):
+            delay = dice.uniform(0, 0.1) if number % 2 else math.exp(dice.uniform(-9, -1))
+            job = Job(directory, dice.choice(keeps), payload)
             tally.update(place.submit(kills.kill_at_random, job, delay).result())
     tally.update(seen)
