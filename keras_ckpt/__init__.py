@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keras_ckpt.errors import DiskFullError as DiskFullError
     from keras_ckpt.errors import FormatVersionError as FormatVersionError
     from keras_ckpt.errors import MismatchError as MismatchError
+    from keras_ckpt.errors import MonitorError as MonitorError
     from keras_ckpt.errors import PlanError as PlanError
     from keras_ckpt.errors import SaveError as SaveError
     from keras_ckpt.model.report import RestoreReport as RestoreReport
@@ -53,6 +54,7 @@ _HOMES = {
         "DirectoryNotEmptyError",
         "FormatVersionError",
         "MismatchError",
+        "MonitorError",
         "PlanError",
         "DiskFullError",
         "SaveError",

@@ -1,11 +1,13 @@
 """What can go wrong with a checkpoint: one class a condition, each also the builtin that fits it.
 
 CheckpointError
-├── CheckpointNotFoundError    KeyError         no such checkpoint, or none that has the metric
+├── CheckpointNotFoundError    KeyError,        no such checkpoint, or none that has the metric
+│                              FileNotFoundError
 ├── DamagedCheckpointError     ValueError       a sidecar or a file is not what was written
 ├── FormatVersionError         ValueError       written by a newer version of this package
 ├── MismatchError              ValueError       the checkpoint and the model differ
-├── PlanError                  ValueError       a plan that would delete what nobody meant to
+├── PlanError                  ValueError       a plan that would remove all checkpoints
+├── MonitorError               ValueError       nothing says by which metric to rank, or in which direction
 ├── DirectoryInUseError        BlockingIOError  another process writes into the directory
 ├── DirectoryNotEmptyError     FileExistsError  the directory holds another run's checkpoints
 └── SaveError                  OSError          a checkpoint could not be written
@@ -17,8 +19,8 @@ class CheckpointError(Exception):
     """The base of all errors of this package; wrong arguments are plain ValueError and TypeError."""
 
 
-class CheckpointNotFoundError(CheckpointError, KeyError):
-    """There is no such checkpoint in the directory."""
+class CheckpointNotFoundError(CheckpointError, KeyError, FileNotFoundError):
+    """There is no such checkpoint, or no such directory."""
 
     # KeyError shows the repr of its argument, which would quote the whole sentence.
     __str__ = Exception.__str__
@@ -37,7 +39,11 @@ class MismatchError(CheckpointError, ValueError):
 
 
 class PlanError(CheckpointError, ValueError):
-    """A plan that would remove what nobody can have meant to remove."""
+    """A plan would remove all checkpoints, or one that it must not."""
+
+
+class MonitorError(CheckpointError, ValueError):
+    """Neither the arguments nor the sidecars say by which metric to rank, or which direction of it is better."""
 
 
 class DirectoryInUseError(CheckpointError, BlockingIOError):

@@ -161,6 +161,26 @@ def test_a_damaged_checkpoint_exits_with_1(runs) -> None:
     assert "damaged, left alone: ckpt-20" in run("ls", runs.path)
 
 
+def test_a_bug_is_not_shown_as_wrong_usage(runs, monkeypatch) -> None:
+    """A ValueError from inside comes with its traceback: it says nothing of the arguments."""
+
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(kc.CheckpointDirectory, "listing", broken)
+
+    result = CliRunner().invoke(main, ["ls", "--json", runs.path])
+
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ValueError)
+    assert "Usage" not in result.output
+
+
+def test_best_of_an_empty_directory_exits_with_1(tmp_path) -> None:
+    """The path exists, and no checkpoint is there."""
+    assert "There is no checkpoint" in run("best", tmp_path, code=1)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -169,6 +189,9 @@ def test_a_damaged_checkpoint_exits_with_1(runs) -> None:
         ["prune", "{run}", "--keep-latest", "x"],
         ["prune", "{run}", "--keep-latest", 1, "--monitor", "loss"],
         ["best", "{run}", "--mode", "up"],
+        ["prune", "{run}", "--keep-every-hours", "nan"],
+        ["pin", "{run}", 10, "x" * 5000],
+        ["ls", "gs://bucket/run"],
         ["show", "{run}"],
         ["nonsense"],
     ],

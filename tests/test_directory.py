@@ -53,8 +53,17 @@ def test_a_directory_that_is_not_there_yet_is_empty() -> None:
     assert len(runs) == 0
     assert list(runs) == []
     assert runs.latest() is None
+    assert runs.best() is None
     assert runs.clear() == []
     assert "no checkpoints" in str(runs)
+
+
+def test_the_none_of_an_empty_directory_is_named_where_a_step_is_expected(filler) -> None:
+    """`runs.pin(runs.best())` says where the None comes from."""
+    runs = filler.save("10")
+
+    with pytest.raises(TypeError, match=r"latest\(\) and best\(\) return"):
+        runs.pin(CheckpointDirectory("never there").best())
 
 
 def test_nothing_is_remembered(filler) -> None:
@@ -112,7 +121,6 @@ def test_the_best_goes_by_what_training_watched(filler) -> None:
     [
         ("10:1", {}, ("lost", "min"), CheckpointNotFoundError, "Recorded metrics: loss"),
         ("10:nan", {}, ("loss", "min"), CheckpointNotFoundError, "no finite value"),
-        ("", {}, ("loss", "min"), CheckpointNotFoundError, "There is no checkpoint"),
         ("10:1", {}, ("loss",), ValueError, "give the mode, 'min' or 'max'"),
         ("10:1", {}, (), ValueError, "what to rank by"),
         ("10:1", {}, ("loss", "best"), ValueError, "'min' or 'max'"),

@@ -30,6 +30,16 @@ def trained(runs, losses, **options) -> kc.CheckpointDirectory:
     return runs
 
 
+class Undirected(keras.metrics.Metric):
+    """A metric that does not say which direction is better."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None) -> None:
+        pass
+
+    def result(self):
+        return 0.5
+
+
 class OwnAUC(keras.metrics.AUC):
     """A metric of a user's own, which Keras could not build from its config."""
 
@@ -324,6 +334,21 @@ class TestTheMonitor:
         fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="val_f1"))
 
         assert (runs.latest().monitor, runs.latest().mode) == ("val_f1", None)
+
+    def test_the_directions_of_all_compiled_metrics_are_recorded(self, runs) -> None:
+        """So `best()` of a metric that no policy ranks by needs no mode. A metric without a direction is left out."""
+        model = dense_model()
+        model.compile("sgd", "mse", metrics=["mae", "accuracy", Undirected()])
+        fit(model, kc.ModelCheckpoint(runs.path, monitor="loss"), epochs=2, validation_data=(X, Y))
+
+        assert runs.latest().modes == {
+            "mae": "min",
+            "accuracy": "max",
+            "val_loss": "min",
+            "val_mae": "min",
+            "val_accuracy": "max",
+        }
+        assert runs.best("val_loss") in list(runs)
 
     def test_an_unknown_mode_is_refused(self, runs) -> None:
         """Keras warns, and goes on with auto."""

@@ -1,5 +1,6 @@
 """The sidecar: what goes in comes out, and what is not a sidecar is refused field by field."""
 
+import datetime
 import json
 import math
 
@@ -90,6 +91,20 @@ def test_any_metrics_and_metadata_come_out_as_they_went_in(metrics, value) -> No
 
     assert repr(back.metrics) == repr(metrics)
     assert back.metadata == {"value": value}
+
+
+def test_the_time_of_a_save_is_a_datetime_with_a_zone() -> None:
+    """The same moment as the seconds since 1970, in the local time zone."""
+    record = CheckpointRecord(sequence=1, step=1, time=86400.5)
+
+    assert record.saved_at == datetime.datetime(1970, 1, 2, 0, 0, 0, 500_000, datetime.UTC)
+    assert record.saved_at.utcoffset() is not None
+
+
+@pytest.mark.parametrize("time", [1e12, 1e300])
+def test_a_time_that_no_calendar_has_is_the_last_of_the_calendar(time) -> None:
+    """A sidecar may hold any number, and showing it is no error."""
+    assert CheckpointRecord(sequence=1, step=1, time=time).saved_at.year == 9999
 
 
 def test_a_sidecar_is_plain_json_with_a_digest_of_what_is_before_it() -> None:

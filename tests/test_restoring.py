@@ -34,6 +34,15 @@ def model(runs) -> keras.Model:
     return model
 
 
+@pytest.mark.parametrize("path", ["no run", "no run/ckpt-10"])
+def test_a_missing_path_is_a_file_not_found_error(tmp_path, path) -> None:
+    """As for every function that takes a path; the package's own error is a KeyError too."""
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint .*no run") as caught:
+        kc.restore(dense_model(), tmp_path / path)
+
+    assert isinstance(caught.value, kc.CheckpointNotFoundError | KeyError)
+
+
 @pytest.mark.parametrize(
     "form", ["record", "directory", "path of the directory", "prefix", "index", "sidecar", "relative"]
 )

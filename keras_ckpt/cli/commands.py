@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 import msgspec
 
-from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, MonitorError
 from keras_ckpt.store.directory import CheckpointDirectory, PrunePlan
-from keras_ckpt.store.listing import Listing
+from keras_ckpt.store.listing import PIN_LIMIT, Listing
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode, members
 from keras_ckpt.store.tables import counted, printable
@@ -21,17 +22,17 @@ from keras_ckpt.version import __version__
 
 
 class _Group(click.Group):
-    """A group of commands that says what went wrong in a line, and exits with 1."""
+    """A group of commands that shows an expected error in a line, and exits with 1; wrong usage exits with 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # whoever reads has enough
+        except MonitorError as error:
+            raise click.UsageError(str(error)) from error
         except (CheckpointError, OSError) as error:
             raise click.ClickException(str(error)) from error
-        except (ValueError, TypeError) as error:
-            raise click.UsageError(str(error)) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -94,7 +95,10 @@ def best(path: str, monitor: str | None, mode: Mode | None, as_json_text: bool) 
 
     Example: keras-ckpt best runs/digits --monitor val_accuracy --mode max
     """
-    _show(_existing(path).best(monitor, mode), as_json_text)
+    record = _existing(path).best(monitor, mode)
+    if record is None:
+        raise CheckpointNotFoundError(f"There is no checkpoint in {path}.")
+    _show(record, as_json_text)
 
 
 @main.command()
@@ -133,7 +137,8 @@ def prune(
         EveryNEpochs: keep_every_epochs,
         EveryNHours: keep_every_hours,
     }
-    policies: list[PreservationPolicy] = [kind(value) for kind, value in kinds.items() if value is not None]
+    with _arguments():
+        policies: list[PreservationPolicy] = [kind(value) for kind, value in kinds.items() if value is not None]
     if not policies:
         raise click.UsageError("Say what to keep, for example --keep-latest 3. To remove everything, use clear.")
     runs = _existing(path)
@@ -192,6 +197,8 @@ def pin(path: str, step: int, reason: str) -> None:
 
     Example: keras-ckpt pin runs/digits 120 "paper figure 3"
     """
+    if len(reason.encode()) > PIN_LIMIT:
+        raise click.UsageError(f"The reason of a pin has at most {PIN_LIMIT} bytes. Received: {reason:.50}...")
     _existing(path).pin(step, reason)
     click.echo(f"Pinned step {step}.")
 
@@ -240,8 +247,18 @@ def demo(path: str) -> None:
     demonstration.run(path)
 
 
+@contextlib.contextmanager
+def _arguments() -> Iterator[None]:
+    """Shows an error of arguments alone as wrong usage. An error of anything else may be a bug, and is shown whole."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def _existing(path: str) -> CheckpointDirectory:
-    runs = CheckpointDirectory(path)
+    with _arguments():
+        runs = CheckpointDirectory(path)
     if not os.path.lexists(runs.path):
         raise CheckpointNotFoundError(f"There is no directory {path}.")
     return runs
@@ -252,7 +269,7 @@ def _show(record: CheckpointRecord, as_json_text: bool) -> None:
     if as_json_text:
         _print_json(facts)
         return
-    facts["time"] = record.date()
+    facts["time"] = f"{record.saved_at:%Y-%m-%d %H:%M:%S}"
     for name, value in facts.items():
         text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
         click.echo(f"{name:16}{printable(text)}")

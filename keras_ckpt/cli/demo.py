@@ -48,7 +48,8 @@ def run(path: str) -> None:
     runs = keras_ckpt.CheckpointDirectory(path)
     print(f"{runs.plan(keep)}\n")
 
-    best = runs.best()
+    if (best := runs.best()) is None:
+        raise SystemExit("Nothing was saved: the disk may be full.")
     print(f"The best one is that of step {best.step}. A new network, with random weights, gets it back:\n")
     fresh = _network()
     print(f"{keras_ckpt.restore(fresh, best)}\n")

@@ -105,6 +105,8 @@ def restore_and_read(
         directory, names = _locate(checkpoint)
         try:
             return _restore_first(model, directory, names, expected, request, read)
+        except CheckpointNotFoundError:
+            raise
         except FileNotFoundError as error:
             # Pruned, or saved anew, between two looks; what is there now is another list.
             gone = error
@@ -143,7 +145,8 @@ def _locate(checkpoint: object) -> tuple[str, list[str]]:
     if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
         raise TypeError(
             "restore() expected a record, a directory, or a path. "
-            f"Received: {checkpoint!r:.200}" + (", which latest() gives for an empty directory" * (checkpoint is None))
+            f"Received: {checkpoint!r:.200}"
+            + (", which latest() and best() return for an empty directory" * (checkpoint is None))
         )
     path = os.path.abspath(os.fspath(checkpoint))
     if os.path.isdir(path):

@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
+from keras_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    DamagedCheckpointError,
+    MonitorError,
+    PlanError,
+)
 from keras_ckpt.store import background, commit, layout, tables
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, check, examine, freed, scan, taken, verify
@@ -157,7 +163,7 @@ class CheckpointDirectory(tables.Shown):
     def __contains__(self, item: object) -> bool:
         return any(item in (record.step, record) for record in self)
 
-    def __getitem__(self, step: int | CheckpointRecord) -> CheckpointRecord:
+    def __getitem__(self, step: int | CheckpointRecord | None) -> CheckpointRecord:
         return self._find(self.listing(), step)
 
     def latest(self) -> CheckpointRecord | None:
@@ -165,20 +171,22 @@ class CheckpointDirectory(tables.Shown):
         records = self.listing().records
         return records[-1] if records else None
 
-    def best(self, monitor: str | None = None, mode: Mode | None = None) -> CheckpointRecord:
-        """The checkpoint with the best value of a metric; of equal ones, the earlier.
+    def best(self, monitor: str | None = None, mode: Mode | None = None) -> CheckpointRecord | None:
+        """The checkpoint with the best value of a metric, or `None` if there is no checkpoint.
+
+        Of equal values the earlier is better.
 
         Args:
             monitor: The metric. Defaults to the one that training watched.
             mode: `"min"` or `"max"`. Defaults to what the sidecars say of that metric.
 
         Raises:
-            CheckpointNotFoundError: No checkpoint has a finite value of the metric; the metrics there are, are named.
-            ValueError: Nothing says which metric, or which direction of it, is meant.
+            CheckpointNotFoundError: No checkpoint has a finite value of the metric. The error names the metrics.
+            MonitorError: Nothing says which metric, or which direction of it, is meant.
         """
         listing = self.listing()
         if not listing.records:
-            raise CheckpointNotFoundError(f"There is no checkpoint in {self.path}.")
+            return None
         policy = _resolved(BestN(1, monitor, mode), listing, CheckpointNotFoundError)
         steps = policy.select(listing.records)
         if not steps:
@@ -268,7 +276,7 @@ class CheckpointDirectory(tables.Shown):
         """
         return Verification(self._read(lambda folder: verify(folder, progress)))
 
-    def pin(self, step: int | CheckpointRecord, reason: str = "") -> None:
+    def pin(self, step: int | CheckpointRecord | None, reason: str = "") -> None:
         """Keeps a checkpoint whatever a policy says, until `unpin`. The same as `touch ckpt-120.keep` in a shell.
 
         Args:
@@ -283,13 +291,15 @@ class CheckpointDirectory(tables.Shown):
         with self._change() as (folder, listing):
             folder.replace(layout.pin(self._find(listing, step).name), reason.encode())
 
-    def unpin(self, step: int | CheckpointRecord) -> None:
+    def unpin(self, step: int | CheckpointRecord | None) -> None:
         """Gives a checkpoint back to the policies. One that is not pinned stays as it is."""
         with self._change() as (folder, listing):
             folder.remove(layout.pin(self._find(listing, step).name))
             folder.sync()
 
-    def add_metrics(self, step: int | CheckpointRecord, metrics: Mapping[str, float] = {}, /, **named: float) -> None:
+    def add_metrics(
+        self, step: int | CheckpointRecord | None, metrics: Mapping[str, float] = {}, /, **named: float
+    ) -> None:
         """Adds what was measured on a checkpoint elsewhere to its sidecar; a metric of the same name is replaced.
 
         Example:
@@ -343,8 +353,13 @@ class CheckpointDirectory(tables.Shown):
             del lock
         return [record.step for record in listing.records]
 
-    def _find(self, listing: Listing, step: int | CheckpointRecord) -> CheckpointRecord:
-        """The record of now of a step, or of a record."""
+    def _find(self, listing: Listing, step: int | CheckpointRecord | None) -> CheckpointRecord:
+        """The current record of a step, or of a record."""
+        if step is None:
+            raise TypeError(
+                "A step or a record was expected. Received: None, which latest() and best() return for an empty "
+                "directory."
+            )
         if not isinstance(step, CheckpointRecord):
             return listing.find(step)
         if os.path.realpath(step.directory) != os.path.realpath(self.path):
@@ -418,7 +433,7 @@ def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkp
 
     Raises:
         CheckpointError: Of the type `unknown`: no checkpoint has a metric that the policy ranks by.
-        ValueError: Nothing says which metric, or which direction of it, is meant.
+        MonitorError: Nothing says which metric, or which direction of it, is meant.
     """
     modes = {name: mode for record in listing.records for name, mode in record.modes.items()}
     modes |= {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
@@ -427,7 +442,9 @@ def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkp
     def mode_of(monitor: str) -> Mode:
         if monitor in modes:
             return modes[monitor]
-        raise ValueError(f"Nothing says whether less or more of {monitor!r} is better: give the mode, 'min' or 'max'.")
+        raise MonitorError(
+            f"Nothing says whether a smaller or a larger {monitor!r} is better: give the mode, 'min' or 'max'."
+        )
 
     # A metric that is not there is the greater mistake, so it is told of first.
     _refuse_unknown(policy, known, unknown)

@@ -13,6 +13,7 @@ import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from keras_ckpt.errors import MonitorError
 from keras_ckpt.store.record import CheckpointRecord, Mode
 
 
@@ -140,12 +141,12 @@ class BestN(_Repr, PreservationPolicy):
     def resolve(self, monitor: str | None, mode_of: Callable[[str], Mode]) -> PreservationPolicy:
         monitor = self.monitor if self.monitor is not None else monitor
         if monitor is None:
-            raise ValueError(f"{self!r} does not say what to rank by. Give it a metric: BestN({self.n}, 'val_loss')")
+            raise MonitorError(f"{self!r} does not say what to rank by. Give it a metric: BestN({self.n}, 'val_loss')")
         return BestN(self.n, monitor, self.mode or mode_of(monitor))
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
         if self.monitor is None or self.mode is None:
-            raise ValueError(
+            raise MonitorError(
                 f"{self!r} does not say what to rank by, or whether less or more is better. "
                 f"Expected for example BestN({self.n}, 'val_loss', 'min')"
             )

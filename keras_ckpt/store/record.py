@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import time as clock
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -75,8 +75,8 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         metrics: The metrics of these very weights, by name.
         monitor: The metric that the training watched, if there was one.
         mode: Whether less (`"min"`) or more (`"max"`) of it is better.
-        modes: The same for other metrics that a policy ranked by, by name.
-        time: When the save began, in seconds since 1970.
+        modes: The same for other metrics whose direction is known, by name.
+        time: When the save began, in seconds since 1970. `saved_at` is the same as a `datetime`.
         reason: What made the save due, such as `"epoch"`.
         metadata: What the user wanted to be kept with it.
         versions: Versions of Python and the packages that wrote it.
@@ -154,12 +154,13 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         """Whether both are of one save; what was measured or pinned since may differ."""
         return (self.run_id, self.sequence, self.step) == (other.run_id, other.sequence, other.step)
 
-    def date(self) -> str:
-        """When the save began, in local time."""
+    @property
+    def saved_at(self) -> datetime:
+        """When the save began, in the local time zone. A time that no calendar has is the last that it has."""
         try:
-            return clock.strftime("%Y-%m-%d %H:%M:%S", clock.localtime(self.time))
+            return datetime.fromtimestamp(self.time, UTC).astimezone()
         except (OverflowError, ValueError, OSError):
-            return f"{self.time:.0f} s"
+            return datetime.max.replace(tzinfo=UTC)
 
 
 def superseded(record: CheckpointRecord, others: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:

@@ -45,7 +45,12 @@ class Shown(abc.ABC):
 def of_directory(path: str, listing: Listing, taken: int) -> Table:
     """The checkpoints of a directory, the bytes that they take, and what lies there besides."""
     rows = [
-        _Row(record, (size(record.size), record.date()), (record.reason, _pin(record)), record.pinned)
+        _Row(
+            record,
+            (size(record.size), f"{record.saved_at:%Y-%m-%d %H:%M:%S}"),
+            (record.reason, _pin(record)),
+            record.pinned,
+        )
         for record in listing.records
     ]
     shared = sum(record.size for record in listing.records) - taken

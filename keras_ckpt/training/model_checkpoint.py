@@ -20,7 +20,7 @@ from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
-from keras_ckpt.training.monitor import metrics_in, mode_of, no_such_metric
+from keras_ckpt.training.monitor import metrics_in, mode_of, modes_of, no_such_metric
 from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 
@@ -119,6 +119,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._due = 0
         self._epochs = 0
         self._seen: set[str] = set()
+        self._modes: dict[str, Mode | None] = {}
         self._warned = False
         self._last: dict[str, Any] = {}
         self._owed: dict[str, Any] = {}
@@ -177,6 +178,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._due = 0
         self._epochs = 0
         self._seen = set()
+        self._modes = {}
         self._warned = False
         self._last = self._owed = {}
         self._schedule.start()
@@ -274,11 +276,18 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             metrics=metrics,
             monitor=self.monitor,
             mode=self._ranking.mode,
-            modes=self._ranking.modes,
+            modes=self._modes_of(metrics),
             reason=reason,
             metadata=metadata,
             began=began,
         )
+
+    def _modes_of(self, metrics: Mapping[str, float]) -> dict[str, Mode]:
+        """The directions of the metrics beside the monitor, as far as they are known."""
+        if new := metrics.keys() - self._modes.keys():
+            known = {**modes_of(self.model, new), **self._ranking.modes}
+            self._modes.update({name: known.get(name) for name in new})
+        return {name: mode for name in metrics if name != self.monitor and (mode := self._modes[name])}
 
     def _write(self, request: SaveRequest, otherwise: str) -> None:
         told = functools.partial(self._say, self._described(request.metrics), otherwise)

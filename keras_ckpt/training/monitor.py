@@ -29,15 +29,12 @@ def mode_of(model: keras.Model, monitor: str) -> Mode:
     Raises:
         ValueError: Keras does not know it either.
     """
+    known_modes = modes_of(model, [monitor])
+    if monitor in known_modes:
+        return known_modes[monitor]
     outputs = getattr(model, "output_names", None) or ()
     name = monitor.removeprefix("val_")
-    directions = {each: direction for each, direction in _directions(model) if direction is not None}
-    # The logs of a model of several outputs name each metric after its output.
-    for each in (name, *(name.removeprefix(f"{output}_") for output in outputs if name.startswith(f"{output}_"))):
-        if each == "loss":
-            return "min"
-        if each in directions:
-            return "max" if directions[each] == "up" else "min"
+    directions = _known_directions(model)
     text = (
         f"Nothing says whether less or more of monitor={monitor!r} is better. Pass mode='max' if more is, mode='min' "
         "if less is."
@@ -48,6 +45,20 @@ def mode_of(model: keras.Model, monitor: str) -> Mode:
         meant = f" Did you mean {monitor.removesuffix(name) + close[0]!r}?" if close else ""
         text += f" Keras knows it of {', '.join(known)}, and with validation data of the same with val_ before.{meant}"
     raise ValueError(text)
+
+
+def modes_of(model: keras.Model, monitors: Iterable[str]) -> dict[str, Mode]:
+    """The directions of metrics, as far as Keras knows them, by name."""
+    outputs = getattr(model, "output_names", None) or ()
+    directions = _known_directions(model) | {"loss": "down"}
+    found: dict[str, Mode] = {}
+    for monitor in monitors:
+        name = monitor.removeprefix("val_")
+        # The logs of a model of several outputs name each metric after its output.
+        for each in (name, *(name.removeprefix(f"{output}_") for output in outputs if name.startswith(f"{output}_"))):
+            if each in directions:
+                found.setdefault(monitor, "max" if directions[each] == "up" else "min")
+    return found
 
 
 def no_such_metric(monitor: str, logs: Mapping[str, Any]) -> str:
@@ -63,6 +74,10 @@ def no_such_metric(monitor: str, logs: Mapping[str, Any]) -> str:
     return (
         f"The monitored metric {monitor!r} is not there, {kept} The metrics are: {', '.join(numbers) or 'none'}.{hint}"
     )
+
+
+def _known_directions(model: keras.Model) -> dict[str, str]:
+    return {name: direction for name, direction in _directions(model) if direction is not None}
 
 
 def _directions(model: keras.Model) -> Iterable[tuple[str, str | None]]:
