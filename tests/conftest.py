@@ -59,6 +59,28 @@ def pytest_configure_node(node) -> None:
     node.workerinput["seed"] = node.config.option.seed
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    """Tells how to repeat the samples."""
+    return f"samples: --seed={config.option.seed}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects variants of a test that is marked with `sample`, except so many; the long form runs all."""
+    if config.option.long:
+        return
+    variants = collections.defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("sample"):
+            variants[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    left_out = set()
+    for (test, number), found in variants.items():
+        chance = random.Random(f"{config.option.seed} {test}")
+        left_out |= set(found) - set(chance.sample(found, min(number, len(found))))
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture
 def dice(request: pytest.FixtureRequest) -> random.Random:
     """Chooses the samples of a test: other samples in each run, the same samples for the same `--seed`."""

@@ -513,7 +513,7 @@ fit(dense_model(), checkpoint, adds, stop, kc.BackupAndRestore(path / "backup"),
             fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=2), restores, batches=9)
 
 
-def test_threads_that_save_and_restore_do_not_disturb_each_other() -> None:
+def test_threads_that_save_and_restore_do_not_disturb_each_other(long) -> None:
     """One takes up what it has saved, the other tells of what nobody takes up."""
     ended = threading.Event()
 
@@ -527,7 +527,7 @@ def test_threads_that_save_and_restore_do_not_disturb_each_other() -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         training = threads.submit(train)
         try:
-            for _ in range(200):
+            for _ in range(200 if long else 50):
                 background.tell()
                 time.sleep(0.001)
         finally:

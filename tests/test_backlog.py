@@ -112,7 +112,7 @@ def test_a_backup_stays_near_beside_a_callback_that_saves_as_often(tmp_path, slo
     watch = Watch(backup, run)
     callbacks = [kc.ModelCheckpoint(run, save_freq=1), kc.BackupAndRestore(backup, save_freq=1)]
 
-    fit(dense_model(), watch, *callbacks, batches=40)
+    fit(dense_model(), watch, *callbacks, batches=25)
 
     assert_near(watch.behind[str(backup)])
     assert_near(watch.behind[str(run)])
@@ -128,7 +128,7 @@ def test_a_backup_does_not_give_way_to_newer_ones_for_ever(tmp_path, slow_disk) 
         watch,
         kc.ModelCheckpoint(run, save_freq=1),
         kc.BackupAndRestore(backup, save_freq=3),
-        batches=60,
+        batches=36,
     )
 
     assert max(saves for saves, _ in watch.behind[str(backup)]) <= 2 * (MOST + 1) + 3
@@ -159,9 +159,9 @@ def test_of_one_step_the_backup_is_on_disk_first(tmp_path, slow_disk) -> None:
 
 def test_a_callback_that_keeps_all_saves_all(tmp_path, slow_disk) -> None:
     """Waiting is the only way then."""
-    fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), batches=20)
+    fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), batches=12)
 
-    assert steps(tmp_path) == [*range(1, 21)]
+    assert steps(tmp_path) == [*range(1, 13)]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,9 @@ def test_a_bounded_number_of_saves_waits(tmp_path, monkeypatch) -> None:
             done.append(batch)
 
     monkeypatch.setattr("keras_ckpt.training.backlog._SECONDS", 60.0)
-    threading.Timer(3.0, go_on.set).start()
+    threading.Timer(1.5, go_on.set).start()
     counted: list[int] = []
-    threading.Timer(2.9, lambda: counted.append(len(done))).start()
+    threading.Timer(1.4, lambda: counted.append(len(done))).start()
 
     fit(dense_model(), Counts(), kc.ModelCheckpoint(tmp_path, save_freq=1), batches=30)
 

@@ -97,6 +97,7 @@ def plain_state(callback: callbacks.Callback) -> dict[str, object]:
     return {name: value for name, value in found.items() if name != "best_weights"}
 
 
+@pytest.mark.sample(10)
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
 @pytest.mark.parametrize("crash", [1, 6])
 @pytest.mark.parametrize("name", STATEFUL)

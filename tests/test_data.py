@@ -66,6 +66,7 @@ def batches(data: tf.data.Dataset) -> list[list[float]]:
     return [x.numpy().tolist() for x, *_ in data]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_another_process_enters_any_pass_at_any_batch(make) -> None:
     """From there on it has the batches that the first has."""

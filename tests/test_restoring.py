@@ -215,6 +215,7 @@ def test_a_shape_that_a_variable_cannot_have_is_a_difference(tmp_path) -> None:
         kc.restore(remembering(3), tmp_path)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options",
     [

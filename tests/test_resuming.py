@@ -72,6 +72,7 @@ class Fails(keras.callbacks.Callback):
             raise RuntimeError("injected")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("where", "which", "step"),
     [

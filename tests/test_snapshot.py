@@ -81,6 +81,7 @@ class Snapshots(keras.callbacks.Callback):
                 self.moved.add(name)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "options",
     [{}, {"steps_per_execution": 4}, {"jit_compile": True}, {"jit_compile": True, "steps_per_execution": 4}],

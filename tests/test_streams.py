@@ -174,6 +174,7 @@ def resumed(path: pathlib.Path, source, fits, batches: int, kind=Net) -> Net:
     return model
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("batches", [1, 4, 5, 8, 10])
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_epoch_of_a_stream_resumes_at_its_place(tmp_path, source, batches) -> None:
@@ -192,6 +193,7 @@ def test_an_epoch_of_a_stream_resumes_at_its_place(tmp_path, source, batches) ->
     assert same(model, whole)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", [MapsItsData, WrapsItsData])
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_fit_that_maps_its_data_resumes_at_its_place(tmp_path, source, kind) -> None:

@@ -58,6 +58,7 @@ def assert_same(one, other) -> None:
     np.testing.assert_equal(second_history, first_history)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", trainings.MODELS)
 def test_a_model_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
     """Its weights, its optimizers and all random numbers afterwards are the same."""
@@ -66,6 +67,7 @@ def test_a_model_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
     assert_same(trained(make, source), trained(make, source, *callbacks(tmp_path)))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", trainings.SOURCES)
 def test_data_are_read_as_they_are_without_callbacks(tmp_path, name) -> None:
     """Each epoch has the same batches in the same order."""
@@ -74,6 +76,7 @@ def test_data_are_read_as_they_are_without_callbacks(tmp_path, name) -> None:
     assert_same(trained(make, source), trained(make, source, *callbacks(tmp_path)))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["diffusion", "a momentum encoder", "mixed precision", "a loss with state"])
 def test_a_traced_model_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
     """Its step is a function of TensorFlow."""
@@ -99,6 +102,7 @@ def resumed(path, make, source, batches: int, **options):
     return trained(make, lambda: {"x": data}, second, seed=77, **options)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", trainings.MODELS)
 def test_a_resumed_model_trains_as_without_callbacks(tmp_path, name) -> None:
     """The model of the second process is freshly made, and has other initial values."""
@@ -107,6 +111,7 @@ def test_a_resumed_model_trains_as_without_callbacks(tmp_path, name) -> None:
     assert_same(trained(make, trainings.wrapped), resumed(tmp_path, make, trainings.wrapped, 6))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_optimizer_trains_as_without_callbacks(tmp_path, name) -> None:
     """Its slots and its steps are the same, though it was interrupted within an epoch."""
@@ -117,6 +122,7 @@ def test_a_resumed_optimizer_trains_as_without_callbacks(tmp_path, name) -> None
     assert_same(trained(make, trainings.wrapped), resumed(tmp_path, make, trainings.wrapped, 5))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", trainings.MODELS)
 def test_a_restored_model_trains_as_the_saved_model(tmp_path, name) -> None:
     """It is restored into a freshly made and compiled model, with `kc.restore`."""

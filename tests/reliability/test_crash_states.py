@@ -481,6 +481,7 @@ def test_a_crash_loses_no_acknowledged_checkpoint(memory, tally, long, dice, nam
         assert not harness.examiner.wrong, (order, tally)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_crash_during_recovery_loses_no_checkpoint(memory, tally, long, dice, name) -> None:
     """A second crash, in the middle of the recovery from the first, loses nothing either."""
@@ -491,6 +492,7 @@ def test_a_crash_during_recovery_loses_no_checkpoint(memory, tally, long, dice, 
         assert not harness.examiner.wrong, (order, tally)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_power_cut_after_a_kill_loses_no_checkpoint(memory, tally, long, dice, name) -> None:
     """The next process makes durable all that it relies on: the killed process may not have."""

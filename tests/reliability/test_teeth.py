@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 
 import pytest
@@ -12,7 +11,6 @@ from reliability.trainer import station
 from support.functions import repeated, replaced, swapped, without
 
 ASSERTION = re.compile(r"^E +(AssertionError|assert |Failed: DID NOT RAISE|keras_ckpt.errors.Damaged)", re.MULTILINE)
-SAMPLE = 6
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +20,8 @@ def place():
         yield executor
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Chooses the mutants: a sample in the short form, all in the long form."""
-    if "mutant" in metafunc.fixturenames:
-        options, names = metafunc.config.option, list(mutants.MUTANTS)
-        metafunc.parametrize("mutant", names if options.long else random.Random(options.seed).sample(names, SAMPLE))
-
-
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("mutant", mutants.MUTANTS)
 def test_a_mutant_is_found(place, mutant) -> None:
     """The named test passes without the change, as the suite shows, and fails with it by an assertion."""
     code, output = place.submit(mutants.run, mutant).result()

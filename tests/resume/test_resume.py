@@ -49,6 +49,7 @@ def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, 
         assert resumes or at < 10 or (at < 20 and seconds < 1), (at, place, seconds)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["Arrays", "Pipeline", "Generated"])
 def test_a_run_that_is_killed_often_ends_as_if_it_were_not(station, whole, tally, long, dice, name) -> None:
     """At random moments: in a batch, in a save, while the model is compiled; ten times in the long form."""
