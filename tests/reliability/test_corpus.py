@@ -1,6 +1,6 @@
-"""Hostile inputs, each with its reaction: skipped for the next older checkpoint, refused in plain words, or harmless.
+"""Hostile inputs: each is skipped for the next older checkpoint, is refused in plain words, or is harmless.
 
-Those of the index are in test_index.py, of single bits in test_bit_rot.py, of the sidecar's fields in test_record.py.
+Hostile indexes are in test_index.py, single flipped bits in test_bit_rot.py, fields of the sidecar in test_record.py.
 """
 
 from __future__ import annotations
@@ -142,66 +142,66 @@ def bind(path: pathlib.Path) -> None:
 
 
 SKIPPED: dict[str, Harm] = {
-    "1 sidecar empty": write(SIDECAR, b""),
-    "2 sidecar cut": write(SIDECAR, lambda data: data[: len(data) // 2]),
-    "3 sidecar all NUL": write(SIDECAR, lambda data: bytes(len(data))),
-    "4 one bit, and still JSON": write(SIDECAR, lambda data: data.replace(b'"epoch": 2', b'"epoch": 3')),
-    "5 sidecar missing": remove(SIDECAR),
-    "6 data missing": remove(DATA),
-    "6 index missing": remove(INDEX),
-    "7 sidecar of 2 GiB": sparse(2 << 30),
-    "8 nested deeply": write(SIDECAR, b"[" * 100_000),
-    "8 nested deeply in metadata": text('"metadata": {}', '"metadata": {"a": ' + "[" * 9999 + "]" * 9999 + "}"),
-    "9 a member twice": text('"step": 10', '"step": 10, "step": 10'),
-    "10 NaN as a step": text('"step": 10', '"step": NaN'),
-    "10 infinity as a size": text('"size": ', '"size": 1e999, "was": '),
-    "10 NaN as a metric": text('"loss": ', '"loss": NaN, "was": '),
-    "11 an integer of 5,000 digits": text('"step": 10', f'"step": {"1" * 5000}'),
-    "12 a byte order mark": write(SIDECAR, lambda data: b"\xef\xbb\xbf" + data),
-    "12 UTF-16": write(SIDECAR, lambda data: data.decode().encode("utf-16")),
-    "12 no UTF-8": write(SIDECAR, lambda data: data.replace(b"epoch", b"\xffpoch", 1)),
-    "12 half a character": text('"metadata": {}', '"metadata": {"a": "\ud800"}'),
-    "13 no files": member("files", []),
-    "13 a step of text": member("step", "10"),
-    "13 a step that is true": member("step", True),
-    "13 a step with a fraction": text('"step": 10', '"step": 10.5'),
-    "13 a negative step": member("step", -1),
-    "13 a step of 2^63": member("step", 2**63),
+    "sidecar empty": write(SIDECAR, b""),
+    "sidecar cut": write(SIDECAR, lambda data: data[: len(data) // 2]),
+    "sidecar all NUL": write(SIDECAR, lambda data: bytes(len(data))),
+    "one bit, and still JSON": write(SIDECAR, lambda data: data.replace(b'"epoch": 2', b'"epoch": 3')),
+    "sidecar missing": remove(SIDECAR),
+    "data missing": remove(DATA),
+    "index missing": remove(INDEX),
+    "sidecar of 2 GiB": sparse(2 << 30),
+    "nested deeply": write(SIDECAR, b"[" * 100_000),
+    "nested deeply in metadata": text('"metadata": {}', '"metadata": {"a": ' + "[" * 9999 + "]" * 9999 + "}"),
+    "a member twice": text('"step": 10', '"step": 10, "step": 10'),
+    "NaN as a step": text('"step": 10', '"step": NaN'),
+    "infinity as a size": text('"size": ', '"size": 1e999, "was": '),
+    "NaN as a metric": text('"loss": ', '"loss": NaN, "was": '),
+    "an integer of 5,000 digits": text('"step": 10', f'"step": {"1" * 5000}'),
+    "a byte order mark": write(SIDECAR, lambda data: b"\xef\xbb\xbf" + data),
+    "UTF-16": write(SIDECAR, lambda data: data.decode().encode("utf-16")),
+    "no UTF-8": write(SIDECAR, lambda data: data.replace(b"epoch", b"\xffpoch", 1)),
+    "half a character": text('"metadata": {}', '"metadata": {"a": "\ud800"}'),
+    "no files": member("files", []),
+    "a step of text": member("step", "10"),
+    "a step that is true": member("step", True),
+    "a step with a fraction": text('"step": 10', '"step": 10.5'),
+    "a negative step": member("step", -1),
+    "a step of 2^63": member("step", 2**63),
     **{
-        f"16 a file named {name[:20]!r}": file(name=name)
+        f"a file named {name[:20]!r}": file(name=name)
         for name in ("../../etc/passwd", "/etc/passwd", "a/b", ".", "", "ckpt-10.\0", "..\\x", "ckpt-10." + "x" * 300)
     },
-    "17 lists the sidecar": file(name=SIDECAR),
-    "17 lists a file twice": file(name=INDEX),
-    "19 another digest": file(digest="blake3:" + "0" * 64),
-    "19 an unknown kind of digest": file(digest="sha256:" + "0" * 64),
-    "20 another step than its name": swap(SIDECAR),
-    "21 data empty": write(DATA, b""),
-    "21 half the data": write(DATA, lambda data: data[: len(data) // 2]),
-    "21 a byte less": write(DATA, lambda data: data[:-1]),
-    "21 a hundred bytes more": write(DATA, lambda data: data + bytes(100)),
-    "21 a page of zeros": write(DATA, zero_a_page),
-    "22 first bit": write(DATA, lambda data: bytes([data[0] ^ 1]) + data[1:]),
-    "22 last bit": write(DATA, lambda data: data[:-1] + bytes([data[-1] ^ 1])),
-    "23 data of another step": swap(DATA),
-    "24 index and data of another step": swap(INDEX, DATA),
-    "25 index empty": write(INDEX, b""),
-    "25 half an index": write(INDEX, lambda data: data[: len(data) // 2]),
-    "25 index of garbage": write(INDEX, b"garbage" * 99),
-    "39 the sidecar is a link": instead(SIDECAR, lambda path: path.symlink_to("aside")),
-    "39 a link to nothing": instead(SIDECAR, lambda path: path.symlink_to("nowhere")),
-    "39 a link to itself": instead(SIDECAR, lambda path: path.symlink_to(path.name)),
-    "40 the data is a link": instead(DATA, lambda path: path.symlink_to("aside")),
-    "40 the data is a FIFO": instead(DATA, os.mkfifo),
-    "40 the data is a directory": instead(DATA, os.mkdir),
-    "40 the data is a socket": instead(DATA, bind),
-    "40 the sidecar is a FIFO": instead(SIDECAR, os.mkfifo),
-    "62 the sidecar is a pickle": write(SIDECAR, pickle.dumps({"step": 10})),
+    "lists the sidecar": file(name=SIDECAR),
+    "lists a file twice": file(name=INDEX),
+    "another digest": file(digest="blake3:" + "0" * 64),
+    "an unknown kind of digest": file(digest="sha256:" + "0" * 64),
+    "another step than its name": swap(SIDECAR),
+    "data empty": write(DATA, b""),
+    "half the data": write(DATA, lambda data: data[: len(data) // 2]),
+    "a byte less": write(DATA, lambda data: data[:-1]),
+    "a hundred bytes more": write(DATA, lambda data: data + bytes(100)),
+    "a page of zeros": write(DATA, zero_a_page),
+    "first bit": write(DATA, lambda data: bytes([data[0] ^ 1]) + data[1:]),
+    "last bit": write(DATA, lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    "data of another step": swap(DATA),
+    "index and data of another step": swap(INDEX, DATA),
+    "index empty": write(INDEX, b""),
+    "half an index": write(INDEX, lambda data: data[: len(data) // 2]),
+    "index of garbage": write(INDEX, b"garbage" * 99),
+    "the sidecar is a link": instead(SIDECAR, lambda path: path.symlink_to("aside")),
+    "a link to nothing": instead(SIDECAR, lambda path: path.symlink_to("nowhere")),
+    "a link to itself": instead(SIDECAR, lambda path: path.symlink_to(path.name)),
+    "the data is a link": instead(DATA, lambda path: path.symlink_to("aside")),
+    "the data is a FIFO": instead(DATA, os.mkfifo),
+    "the data is a directory": instead(DATA, os.mkdir),
+    "the data is a socket": instead(DATA, bind),
+    "the sidecar is a FIFO": instead(SIDECAR, os.mkfifo),
+    "the sidecar is a pickle": write(SIDECAR, pickle.dumps({"step": 10})),
 }
 
 
-OTHERS = {"5 sidecar missing"}
-"""What is nobody's damage: a checkpoint that TensorFlow may have written."""
+OTHERS = {"sidecar missing"}
+"""Rows without damage: TensorFlow may have written the checkpoint."""
 
 
 def contents(run: pathlib.Path) -> dict[str, object]:
@@ -214,8 +214,8 @@ def contents(run: pathlib.Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("row", SKIPPED)
-def test_what_is_damaged_is_skipped_for_the_next_older(run, model, row) -> None:
-    """Asked for by itself it is refused, and the model is untouched; nothing is deleted, by pruning neither."""
+def test_a_damaged_checkpoint_is_skipped_for_the_next_older(run, model, row) -> None:
+    """A restore of the damaged checkpoint by name is refused, and changes no variable. Pruning deletes nothing."""
     SKIPPED[row](run)
     before, state = contents(run), values(model)
     runs = kc.CheckpointDirectory(run)
@@ -246,15 +246,15 @@ def touch_at(run: pathlib.Path, seconds: int) -> None:
 
 
 HARMLESS: dict[str, Harm] = {
-    "14 a member that nobody knows": member("later", {"a": 1}),
-    "18 another file of that name": lambda run: write_more(run, "ckpt-10.notes"),
-    "19 a digest in capitals": lambda run: file(digest="blake3:" + digest_of(run / DATA).upper())(run),
-    "41 the data is a hard link": lambda run: os.link(run / DATA, run / "mine"),
-    "43 numbers that are none": lambda run: write_more(run, "ckpt-\uff11\uff12.json", "ckpt-1_0.json", "CKPT-x.json"),
-    "45 files of TensorFlow": lambda run: write_more(run, "checkpoint.tmp12", "ckpt-4_temp"),
-    "46 a state file that leads outside": write("checkpoint", b'model_checkpoint_path: "../outside/victim"\n'),
-    "53 files of 1970": lambda run: touch_at(run, 0),
-    "53 files of 2106": lambda run: touch_at(run, 2**32),
+    "a member that nobody knows": member("later", {"a": 1}),
+    "another file of that name": lambda run: write_more(run, "ckpt-10.notes"),
+    "a digest in capitals": lambda run: file(digest="blake3:" + digest_of(run / DATA).upper())(run),
+    "the data is a hard link": lambda run: os.link(run / DATA, run / "mine"),
+    "numbers that are none": lambda run: write_more(run, "ckpt-\uff11\uff12.json", "ckpt-1_0.json", "CKPT-x.json"),
+    "files of TensorFlow": lambda run: write_more(run, "checkpoint.tmp12", "ckpt-4_temp"),
+    "a state file that leads outside": write("checkpoint", b'model_checkpoint_path: "../outside/victim"\n'),
+    "files of 1970": lambda run: touch_at(run, 0),
+    "files of 2106": lambda run: touch_at(run, 2**32),
 }
 
 
@@ -263,8 +263,8 @@ def digest_of(path: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize("row", HARMLESS)
-def test_what_is_harmless_changes_nothing(run, model, row) -> None:
-    """The newest is restored, whole; what is not ours stays when its neighbours are removed."""
+def test_a_harmless_change_is_ignored(run, model, row) -> None:
+    """The newest checkpoint is restored. Files of other programs stay when the run is cleared."""
     HARMLESS[row](run)
     foreign = {path.name for path in run.iterdir() if not path.name.startswith((".", "ckpt-5.", "ckpt-10.json"))}
     runs = kc.CheckpointDirectory(run)
@@ -276,8 +276,8 @@ def test_what_is_harmless_changes_nothing(run, model, row) -> None:
     assert {path.name for path in run.iterdir()} == foreign - {INDEX, DATA, "checkpoint"} | {".keras_ckpt"}
 
 
-def test_15_a_newer_format_is_refused_and_nothing_is_pruned(run, model) -> None:
-    """What it meant to keep is not known."""
+def test_a_newer_format_is_refused_and_nothing_is_pruned(run, model) -> None:
+    """The intent of the newer version is unknown, so restore and prune raise `FormatVersionError`."""
     member("format_version", 3)(run)
     before = contents(run)
     runs = kc.CheckpointDirectory(run)
@@ -289,8 +289,8 @@ def test_15_a_newer_format_is_refused_and_nothing_is_pruned(run, model) -> None:
     assert contents(run) == before
 
 
-def test_20_two_checkpoints_of_one_place_in_the_order_are_both_listed(run) -> None:
-    """A copy under another step is no copy: its sidecar says another step than its name."""
+def test_a_copy_under_the_name_of_another_step_is_damaged(run) -> None:
+    """The sidecar of the copy says another step than its name."""
     for name in (SIDECAR, INDEX, DATA):
         shutil.copy(run / name, run / name.replace("-10", "-11"))
 
@@ -300,8 +300,8 @@ def test_20_two_checkpoints_of_one_place_in_the_order_are_both_listed(run) -> No
     assert list(listing.damaged) == ["ckpt-11"]
 
 
-def test_38_weights_that_are_no_numbers_are_warned_of(tmp_path) -> None:
-    """They are restored, as they were saved; who makes the warning an error keeps the model as it is."""
+def test_a_restore_of_nan_weights_warns(tmp_path) -> None:
+    """The weights are restored as saved. Where the warning is an error, the model does not change."""
     spoiled, other = dense_model(), dense_model()
     fit(spoiled, kc.ModelCheckpoint(tmp_path))
     spoiled.layers[0].kernel.assign(np.full(spoiled.layers[0].kernel.shape, np.nan))
@@ -319,8 +319,8 @@ def test_38_weights_that_are_no_numbers_are_warned_of(tmp_path) -> None:
     assert np.isnan(other.get_weights()[0]).all()
 
 
-def test_47_what_is_no_run_is_refused(run, tmp_path, model) -> None:
-    """The root, the home, a file, a directory of another library, one that is not there."""
+def test_a_path_that_is_no_run_is_refused(run, tmp_path, model) -> None:
+    """The root, the home, a file, a directory of another library, and a missing directory."""
     (tmp_path / "orbax" / "0").mkdir(parents=True)
     (tmp_path / "orbax" / "0" / "_CHECKPOINT_METADATA").write_text("{}")
 
@@ -334,8 +334,8 @@ def test_47_what_is_no_run_is_refused(run, tmp_path, model) -> None:
             kc.restore(model, tmp_path / path)
 
 
-def test_49_a_hundred_thousand_checkpoints_are_listed(tmp_path, long) -> None:
-    """Five thousand in the short form."""
+def test_a_hundred_thousand_checkpoints_are_listed(tmp_path, long) -> None:
+    """The short form lists five thousand."""
     count = 100_000 if long else 5_000
     for step in range(1, count + 1):
         name = f"ckpt-{step}"
@@ -350,8 +350,8 @@ def test_49_a_hundred_thousand_checkpoints_are_listed(tmp_path, long) -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
-def test_51_a_directory_that_goes_away_during_a_save_loses_no_more(filler, tmp_path, how) -> None:
-    """The save fails, or is in the directory wherever it is now; the next one works, under a lock of its own."""
+def test_a_directory_that_is_taken_away_during_a_save_loses_nothing_else(filler, tmp_path, how) -> None:
+    """The save fails, or is in the moved directory. The next save works under a new lock."""
     runs = filler.save("1")
     elsewhere = tmp_path / "elsewhere"
 
@@ -379,8 +379,8 @@ def test_51_a_directory_that_goes_away_during_a_save_loses_no_more(filler, tmp_p
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b'{"pid": 0}', b'{"pid": -1, "host": "x"}', b"[" * 9999])
-def test_52_a_lock_file_of_whatever_holds_nobody_up(filler, content) -> None:
-    """What is in it is only shown; the lock is the kernel's."""
+def test_the_content_of_a_lock_file_blocks_no_writer(filler, content) -> None:
+    """The content is only shown: the lock is the kernel's."""
     runs = filler.save("1")
     pathlib.Path(runs.path, ".keras_ckpt", "lock").write_bytes(content)
 
@@ -388,8 +388,8 @@ def test_52_a_lock_file_of_whatever_holds_nobody_up(filler, content) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a directory", "a link", "a FIFO"])
-def test_52_what_is_no_lock_file_is_refused(filler, tmp_path, kind) -> None:
-    """It is not followed, and not removed."""
+def test_a_lock_that_is_no_file_is_neither_followed_nor_removed(filler, tmp_path, kind) -> None:
+    """A directory, a link and a FIFO stand at the place of the lock file."""
     (tmp_path / "victim").write_text("mine")
     lock = tmp_path / "run" / ".keras_ckpt" / "lock"
     lock.parent.mkdir(parents=True)
@@ -403,8 +403,8 @@ def test_52_what_is_no_lock_file_is_refused(filler, tmp_path, kind) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "{0.__class__}", "ü 数", "__proto__", "a\nb", "\x1b[2J", "x" * 100_000])
-def test_55_a_metric_may_have_any_name(filler, name) -> None:
-    """It is never a part of a file's name, and nothing is looked up in it."""
+def test_a_metric_may_have_any_name(filler, name) -> None:
+    """The name is never part of a file name, and its escape codes are not printed."""
     runs = filler.save("1")
     runs.add_metrics(1, {name: 0.5})
 
@@ -413,7 +413,7 @@ def test_55_a_metric_may_have_any_name(filler, name) -> None:
     assert "\x1b" not in str(runs)
 
 
-def test_63_what_is_swapped_after_it_was_checked_is_not_what_is_read(run, monkeypatch) -> None:
+def test_files_that_are_swapped_after_the_check_are_not_read(run, monkeypatch) -> None:
     """TensorFlow reads the very files that were checked."""
     expected, other = dense_model(), dense_model()
     kc.restore(expected, run / "ckpt-10")
@@ -446,7 +446,7 @@ def look(path):
         pass
 
 sound, *hostile = sys.argv[1:]
-look(sound)  # whatever is loaded on first use, is now
+look(sound)  # loads the modules that are loaded on first use
 
 refused = ("exec", "compile", "import", "marshal.", "pickle.", "subprocess.", "ctypes.", "socket.", "os.system")
 
@@ -463,8 +463,8 @@ print("looked at", len(hostile))
 """
 
 
-def test_62_no_code_from_disk_runs(template, tmp_path) -> None:
-    """Listing, verifying, choosing and pruning run, import, compile and unpickle nothing, whatever lies there."""
+def test_no_code_from_disk_runs(template, tmp_path) -> None:
+    """Listing, verifying, choosing and pruning execute, import, compile and unpickle nothing."""
     harms = SKIPPED | HARMLESS
     for number, harm in enumerate(harms.values()):
         harm(shutil.copytree(template, tmp_path / str(number)))
@@ -505,8 +505,8 @@ print(str(runs).encode("ascii", "replace").decode(), [record.step for record in 
 """
 
 
-def test_64_the_surroundings_do_not_matter(tmp_path) -> None:
-    """No locale, no home, no working directory, no permissions by default, no assertions."""
+def test_the_environment_of_the_process_does_not_matter(tmp_path) -> None:
+    """The process has no locale, no home, no working directory, no default permissions and no assertions."""
     result = subprocess.run(
         [sys.executable, "-O", "-c", WORK, tmp_path / "run"],
         check=False,
@@ -519,8 +519,8 @@ def test_64_the_surroundings_do_not_matter(tmp_path) -> None:
     assert result.stdout.endswith("[2]\n"), result.stderr
 
 
-def test_42_what_may_not_be_read_is_damaged(filler) -> None:
-    """The others are listed; the error says that it is a matter of permission."""
+def test_a_sidecar_without_read_permission_is_damaged(filler) -> None:
+    """The other checkpoints are listed. The error names the permission."""
     runs = filler.save("1 2 3")
     os.chmod(f"{runs.path}/ckpt-2.json", 0)
     with Folder(runs.path) as folder, somebody_else():
