@@ -96,6 +96,7 @@ def one_more(held) -> None:
 class TestALongCollection:
     """It is saved as it was at the moment of the backup, and encoded in the background."""
 
+    @pytest.mark.sample(6)
     @pytest.mark.parametrize("name", COLLECTIONS)
     def test_is_saved_as_it_was_at_the_moment(self, name) -> None:
         """The collection grows between backups, and once more while a backup is written."""
@@ -125,6 +126,7 @@ class TestALongCollection:
 
         assert len(text) < 200
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("name", ["dicts", "lists"])
     def test_is_saved_with_items_as_they_were_at_the_moment(self, name) -> None:
         """An item changes between backups, and once more while a backup is written."""

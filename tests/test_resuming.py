@@ -790,6 +790,7 @@ train(backup, Signals())
 """
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("signals", "exit_code", "code", "steps"),
     [(1, None, -signal.SIGTERM, [1]), (1, 75, 75, [1]), (2, None, -signal.SIGTERM, [])],
@@ -807,6 +808,7 @@ def test_a_signal_ends_the_process_after_the_batch_and_a_second_at_once(
     assert [record.step for record in kc.CheckpointDirectory(backup)] == steps
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("output", [">&-", "| true"])
 def test_a_signal_has_its_effect_though_nobody_reads_the_output(backup, monkeypatch, output) -> None:
     """Who read it may have got the signal too."""

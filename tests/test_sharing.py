@@ -121,6 +121,7 @@ class TestWhatStaysTheSame:
             kc.restore(model, kc.CheckpointDirectory(run)[step])
             assert now(model) == copy
 
+    @pytest.mark.sample(5)
     @pytest.mark.parametrize("gone", [[2], [2, 4, 6], [4], [8], [6, 8]], ids=str)
     def test_whatever_is_removed_the_others_are_whole(self, saved, gone) -> None:
         """A file is there as long as one checkpoint has it."""
@@ -146,6 +147,7 @@ class TestWhatStaysTheSame:
 
         assert kc.CheckpointDirectory(run).verify().listing.damaged.keys() == {"ckpt-2", "ckpt-4", "ckpt-6", "ckpt-8"}
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("place", ["model/frozen/kernel", "model/dense/kernel"])
     def test_a_damaged_file_is_shared_no_more(self, saved, place) -> None:
         """The next checkpoint is whole: it is written anew, even where the damage is in what it would not use."""
