@@ -1,4 +1,4 @@
-"""Fixtures that tests share, and the counts of the harnesses."""
+"""Shared fixtures, the samples of the short form, and the counts of the harnesses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def filler(tmp_path: pathlib.Path) -> Filler:
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that has the writer's lock of a directory."""
+    """Another process that holds the writer's lock of a directory."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -40,10 +40,10 @@ def holder(tmp_path):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Each harness in tests/reliability and tests/resume has a short form, for the suite, and a long form."""
-    parser.addoption("--long", action="store_true", help="run the long form of the harnesses")
+    """Adds the options of the samples: the short form runs a sample of trials and rows, the long form runs all."""
+    parser.addoption("--long", action="store_true", help="run the long form: all trials and all rows of tables")
     parser.addoption("--seed", type=int, help="the seed of the samples, to repeat a run")
-    parser.addoption("--log", help="a file to add the counts of the harnesses to, a line of JSON a run")
+    parser.addoption("--log", help="append the counts of the harnesses to this file, a line of JSON for each run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,17 +89,17 @@ def dice(request: pytest.FixtureRequest) -> random.Random:
 
 @pytest.fixture
 def long(request: pytest.FixtureRequest) -> bool:
-    """Whether the long form is asked for."""
+    """Whether this run is the long form."""
     return request.config.getoption("--long")
 
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest, record_property):
-    """Counts what a harness saw; one that tried nothing has failed.
+    """Counts the results of a harness. A harness without trials has failed.
 
-    `trials` is what was tried. `acknowledged` checkpoints were said to be saved; `lost` ones of them are gone without
-    having been pruned; `invalid` ones are visible and not what was written. `leftovers` of a process that died were not
-    cleaned up by the next. `differing` runs ended otherwise than the one that nobody disturbed.
+    `acknowledged` checkpoints were reported as saved. `lost` checkpoints are acknowledged, not pruned, and gone.
+    `invalid` checkpoints are visible and differ from the written bytes. `leftovers` of a killed process were not
+    removed by the next process. `differing` runs ended otherwise than the undisturbed run.
     """
     counts = collections.Counter(trials=0, lost=0, invalid=0)
     yield counts
@@ -112,7 +112,7 @@ def tally(request: pytest.FixtureRequest, record_property):
 
 
 def counts_of(report: object) -> dict[str, object] | None:
-    """What a harness counted, or why it did not run; `None` for any other test."""
+    """The counts of a harness, or the reason why it did not run; `None` for any other test."""
     if not isinstance(report, pytest.TestReport) or not re.search("tests/(reliability|resume)/", report.nodeid):
         return None
     if report.skipped:
@@ -132,7 +132,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Prints a line for each harness, and writes one to the log."""
     if hasattr(config, "workerinput"):
-        return  # the process that started the workers tells of all
+        return  # the process that started the workers prints all counts
     reports = [report for category in terminalreporter.stats.values() for report in category]
     harnesses = {report.nodeid.rpartition("/")[2]: counts for report in reports if (counts := counts_of(report))}
     if not harnesses:

@@ -1,4 +1,4 @@
-"""Kills a process at any moment: at random, and by strace before each of its system calls."""
+"""Kills a process at random moments, and by strace before its system calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keras_ckpt.store.record import CheckpointRecord
 from reliability.oracle import verify
 from reliability.trainer import Acknowledge, Child, Job, at_random, train
 
-# Those with a question mark are not there on every processor.
+# Calls with a question mark do not exist on every processor.
 CHANGES = (
     "write,pwrite64,openat,?rename,?renameat,renameat2,?link,linkat,?unlink,unlinkat,?mkdir,mkdirat,?rmdir,fsync,fdatasync,"
     "ftruncate,flock"
@@ -27,7 +27,7 @@ Action = Callable[[Acknowledge, Job], None]
 
 
 def kill_at_random(job: Job, delay: float) -> collections.Counter[str]:
-    """Trains until so long after the first acknowledgement, and checks what the kill left."""
+    """Kills a training some time after the first acknowledgement, and checks the state that is left."""
     before = list(CheckpointDirectory(job.path))
     with Child(train, job, at_random()) as child:
         child.go_on(delay)
@@ -36,12 +36,12 @@ def kill_at_random(job: Job, delay: float) -> collections.Counter[str]:
 
 
 def save(acknowledge: Acknowledge, job: Job) -> None:
-    """The next two steps, each of which prunes."""
+    """Saves the next two steps, and prunes after each."""
     train(acknowledge, job, (1, 1))
 
 
 def save_again(acknowledge: Acknowledge, job: Job) -> None:
-    """The newest step two times more."""
+    """Saves the newest step two times more."""
     train(acknowledge, job, (0, 0))
 
 
@@ -61,14 +61,14 @@ def probe() -> None:
     """Raises where strace may not watch a process.
 
     Raises:
-        PermissionError: What strace says.
+        PermissionError: With the message of strace.
     """
     with Child(rest) as child, _strace(child):
         child.end()
 
 
 def fill(job: Job, steps: int) -> None:
-    """Saves steps and prunes none of them."""
+    """Saves steps, and prunes none."""
     writer = job.writer()
     writer.keep = None
     for step in range(1, steps + 1):
@@ -134,7 +134,7 @@ def _points(job: Job, action: Action, choice: Choice) -> Iterator[tuple[str, int
 
 
 def _calls(job: Job, action: Action) -> collections.Counter[str]:
-    """How often an action makes each of the system calls that change anything."""
+    """How often an action makes each system call that changes anything."""
     with tempfile.NamedTemporaryFile("r") as log:
         with Child(action, job) as child, _strace(child, "-o", log.name, "-e", f"trace={CHANGES}"):
             assert child.end() == 0
@@ -145,7 +145,7 @@ def _kill(job: Job, action: Action, call: str, number: int) -> tuple[bool, list[
     """Kills an action before it makes a system call for the n-th time.
 
     Returns:
-        Whether it made the call, and what it acknowledged.
+        Whether it made the call, and the checkpoints that it acknowledged.
     """
     inject = f"inject={call}:signal=SIGKILL:when={number}"
     with Child(action, job) as child, _strace(child, "-e", f"trace={call}", "-e", inject, "-o", os.devnull):

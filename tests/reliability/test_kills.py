@@ -1,4 +1,4 @@
-"""A process that is killed at any moment loses nothing that it acknowledged, and leaves nothing half done."""
+"""A process that is killed at any moment loses no acknowledged checkpoint, and leaves nothing half done."""
 
 import math
 import os
@@ -24,7 +24,7 @@ WORKLOADS = {
 
 @pytest.fixture
 def directory(tmp_path):
-    """A directory that is not there yet; in memory where that can be: a kill leaves alone what is not synced."""
+    """A missing directory, in memory where possible: a kill does not harm changes that are not synced."""
     memory = "/dev/shm"
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as path:
         yield f"{path}/run"
@@ -37,7 +37,7 @@ def sample(long: bool, dice: random.Random, every: int) -> kills.Choice:
 
 @pytest.fixture(scope="module")
 def plain_station():
-    """Where processes without TensorFlow are forked, and strace may watch them."""
+    """A station without TensorFlow, whose processes strace may watch."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     with station() as place:
@@ -50,7 +50,7 @@ def plain_station():
 
 @pytest.fixture(scope="module")
 def real_station():
-    """Where processes with TensorFlow are forked."""
+    """A station with TensorFlow."""
     with station(RealModel().prepare) as place:
         yield place
 
@@ -88,7 +88,7 @@ def test_a_kill_before_any_system_call_of_a_real_model(directory, tally, long, d
 
 @pytest.fixture(scope="module")
 def noise_station():
-    """Where processes without TensorFlow are forked; strace need not watch them."""
+    """A station without TensorFlow; strace is not needed."""
     with station() as place:
         yield place
 

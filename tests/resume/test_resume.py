@@ -1,4 +1,4 @@
-"""A run that is killed and begun again ends, to the bit, where the run ends that nobody disturbs."""
+"""A run that is killed and resumed ends with the same bits as an undisturbed run."""
 
 import signal
 
@@ -9,14 +9,14 @@ from resume import script, trials
 
 @pytest.fixture(scope="module")
 def station():
-    """The process from which those are forked that train; it has TensorFlow loaded."""
+    """The process from which trainings are forked. It has TensorFlow loaded."""
     with trials.prepared() as executor:
         yield executor
 
 
 @pytest.fixture(scope="module")
 def whole(station):
-    """What each undisturbed run ends with."""
+    """The digests of each undisturbed run."""
     results = {}
 
     def of(name: str) -> dict[str, str]:
@@ -44,8 +44,8 @@ def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, 
         different = differing(found, whole(name))
         tally.update(trials=1, differing=bool(different))
         assert not different, (at, place)
-        # The first backup is begun when the first batch has ended, and is on disk a moment later: within a second, so a
-        # machine that does much else does a few batches more.
+        # The first backup begins at the end of the first batch, and is on disk within a second. A loaded machine may
+        # train a few batches meanwhile.
         assert resumes or at < 10 or (at < 20 and seconds < 1), (at, place, seconds)
 
 

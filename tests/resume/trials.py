@@ -1,4 +1,4 @@
-"""Processes that run the script, and are killed or asked to end; in a station, from which they are forked."""
+"""Processes that run the script and are killed or interrupted. They are forked from a station."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _forks = multiprocessing.get_context("fork")
 
 
 def prepared():
-    """A station that has loaded TensorFlow."""
+    """A station that has TensorFlow loaded."""
     return station(script.prepare)
 
 
@@ -33,13 +33,13 @@ class Process:
         path: Where the run is.
         seed: The seed of the process, if it resumes. A process that finds no backup has seed 0, as the script has.
         place: Where in the list of callbacks the backup stands.
-        kill_at: The batch at which it is killed, 0 for none.
+        kill_at: The batch at which the process is killed, 0 for none.
 
     Attributes:
-        resumes: Whether it finds a backup.
-        trained: How many batches it has told of.
-        seconds: How long it has lived since the end of its first batch.
-        result: What the run ends with, once it has.
+        resumes: Whether the process finds a backup.
+        trained: The number of batches that the process has reported.
+        seconds: The time since the end of its first batch.
+        result: The digests of the end of the run, once it has ended.
     """
 
     def __init__(self, name: str, path: str, seed: int, place: int = 0, kill_at: int = 0) -> None:
@@ -55,7 +55,7 @@ class Process:
         self._first: float | None = None
 
     def listen(self, until: Callable[[str], bool] = lambda what: False, seconds: float | None = None) -> None:
-        """Hears what happens, to the end of the process, of the time, or until something."""
+        """Receives reports until the process ends, the time is over, or a report is the awaited report."""
         end = None if seconds is None else time.monotonic() + seconds
         try:
             while self._ours.poll(None if end is None else max(0, end - time.monotonic())):
@@ -75,7 +75,7 @@ class Process:
         os.kill(self._process.pid, number)
 
     def end(self) -> int:
-        """Waits for the end, and gives the exit code."""
+        """Waits for the end, and returns the exit code."""
         self.listen()
         self._process.join()
         return self._process.exitcode
@@ -91,7 +91,7 @@ def _run(theirs: Connection, name: str, path: str, seed: int, place: int, kill_a
         if kill_at and trained == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    # A shell that runs something in the background lets it ignore this one.
+    # A shell starts a background process with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         theirs.send(("result", script.run(name, path, seed, place, tell)))
@@ -103,16 +103,17 @@ def _run(theirs: Connection, name: str, path: str, seed: int, place: int, kill_a
 
 
 def whole(name: str) -> dict[str, str]:
-    """What the run ends with that nobody disturbs."""
+    """The digests of an undisturbed run."""
     with tempfile.TemporaryDirectory() as path:
         return _finished(Process(name, path, 0))
 
 
 def killed(name: str, at: int, place: int) -> tuple[dict[str, str], bool, float]:
-    """What a run ends with that was killed at the end of a batch of its first process, and begun again.
+    """Kills a run at the end of a batch, and resumes it in a second process.
 
     Returns:
-        That, whether the second process found a backup, and the seconds from the end of the first batch to the kill.
+        The digests of the resumed run, whether the second process found a backup, and the seconds from the end of the
+        first batch to the kill.
     """
     with tempfile.TemporaryDirectory() as path:
         first = Process(name, path, 0, place, at)
@@ -122,7 +123,7 @@ def killed(name: str, at: int, place: int) -> tuple[dict[str, str], bool, float]
 
 
 def killed_often(name: str, times: int, seed: int) -> dict[str, str]:
-    """What a run ends with that was killed at random moments, one after another, and begun again each time."""
+    """The digests of a run that is killed at random moments, several times, and resumed each time."""
     moments = random.Random(seed)
     with tempfile.TemporaryDirectory() as path:
         for number in range(times):
@@ -138,10 +139,11 @@ def killed_often(name: str, times: int, seed: int) -> dict[str, str]:
 
 
 def signalled(name: str, number: int, seed: int) -> tuple[dict[str, str], int, bool]:
-    """What a run ends with that was asked to end at a random moment, and begun again.
+    """Sends a signal to a run at a random moment, and resumes the run.
 
     Returns:
-        That, the exit code of the process that was asked, and whether its backup has all that it had trained.
+        The digests of the resumed run, the exit code of the first process, and whether the backup of the first process
+        has all batches that it trained.
     """
     moments = random.Random(seed)
     with tempfile.TemporaryDirectory() as path:
