@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-import google_crc32c
+from crc32c import crc32c
 
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.store import layout
@@ -177,7 +177,7 @@ def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
     if index[end]:
         raise DamagedCheckpointError("has a compressed block, which TensorFlow does not write")
     checksum = int.from_bytes(index[end + 1 : end + _BLOCK_TRAILER], "little")
-    if checksum != masked(google_crc32c.value(index[offset : end + 1])):
+    if checksum != masked(crc32c(index[offset : end + 1])):
         raise DamagedCheckpointError(f"has a block of {size} bytes at {offset} with a bad checksum")
     count = int.from_bytes(index[end - 4 : end], "little")
     limit = end - 4 - 4 * count

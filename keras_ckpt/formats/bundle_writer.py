@@ -6,17 +6,16 @@ It is the format that `bundle` reads: one data file with the bytes of all values
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import mmap
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import google_crc32c
 import msgspec
 import numpy as np
+from crc32c import crc32c
 
 from keras_ckpt.formats.bundle_index import KEY_LIMIT, Entry, Slice, masked
 from keras_ckpt.store import layout
@@ -27,7 +26,6 @@ from keras_ckpt.store.streams import PORTION, NewFile
 STRING = 7
 """The number of the type of strings in TensorFlow's `DataType`."""
 _PIECE = 1 << 20
-_MANY = 1 << 16
 _BLOCK = 1 << 16
 _MAGIC = bytes.fromhex("57fb808b247547db")
 
@@ -80,37 +78,16 @@ def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
     """Strings: first all lengths, then a checksum of these, then the strings."""
     lengths = b"".join(struct.pack("<I" if len(text) < 1 << 32 else "<Q", len(text)) for text in texts)
     # The checksums are of the lengths as numbers of a fixed size, in whose place the file has shorter ones.
-    sealed = struct.pack("<I", masked(google_crc32c.value(lengths)))
+    sealed = struct.pack("<I", masked(crc32c(lengths)))
     content = b"".join(texts)
     data = b"".join([*(_varint(len(text)) for text in texts), sealed, content])
-    checksum = google_crc32c.extend(google_crc32c.value(lengths + sealed), content)
+    checksum = crc32c(content, crc32c(lengths + sealed))
     return Value(STRING, shape, np.frombuffer(data, np.uint8), masked(checksum))
 
 
 def checksum_of(data: np.ndarray) -> int:
     """The checksum that the entry of a value with these bytes has."""
-    return masked(extended(0, data))
-
-
-def extended(checksum: int, data: np.ndarray) -> int:
-    """The checksum, not masked yet, of what had this one and of more bytes. Of many, other threads go on meanwhile."""
-    if _extend is None or len(data) < _MANY:
-        return int(google_crc32c.extend(checksum, data))
-    return int(_extend(checksum, data.__array_interface__["data"][0], len(data)))
-
-
-def _free_extend() -> Any:
-    """The function of Google's library itself, if it is found; in its Python module, other threads stand still."""
-    try:
-        function = ctypes.CDLL(google_crc32c._crc32c.__file__).crc32c_extend  # noqa: SLF001
-    except (AttributeError, OSError):
-        return None
-    function.argtypes = (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t)
-    function.restype = ctypes.c_uint32
-    return function
-
-
-_extend = _free_extend()
+    return masked(crc32c(data.data))
 
 
 def write_bundle(
@@ -215,7 +192,7 @@ def _write_run(file: NewFile, run: _Run, shard: int) -> dict[bytes, Entry]:
         at = begin
         checksum = 0
         for piece in _pieces(value.data):
-            checksum = extended(checksum, piece)
+            checksum = crc32c(piece.data, checksum)
             at += len(piece)
             # Soon, so that it is in the caches of the processor still.
             if ready := (at - written) // PORTION * PORTION:
@@ -296,7 +273,7 @@ def _appended(file: bytearray, block: bytes) -> bytes:
     """Appends a block with its checksum; its offset and its size as the index has them."""
     place = _varint(len(file)) + _varint(len(block))
     sealed = block + b"\0"
-    file += sealed + struct.pack("<I", masked(google_crc32c.value(sealed)))
+    file += sealed + struct.pack("<I", masked(crc32c(sealed)))
     return place
 
 

@@ -10,12 +10,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
+from crc32c import crc32c
 
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats.bundle_index import Entry, Index, masked, slice_key
-from keras_ckpt.formats.bundle_writer import extended
 from keras_ckpt.model.snapshot import array_of
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import refuse_changed
@@ -142,7 +141,7 @@ def _read_together(files: Folder, targets: Sequence[_Target]) -> None:
                 for at in range(0, len(target.memory), _PIECE):
                     piece = target.memory[at : at + _PIECE]
                     opened.read_into([piece], target.offset + at)
-                    checksum = extended(checksum, np.frombuffer(piece, np.uint8))
+                    checksum = crc32c(piece, checksum)
                 if masked(checksum) != target.checksum:
                     raise DamagedCheckpointError(
                         f"{file} was changed after it was written: a checksum in it does not match, of "
