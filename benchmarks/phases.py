@@ -21,7 +21,8 @@ import savers
 import keras_ckpt as kc
 import models
 from keras_ckpt.formats import sharing
-from keras_ckpt.model import bundle_reader, checkpoint_reader, model_state, naming, snapshot, transfer
+from keras_ckpt.model import checkpoint_reader, model_state, naming, snapshot, transfer
+from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.resume import backed_up_fit
 from keras_ckpt.store import background, writer
 from keras_ckpt.training import session
@@ -34,7 +35,7 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     ],
     "callback: the states of others, and random numbers": [(backed_up_fit.Training, "_now")],
     "callback: is the model as it was (beside the next)": [(model_state._Plan, "holds")],
-    "callback: one operation reads all variables": [(snapshot._Call, "run")],
+    "callback: one operation reads all variables": [(backend._Call, "run")],
     "callback: the rest of the snapshot": [(model_state.ModelState, "snapshot")],
     "copies": [(snapshot.Snapshot, "detach"), (snapshot.Snapshot, "move")],
     "what the directory holds, what to keep": [
@@ -50,9 +51,9 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     "restore: the index": [(checkpoint_reader, "read_index")],
     "restore: the model's names": [(naming, "named_variables"), (naming, "build_optimizers")],
     "restore: do the names and shapes fit": [(transfer._Transfer, "_match"), (transfer._Transfer, "_judge")],
-    "restore: memory for the values": [(bundle_reader, "_empty"), (bundle_reader, "_memory_of")],
+    "restore: memory for the values": [(backend, "allocate")],
     "restore: reading, digests and checksums": [(checkpoint_reader, "read_values")],
-    "restore: assigning": [(transfer, "_assign"), (transfer, "is_finite")],
+    "restore: assigning": [(backend, "assign"), (backend, "is_finite")],
 }
 """What is watched, by the phase that it is."""
 SAVES = 24

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from keras_ckpt.errors import MonitorError as MonitorError
     from keras_ckpt.errors import PlanError as PlanError
     from keras_ckpt.errors import SaveError as SaveError
+    from keras_ckpt.formats.variables import Variables as Variables
+    from keras_ckpt.formats.variables import load_variables as load_variables
     from keras_ckpt.model.report import RestoreReport as RestoreReport
     from keras_ckpt.model.restoring import restore as restore
     from keras_ckpt.resume.backup_and_restore import BackupAndRestore as BackupAndRestore
@@ -63,6 +65,7 @@ _HOMES = {
     "training.model_checkpoint": ("ModelCheckpoint",),
     "store.policies": ("BestN", "EveryNEpochs", "EveryNHours", "EveryNSteps", "LatestN", "PreservationPolicy"),
     "store.record": ("CheckpointRecord",),
+    "formats.variables": ("Variables", "load_variables"),
     "model.report": ("RestoreReport",),
     "model.restoring": ("restore",),
 }

@@ -12,9 +12,10 @@ import pytest
 import tensorflow as tf
 
 from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.formats import bundle_reader
 from keras_ckpt.formats.bundle_index import read_index
-from keras_ckpt.model import bundle_reader
-from keras_ckpt.model.bundle_reader import read_values
+from keras_ckpt.formats.bundle_reader import read_values
+from keras_ckpt.model.tensorflow import allocate, tensor_of
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.streams import PORTION
@@ -35,8 +36,8 @@ def read(path: pathlib.Path, names: list[str], digested: list[str] = (), name: s
     """Reads values, and compares the digests of some files with what they are at this moment."""
     with Folder(path) as folder:
         files = [CheckpointFile(file, *folder.digest(file)) for file in digested]
-        found = read_values(folder, name, read_index(folder, name), [each.encode() for each in names], files)
-    return {key.decode(): tensor for key, tensor in found.items()}
+        found = read_values(folder, read_index(folder, name), [each.encode() for each in names], allocate, files)
+    return {key.decode(): tensor_of(value) for key, value in found.items()}
 
 
 def same(found: dict[str, tf.Tensor], expected: dict[str, tf.Tensor]) -> bool:
@@ -47,13 +48,49 @@ def same(found: dict[str, tf.Tensor], expected: dict[str, tf.Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0, 3), (3, 4, 5)], ids=str)
 def test_what_tensorflow_writes_is_read_as_it_was(tmp_path, dtype, shape) -> None:
-    """Bit for bit, of every type; types of which TensorFlow gives no memory are read by itself."""
+    """Bit for bit, of every type."""
     raw = RNG.integers(0, 2 if dtype == tf.bool else 8, int(np.prod(shape)), np.uint8)
     between = tf.int8 if dtype.name.endswith("int4") else tf.float32
     tensors = {"x": tf.cast(tf.cast(tf.reshape(tf.constant(raw), shape), between), dtype)}
     native(tmp_path, tensors)
 
     assert same(read(tmp_path, ["x"], name="native-1"), tensors)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (4,), (2, 0), (2, 2)], ids=str)
+def test_strings_that_tensorflow_writes_are_read_as_they_were(tmp_path, shape) -> None:
+    """Empty, long, and with bytes that are no text."""
+    words = np.array([b"", b"x" * 70_000, b"\0\xff\0", "ü".encode()][: int(np.prod(shape))], object)
+    tensors = {"x": tf.constant(words.reshape(shape))} if words.size else {"x": tf.zeros(shape, tf.string)}
+    native(tmp_path, tensors)
+
+    assert same(read(tmp_path, ["x"], name="native-1"), tensors)
+
+
+def test_strings_in_parts_are_read_whole(tmp_path) -> None:
+    whole = np.array([[b"a", b"bb"], [b"", b"dddd"]], object)
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "ckpt-1"),
+        tensor_names=["x", "x"],
+        shape_and_slices=["2 2 -:0,1", "2 2 -:1,1"],
+        tensors=np.split(whole, 2, 1),
+    )
+
+    assert same(read(tmp_path, ["x"]), {"x": tf.constant(whole)})
+
+
+@pytest.mark.parametrize("place", [0, 2, 8, -1])
+def test_a_changed_string_is_refused(tmp_path, place) -> None:
+    """A length, the checksum of the lengths, or a byte of a string."""
+    data, _ = write(tmp_path, {"x": tf.constant(["some", "words"])})
+    with Folder(tmp_path) as folder:
+        index = read_index(folder, "ckpt-1")
+    whole = bytearray((tmp_path / data).read_bytes())
+    whole[place] ^= 1
+    (tmp_path / data).write_bytes(whole)
+
+    with Folder(tmp_path) as folder, pytest.raises(DamagedCheckpointError, match="checksum of its strings"):
+        read_values(folder, index, [b"x"], allocate)
 
 
 @pytest.mark.parametrize("writes", [write, write_pages])
@@ -81,7 +118,7 @@ def test_many_little_values_are_read(tmp_path) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("rest", ["-", "0,6"])
 def test_values_in_parts_are_read_whole(tmp_path, axis, rest) -> None:
-    """Ranges of rows are put into their places, other parts are left to TensorFlow."""
+    """Ranges of rows are read into their places, other parts are copied."""
     whole = RNG.random((6, 6), np.float32)
     places = ["0,2", "2,4"]
     tf.raw_ops.SaveV2(
@@ -103,7 +140,7 @@ def test_parts_that_leave_rows_out_are_refused(tmp_path) -> None:
         tensors=[tf.ones((2, 2)), tf.ones((2, 2))],
     )
 
-    with pytest.raises(tf.errors.OpError):
+    with pytest.raises(DamagedCheckpointError, match="parts that overlap"):
         read(tmp_path, ["x"])
 
 
@@ -140,7 +177,7 @@ class TestDamage:
             file.write(bytes([byte]))
 
         with Folder(tmp_path) as folder, pytest.raises(DamagedCheckpointError, match="was changed after it was"):
-            read_values(folder, "ckpt-1", index, [name.encode() for name in tensors], digested)
+            read_values(folder, index, [name.encode() for name in tensors], allocate, digested)
 
     def test_what_lies_between_the_values(self, tmp_path) -> None:
         """The digest is of all bytes, also of those that nobody reads."""
@@ -153,7 +190,7 @@ class TestDamage:
 
         assert read(tmp_path, ["a", "b"])
         with Folder(tmp_path) as folder, pytest.raises(DamagedCheckpointError, match="its digest does not match"):
-            read_values(folder, "ckpt-1", index, [b"a"], [file])
+            read_values(folder, index, [b"a"], allocate, [file])
 
     @pytest.mark.parametrize("checked", ["by digests", "by checksums"])
     def test_a_file_that_was_cut_since_its_index_was_read(self, tmp_path, tensors, checked) -> None:
@@ -170,7 +207,7 @@ class TestDamage:
             Folder(tmp_path) as folder,
             pytest.raises((DamagedCheckpointError, OSError), match=r"bytes, .*|it ends at"),
         ):
-            read_values(folder, "ckpt-1", index, [name.encode() for name in tensors], digested)
+            read_values(folder, index, [name.encode() for name in tensors], allocate, digested)
 
         assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (opened, threads)
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_ckpt.formats import bundle_writer
 from keras_ckpt.formats.bundle_index import read_index
-from keras_ckpt.model.snapshot import Reader, Snapshot
+from keras_ckpt.formats.bundle_writer import array_value, write_bundle
 from keras_ckpt.store import streams
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.streams import PORTION
@@ -106,7 +106,7 @@ def test_a_name_that_nobody_would_read_is_refused(tmp_path) -> None:
     write(tmp_path, {longest: tf.constant(1.0)})
 
     with Folder(tmp_path) as folder, pytest.raises(ValueError, match="a name of 4097 bytes, at most 4096 are read"):
-        Snapshot(Reader({}), {longer: tf.constant(1.0)})(folder, "ckpt-2")
+        write_bundle(folder, "ckpt-2", [{longer.encode(): array_value(np.ones(1))}])
 
 
 @pytest.mark.parametrize("writes", [write, write_pages])

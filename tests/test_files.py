@@ -8,7 +8,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 
 import pytest
@@ -187,14 +186,19 @@ def test_a_path_for_tensorflow_leads_to_the_directory(tmp_path, name) -> None:
     assert not set(path) & set("*?[\\")
 
 
-def test_files_are_held_where_there_is_room_for_links(tmp_path, monkeypatch) -> None:
-    """Without a directory for temporary files they are read where they are, and nothing is left open."""
+def test_held_files_are_those_of_before(tmp_path) -> None:
+    """They can be read after others removed or replaced them, and none stays open."""
     (tmp_path / "a").write_bytes(b"1")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    (tmp_path / "b").write_bytes(b"2")
     before = os.listdir("/proc/self/fd")
 
-    with Folder(tmp_path) as folder, folder.held(["a"]) as held:
-        assert held is folder
+    with Folder(tmp_path) as folder, folder.held(["a", "b"]) as held:
+        folder.remove("a")
+        (tmp_path / "new").write_bytes(b"3")
+        (tmp_path / "new").rename(tmp_path / "b")
+        assert [held.read(name, 1) for name in "abab"] == [b"1", b"2", b"1", b"2"]
+        with pytest.raises(FileNotFoundError):
+            held.read("new", 1)
 
     assert set(os.listdir("/proc/self/fd")) <= set(before)
 

@@ -17,6 +17,7 @@ import keras_ckpt as kc
 from keras_ckpt.formats import description
 from keras_ckpt.model.model_state import ModelState
 from support import zoo
+from support.models import save
 
 DATA = np.random.default_rng(0).normal(5, 3, (32, 4)).astype("float32")
 registered = keras.saving.register_keras_serializable("tests")
@@ -526,8 +527,9 @@ def test_a_description_of_a_newer_format_is_refused(tmp_path) -> None:
 
 def older(path: pathlib.Path, model: keras.Model) -> str:
     """A checkpoint of a model as an older version of this package wrote it, without a description."""
-    prefix = ModelState(model).write(str(path / "older"))
-    values = {key: value for key, value in entries(prefix).items() if not key.startswith(description.KEY)}
+    prefix = str(path / "older")
+    found = entries(save(model, path / "run").prefix)
+    values = {key: value for key, value in found.items() if not key.startswith(description.KEY)}
     write(prefix, values)
     return prefix
 

@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import keras_ckpt as kc
+from keras_ckpt.formats.bundle_writer import array_value, write_bundle
+from keras_ckpt.store.files import Folder
 
 PACKAGE = pathlib.Path(kc.__file__).parent
 ROOMS = ["errors", "version", "store", "formats", "model", "training", "resume"]
@@ -121,6 +124,23 @@ def test_no_import_leads_back() -> None:
     }
 
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_loading_variables_loads_no_framework(tmp_path) -> None:
+    """A value is an array of NumPy."""
+    with Folder(tmp_path) as folder:
+        write_bundle(folder, "ckpt-1", [{b"value": array_value(np.ones(3))}])
+    code = f"import keras_ckpt as kc\nassert kc.load_variables({str(tmp_path)!r})['value'].sum() == 3"
+
+    assert not imported(code) & {"tensorflow", "keras", "jax", "torch", "h5py"}
+
+
+def test_only_one_module_of_the_model_imports_tensorflow() -> None:
+    """A module for another backend can stand beside it."""
+    below = [path for room in ROOMS[: ROOMS.index("training")] for path in modules(room)]
+    importing = {path for path in below if any(name.split(".")[0] == "tensorflow" for name in imports(path))}
+
+    assert importing == {PACKAGE / "model" / "tensorflow.py"}
 
 
 @pytest.mark.parametrize("room", ["store", "formats"])

@@ -10,13 +10,11 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.model import checkpoint_reader
-from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.position import position_of
 from keras_ckpt.store import record as sidecars
-from keras_ckpt.store.writer import SaveRequest, Writer
 from support import zoo
-from support.models import X, Y, dense_model, fit, same, values
+from support.models import X, Y, dense_model, fit, same, save, values
 from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
 
 
@@ -127,8 +125,7 @@ def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
                 variable.dtype if isinstance(variable.dtype, str) else "float32"
             )
         )
-    writer = kc.CheckpointManager(ModelState(model), tmp_path)
-    writer.save()
+    save(model, tmp_path)
 
     kc.restore(other, tmp_path)
 
@@ -418,7 +415,7 @@ def test_the_report_fits_on_a_screen(tmp_path) -> None:
         return model
 
     model = build("a")
-    kc.CheckpointManager(ModelState(model), tmp_path).save()
+    save(model, tmp_path)
 
     with pytest.warns(UserWarning, match="Left as they were") as caught:
         report = kc.restore(build("b"), tmp_path, strict=False)
@@ -685,7 +682,7 @@ def test_what_is_about_to_be_removed_is_not_restored_unchecked(runs, model) -> N
 def test_a_record_of_what_was_saved_anew_since_is_refused(runs, model) -> None:
     """Another checkpoint is no answer to a question for this one."""
     record = runs.latest()
-    Writer(runs).save(SaveRequest(step=record.step, run_id=record.run_id), ModelState(model).snapshot())
+    save(model, runs.path, step=record.step, run_id=record.run_id)
 
     with pytest.raises(kc.CheckpointNotFoundError, match="was saved anew"):
         kc.restore(dense_model(), record)
@@ -729,7 +726,7 @@ def test_weights_of_any_type_come_back(tmp_path, dtype) -> None:
 
     model, other = (keras.Sequential([keras.Input((4,)), Scaled()]) for _ in range(2))
     model.layers[0].scale.assign(tf.cast([1.0, 2.0, 3.0], dtype))
-    kc.CheckpointManager(ModelState(model), tmp_path).save()
+    save(model, tmp_path)
 
     kc.restore(other, tmp_path)
 
@@ -747,7 +744,7 @@ def test_a_great_model_comes_back_bit_for_bit(tmp_path, bias) -> None:
     model, other = build(), build()
     for index, variable in enumerate(model.variables):
         variable.assign(keras.random.normal(variable.shape, seed=index))
-    kc.CheckpointManager(ModelState(model), tmp_path).save()
+    save(model, tmp_path)
 
     report = kc.restore(other, tmp_path)
 

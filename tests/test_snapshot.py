@@ -16,7 +16,8 @@ from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.bundle_writer import Value
 from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.model_state import ModelState
-from keras_ckpt.model.snapshot import Reader, Snapshot, array_of
+from keras_ckpt.model.snapshot import Snapshot
+from keras_ckpt.model.tensorflow import Reader, array_of
 from support.bundles import NUMBERS
 
 BATCHES = 24
@@ -157,7 +158,7 @@ class TestDetached:
 
     def test_is_of_its_moment(self) -> None:
         arena, variables = Arena(), self.variables()
-        taken = Snapshot(Reader(variables), {"other": tf.ones(2)})
+        taken = Snapshot(Reader(variables), {"other": np.ones(2, np.float32)})
         before = {key: variable.numpy().tobytes() for key, variable in variables.items()}
 
         taken.detach(arena, change=True)

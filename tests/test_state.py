@@ -9,7 +9,7 @@ from keras_ckpt.formats import description
 from keras_ckpt.model import object_graph
 from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX, ModelState
 from keras_ckpt.model.naming import named_variables
-from support.models import X, dense_model, fit
+from support.models import X, dense_model, fit, save
 
 
 def convolutional() -> keras.Model:
@@ -311,7 +311,7 @@ def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) ->
     """`tf.train.list_variables` shows them, and the values are the model's."""
     model = convolutional()
 
-    prefix = ModelState(model).write(tmp_path / "state")
+    prefix = save(model, tmp_path).prefix
 
     on_disk = dict(tf.train.list_variables(prefix))
     extra = {object_graph.KEY, description.KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
@@ -327,7 +327,7 @@ def test_tensorflow_restores_every_weight_and_slot(tmp_path, build, method) -> N
     model, other = build(), build()
     for index, variable in enumerate(model.weights):
         variable.assign(keras.ops.full(variable.shape, index + 1))
-    prefix = ModelState(model).write(tmp_path / "state")
+    prefix = save(model, tmp_path).prefix
 
     status = getattr(tf.train.Checkpoint(model=other), method)(prefix)
 
@@ -343,7 +343,7 @@ def test_tensorflow_restores_layers_that_are_built_later(tmp_path) -> None:
     """Its deferred restoration works too."""
     model = dense_model()
     fit(model)
-    prefix = ModelState(model).write(tmp_path / "state")
+    prefix = save(model, tmp_path).prefix
     other = keras.Sequential([keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
 
     tf.train.Checkpoint(model=other).restore(prefix).expect_partial()

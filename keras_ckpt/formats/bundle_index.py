@@ -18,14 +18,17 @@ import functools
 import itertools
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from crc32c import crc32c
 
 from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.formats.dtypes import ITEM_SIZES, STRING, VARIANT
 from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import refuse_changed
+from keras_ckpt.store.record import CheckpointFile
 
 _INDEX_LIMIT = 1 << 28
 _ENTRY_LIMIT = 1_000_000
@@ -36,17 +39,7 @@ _SHARD_LIMIT = 99_999  # as the name of a data file has five digits for it
 _FOOTER = 48
 _MAGIC = bytes.fromhex("57fb808b247547db")
 _BLOCK_TRAILER = 5  # a byte for the compression, which TensorFlow does not use, and four of checksum
-_CHECKSUM = 4
-
-_STRING, _VARIANT = 7, 21
-_ITEM_SIZES = {
-    **dict.fromkeys((4, 6, 10, 11, 12, *range(24, 34)), 1),
-    **dict.fromkeys((5, 14, 15, 16, 17, 19), 2),
-    **dict.fromkeys((1, 3, 13, 22), 4),
-    **dict.fromkeys((2, 8, 9, 23), 8),
-    18: 16,
-}
-"""The bytes of an element by the number of its type in TensorFlow's `DataType`."""
+CHECKSUM = 4
 
 # How a value of a Protocol Buffers message is written.
 _NUMBER, _BYTES = 0, 2
@@ -96,17 +89,21 @@ class Index(NamedTuple):
     variables: Set[str]
 
 
-def read_index(folder: Folder, name: str) -> Index:
+def read_index(folder: Folder, name: str, digested: Iterable[CheckpointFile] = ()) -> Index:
     """Reads the index of a checkpoint, and checks it, so that TensorFlow can read the checkpoint without a crash.
 
     Args:
         folder: The directory of the checkpoint.
         name: The checkpoint's name, `"ckpt-10"`.
+        digested: Files of the checkpoint. If the index is among them, its digest is compared.
 
     Raises:
         DamagedCheckpointError: It is no index, or what it says cannot be so.
     """
     try:
+        for file in digested:
+            if file.name == layout.index(name):
+                refuse_changed(file, *folder.digest(file.name))
         shards, entries = _decode(folder.read(layout.index(name), _INDEX_LIMIT))
         files = {entry.shard: layout.data(name, entry.shard, shards) for entry in entries.values() if not entry.slices}
         _check_places(entries, {shard: folder.size(file) for shard, file in files.items()})
@@ -160,8 +157,8 @@ def _table(index: bytes) -> list[tuple[bytes, bytes]]:
 
 def _place(data: bytes, at: int) -> tuple[tuple[int, int], int]:
     """The offset and the size of a block, and where the next thing begins."""
-    offset, at = _varint(data, at)
-    size, at = _varint(data, at)
+    offset, at = varint(data, at)
+    size, at = varint(data, at)
     return (offset, size), at
 
 
@@ -186,9 +183,9 @@ def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
     whole, key, at = set(), b"", offset
     while at < limit:
         began = at
-        shared, at = _varint(index, at)
-        rest, at = _varint(index, at)
-        length, at = _varint(index, at)
+        shared, at = varint(index, at)
+        rest, at = varint(index, at)
+        length, at = varint(index, at)
         middle = at + rest
         if shared > len(key) or middle + length > limit or shared + rest > KEY_LIMIT:
             raise DamagedCheckpointError(f"has an entry at {began} with a length that cannot be")
@@ -223,7 +220,7 @@ def _entry(message: bytes) -> Entry:
     slices = tuple(_slice(each, shape) for each in _messages(fields, 7))
     dtype, shard, offset, size = (_number(fields, number) for number in (1, 3, 4, 5))
     entry = Entry(dtype, shape, shard, offset, size, _fixed(fields, 6), slices)
-    if dtype not in _ITEM_SIZES and dtype not in (_STRING, _VARIANT):
+    if dtype not in ITEM_SIZES and dtype not in (STRING, VARIANT):
         raise DamagedCheckpointError(f"has a type, {dtype}, that no variable has")
     if offset < 0 or size < 0:
         raise DamagedCheckpointError(f"has {size} bytes at {offset}")
@@ -232,7 +229,7 @@ def _entry(message: bytes) -> Entry:
         covered = sum(math.prod(lengths(each, shape)) for each in slices)
         if covered != elements or offset or size or len(set(slices)) < len(slices):
             raise DamagedCheckpointError(f"has parts of {covered} elements in all, its shape is {shape}")
-    elif dtype in _ITEM_SIZES and elements * _ITEM_SIZES[dtype] != size:
+    elif dtype in ITEM_SIZES and elements * ITEM_SIZES[dtype] != size:
         raise DamagedCheckpointError(f"has {size} bytes, its shape is {shape}")
     return entry
 
@@ -285,7 +282,7 @@ def _check_places(entries: Mapping[bytes, Entry], sizes: Mapping[int, int]) -> N
 
 def _check_texts(folder: Folder, files: Mapping[int, str], entries: Mapping[bytes, Entry]) -> None:
     """The lengths of strings, which are in a data file, add up to what their entry says."""
-    sizes = {_STRING: _strings_size, _VARIANT: _variants_size}
+    sizes = {STRING: _strings_size, VARIANT: _variants_size}
     for key, entry in entries.items():
         if entry.dtype not in sizes or entry.slices:
             continue
@@ -305,17 +302,17 @@ def _strings_size(folder: Folder, file: str, entry: Entry, count: int) -> int:
     lengths = folder.read_range(file, entry.offset, min(entry.size, 10 * count))
     at = total = 0
     for _ in range(count):
-        length, at = _varint(lengths, at)
+        length, at = varint(lengths, at)
         total += length
-    return at + _CHECKSUM + total
+    return at + CHECKSUM + total
 
 
 def _variants_size(folder: Folder, file: str, entry: Entry, count: int) -> int:
     """The bytes of variants, such as the state of a dataset's iterator: each a length, a message, and a checksum."""
     size = 0
     for _ in range(count):
-        length, used = _varint(folder.read_range(file, entry.offset + size, 10), 0)
-        size += used + length + _CHECKSUM
+        length, used = varint(folder.read_range(file, entry.offset + size, 10), 0)
+        size += used + length + CHECKSUM
         if size > entry.size:
             break
     return size
@@ -369,13 +366,13 @@ def _fields(message: bytes) -> _Fields:
     fields: _Fields = {}
     at, end = 0, len(message)
     while at < end:
-        tag, at = _varint(message, at)
+        tag, at = varint(message, at)
         kind = tag & 7
         value: int | bytes | _Fixed | None = None
         if kind == _NUMBER:
-            value, at = _varint(message, at)
+            value, at = varint(message, at)
         elif kind == _BYTES:
-            length, begin = _varint(message, at)
+            length, begin = varint(message, at)
             at = begin + length
             value = message[begin:at]
         elif kind in _FIXED:
@@ -411,7 +408,7 @@ def _messages(fields: _Fields, field: int) -> list[bytes]:
     return values
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def varint(data: bytes, at: int) -> tuple[int, int]:
     """A number of seven bits a byte, and where the next thing begins."""
     if at < len(data) and data[at] < 128:  # most are
         return data[at], at + 1

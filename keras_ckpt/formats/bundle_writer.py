@@ -17,14 +17,14 @@ import msgspec
 import numpy as np
 from crc32c import crc32c
 
+from keras_ckpt.formats.arrays import number_of
 from keras_ckpt.formats.bundle_index import KEY_LIMIT, Entry, Slice, masked
+from keras_ckpt.formats.dtypes import STRING
 from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.streams import PORTION, NewFile
 
-STRING = 7
-"""The number of the type of strings in TensorFlow's `DataType`."""
 _PIECE = 1 << 20
 _BLOCK = 1 << 16
 _MAGIC = bytes.fromhex("57fb808b247547db")
@@ -72,6 +72,18 @@ class Linked(NamedTuple):
 def number_value(dtype: int, array: np.ndarray) -> Value:
     """Numbers, whose bytes are as in memory."""
     return Value(dtype, array.shape, array.reshape(-1).view(np.uint8))
+
+
+def array_value(array: np.ndarray) -> Value:
+    """Numbers, or strings in an array of `bytes`.
+
+    Raises:
+        TypeError: A checkpoint cannot hold arrays of that type.
+    """
+    number = number_of(array.dtype)
+    if number == STRING:
+        return string_value(array.reshape(-1).tolist(), array.shape)
+    return number_value(number, array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:

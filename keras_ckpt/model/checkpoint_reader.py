@@ -8,19 +8,21 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from blake3 import blake3
 
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError
-from keras_ckpt.formats import description
+from keras_ckpt.formats import arrays, description
 from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.formats.bundle_reader import read_values
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description
+from keras_ckpt.formats.dtypes import NAMES, STRING
+from keras_ckpt.formats.variables import names_in
 from keras_ckpt.model import model_state, naming, object_graph
-from keras_ckpt.model.bundle_reader import read_values
+from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.matching import Kind
 from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import refuse_changed, unreadable
+from keras_ckpt.store.listing import unreadable
 from keras_ckpt.store.record import CheckpointFile
 
 _LONGEST = 32
@@ -49,18 +51,13 @@ class Source:
         self._name = name
         self._digested = [file for file in digested if file.name != layout.index(name)]
         with what_fails_is_damaged():
-            for file in digested:
-                if file.name == layout.index(name):
-                    refuse_changed(file, *folder.digest(file.name))
-            self._index = read_index(folder, name)
+            self._index = read_index(folder, name, digested)
         listed = self._index.variables
         self.foreign = model_state.NAMES_KEY not in listed
         self.description: Description | None = None
         if description.KEY in listed:
             self.description = description.decode(self._text(description.KEY))
-        counter = f"save_counter{model_state.SUFFIX}"  # TensorFlow's own, no part of a model
-        keys = [key for key in listed if key.endswith(model_state.SUFFIX) and key != counter]
-        self._keys = {key.removesuffix(model_state.SUFFIX): key for key in keys}
+        self._keys = names_in(self._index)
         self._kinds: dict[str, Kind] = {}
 
     def kinds(self) -> Mapping[str, Kind]:
@@ -72,7 +69,7 @@ class Source:
     def build_optimizers(self, model: keras.Model, wanted: Mapping[str, Any]) -> None:
         """Builds the optimizers of a model as they were built here. What they raise is no damage."""
         built = None if self.description is None else self.description.optimizers
-        with model.distribute_strategy.scope():
+        with backend.scope(model):
             naming.build_optimizers(model, wanted, self._keys, built)
 
     def find(self, model: keras.Model) -> list[str]:
@@ -85,7 +82,7 @@ class Source:
         """
         with what_fails_is_damaged():
             graph = object_graph.ObjectGraph(self._text(object_graph.KEY))
-        with model.distribute_strategy.scope():
+        with backend.scope(model):
             found = graph.find(model, {key.decode(): entry.shape for key, entry in self._index.entries.items()})
         self._keys, self._kinds = {**found.keys, **found.unexpected}, {}
         if unknown := sorted(set(self._keys.values()) - self._index.variables):
@@ -94,49 +91,49 @@ class Source:
             )
         return found.strangers
 
-    def read(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
+    def read(self, names: Sequence[str]) -> dict[str, backend.Tensor]:
         """Reads variables, all before any is used, and checks what was to be checked."""
         keys = {name: self._keys[name].encode() for name in names}
         with what_fails_is_damaged():
-            values = read_values(self._folder, self._name, self._index, list(set(keys.values())), self._digested)
-        return {name: values[key] for name, key in keys.items()}
+            values = read_values(self._folder, self._index, set(keys.values()), backend.allocate, self._digested)
+        tensors = {key: backend.tensor_of(value) for key, value in values.items()}
+        return {name: tensors[key] for name, key in keys.items()}
 
     def read_learned(self) -> tuple[list[np.ndarray], list[bytes]]:
         """Reads the arrays and the assets of what the objects of the model learned, and checks them."""
         objects = () if self.description is None else self.description.objects.values()
         assets = {asset.index: asset for each in objects for asset in each.assets.values()}
-        arrays = {index for each in objects for index in each.values.values()}
-        if assets.keys() != set(range(len(assets))) or arrays != set(range(len(arrays))):
+        numbers = {index for each in objects for index in each.values.values()}
+        if assets.keys() != set(range(len(assets))) or numbers != set(range(len(numbers))):
             raise DamagedCheckpointError("its description of the model refers to what is not there")
         texts = [self._text(description.asset_key(index), assets[index]) for index in range(len(assets))]
-        keys = [description.value_key(index).encode() for index in range(len(arrays))]
+        keys = [description.value_key(index).encode() for index in range(len(numbers))]
         with what_fails_is_damaged():
-            values = read_values(self._folder, self._name, self._index, keys) if keys else {}
+            values = read_values(self._folder, self._index, keys, arrays.empty)
         return [_as_array(values[key]) for key in keys], texts
 
     def _kind(self, key: str) -> Kind:
         entry = self._index.entries[key.encode()]
-        return Kind(entry.shape, tf.as_dtype(entry.dtype).name)
+        return Kind(entry.shape, NAMES[entry.dtype])
 
     def _text(self, key: str, asset: Asset | None = None) -> bytes:
         """A string, which is compared with what is said of it. One that is too long is not read."""
         name = key.encode()
         with what_fails_is_damaged():
             entry = self._index.entries[name]
-            if entry.dtype != tf.string.as_datatype_enum or entry.shape:
+            if entry.dtype != STRING or entry.shape:
                 raise DamagedCheckpointError(f"{key} is no string")
             if entry.size > _LONGEST + (ASSET_LIMIT if asset is None else asset.size):
                 raise DamagedCheckpointError(f"{key} has {entry.size} bytes, which are too many")
-            text = bytes(read_values(self._folder, self._name, self._index, [name])[name].numpy())
+            text = bytes(read_values(self._folder, self._index, [name], arrays.empty)[name].item())
             if asset and (len(text), f"blake3:{blake3(text).hexdigest()}") != (asset.size, asset.digest):
                 raise DamagedCheckpointError(f"{key} is not what was written")
             return text
 
 
-def _as_array(tensor: tf.Tensor) -> np.ndarray:
-    array = tensor.numpy()
-    # Fixed strings are strings on disk, of which TensorFlow makes objects.
-    return np.array(array.tolist()) if tensor.dtype == tf.string else np.asarray(array)
+def _as_array(array: np.ndarray) -> np.ndarray:
+    """An array as it was saved: strings of a fixed size are read as objects."""
+    return np.array(array.tolist()) if array.dtype == object else array
 
 
 @contextlib.contextmanager
@@ -144,7 +141,7 @@ def what_fails_is_damaged() -> Iterator[None]:
     """Readers raise almost anything where a file is not what they expect. What the process lacks is no damage."""
     try:
         yield
-    except (CheckpointError, MemoryError, tf.errors.ResourceExhaustedError):
+    except (CheckpointError, MemoryError, backend.OutOfMemory):
         raise
     except OSError as error:
         raise unreadable(error) from error

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import keras
 import msgspec
 import numpy as np
-import tensorflow as tf
 from blake3 import blake3
 
 from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.formats.arrays import number_of
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description, Learned
+from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import unlock
 from keras_ckpt.model.matching import same_end, unsure
 from keras_ckpt.model.naming import named_objects
@@ -36,7 +37,7 @@ _METHODS = (
     "build_from_config",
     "adapt",
 )
-_VARIABLES = keras.Variable | tf.Variable
+_VARIABLES = keras.Variable | backend.Variable
 _LOOKUPS = keras.layers.StringLookup | keras.layers.IntegerLookup | keras.layers.TextVectorization
 _STEADY = (
     keras.layers.Normalization,
@@ -206,7 +207,7 @@ def _as_array(value: Any) -> np.ndarray:
     array = np.asarray(keras.ops.convert_to_numpy(value) if not isinstance(value, np.ndarray) else value)
     if array.dtype.kind in "OU":
         raise TypeError(f"a value of type {type(value).__name__} is no array of numbers")
-    tf.as_dtype(array.dtype)
+    number_of(array.dtype)
     return array
 
 

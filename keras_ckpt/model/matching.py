@@ -21,12 +21,14 @@ class Kind(NamedTuple):
 
     def takes(self, other: Kind) -> bool:
         """Whether a variable of this kind can have the value of another."""
-        if self.dtype != other.dtype:
-            return False
-        if self.shape is None or other.shape is None:
+        return self.dtype == other.dtype and self.fits(other.shape)
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether a variable of this kind can have a value of a shape."""
+        if self.shape is None or shape is None:
             return True
-        return len(self.shape) == len(other.shape) and all(
-            mine in (None, theirs) for mine, theirs in zip(self.shape, other.shape, strict=True)
+        return len(self.shape) == len(shape) and all(
+            mine in (None, theirs) for mine, theirs in zip(self.shape, shape, strict=True)
         )
 
     def __str__(self) -> str:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import operator
-import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import msgspec
-import tensorflow as tf
 
 from keras_ckpt.formats import description
 from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.threads import begin
+from keras_ckpt.formats.variables import COUNTER, SUFFIX
 from keras_ckpt.model import compiled, naming, object_graph, parts
+from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import layers_of, trained_by, value_of
 from keras_ckpt.model.learned import Learners, Taken
-from keras_ckpt.model.snapshot import Late, Reader, Snapshot
-from keras_ckpt.store.files import Folder
+from keras_ckpt.model.snapshot import Late, Snapshot
 from keras_ckpt.version import __version__
 
-SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
-"""What TensorFlow appends to a variable's name in a checkpoint."""
 NAMES_KEY = "_KERAS_CKPT_NAMES"
 """The key of a string that marks a checkpoint whose names are those of this module."""
 TRAINING_KEY = "_KERAS_CKPT_TRAINING"
@@ -34,22 +29,19 @@ TRAINING_KEY = "_KERAS_CKPT_TRAINING"
 _OVERHEAD = 1 << 10
 """About so many bytes of objects there are for each value of a snapshot."""
 
-# What TensorFlow tracks has a class of which no public name tells; it is below all that have one.
-_Tracked = tf.Module.__mro__[-2]
 _PARTS_OF_KERAS = keras.layers.Layer, keras.Variable
 
 
-class ModelState(tf.train.Checkpoint):
-    """A model's training state as a `tf.train.Checkpoint` whose files read like the model.
+class ModelState:
+    """A model's training state, as a checkpoint has it.
 
-    What it writes is a plain TensorFlow checkpoint: `tf.train.Checkpoint(model=model).restore(prefix)` restores every
+    The checkpoint is a plain TensorFlow checkpoint: `tf.train.Checkpoint(model=model).restore(prefix)` restores every
     weight and slot from it.
 
     Example:
 
     ```python
-    prefix = ModelState(model).write("runs/state")
-    tf.train.list_variables(prefix)
+    values = ModelState(model).snapshot().move(arena)
     ```
 
     Args:
@@ -66,9 +58,10 @@ class ModelState(tf.train.Checkpoint):
                 f"keras_ckpt saves models of Keras's TensorFlow backend. Received: {keras.backend.backend()}. "
                 "Set KERAS_BACKEND=tensorflow before Keras is imported."
             )
-        super().__init__(model=model)
+        self.model = model
+        self._root = backend.Root(model)
         self._weights_only = weights_only
-        self._cache = _Cache()
+        self._plan: _Plan | None = None
 
     def names(self) -> dict[str, Any]:
         """The variables that it writes, by name."""
@@ -77,39 +70,32 @@ class ModelState(tf.train.Checkpoint):
     @property
     def size(self) -> int:
         """The bytes of a snapshot, when the variables were looked at last; 0 before the first time."""
-        plan = self._cache.plan
+        plan = self._plan
         return sum(plan.sizes.values()) + _OVERHEAD * len(plan.sizes) if plan else 0
+
+    @property
+    def save_counter(self) -> Any:
+        """The variable in which TensorFlow counts saves."""
+        return self._root.save_counter
 
     def sizes(self) -> Mapping[bytes, int]:
         """The bytes of each variable, by its key in a snapshot."""
         return self._current_plan().sizes
 
-    def write(self, file_prefix: str | os.PathLike[str], options: Any = None) -> str:
-        """Writes the files of a checkpoint, durably, where there are none of that prefix.
-
-        Raises:
-            OSError: They cannot be written.
-        """
-        prefix = os.fspath(file_prefix)
-        path, name = os.path.split(prefix)
-        with Folder(path or ".") as folder:
-            self.snapshot()(folder, name)
-        return prefix
-
     def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
         """The values that the variables have now.
 
         Args:
-            others: More to write, by key; values that TensorFlow has a tensor for.
+            others: More to write, by key; arrays and texts.
             later: More to write: arrays that are known when the snapshot is moved.
         """
-        if (plan := self._cache.plan) is not None:
+        if (plan := self._plan) is not None:
             # While TensorFlow reads, other threads may run Python: one sees whether these are the right things to read.
             holds = begin(functools.partial(plan.holds, self.model))
             snapshot = plan.snapshot(others, later)
             if holds():
                 return snapshot
-        self._cache.plan = plan = self._new_plan()
+        self._plan = plan = self._new_plan()
         return plan.snapshot(others, later)
 
     def attributes(self) -> dict[str, Any]:
@@ -130,9 +116,9 @@ class ModelState(tf.train.Checkpoint):
         return [*untracked, *plan.learners.take().failed, *moved]
 
     def _current_plan(self) -> _Plan:
-        plan = self._cache.plan
+        plan = self._plan
         if plan is None or not plan.holds(self.model):
-            self._cache.plan = plan = self._new_plan()
+            self._plan = plan = self._new_plan()
         return plan
 
     def _new_plan(self) -> _Plan:
@@ -144,15 +130,15 @@ class ModelState(tf.train.Checkpoint):
         names = self.names()
         by_id = {id(variable): name for name, variable in names.items()}
         variables = {f"{name}{SUFFIX}": variable for name, variable in names.items()}
-        variables[f"save_counter{SUFFIX}"] = self.save_counter
-        graph = object_graph.written(self, {id(variable): key for key, variable in variables.items()})
+        variables[COUNTER] = self._root.save_counter
+        graph = self._root.graph({id(variable): key for key, variable in variables.items()})
         described = self._described(optimizers, by_id)
         texts = {object_graph.KEY: graph, NAMES_KEY: b"1", description.KEY: description.encode(described)}
         return _Plan(
             variables=[*variables.values()],
-            reader=Reader({key: value_of(variable) for key, variable in variables.items()}),
+            reader=backend.Reader({key: value_of(variable) for key, variable in variables.items()}),
             constants={key.encode(): string_value([text], ()) for key, text in texts.items()},
-            sizes={key.encode(): _size(variable) for key, variable in variables.items()},
+            sizes={key.encode(): backend.size_of(value_of(variable)) for key, variable in variables.items()},
             described=described,
             learners=Learners(model, by_id, self._weights_only),
             encoded=_Encoded(),
@@ -195,7 +181,7 @@ class _Plan(NamedTuple):
     """
 
     variables: Sequence[Any]
-    reader: Reader
+    reader: backend.Reader
     constants: Mapping[bytes, Value]
     sizes: Mapping[bytes, int]
     described: description.Description
@@ -239,12 +225,6 @@ class _Encoded:
         return self._constants
 
 
-class _Cache:
-    """Has the plan of a model state, which TensorFlow would track as a part of the checkpoint."""
-
-    plan: _Plan | None = None
-
-
 def _built(owners: Iterable[Any]) -> list[bool]:
     """Which optimizers are built. Some get no variable by that."""
     return [bool(getattr(each, "built", False)) for each in owners]
@@ -255,10 +235,10 @@ def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:
     layers = layers_of(model)
     attributes = [each for layer in layers for each in vars(layer).values()]
     # Asked once for each class, because TensorFlow's answer takes long.
-    kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, _Tracked)}
+    kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, backend.Tracked)}
     others = {kind for kind in kinds if not issubclass(kind, _PARTS_OF_KERAS)}  # which the model does not list
     found = [each for each in attributes if type(each) in others]
-    holders = [each for each in found if not isinstance(each, tf.Variable | keras.optimizers.Optimizer)]
+    holders = [each for each in found if not isinstance(each, backend.Variable | keras.optimizers.Optimizer)]
     found += [each for holder in holders for each in parts.tracked(holder).values()]
     found += parts.contents_of(layers)
     for owner in owners:
@@ -266,31 +246,11 @@ def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:
     return [*layers, *found, *model.variables, *parts.states_of(layers), *model.metrics_variables]
 
 
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Makes of TensorFlow's word for a full disk the `OSError` that it was."""
-    try:
-        yield
-    except tf.errors.ResourceExhaustedError as error:
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            if os.strerror(number) in str(error):
-                raise OSError(number, os.strerror(number)) from error
-        raise
-
-
-def _size(variable: Any) -> int:
-    """The bytes of a variable as it is now."""
-    elements = tf.TensorShape(variable.shape).num_elements()
-    if elements is None:
-        elements = tf.size(value_of(variable))
-    return int(elements) * int(tf.as_dtype(variable.dtype).size)
-
-
 def versions() -> dict[str, str]:
     """The versions of what a checkpoint is written with."""
     return {
         "keras_ckpt": __version__,
         "keras": keras.__version__,
-        "tensorflow": tf.__version__,
+        **backend.VERSIONS,
         "python": platform.python_version(),
     }

@@ -14,8 +14,8 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
+from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import layers_of, trained_by
 from keras_ckpt.model.parts import (
     inner_optimizers,
@@ -45,7 +45,7 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
     own = _within(model, layers, map(_segments, weights))
     paths = _numbered(own, _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
-    found += [(f"model/{path}", each) for path, each in below.items() if isinstance(each, tf.Variable)]
+    found += [(f"model/{path}", each) for path, each in below.items() if isinstance(each, backend.Variable)]
     if not weights_only:
         states = states_of(layers)
         paths_of_states = _numbered([_segments(variable)[-2:] for variable in states], _automatic_names(layers))

@@ -1,4 +1,4 @@
-"""TensorFlow's object graph of a checkpoint: written beside the names, and searched for a model.
+"""TensorFlow's object graph of a checkpoint, searched for a model.
 
 The graph says which object held which, by the names of attributes. `tf.train.Checkpoint` restores by it alone.
 """
@@ -10,19 +10,14 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
-import tensorflow as tf
-
-# The one module of TensorFlow outside its public names that is needed: the format of the object graph, which is
-# as stable as the checkpoints on everybody's disk.
-from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from keras_ckpt.errors import DamagedCheckpointError, MismatchError
+from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import layers_of, trained_by
 from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.parts import optimizers_of
 
 KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
-_VALUE = "VARIABLE_VALUE"
 
 
 class Found(NamedTuple):
@@ -53,27 +48,7 @@ class Comparison(NamedTuple):
     missing: list[str]
 
 
-def written(root: tf.train.Checkpoint, keys: Mapping[int, str]) -> bytes:
-    """The graph of a checkpoint.
-
-    Args:
-        root: The root of the graph.
-        keys: The keys of variables in the checkpoint, by their identities.
-    """
-    view = tf.train.TrackableView(root)
-    objects = view.descendants()
-    numbers = {id(each): number for number, each in enumerate(objects)}
-    graph = trackable_object_graph_pb2.TrackableObjectGraph()
-    for each in objects:
-        node = graph.nodes.add()
-        for name, child in view.children(each).items():
-            node.children.add(node_id=numbers[id(child)], local_name=name)
-        if id(each) in keys:
-            node.attributes.add(name=_VALUE, checkpoint_key=keys[id(each)], full_name=each.name)
-    return bytes(graph.SerializeToString())
-
-
-def hidden(root: tf.train.Checkpoint) -> list[str]:
+def hidden(root: Any) -> list[str]:
     """The places of weights of layers that TensorFlow does not see, as it does not see Keras's lists and dicts.
 
     A layer that is not built stands for the weights that it will have.
@@ -100,16 +75,12 @@ class ObjectGraph:
     """
 
     def __init__(self, data: bytes) -> None:
-        graph = trackable_object_graph_pb2.TrackableObjectGraph()
-        graph.ParseFromString(data)
-        self._children = [{child.local_name: child.node_id for child in node.children} for node in graph.nodes]
-        attributes = [[each for each in node.attributes if each.name == _VALUE] for node in graph.nodes]
-        self._keys = {number: found[0].checkpoint_key for number, found in enumerate(attributes) if found}
-        slots = [slot for node in graph.nodes for slot in node.slot_variables]
-        numbers = [number for children in self._children for number in children.values()]
-        numbers += [number for slot in slots for number in (slot.original_variable_node_id, slot.slot_variable_node_id)]
+        nodes = backend.nodes(data)
+        self._children = [node.children for node in nodes]
+        self._keys = {number: node.key for number, node in enumerate(nodes) if node.key is not None}
+        named = [number for node in nodes for number in (*node.children.values(), *node.slots)]
         # TensorFlow takes a number below zero for one from the end, and would restore another thing.
-        if not all(0 <= number < len(graph.nodes) for number in (0, *numbers)):
+        if not all(0 <= number < len(nodes) for number in (0, *named)):
             raise DamagedCheckpointError("its object graph is not whole: it names an object that it does not have")
 
     def find(self, model: keras.Model, shapes: Mapping[str, Any]) -> Found:
@@ -146,13 +117,13 @@ class ObjectGraph:
     def _best(self, model: keras.Model, shapes: Mapping[str, Any]) -> dict[int, Any]:
         """The objects of a model by the nodes of the object in the graph that fits it best."""
         objects = _Objects()
-        weights = {id(each): tf.TensorShape(each.shape) for each in named_variables(model, weights_only=True).values()}
+        weights = {id(each): backend.kind_of(each) for each in named_variables(model, weights_only=True).values()}
         found = []
         for node, place in self._candidates(objects.children(model)):
             pairs = self._pair(node, model, objects)
             paired = {number for number, each in pairs.items() if number in self._keys and id(each) in weights}
             shaped = [(number, weights[id(pairs[number])], shapes.get(self._keys[number])) for number in paired]
-            fitting = {number for number, shape, there in shaped if shape.is_compatible_with(there)}
+            fitting = {number for number, kind, there in shaped if there is None or kind.fits(there)}
             found.append(_Candidate(len(fitting), len(paired), fitting, place, pairs))
         best = max(found, key=_rank, default=_Candidate(0, 0, set(), "", {}))
         others = {each.place for each in found if each.fits == best.fits > 0 and not each.fitting & best.fitting}
@@ -164,7 +135,7 @@ class ObjectGraph:
             )
         return best.pairs
 
-    def compare(self, root: tf.train.Checkpoint) -> Comparison:
+    def compare(self, root: Any) -> Comparison:
         """Compares the graph with the objects that it is to be restored into, as TensorFlow pairs them.
 
         A variable is not unused while its object may still make it: while that is not built, or has no variable yet.
@@ -187,7 +158,7 @@ class ObjectGraph:
         missing = [
             place
             for number, (place, each) in places.items()
-            if isinstance(each, tf.Variable | keras.Variable) and number not in found
+            if isinstance(each, backend.Variable | keras.Variable) and number not in found
         ]
         return Comparison(unbuilt, unused, [*missing, *hidden(root)])
 
@@ -327,12 +298,12 @@ def _rank(candidate: _Candidate) -> tuple[int, bool, int]:
     return candidate.fits, candidate.place in _FIRST, candidate.paired
 
 
-def _may_make_more(each: Any, objects: _Objects, root: tf.train.Checkpoint) -> bool:
+def _may_make_more(each: Any, objects: _Objects, root: Any) -> bool:
     """Whether an object may make variables later."""
     if isinstance(each, keras.Layer | keras.optimizers.Optimizer):
         return not each.built
     below = [other for _, other in objects.places(each).values() if other is not root.save_counter]
-    return not any(isinstance(other, tf.Variable | keras.Variable) for other in below)
+    return not any(isinstance(other, backend.Variable | keras.Variable) for other in below)
 
 
 def _unbuilt_parts(each: Any) -> list[keras.Layer]:
@@ -355,7 +326,7 @@ class _Objects:
 
     def children(self, each: Any) -> Mapping[str, Any]:
         if id(each) not in self._children:
-            self._children[id(each)] = each, tf.train.TrackableView.children(each)
+            self._children[id(each)] = each, backend.children(each)
         return self._children[id(each)][1]
 
     def places(self, root: Any) -> dict[int, tuple[str, Any]]:

@@ -16,12 +16,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
+from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import layers_of, metrics_given
 
-_VARIABLES = keras.Variable | tf.Variable
-_TABLES = tf.lookup.experimental.MutableHashTable | tf.lookup.experimental.DenseHashTable
+_VARIABLES = keras.Variable | backend.Variable
 _CONTAINERS = (list, tuple, dict, collections.deque)
 _MOST = 100_000
 """A search looks at so many values at most."""
@@ -69,11 +68,11 @@ def tracked(root: Any) -> dict[str, Any]:
     seen = {id(root)}
     while queue:
         path, parent = queue.popleft()
-        for name, child in tf.train.TrackableView.children(parent).items():
+        for name, child in backend.children(parent).items():
             if id(child) not in seen:
                 seen.add(id(child))
                 found[f"{path}{name}"] = child
-                if not isinstance(child, keras.optimizers.Optimizer | tf.Variable):
+                if not isinstance(child, keras.optimizers.Optimizer | backend.Variable):
                     queue.append((f"{path}{name}/", child))
     return found
 
@@ -182,13 +181,13 @@ def untracked(model: keras.Model, known: Iterable[Any], owners: Mapping[str, Any
     tables = [
         (path, each)
         for path, each in below.items()
-        if isinstance(each, _TABLES) and _is_users_table(path, below, model)
+        if isinstance(each, backend.Table) and _is_users_table(path, below, model)
     ]
     attributes = [*_attributes(layers, below), *_users_objects(layers, below)]
     held = [(f"{place}/{name}", each) for place, owner in owners.items() for name, each in vars(owner).items()]
     attributes += [(path, each) for path, each in held if "/_self_" not in path]  # TensorFlow's own lists of the others
     for path, each in (*tables, *_search(attributes, _is_users_object)):
-        is_state = isinstance(each, _VARIABLES | keras.optimizers.Optimizer | _TABLES) or (
+        is_state = isinstance(each, _VARIABLES | keras.optimizers.Optimizer | backend.Table) or (
             isinstance(each, keras.Layer) and bool(each.variables)
         )
         state = each.state if isinstance(each, keras.random.SeedGenerator) else each
@@ -404,7 +403,7 @@ def _is_users_table(path: str, below: Mapping[str, Any], model: keras.Model) -> 
 
 def _is_users_object(value: Any) -> bool:
     """Whether the attributes of an object are a user's: its class is neither Python's nor a framework's."""
-    if isinstance(value, tf.Module):
+    if isinstance(value, backend.Module):
         return True  # TensorFlow tracks what it holds, but not in a list or a dict of Keras
     if _is_of_framework(type(value)) or not hasattr(value, "__dict__"):
         return False

@@ -2,88 +2,18 @@
 
 from __future__ import annotations
 
-import collections
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import tensorflow as tf
 
-# No public operation reads many variables in one call, and the calls are what a snapshot costs.
-from tensorflow.python.eager import context, execute
-
-from keras_ckpt.formats.arena import GREAT, Arena, Packed
-from keras_ckpt.formats.bundle_writer import STRING, Value, number_value, string_value, write_bundle
+from keras_ckpt.formats.arena import GREAT, Arena
+from keras_ckpt.formats.bundle_writer import Value, array_value, string_value
+from keras_ckpt.formats.dtypes import STRING
 from keras_ckpt.formats.threads import share_out
-from keras_ckpt.store.files import Folder
-from keras_ckpt.store.record import CheckpointFile
-
-_NO_NUMBERS = (tf.string, tf.resource, tf.variant)
-_LITTLE, _ASIDE = 1 << 16, 16 << 20
-"""Values of fewer bytes may be put aside, and so many bytes of them."""
-
-
-class Reader:
-    """Reads variables, those of a device in one call, again and again.
-
-    Args:
-        variables: By key.
-
-    Attributes:
-        variables: In the order in which they were given.
-        little: Where the values of the little ones are when they are put aside, one after another.
-    """
-
-    def __init__(self, variables: Mapping[str, tf.Variable]) -> None:
-        self.variables = [*variables.values()]
-        devices: dict[str, dict[str, tf.Variable]] = collections.defaultdict(dict)
-        self._distributed: dict[str, tf.Variable] = {}
-        for key, variable in variables.items():
-            if isinstance(variable, tf.distribute.DistributedValues):
-                self._distributed[key] = variable
-            else:
-                devices[variable.device][key] = variable
-        self._calls = [_Call(group) for group in devices.values()]
-        self.little = _little(variables)
-
-    def read(self) -> dict[str, tf.Tensor]:
-        """The values that they have now."""
-        values: dict[str, tf.Tensor] = {}
-        for call in self._calls:
-            values.update(zip(call.keys, call.run(), strict=True))
-        return values | {key: variable.read_value() for key, variable in self._distributed.items()}
-
-
-class _Call:
-    """One operation that reads many variables of a device."""
-
-    def __init__(self, variables: Mapping[str, tf.Variable]) -> None:
-        self.keys = tuple(variables)
-        self._handles = [each.handle for each in variables.values()]
-        types = [each.dtype.as_datatype_enum for each in variables.values()]
-        self._attributes = ("N", len(types), "dtypes", types)
-
-    def run(self) -> Sequence[tf.Tensor]:
-        found: Sequence[tf.Tensor] = execute.execute(
-            b"_ReadVariablesOp", len(self.keys), self._handles, self._attributes, context.context()
-        )
-        return found
-
-
-def _little(variables: Mapping[str, tf.Variable]) -> Mapping[str, Packed]:
-    """The variables with little values, as many as may be put aside."""
-    found, end = {}, 0
-    for key, variable in variables.items():
-        dtype, shape = variable.dtype, variable.shape
-        if dtype in _NO_NUMBERS or not shape.is_fully_defined():
-            continue
-        size = shape.num_elements() * dtype.size
-        if size < _LITTLE and end + size <= _ASIDE:
-            found[key] = Packed(key.encode(), dtype.as_datatype_enum, tuple(shape), end, size)
-            end += size
-    return found
+from keras_ckpt.model import tensorflow as backend
 
 
 class Late(Protocol):
@@ -103,10 +33,10 @@ class Late(Protocol):
 
 
 class Snapshot:
-    """The values that variables have now. They cost memory only where a variable changes while this is held.
+    """The present values of variables. They cost memory only where a variable changes while this is held.
 
-    TensorFlow gives no copy of a variable's value but the value itself, and copies it before it changes a variable
-    whose value somebody holds.
+    The backend gives no copy of a variable's value but the value itself, and copies the value before it changes a
+    variable whose value somebody holds.
 
     Example:
 
@@ -117,8 +47,8 @@ class Snapshot:
 
     Args:
         reader: Reads the variables.
-        others: More to write, by key: what TensorFlow has a tensor for.
-        constants: More, by key: what is encoded already.
+        others: More to write, by key: arrays and texts.
+        constants: More, by key: values that are encoded already.
         later: More, by key: arrays that are known when the snapshot is moved.
 
     Attributes:
@@ -128,19 +58,19 @@ class Snapshot:
 
     def __init__(
         self,
-        reader: Reader,
-        others: Mapping[str, Any],
+        reader: backend.Reader,
+        others: Mapping[str, np.ndarray | str],
         constants: Mapping[bytes, Value] = MappingProxyType({}),
         later: Late | None = None,
     ) -> None:
-        added = {key: tf.convert_to_tensor(each) for key, each in others.items()}
-        self.values = reader.read() | added
-        self._constants = constants
+        self.values = reader.read()
+        added = {key.encode(): _value(each) for key, each in others.items()}
+        self._constants = {**added, **constants}
         self._later = later
-        sizes = [each.shape.num_elements() * each.dtype.size for each in added.values()]
-        self.others_size = sum(sizes) + (later.size if later else 0)
+        self.others_size = sum(len(value.data) for value in added.values()) + (later.size if later else 0)
         self._names = [*self.values]
-        self._little = reader.little
+        self._small = reader.small
+        self._is_moved = False
         self._aside: io.BytesIO | None = None
         self._copies: dict[bytes, Value] = {}
 
@@ -153,11 +83,6 @@ class Snapshot:
     def is_copied(self) -> bool:
         """Whether the values are copies, which training does not change."""
         return self._aside is not None
-
-    def __call__(self, folder: Folder, name: str) -> tuple[CheckpointFile, ...]:
-        """Writes them as a TensorFlow checkpoint of that name, durably."""
-        values = self._encoded() | self._late()
-        return write_bundle(folder, name, [{key: values[key] for key in sorted(values)}])[0]
 
     def detach(self, arena: Arena, change: bool) -> None:
         """Copies the values at once, for training with XLA would have to copy before its next batch what is held.
@@ -182,39 +107,45 @@ class Snapshot:
         Returns:
             The values as they are written, by key.
         """
-        if not self._names:
-            raise RuntimeError("A snapshot is saved once: what was copied of it may be another one's by now.")
+        if self._is_moved:
+            raise RuntimeError("A snapshot is saved once: another snapshot may use the memory of its copies by now.")
+        self._is_moved = True
         aside = self._aside or self._put_aside(arena)
         late = self._late()
-        values = self._encoded() | late
+        values = {**self._encoded(), **late, **self._constants}
         self.values.clear()
         _copy(values, arena)
         values |= self._copies | self._bring_back(arena, aside)
         # In the order of the arena, whatever was copied first.
         order = [*(name.encode() for name in self._names), *late, *self._constants]
-        self._names, self._copies = [], {}
+        self._copies = {}
         return {key: values[key] for key in order}
 
     def _put_aside(self, arena: Arena) -> io.BytesIO:
         """Copies the little values in one call, for by itself each costs more than its bytes do."""
         aside = arena.aside.pop() if arena.aside else io.BytesIO()
         aside.seek(0)
-        aside.writelines([self.values.pop(key) for key in self._little])
+        aside.writelines([self.values.pop(key) for key in self._small])
         return aside
 
     def _bring_back(self, arena: Arena, aside: io.BytesIO) -> dict[bytes, Value]:
         """Copies what was put aside to its places."""
-        arena.make_room({packed.key: packed.size for packed in self._little.values()})
-        values = arena.take_packed(self._little.values(), np.frombuffer(aside.getbuffer(), np.uint8))
+        arena.make_room({packed.key: packed.size for packed in self._small.values()})
+        values = arena.take_packed(self._small.values(), np.frombuffer(aside.getbuffer(), np.uint8))
         arena.aside.append(aside)
         return values
 
     def _late(self) -> dict[bytes, Value]:
         arrays = self._later.arrays.items() if self._later else ()
-        return {key.encode(): number_value(tf.as_dtype(each.dtype).as_datatype_enum, each) for key, each in arrays}
+        return {key.encode(): array_value(each) for key, each in arrays}
 
     def _encoded(self) -> dict[bytes, Value]:
-        return {key.encode(): _value(tensor) for key, tensor in self.values.items()} | dict(self._constants)
+        return {key.encode(): array_value(backend.array_of(tensor)) for key, tensor in self.values.items()}
+
+
+def _value(content: np.ndarray | str) -> Value:
+    """An encoded copy, because the owner of an array may change it."""
+    return string_value([content.encode()], ()) if isinstance(content, str) else array_value(content.copy())
 
 
 def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None:
@@ -232,18 +163,3 @@ def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None
     share_out(copy, sorted(great, key=lambda key: -len(values[key].data)))
     # Of little ones, threads would rather wait for each other than copy.
     copy(key for key in keys if len(values[key].data) < GREAT)
-
-
-def _value(tensor: tf.Tensor) -> Value:
-    array = array_of(tensor)
-    if array.dtype == object:
-        return string_value(array.reshape(-1).tolist(), array.shape)
-    return number_value(tensor.dtype.as_datatype_enum, array)
-
-
-def array_of(tensor: tf.Tensor) -> np.ndarray:
-    """The memory of a tensor; a copy of it, where that is not the memory of the processor."""
-    try:
-        return np.asarray(tensor)
-    except ValueError:  # NumPy has no scalars of types that are not its own
-        return np.asarray(tf.reshape(tensor, [1])).reshape([])

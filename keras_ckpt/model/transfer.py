@@ -11,19 +11,17 @@ from types import MappingProxyType
 from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
 from keras_ckpt.errors import DamagedCheckpointError, MismatchError
 from keras_ckpt.formats.description import Learned
 from keras_ckpt.model import compiled, learned, matching, naming
+from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.checkpoint_reader import Source
 from keras_ckpt.model.keras_internals import trained_by, value_of
-from keras_ckpt.model.matching import Kind, Matching
+from keras_ckpt.model.matching import Matching
 from keras_ckpt.model.parts import lora_scales
 from keras_ckpt.model.position import Position, set_position
 from keras_ckpt.model.report import RestoreReport, by_layer, shortened
-from keras_ckpt.model.snapshot import Reader
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
@@ -163,7 +161,7 @@ class _Transfer:
     def _match(self, part: str = "") -> Matching:
         """Matches the variables whose names begin with a part, but for those that an object reads by itself."""
         part = "model/" if self._request.weights_only else part
-        here = {name: _kind(variable) for name, variable in self._wanted.items() if name.startswith(part)}
+        here = {name: backend.kind_of(variable) for name, variable in self._wanted.items() if name.startswith(part)}
         there = {name: kind for name, kind in self._source.kinds().items() if name.startswith(part)}
         adapted = {id(each) for owner in self._adapted for each in owner.variables}
         movable = {name for name, variable in self._wanted.items() if id(variable) in adapted}
@@ -208,14 +206,14 @@ class _Transfer:
         matched = {name: here for name, here in found.matched.items() if name not in reasons}
         return found._replace(matched=matched, mismatched={**found.mismatched, **reasons})
 
-    def _fresh(self, missing: Iterable[str]) -> dict[str, tf.Tensor]:
+    def _fresh(self, missing: Iterable[str]) -> dict[str, backend.Tensor]:
         """The values of slots of an optimizer that was not built yet for the checkpoint: those of a new optimizer."""
         names = {
             id(self._wanted[name]): name for name in missing if name in self._wanted and name.startswith(_OPTIMIZER)
         }
         if self._source.description is None or not names:
             return {}
-        found: dict[str, tf.Tensor] = {}
+        found: dict[str, backend.Tensor] = {}
         for prefix, optimizer in self._optimizers.items():
             lacks = any(id(each) in names for each in optimizer.variables)
             if lacks and optimizer.built and prefix not in self._source.description.optimizers:
@@ -308,7 +306,7 @@ class _Transfer:
                 reasons.pop(setting.name, None)
         return [f"{name}: {reason}" for name, reason in reasons.items() if name.startswith(counts)]
 
-    def _read(self, found: Matching) -> dict[str, tf.Tensor]:
+    def _read(self, found: Matching) -> dict[str, backend.Tensor]:
         """The values by their names on disk."""
         names = {*found.matched.values()}
         for _, entry in self._objects.given.values():
@@ -322,7 +320,7 @@ class _Transfer:
     def _lora(self) -> dict[str, tuple[str, str]]:
         return matching.lora_in(self._source.kinds())
 
-    def _merged(self, read: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def _merged(self, read: Mapping[str, backend.Tensor]) -> dict[str, backend.Tensor]:
         """The kernels with the low-rank updates of the checkpoint in them, and none in the model."""
         if not self._request.weights_only:
             return {}
@@ -331,22 +329,22 @@ class _Transfer:
         values = {}
         for kernel, (first, second) in self._lora().items():
             if kernel in wanted and first not in wanted:
-                if not read[kernel].dtype.is_floating:
+                if not backend.is_floating(read[kernel]):
                     raise MismatchError(
                         f"{self._prefix} has a low-rank update of {kernel}, which is quantized. Nothing was restored: "
                         "merging it loses precision. Restore into a model with LoRA enabled, as it was saved."
                     )
-                update = tf.matmul(read[first], read[second]) * factors.get(first, 1.0)
-                values[kernel] = read[kernel] + tf.cast(update, read[kernel].dtype)
+                values[kernel] = backend.merged(read[kernel], read[first], read[second], factors.get(first, 1.0))
         # In a product with zero the other factor is as good as any.
         zero = [name for name in wanted if matching.is_lora(name) and name.endswith("_b") and name not in read]
-        return values | {name: tf.zeros_like(wanted[name].value) for name in zero}
+        return values | {name: backend.zeros_like(wanted[name]) for name in zero}
 
-    def _warn(self, report: RestoreReport, values: Mapping[str, tf.Tensor]) -> None:
+    def _warn(self, report: RestoreReport, values: Mapping[str, backend.Tensor]) -> None:
         """Warns before anything changes, so that who makes warnings errors keeps the model as it is."""
         if self._request.again:
             return
-        if spoiled := [name for name, value in values.items() if name.startswith("model/") and not is_finite(value)]:
+        of_model = {name: value for name, value in values.items() if name.startswith("model/")}
+        if spoiled := [name for name, value in of_model.items() if not backend.is_finite(value)]:
             warn(f"{self._prefix} has NaN or infinity in {', '.join(shortened(spoiled))}")
         left = [name for name in (*report.missing, *report.mismatched) if name.startswith(("model/", "learned/"))]
         if left and not self._request.strict:
@@ -374,7 +372,7 @@ class _Transfer:
             return []
         return compiled.differences(self._compiled, description.compiled)
 
-    def _warn_of_settings(self, report: RestoreReport, values: Mapping[str, tf.Tensor]) -> None:
+    def _warn_of_settings(self, report: RestoreReport, values: Mapping[str, backend.Tensor]) -> None:
         """Says in one line which settings differ, and for each whether the program's holds."""
         optimized = any(name.startswith(_OPTIMIZER) for name in report.matched)
         ending = "" if optimized else f"/{compiled.CLASS}"  # without the optimizer's state only its class matters
@@ -398,14 +396,14 @@ class _Transfer:
             if self._is_restored(each, values):
                 compiled.replace(self._optimizers, each.name, each.saved)
 
-    def _give(self, values: Mapping[str, tf.Tensor], read: Mapping[str, tf.Tensor]) -> None:
+    def _give(self, values: Mapping[str, backend.Tensor], read: Mapping[str, backend.Tensor]) -> None:
         """Gives the model its values, and its objects what they learned; or leaves both as they were."""
         variables = {name: value_of(self._wanted[name]) for name in values}
         objects = self._objects
         changes_objects = bool(objects.given or objects.alone)
-        before = Reader(variables).read() if changes_objects else {}
+        before = backend.Reader(variables).read() if changes_objects else {}
         for name, value in values.items():
-            _assign(variables[name], value)
+            backend.assign(variables[name], value)
         if not changes_objects:
             return
         try:
@@ -417,13 +415,13 @@ class _Transfer:
                     learned.give_variables(each, names, values)
         except BaseException:
             for name, value in before.items():
-                _assign(variables[name], value)
+                backend.assign(variables[name], value)
             raise
         _trace_again(self._model)
 
-    def _give_object(self, name: str, each: Any, entry: Learned, read: Mapping[str, tf.Tensor]) -> None:
+    def _give_object(self, name: str, each: Any, entry: Learned, read: Mapping[str, backend.Tensor]) -> None:
         """Gives an object what it learned."""
-        store = {key: read[other].numpy() for key, other in entry.variables.items()}
+        store = {key: backend.array_of(read[other]) for key, other in entry.variables.items()}
         store |= {key: self._arrays[index] for key, index in entry.values.items()}
         files = {path: self._assets[asset.index] for path, asset in entry.assets.items()}
         undo = learned.Undo([each])
@@ -460,37 +458,8 @@ class _Transfer:
         set_position(self._model, position, with_optimizer=not self._request.weights_only)
 
 
-def _kind(variable: Any) -> Kind:
-    if isinstance(variable, keras.Variable):
-        return Kind(tuple(variable.shape), variable.dtype)
-    shape = tf.TensorShape(variable.shape)
-    return Kind(None if shape.rank is None else tuple(shape), tf.as_dtype(variable.dtype).name)
-
-
-def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Gives a variable the memory of a value."""
-    if isinstance(variable, tf.distribute.DistributedValues):
-        variable.assign(value, read_value=False)
-    else:
-        tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
-
-
 def _trace_again(model: keras.Model) -> None:
     """Has a model trace its functions again, which may have what a layer learned before as a constant."""
     for kind in ("train", "test", "predict"):
         if getattr(model, f"{kind}_function", None) is not None:
             getattr(model, f"make_{kind}_function")(force=True)
-
-
-def is_finite(value: tf.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in a tensor."""
-    if not value.dtype.is_floating:
-        return True
-    if value.dtype in (tf.float32, tf.float64):
-        # The cheapest pass over the values; a sum that overflows proves nothing.
-        array = np.asarray(value).reshape(-1)
-        if np.isfinite(np.dot(array, array)):
-            return True
-    if value.dtype.size == 1:
-        value = tf.cast(value, tf.float32)  # TensorFlow has no arithmetic for float8
-    return bool(tf.math.is_finite(tf.reduce_sum(value))) or bool(tf.reduce_all(tf.math.is_finite(value)))

@@ -25,7 +25,7 @@ from keras_ckpt.model.keras_internals import begin_with_epoch, data_of_fit
 from keras_ckpt.model.model_state import TRAINING_KEY
 from keras_ckpt.model.position import Position
 from keras_ckpt.model.snapshot import Snapshot
-from keras_ckpt.model.transfer import is_finite
+from keras_ckpt.model.tensorflow import is_finite
 from keras_ckpt.resume import random_state
 from keras_ckpt.resume.callback_states import CallbackStates
 from keras_ckpt.resume.capture import Later, copied

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
 
+from keras_ckpt.formats import arrays
 from keras_ckpt.formats.bundle_index import read_index
-from keras_ckpt.model import model_state
+from keras_ckpt.formats.bundle_reader import read_values
 from keras_ckpt.model.checkpoint_reader import what_fails_is_damaged
+from keras_ckpt.model.model_state import TRAINING_KEY
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.restoring import restore_and_read
 from keras_ckpt.model.transfer import Request
@@ -36,11 +37,10 @@ def restore_backup(
 
 def _document(files: Folder, name: str) -> Any:
     with what_fails_is_damaged():
-        read_index(files, name)
-        reader = tf.train.load_checkpoint(files.tensorflow_path(name))
-        if not reader.has_tensor(model_state.TRAINING_KEY):
+        index = read_index(files, name)
+        text, prefix = TRAINING_KEY.encode(), f"{TRAINING_KEY}/".encode()
+        if text not in index.entries:
             return None
-        prefix = f"{model_state.TRAINING_KEY}/"
-        keys = [key for key in reader.get_variable_to_shape_map() if key.startswith(prefix)]
-        arrays = {int(key.removeprefix(prefix)): reader.get_tensor(key) for key in keys}
-        return decode(reader.get_tensor(model_state.TRAINING_KEY).decode(), arrays)
+        keys = [key for key in index.entries if key.startswith(prefix)]
+        values = read_values(files, index, [text, *keys], arrays.empty)
+        return decode(values[text].item().decode(), {int(key.removeprefix(prefix)): values[key] for key in keys})

@@ -122,7 +122,7 @@ class Folder:
         try:
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, at most {limit} are read", name)
-            data = os.read(descriptor, size + 1)
+            data = os.pread(descriptor, size + 1, 0)
             if len(data) != size:
                 raise OSError(errno.EBUSY, "it changed while it was read", name)
             return data
@@ -309,22 +309,13 @@ class Folder:
 
     @contextlib.contextmanager
     def held(self, names: Iterable[str]) -> Iterator[Folder]:
-        """Files as they are now: a folder of them, whoever removes, replaces or swaps them here meanwhile.
-
-        Only where there is a `/proc`, and a directory for temporary files; elsewhere it is this folder itself.
-        """
-        if not os.path.isdir("/proc/self/fd"):
-            yield self
-            return
+        """Holds files open: a folder of the files as they are now, even if others remove or replace them."""
         with contextlib.ExitStack() as stack:
             descriptors = {}
             for name in names:
                 descriptors[name], _ = self._open_regular(name)
                 stack.callback(os.close, descriptors[name])
-            held: Folder = self
-            with contextlib.suppress(OSError):
-                held = stack.enter_context(_Held(self.path, _links(stack, descriptors), descriptors))
-            yield held
+            yield _Held(self.path, descriptors)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Folder]:
@@ -403,10 +394,9 @@ class Folder:
 
 
 class _Held(Folder):
-    """Open files, and for TensorFlow a folder of links to them."""
+    """Open files, to be read, looked at and linked."""
 
-    def __init__(self, path: str, links: str, descriptors: Mapping[str, int]) -> None:
-        super().__init__(links)
+    def __init__(self, path: str, descriptors: Mapping[str, int]) -> None:
         self.path = path
         self._descriptors = descriptors
 
@@ -414,26 +404,20 @@ class _Held(Folder):
         return self.stamp(name).size
 
     def stamp(self, name: str) -> Stamp:
-        if name not in self._descriptors:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        return _stamp(os.fstat(self._descriptors[name]))
+        return _stamp(os.fstat(self._opened(name)))
 
     def link(self, name: str, target: Folder, new: str) -> None:
-        # Through the descriptor: the name may be another file's by now.
-        os.link(f"/proc/self/fd/{self._descriptors[name]}", new, dst_dir_fd=target.descriptor, follow_symlinks=True)
+        # Through the descriptor: the name may be another file's by now. Where there is no /proc, it fails.
+        os.link(f"/proc/self/fd/{self._opened(name)}", new, dst_dir_fd=target.descriptor, follow_symlinks=True)
 
     def _open_regular(self, name: str) -> tuple[int, int]:
-        size = self.size(name)
-        # Opened anew, for an offset of its own.
-        return os.open(f"/proc/self/fd/{self._descriptors[name]}", os.O_RDONLY | os.O_CLOEXEC), size
+        # A copy has the offset of the original, which no read here uses.
+        return os.dup(self._opened(name)), self.size(name)
 
-
-def _links(stack: contextlib.ExitStack, descriptors: Mapping[str, int]) -> str:
-    """A directory of links to open files, for as long as the stack is."""
-    path = stack.enter_context(temporary_directory())
-    for name, descriptor in descriptors.items():
-        os.symlink(f"/proc/self/fd/{descriptor}", os.path.join(path, name))
-    return path
+    def _opened(self, name: str) -> int:
+        if name not in self._descriptors:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return self._descriptors[name]
 
 
 def _make_directories(path: str) -> None:

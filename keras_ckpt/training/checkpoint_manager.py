@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import inspect
 import itertools
 import numbers
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -17,12 +19,12 @@ import tensorflow as tf
 from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.model import model_state, object_graph
-from keras_ckpt.model.restoring import opened
 from keras_ckpt.store import layout
 from keras_ckpt.store.commit import read_state, write_state
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder, lasting_tensorflow_path
 from keras_ckpt.store.listing import Listing
+from keras_ckpt.store.locating import opened
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import LatestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata, step_in
@@ -200,7 +202,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         number = self._count(checkpoint_number)
 
         def write(prefix: str) -> None:
-            with model_state.plain_errors():
+            with _plain_errors():
                 self._checkpoint.write(prefix, options)
 
         request = SaveRequest(
@@ -372,6 +374,18 @@ class _PreservingWriter(Writer):
         if last != noted:
             write_state(folder, listing.records, last)
         return listing
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raises TensorFlow's error of a full disk as the `OSError` that it was."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number)) from error
+        raise
 
 
 def _tell_of_differences(prefix: str, found: object_graph.Comparison) -> None:

@@ -16,6 +16,7 @@ import msgspec
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
 from keras_ckpt.formats.arena import arena_of
 from keras_ckpt.formats.sharing import SharingWrite
+from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model import model_state
 from keras_ckpt.model.position import Position, Progress
 from keras_ckpt.model.snapshot import Late, Snapshot
@@ -353,7 +354,7 @@ class Session:
 
 def _is_of_model(key: bytes) -> bool:
     """Whether the key is a variable's; what the model's metrics have counted aside."""
-    return key.endswith(model_state.SUFFIX.encode()) and not key.startswith(b"metrics/")
+    return key.endswith(SUFFIX.encode()) and not key.startswith(b"metrics/")
 
 
 def checked_on_full_disk(value: object) -> OnFullDisk:

@@ -40,6 +40,8 @@ import json, os, sys, warnings
 import numpy as np
 import keras, keras_ckpt as kc
 from keras_ckpt.model.naming import named_variables
+from keras_ckpt.formats.arena import Arena
+from keras_ckpt.formats.sharing import SharingWrite
 from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.models import dense_model
@@ -49,11 +51,13 @@ model = dense_model()
 model.optimizer.build(model.trainable_variables)
 state = ModelState(model)
 writer = Writer(kc.CheckpointDirectory(path), kc.LatestN(1))
+arena = Arena()
 
 def save(step):
     for variable in model.weights:
         variable.assign(np.full(variable.shape, step, variable.dtype))
-    writer.save(SaveRequest(step=step, run_id="run"), state.snapshot())
+    write = SharingWrite(state.snapshot().move(arena), arena, writer.directory)
+    writer.save(SaveRequest(step=step, run_id="run"), write)
 
 def read():
     counts = {"restores": 0, "mixed": 0, "errors": []}

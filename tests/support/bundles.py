@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.bundle_index import read_index
-from keras_ckpt.formats.bundle_writer import write_bundle
-from keras_ckpt.model.snapshot import Reader, Snapshot
+from keras_ckpt.formats.bundle_writer import array_value, write_bundle
+from keras_ckpt.model.snapshot import Snapshot
+from keras_ckpt.model.tensorflow import Reader, array_of
 from keras_ckpt.store.files import Folder
 
 NUMBERS = [
@@ -23,8 +24,9 @@ NUMBERS = [
 
 def write(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1") -> list[str]:
     """Writes a checkpoint, and gives the names of its files."""
+    encoded = {key.encode(): array_of(tensors[key]) for key in sorted(tensors)}
     with Folder(path) as folder:
-        written = Snapshot(Reader({}), tensors)(folder, name)
+        written, _ = write_bundle(folder, name, [{key: array_value(each) for key, each in encoded.items()}])
         assert all(folder.digest(file.name) == (file.size, file.digest) for file in written)
         assert read_index(folder, name).variables == tensors.keys()
     return [file.name for file in written]
@@ -32,8 +34,9 @@ def write(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1
 
 def write_pages(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1") -> list[str]:
     """The same, from memory that can be written as it is."""
+    arrays = {key: array_of(tensor) for key, tensor in tensors.items()}
     with Folder(path) as folder:
-        written, _ = write_bundle(folder, name, [Snapshot(Reader({}), tensors).move(Arena())])
+        written, _ = write_bundle(folder, name, [Snapshot(Reader({}), arrays).move(Arena())])
         assert all(folder.digest(file.name) == (file.size, file.digest) for file in written)
         assert read_index(folder, name).variables == tensors.keys()
     return [file.name for file in written]

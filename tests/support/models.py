@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Sequence
 
 import keras
 import numpy as np
 
+import keras_ckpt as kc
+from keras_ckpt.formats.arena import Arena
+from keras_ckpt.formats.sharing import SharingWrite
+from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.writer import SaveRequest, Writer
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(40, 4)).astype("float32")
@@ -32,6 +38,16 @@ def fit(model: keras.Model, *callbacks: keras.callbacks.Callback, epochs: int = 
         Y[:batches],
         **{"batch_size": 1, "epochs": epochs, "shuffle": False, "verbose": 0, "callbacks": list(callbacks), **options},
     )
+
+
+def save(model: keras.Model, path: str | os.PathLike[str], step: int = 1, **facts: object) -> kc.CheckpointRecord:
+    """Saves the training state of a model, as the callbacks do."""
+    directory, arena = kc.CheckpointDirectory(path), Arena()
+    write = SharingWrite(ModelState(model).snapshot().move(arena), arena, directory)
+    writer = Writer(directory)
+    record = writer.save(SaveRequest(step=step, **facts), write)
+    writer.close()
+    return record
 
 
 def values(model: keras.Model) -> list[np.ndarray]:

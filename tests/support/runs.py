@@ -52,7 +52,8 @@ def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
 
     from keras_ckpt.formats.arena import Arena
     from keras_ckpt.formats.sharing import SharingWrite
-    from keras_ckpt.model.snapshot import Reader, Snapshot
+    from keras_ckpt.model.snapshot import Snapshot
+    from keras_ckpt.model.tensorflow import Reader
 
     arrays = {"changed": np.frombuffer(content.encode(), np.uint8), "same": np.arange(10, dtype=np.uint8)}
     arena = Arena()

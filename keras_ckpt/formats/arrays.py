@@ -1,0 +1,46 @@
+"""NumPy arrays of the types that a checkpoint may hold."""
+
+from __future__ import annotations
+
+import functools
+
+import ml_dtypes
+import numpy as np
+
+from keras_ckpt.formats.dtypes import ITEM_SIZES, NAMES, STRING
+
+
+def empty(dtype: int, shape: tuple[int, ...]) -> tuple[np.ndarray, memoryview]:
+    """Allocates an array of numbers.
+
+    Args:
+        dtype: The number of its type.
+        shape: Its shape.
+
+    Returns:
+        The array, and its memory to be filled.
+    """
+    array = np.empty(shape, _numpy_dtype(dtype))
+    return array, array.reshape(-1).view(np.uint8).data
+
+
+def number_of(dtype: np.dtype) -> int:
+    """The number of a type of NumPy.
+
+    Raises:
+        TypeError: A checkpoint cannot hold the type.
+    """
+    number = STRING if dtype.kind in "OS" else _NUMBERS.get(dtype.newbyteorder("="))
+    if number is None:
+        raise TypeError(f"a checkpoint cannot hold arrays of {dtype}")
+    return number
+
+
+@functools.cache
+def _numpy_dtype(number: int) -> np.dtype:
+    """The type of NumPy. A quantized integer is a plain integer there."""
+    name = NAMES[number].removeprefix("q").replace("quint", "uint")
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+_NUMBERS = {_numpy_dtype(number): number for number, name in NAMES.items() if number in ITEM_SIZES and name[0] != "q"}

@@ -1,0 +1,224 @@
+"""Reads the values of a checkpoint into memory that the caller allocates, by several threads, and checks the bytes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from crc32c import crc32c
+
+from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.formats.bundle_index import CHECKSUM, WHOLE, Entry, Index, Slice, masked, slice_key, varint
+from keras_ckpt.formats.dtypes import ITEM_SIZES, NAMES, STRING
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import refuse_changed
+from keras_ckpt.store.record import CheckpointFile
+
+_PIECE = 1 << 20
+_SMALL = 8 << 20
+"""So many bytes are read before another thread would have begun."""
+_THREADS = min(os.cpu_count() or 1, 8)
+
+Allocate = Callable[[int, tuple[int, ...]], tuple[Any, memoryview]]
+"""Allocates numbers of a type and a shape: the object that holds them, and its memory to be filled."""
+
+
+class _Target(NamedTuple):
+    """Where bytes are, where they go, and their checksum; `None` if they are strings, which have their own."""
+
+    key: bytes
+    file: str
+    offset: int
+    memory: memoryview
+    checksum: int | None
+
+
+def read_values(
+    files: Folder, index: Index, keys: Iterable[bytes], allocate: Allocate, digested: Sequence[CheckpointFile] = ()
+) -> dict[bytes, Any]:
+    """Reads values of a checkpoint, all of them before any is used.
+
+    Args:
+        files: A folder with its files.
+        index: Its index.
+        keys: The keys of the values.
+        allocate: Allocates numbers.
+        digested: The data files to read whole, and to compare with their digests. The bytes in other files are
+            compared with the checksums in the index.
+
+    Returns:
+        The values by key: what `allocate` gave, and for strings arrays of `bytes`.
+
+    Raises:
+        DamagedCheckpointError: Something is not what was written.
+        OSError: Something cannot be read.
+        TypeError: A value is neither numbers nor strings.
+    """
+    values: dict[bytes, Any] = {}
+    joined: dict[bytes, _Joined] = {}
+    targets: list[_Target] = []
+    for key in keys:
+        entry = index.entries[key]
+        if entry.dtype != STRING and entry.dtype not in ITEM_SIZES:
+            raise TypeError(f"{key.decode(errors='replace')} is a {NAMES[entry.dtype]}, which no array can hold")
+        rows = None if entry.dtype == STRING else _rows(index, key, entry)
+        if rows is None:
+            joined[key] = _Joined(index, key)
+            targets += joined[key].targets
+        else:
+            values[key], memory = allocate(entry.dtype, entry.shape)
+            targets += _targets(index, key, rows, memory)
+    _fill(files, targets, digested)
+    return values | {key: each.value(allocate) for key, each in joined.items()}
+
+
+def _rows(index: Index, key: bytes, entry: Entry) -> Sequence[tuple[Entry, int]] | None:
+    """The entries with the bytes of a value, each with where they begin in it.
+
+    `None` if the parts are not ranges of rows, one after another.
+    """
+    if not entry.slices:
+        return [(entry, 0)]
+    places: list[tuple[Entry, int]] = []
+    rows = begin = 0
+    for start, place in sorted((part[0][0], index.entries[slice_key(key, part)]) for part in entry.slices):
+        if start != rows or place.shape[1:] != entry.shape[1:]:
+            return None
+        places.append((place, begin))
+        rows += place.shape[0]
+        begin += place.size
+    return places
+
+
+def _targets(index: Index, key: bytes, places: Iterable[tuple[Entry, int]], memory: memoryview) -> Iterator[_Target]:
+    for entry, begin in places:
+        if entry.size:
+            part = memory[begin : begin + entry.size]
+            checksum = None if entry.dtype == STRING else entry.checksum
+            yield _Target(key, index.files[entry.shard], entry.offset, part, checksum)
+
+
+class _Joined:
+    """A value that is joined from memory of its own: strings, or parts that are no ranges of rows.
+
+    Attributes:
+        targets: The memory to be filled before.
+    """
+
+    def __init__(self, index: Index, key: bytes) -> None:
+        self._key = key
+        self._entry = entry = index.entries[key]
+        places: list[tuple[Slice, Entry]] = [(part, index.entries[slice_key(key, part)]) for part in entry.slices]
+        self._parts = [(part, each, memoryview(bytearray(each.size))) for part, each in places or [((), entry)]]
+        self.targets = [
+            target for _, each, memory in self._parts for target in _targets(index, key, [(each, 0)], memory)
+        ]
+
+    def value(self, allocate: Allocate) -> Any:
+        """The value, when the memory is filled."""
+        value, array = self._allocated(allocate)
+        filled = np.zeros(array.shape, bool)
+        for part, entry, memory in self._parts:
+            extents = (slice(None) if extent == WHOLE else slice(extent[0], sum(extent)) for extent in part)
+            place = (..., *extents)  # with dots a scalar is an array too
+            is_string = entry.dtype == STRING
+            array[place] = _strings(self._key, entry, memory) if is_string else _numbers(entry, memory)
+            filled[place] = True
+        # The parts have as many elements as the value, so parts that overlap leave a gap.
+        if not filled.all():
+            raise DamagedCheckpointError(f"{self._key.decode(errors='replace')} has parts that overlap")
+        return value
+
+    def _allocated(self, allocate: Allocate) -> tuple[Any, np.ndarray]:
+        """The value, and its elements as an array."""
+        if self._entry.dtype == STRING:
+            array = np.empty(self._entry.shape, object)
+            return array, array
+        value, memory = allocate(self._entry.dtype, self._entry.shape)
+        return value, _numbers(self._entry, memory)
+
+
+def _numbers(entry: Entry, memory: memoryview) -> np.ndarray:
+    """The elements in memory, as bytes."""
+    return np.ndarray(entry.shape, np.dtype((np.void, ITEM_SIZES[entry.dtype])), memory)
+
+
+def _strings(key: bytes, entry: Entry, memory: memoryview) -> np.ndarray:
+    """Decodes strings: first all lengths, then a checksum of the lengths, then the strings."""
+    data, count = bytes(memory), math.prod(entry.shape)
+    lengths, at = [], 0
+    for _ in range(count):
+        length, at = varint(data, at)
+        lengths.append(length)
+    # The checksums are of the lengths as numbers of a fixed size, in whose place the file has shorter ones.
+    fixed = b"".join(struct.pack("<I" if length < 1 << 32 else "<Q", length) for length in lengths)
+    sealed = data[at : at + CHECKSUM]
+    content = data[at + CHECKSUM :]
+    checksum = crc32c(fixed)
+    whole = masked(crc32c(content, crc32c(sealed, checksum)))
+    if sealed != struct.pack("<I", masked(checksum)) or whole != entry.checksum or sum(lengths) != len(content):
+        raise DamagedCheckpointError(
+            f"{key.decode(errors='replace')} was changed after it was written: a checksum of its strings does not match"
+        )
+    array = np.empty(count, object)
+    ends = list(itertools.accumulate(lengths, initial=0))
+    array[:] = [content[begin:end] for begin, end in itertools.pairwise(ends)]
+    return array.reshape(entry.shape)
+
+
+def _fill(files: Folder, targets: Sequence[_Target], digested: Sequence[CheckpointFile]) -> None:
+    """Reads targets, and checks them."""
+    names = {file.name for file in digested}
+    groups = _of_equal_size([target for target in targets if target.file not in names])
+    if not digested and len(groups) <= 1:
+        for group in groups:
+            _read_together(files, group)
+        return
+    # The calling thread digests.
+    with concurrent.futures.ThreadPoolExecutor(max(1, _THREADS - bool(digested)), "keras_ckpt-read") as threads:
+        for file in digested:
+            wanted = sorted((target for target in targets if target.file == file.name), key=_offset)
+            found = files.scatter(file.name, [(target.offset, target.memory) for target in wanted], threads)
+            refuse_changed(file, *found)
+        for _ in threads.map(functools.partial(_read_together, files), groups):
+            pass
+
+
+def _offset(target: _Target) -> int:
+    return target.offset
+
+
+def _read_together(files: Folder, targets: Sequence[_Target]) -> None:
+    """Reads targets one after another, and compares them with their checksums."""
+    for file, group in itertools.groupby(targets, lambda target: target.file):
+        with files.reading(file) as opened:
+            for target in group:
+                checksum = 0
+                for at in range(0, len(target.memory), _PIECE):
+                    piece = target.memory[at : at + _PIECE]
+                    opened.read_into([piece], target.offset + at)
+                    checksum = crc32c(piece, checksum)
+                if target.checksum not in (None, masked(checksum)):
+                    raise DamagedCheckpointError(
+                        f"{file} was changed after it was written: a checksum in it does not match, of "
+                        f"{target.key.decode(errors='replace')}"
+                    )
+
+
+def _of_equal_size(targets: Sequence[_Target]) -> list[list[_Target]]:
+    """At most so many groups as there are threads, as equal as the largest target permits."""
+    number = _THREADS if sum(len(target.memory) for target in targets) >= _SMALL else 1
+    groups: list[list[_Target]] = [[] for _ in range(number)]
+    filled = [0] * number
+    for target in sorted(targets, key=lambda target: -len(target.memory)):
+        least = filled.index(min(filled))
+        groups[least].append(target)
+        filled[least] += len(target.memory)
+    return [sorted(sorted(group, key=_offset), key=lambda target: target.file) for group in groups if group]

@@ -1,0 +1,273 @@
+"""TensorFlow: the variables of Keras's TensorFlow backend, their memory, and the objects that TensorFlow tracks.
+
+No other module of the model imports TensorFlow. A module for another backend provides the same names.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import tensorflow as tf
+
+# The format of the object graph, which is as stable as the checkpoints on everybody's disk.
+from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+# No public operation reads many variables in one call, and the calls are what a snapshot costs.
+from tensorflow.python.eager import context, execute
+
+from keras_ckpt.formats import arrays
+from keras_ckpt.formats.arena import Packed
+from keras_ckpt.model.matching import Kind
+
+VERSIONS = {"tensorflow": tf.__version__}
+Tensor: TypeAlias = tf.Tensor
+Variable: TypeAlias = tf.Variable
+Table: TypeAlias = tf.lookup.experimental.MutableHashTable | tf.lookup.experimental.DenseHashTable
+Module: TypeAlias = tf.Module
+Tracked = tf.Module.__mro__[-2]
+"""The class of all that TensorFlow tracks, which has no public name."""
+OutOfMemory = tf.errors.ResourceExhaustedError
+
+_NO_NUMBERS = (tf.string, tf.resource, tf.variant)
+_SMALL, _ASIDE = 1 << 16, 16 << 20
+"""Values of fewer bytes may be put aside, and so many bytes of them."""
+_EMPTY = {
+    dtype.as_datatype_enum: dtype
+    for dtype in (
+        tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool,
+        tf.int8, tf.int16, tf.int32, tf.int64, tf.uint8, tf.uint16, tf.uint32, tf.uint64,
+    )
+}  # fmt: skip
+"""The types of which TensorFlow allocates tensors that are not filled yet."""
+_VALUE = "VARIABLE_VALUE"
+
+
+class Reader:
+    """Reads variables, those of a device in one call, again and again.
+
+    Args:
+        variables: By key.
+
+    Attributes:
+        variables: In the order in which they were given.
+        small: Where the values of small variables are when they are put aside, one after another.
+    """
+
+    def __init__(self, variables: Mapping[str, Variable]) -> None:
+        self.variables = [*variables.values()]
+        devices: dict[str, dict[str, Variable]] = collections.defaultdict(dict)
+        self._distributed: dict[str, Variable] = {}
+        for key, variable in variables.items():
+            if isinstance(variable, tf.distribute.DistributedValues):
+                self._distributed[key] = variable
+            else:
+                devices[variable.device][key] = variable
+        self._calls = [_Call(group) for group in devices.values()]
+        self.small = _small(variables)
+
+    def read(self) -> dict[str, Tensor]:
+        """Reads the present values of the variables.
+
+        A tensor is the memory of its variable. TensorFlow copies the memory before it changes the variable.
+        """
+        values: dict[str, Tensor] = {}
+        for call in self._calls:
+            values.update(zip(call.keys, call.run(), strict=True))
+        return values | {key: variable.read_value() for key, variable in self._distributed.items()}
+
+
+class _Call:
+    """One operation that reads many variables of a device."""
+
+    def __init__(self, variables: Mapping[str, Variable]) -> None:
+        self.keys = tuple(variables)
+        self._handles = [each.handle for each in variables.values()]
+        types = [each.dtype.as_datatype_enum for each in variables.values()]
+        self._attributes = ("N", len(types), "dtypes", types)
+
+    def run(self) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = execute.execute(
+            b"_ReadVariablesOp", len(self.keys), self._handles, self._attributes, context.context()
+        )
+        return found
+
+
+def _small(variables: Mapping[str, Variable]) -> Mapping[str, Packed]:
+    """The variables with small values, as many as may be put aside."""
+    found, end = {}, 0
+    for key, variable in variables.items():
+        dtype, shape = variable.dtype, variable.shape
+        if dtype in _NO_NUMBERS or not shape.is_fully_defined():
+            continue
+        size = shape.num_elements() * dtype.size
+        if size < _SMALL and end + size <= _ASIDE:
+            found[key] = Packed(key.encode(), dtype.as_datatype_enum, tuple(shape), end, size)
+            end += size
+    return found
+
+
+def kind_of(variable: Any) -> Kind:
+    """The shape and the type of a variable of TensorFlow or Keras."""
+    if isinstance(variable.dtype, str):
+        return Kind(tuple(variable.shape), variable.dtype)
+    shape = tf.TensorShape(variable.shape)
+    return Kind(None if shape.rank is None else tuple(shape), tf.as_dtype(variable.dtype).name)
+
+
+def size_of(variable: Variable) -> int:
+    """The bytes of a variable as it is now."""
+    elements = tf.TensorShape(variable.shape).num_elements()
+    return int(tf.size(variable) if elements is None else elements) * int(variable.dtype.size)
+
+
+def array_of(value: Any) -> np.ndarray:
+    """The memory of a tensor; a copy of it, where that is not the memory of the processor."""
+    try:
+        return np.asarray(value)
+    except ValueError:  # NumPy has no scalars of types that are not its own
+        return np.asarray(tf.reshape(value, [1])).reshape([])
+
+
+def allocate(dtype: int, shape: tuple[int, ...]) -> tuple[Any, memoryview]:
+    """Allocates a tensor to be filled. A variable that it is assigned to takes over its memory.
+
+    Args:
+        dtype: The number of its type.
+        shape: Its shape.
+
+    Returns:
+        The tensor, an array where TensorFlow gives none, and its memory.
+    """
+    if dtype not in _EMPTY:
+        return arrays.empty(dtype, shape)
+    with tf.device("CPU"):
+        tensor = tf.raw_ops.Empty(shape=_shape(shape), dtype=_EMPTY[dtype], init=False)
+    array = array_of(tensor)
+    address = array.__array_interface__["data"][0]
+    return tensor, memoryview((ctypes.c_ubyte * array.nbytes).from_address(address)).cast("B")
+
+
+@functools.lru_cache  # a model has few, and to make one takes as long as the rest
+def _shape(shape: tuple[int, ...]) -> Tensor:
+    return tf.constant(shape, tf.int32, (len(shape),))
+
+
+def tensor_of(value: Any) -> Tensor:
+    """A tensor of an array; a tensor itself."""
+    if isinstance(value, tf.Tensor):
+        return value
+    with tf.device("CPU"):
+        return tf.constant(value)
+
+
+def assign(variable: Variable, value: Tensor) -> None:
+    """Gives a variable the memory of a value."""
+    if isinstance(variable, tf.distribute.DistributedValues):
+        variable.assign(value, read_value=False)
+    else:
+        tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+
+def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """The scope in which the variables of a model are made."""
+    found: contextlib.AbstractContextManager[Any] = model.distribute_strategy.scope()
+    return found
+
+
+def is_floating(value: Tensor) -> bool:
+    """Whether the elements of a tensor are fractions."""
+    return bool(value.dtype.is_floating)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor."""
+    if not value.dtype.is_floating:
+        return True
+    if value.dtype in (tf.float32, tf.float64):
+        # The fastest look at the values; a sum that overflows proves nothing.
+        array = np.asarray(value).reshape(-1)
+        if np.isfinite(np.dot(array, array)):
+            return True
+    if value.dtype.size == 1:
+        value = tf.cast(value, tf.float32)  # TensorFlow has no arithmetic for float8
+    return bool(tf.math.is_finite(tf.reduce_sum(value))) or bool(tf.reduce_all(tf.math.is_finite(value)))
+
+
+def merged(kernel: Tensor, first: Tensor, second: Tensor, scale: float) -> Tensor:
+    """A kernel with a low-rank update of it, the product of two factors."""
+    return kernel + tf.cast(tf.matmul(first, second) * scale, kernel.dtype)
+
+
+def zeros_like(variable: Any) -> Tensor:
+    """Zeros in the shape and the type of a variable."""
+    return tf.zeros_like(variable.value)
+
+
+def children(each: Any) -> Mapping[str, Any]:
+    """The objects that TensorFlow tracks in the attributes of another, by the names of the attributes."""
+    found: Mapping[str, Any] = tf.train.TrackableView.children(each)
+    return found
+
+
+class Root:
+    """A `tf.train.Checkpoint` of a model, as the root of an object graph."""
+
+    def __init__(self, model: Any) -> None:
+        self._checkpoint = tf.train.Checkpoint(model=model)
+
+    @property
+    def save_counter(self) -> Variable:
+        """The variable in which TensorFlow counts saves."""
+        return self._checkpoint.save_counter
+
+    def graph(self, keys: Mapping[int, str]) -> bytes:
+        """Encodes the object graph of a checkpoint.
+
+        Args:
+            keys: The keys of variables in the checkpoint, by their identities.
+        """
+        view = tf.train.TrackableView(self._checkpoint)
+        objects = view.descendants()
+        numbers = {id(each): number for number, each in enumerate(objects)}
+        graph = trackable_object_graph_pb2.TrackableObjectGraph()
+        for each in objects:
+            node = graph.nodes.add()
+            for name, child in view.children(each).items():
+                node.children.add(node_id=numbers[id(child)], local_name=name)
+            if id(each) in keys:
+                node.attributes.add(name=_VALUE, checkpoint_key=keys[id(each)], full_name=each.name)
+        return bytes(graph.SerializeToString())
+
+
+class Node(NamedTuple):
+    """An object in an object graph.
+
+    Attributes:
+        children: The numbers of the objects in its attributes, by name.
+        key: The key of its value in the checkpoint, if it is a variable.
+        slots: The numbers of the objects that its slot variables name.
+    """
+
+    children: Mapping[str, int]
+    key: str | None
+    slots: Sequence[int]
+
+
+def nodes(data: bytes) -> list[Node]:
+    """Decodes an object graph; the objects by their numbers."""
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+    graph.ParseFromString(data)
+    return [
+        Node(
+            {child.local_name: child.node_id for child in node.children},
+            next((each.checkpoint_key for each in node.attributes if each.name == _VALUE), None),
+            [n for slot in node.slot_variables for n in (slot.original_variable_node_id, slot.slot_variable_node_id)],
+        )
+        for node in graph.nodes
+    ]
