@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import models
 import savers
 
 import keras_ckpt as kc
-import models
 from keras_ckpt.formats import sharing
 from keras_ckpt.model import checkpoint_reader, model_state, naming, snapshot, transfer
 from keras_ckpt.model import tensorflow as backend
