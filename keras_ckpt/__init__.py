@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from keras_ckpt.model.restoring import restore as restore
     from keras_ckpt.resume.backup_and_restore import BackupAndRestore as BackupAndRestore
     from keras_ckpt.resume.resumable_dataset import ResumableDataset as ResumableDataset
+    from keras_ckpt.store.directory import Change as Change
     from keras_ckpt.store.directory import CheckpointDirectory as CheckpointDirectory
     from keras_ckpt.store.directory import Decision as Decision
     from keras_ckpt.store.directory import PrunePlan as PrunePlan
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "resume.backup_and_restore": ("BackupAndRestore",),
     "resume.resumable_dataset": ("ResumableDataset",),
-    "store.directory": ("CheckpointDirectory", "Decision", "PrunePlan", "Verification"),
+    "store.directory": ("Change", "CheckpointDirectory", "Decision", "PrunePlan", "Verification"),
     "store.listing": ("Listing",),
     "errors": (
         "CheckpointError",

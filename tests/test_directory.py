@@ -800,3 +800,45 @@ def test_what_a_dead_process_had_complete_does_not_come_back_after_clearing(fill
 
     Writer(runs).open()
     assert list(runs) == []
+
+
+def test_a_listener_hears_of_each_checkpoint_that_is_saved_or_removed(filler) -> None:
+    """By a save, its pruning, an explicit prune, and the removal of everything."""
+    heard = []
+    filler.runs.subscribe(lambda change: heard.append((change.kind, change.record.step)))
+
+    runs = filler.save("10 20", keep=LatestN(1))
+    assert heard == [("saved", 10), ("saved", 20), ("removed", 10)]
+    heard.clear()
+    filler.save("30 40")
+    runs.prune(LatestN(1))
+    runs.clear()
+
+    assert heard == [("saved", 30), ("saved", 40), ("removed", 20), ("removed", 30), ("removed", 40)]
+
+
+def test_a_listener_hears_of_superseded_checkpoints(filler) -> None:
+    """A step that is saved again replaces its checkpoint, which is removed."""
+    filler.save("10")
+    heard = []
+    filler.runs.subscribe(lambda change: heard.append((change.kind, change.record.sequence)))
+
+    filler.save("10")
+
+    assert heard == [("saved", 2), ("removed", 1)]
+
+
+def test_a_listener_that_fails_is_a_warning(filler) -> None:
+    """The checkpoint is saved, and the other listeners hear of it."""
+    heard = []
+
+    def fails(change) -> None:
+        raise RuntimeError("no network")
+
+    filler.runs.subscribe(fails)
+    filler.runs.subscribe(heard.append)
+
+    with pytest.warns(UserWarning, match="A listener of .*ckpt-10 was saved, and RuntimeError.*no network"):
+        filler.save("10")
+
+    assert [change.record for change in heard] == list(filler.runs)

@@ -1,14 +1,18 @@
 """A writer reads a directory once, and then only what has changed; it misses no change."""
 
+import errno
 import os
 import pathlib
+import zipfile
 
 import pytest
+from blake3 import blake3
 
 import keras_ckpt as kc
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import Known, examine
+from keras_ckpt.store.listing import Known, examine, scan, verify
 from keras_ckpt.store.policies import BestN, LatestN
+from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.runs import Filler, payload
 
@@ -132,3 +136,73 @@ def test_a_save_reads_no_more_files_with_six_hundred_kept_than_with_thirty(tmp_p
         counts.append(len(reads))
 
     assert counts[1] < counts[0] + 16
+
+
+class Archive:
+    """A directory of checkpoints in a zip file, read by the protocol of `store/reading.py`."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = str(path)
+        self.files = zipfile.ZipFile(path)
+
+    def names(self) -> list[str]:
+        return self.files.namelist()
+
+    def moving(self) -> set[str]:
+        return set()
+
+    def exists(self, name: str) -> bool:
+        return name in self.files.namelist()
+
+    def read(self, name: str, limit: int) -> bytes:
+        if self.size(name) > limit:
+            raise OSError(errno.EFBIG, "too large", name)
+        return self.files.read(name)
+
+    def size(self, name: str) -> int:
+        if not self.exists(name):
+            raise FileNotFoundError(errno.ENOENT, "not in the archive", name)
+        return self.files.getinfo(name).file_size
+
+    def stamp(self, name: str) -> Stamp:
+        return Stamp(self.files.getinfo(name).CRC, self.size(name), 0)
+
+    def digest(self, name: str, advance=None) -> tuple[int, str]:
+        data = self.files.read(name)
+        if advance is not None:
+            advance(len(data))
+        return len(data), f"blake3:{blake3(data).hexdigest()}"
+
+
+def archived(path: str, target: pathlib.Path) -> Archive:
+    """A zip file of the files of a directory."""
+    with zipfile.ZipFile(target, "w") as archive:
+        for file in pathlib.Path(path).iterdir():
+            if file.is_file():
+                archive.write(file, file.name)
+    return Archive(target)
+
+
+def test_a_listing_comes_from_wherever_the_reading_protocol_reads(filler, tmp_path) -> None:
+    """A zip file of a directory is listed as the directory is, pins and metrics included."""
+    runs = filler.save("10:0.5 20:0.4")
+    runs.pin(10, "mine")
+
+    listing = scan(archived(runs.path, tmp_path / "run.zip"))
+
+    assert [(record.step, record.metrics, record.pin) for record in listing.records] == [
+        (10, {"loss": 0.5}, "mine"),
+        (20, {"loss": 0.4}, None),
+    ]
+
+
+def test_a_verification_reads_by_the_reading_protocol(filler, tmp_path) -> None:
+    """A changed byte of a data file in a zip file is found."""
+    runs = filler.save("10 20")
+    data = pathlib.Path(runs.path) / "ckpt-10.data-00000-of-00001"
+    data.write_bytes(b"99")
+
+    listing = verify(archived(runs.path, tmp_path / "run.zip"), lambda done, total: None)
+
+    assert [record.step for record in listing.records] == [20]
+    assert "digest does not match" in str(listing.damaged["ckpt-10"])

@@ -19,7 +19,7 @@ import numpy as np
 from keras_ckpt.formats.bundle_index import Entry
 from keras_ckpt.formats.bundle_writer import Place, Value
 from keras_ckpt.formats.dtypes import STRING
-from keras_ckpt.store.files import Stamp
+from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.streams import pages
 

@@ -108,11 +108,11 @@ def write_bundle(
     """Writes the files of a checkpoint, and makes them durable.
 
     Args:
-        folder: Where to.
+        folder: Where to write.
         name: The checkpoint's name, `"ckpt-10"`.
-        groups: What to write, by key; each group into a data file of its own, in its order. Of values that lie in the
-            pages of one block of memory, the pages are written as they are, without another copy.
-        linked: Files in the folder that have the rest; they are renamed.
+        groups: Values by key; each group is written into a data file of its own, in its order. Values that lie in the
+            pages of one block of memory are written as pages, without another copy.
+        linked: Files in the folder that hold the other values; they are renamed.
 
     Returns:
         The files, with their sizes and digests, and the entries of the index by their keys.
@@ -122,27 +122,59 @@ def write_bundle(
         OSError: The files cannot be written.
     """
     _refuse_long(itertools.chain(*groups, *(link.entries for link in linked)))
-    number = len(linked) + len(groups)
+    shards = len(linked) + len(groups)
     files: list[CheckpointFile] = []
     entries: dict[bytes, Entry] = {}
     for shard, link in enumerate(linked):
-        file = msgspec.structs.replace(link.file, name=layout.data(name, shard, number))
+        file = msgspec.structs.replace(link.file, name=layout.data(name, shard, shards))
         folder.rename(link.file.name, file.name)
         files.append(file)
         entries |= {key: entry._replace(shard=shard) for key, entry in link.entries.items()}
-    # Each is on its way to the disk while the next is made.
-    with contextlib.ExitStack() as under_way:
+    with contextlib.ExitStack() as durable:
         for shard, group in enumerate(groups, len(linked)):
-            data = layout.data(name, shard, number)
-            new = under_way.enter_context(folder.writing(data))
-            entries |= _write_values(new, group, shard)
-            files.append(CheckpointFile(data, *new.finish()))
-        index = layout.index(name)
-        table = under_way.enter_context(folder.writing(index))
-        encoded = ((key, _entry(entries[key])) for key in sorted(entries))
-        table.write(memoryview(_table([(b"", _header(number)), *encoded])))
-        files.append(CheckpointFile(index, *table.finish()))
+            file, found = write_data(folder, layout.data(name, shard, shards), group, shard, durable)
+            files.append(file)
+            entries |= found
+        files.append(write_index(folder, layout.index(name), entries, shards, durable))
     return tuple(files), entries
+
+
+def write_data(
+    folder: Folder, file: str, group: Mapping[bytes, Value], shard: int, durable: contextlib.ExitStack
+) -> tuple[CheckpointFile, dict[bytes, Entry]]:
+    """Writes values into a data file.
+
+    Args:
+        folder: Where to write.
+        file: The name of the file.
+        group: The values by key.
+        shard: The number of the file among the data files of the checkpoint.
+        durable: Makes the file durable at its end. Until then the file is on its way to the disk, and others are made.
+
+    Returns:
+        The file, and the entries of the values in the index.
+    """
+    new = durable.enter_context(folder.writing(file))
+    entries = _write_values(new, group, shard)
+    return CheckpointFile(file, *new.finish()), entries
+
+
+def write_index(
+    folder: Folder, file: str, entries: Mapping[bytes, Entry], shards: int, durable: contextlib.ExitStack
+) -> CheckpointFile:
+    """Writes the index of a checkpoint.
+
+    Args:
+        folder: Where to write.
+        file: The name of the file.
+        entries: The entries by key, of all data files.
+        shards: The number of data files.
+        durable: Makes the file durable at its end.
+    """
+    table = durable.enter_context(folder.writing(file))
+    encoded = ((key, _entry(entries[key])) for key in sorted(entries))
+    table.write(memoryview(_table([(b"", _header(shards)), *encoded])))
+    return CheckpointFile(file, *table.finish())
 
 
 def _refuse_long(keys: Iterable[bytes]) -> None:

@@ -17,7 +17,8 @@ from keras_ckpt.formats.bundle_index import Entry, Index, read_index
 from keras_ckpt.formats.bundle_writer import Linked, Value, write_bundle
 from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory
-from keras_ckpt.store.files import Folder, Stamp
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 from keras_ckpt.store.writer import look_for_room
 

@@ -8,8 +8,8 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -23,8 +23,28 @@ from keras_ckpt.errors import (
 from keras_ckpt.store import background, commit, layout, tables
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, check, examine, freed, scan, taken, verify
+from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy, selection
 from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
+
+
+class Change(NamedTuple):
+    """A checkpoint that was saved or removed.
+
+    Example:
+
+    ```python
+    checkpoint = keras_ckpt.ModelCheckpoint("runs/digits")
+    checkpoint.directory.subscribe(lambda change: print(change.kind, change.record.step))
+    ```
+
+    Attributes:
+        kind: `"saved"` or `"removed"`.
+        record: The checkpoint.
+    """
+
+    kind: Literal["saved", "removed"]
+    record: CheckpointRecord
 
 
 class Decision(NamedTuple):
@@ -145,6 +165,31 @@ class CheckpointDirectory(tables.Shown):
             raise ValueError(f"Checkpoint directories are local. Received: {path!r}. Copy it, or mount it.")
         # A program may change its working directory between two saves.
         self.path = os.path.abspath(path)
+        self._listeners: list[Callable[[Change], object]] = []
+
+    def subscribe(self, listener: Callable[[Change], object]) -> None:
+        """Calls a function after each checkpoint that is saved or removed through this object.
+
+        Example:
+
+        ```python
+        checkpoint = keras_ckpt.ModelCheckpoint("runs/digits")
+        checkpoint.directory.subscribe(lambda change: print(change.kind, change.record.step))
+        ```
+
+        Args:
+            listener: Receives a `Change`, in the thread that saves or removes. An error that it raises is a warning.
+        """
+        self._listeners.append(listener)
+
+    def tell(self, changes: Iterable[Change]) -> None:
+        """Calls the listeners. The caller is the writer of this directory, and holds no lock."""
+        for change in changes:
+            for listener in self._listeners:
+                try:
+                    listener(change)
+                except Exception as error:  # noqa: BLE001 - the save is done, whatever a listener makes of it
+                    warn(f"A listener of {self.path} failed: {change.record.prefix} was {change.kind}, and {error!r}")
 
     def listing(self) -> Listing:
         """Reads the directory: the good, the damaged and what others wrote.
@@ -256,6 +301,7 @@ class CheckpointDirectory(tables.Shown):
                     f"{len(doomed)} checkpoints would be left. Plan again."
                 )
             remove(folder, listing, doomed)
+        self.tell(Change("removed", record) for record in doomed)
         return [record.step for record in doomed]
 
     def verify(self, progress: Callable[[int, int], object] = lambda done, total: None) -> Verification:
@@ -351,6 +397,7 @@ class CheckpointDirectory(tables.Shown):
             for record in listing.records:
                 folder.remove(layout.pin(record.name))
             del lock
+        self.tell(Change("removed", record) for record in listing.records)
         return [record.step for record in listing.records]
 
     def _find(self, listing: Listing, step: int | CheckpointRecord | None) -> CheckpointRecord:

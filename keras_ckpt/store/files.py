@@ -17,25 +17,18 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
 from blake3 import blake3
 
 from keras_ckpt.store.locks import WriterLock, claim
+from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.streams import NewFile, OpenFile, read_into
 
 PRIVATE = ".keras_ckpt"
 _CHUNK, _LOOK = 1 << 20, 1 << 12
 # Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-
-class Stamp(NamedTuple):
-    """What tells that a file was not written to since: its number, its size in bytes, when it was last changed."""
-
-    inode: int
-    size: int
-    changed: int
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -97,6 +90,16 @@ class Folder:
     def names(self) -> list[str]:
         """The names in the directory, in no order."""
         return os.listdir(self.descriptor)
+
+    def moving(self) -> set[str]:
+        """The names of files that a writer publishes or removes at the moment: those in its stage and its trash."""
+        found: set[str] = set()
+        with contextlib.suppress(OSError), self.folder(PRIVATE) as private:
+            for name in private.names():
+                if name == "trash" or name.startswith("stage-"):
+                    with contextlib.suppress(OSError), private.folder(name) as inner:
+                        found.update(inner.names())
+        return found
 
     def changed(self) -> int:
         """When a file in the directory was created, replaced or removed last, in nanoseconds."""

@@ -17,11 +17,14 @@ import msgspec
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
 from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
-from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.reading import Reading
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, superseded
 
 _NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What a process has run out of says nothing of a file."""
+Check = Callable[[CheckpointRecord], object]
+"""Raises for a checkpoint that is damaged."""
 PIN_LIMIT = 4096
 """The greatest size of a pin's reason in bytes."""
 _CHECKED = 16
@@ -95,9 +98,9 @@ class Listing:
 
 
 class Known:
-    """What a look at a directory has found, so that the next look reads only what was replaced since.
+    """The last listing of a directory, so that the next look reads only the checkpoints whose files were replaced.
 
-    A file may also be changed in its place, so the next look reads some other checkpoints again, in turns.
+    A file may also be changed in its place, so each look reads some other checkpoints again, in turns.
     """
 
     def __init__(self) -> None:
@@ -107,11 +110,25 @@ class Known:
         self._changed = 0
         self._owners: dict[str, str] = {}
 
-    def listing(self, folder: Folder) -> Listing | None:
-        """The listing of the look before, if no file of the directory was replaced since."""
-        return self._listing if folder.changed() == self._changed else None
+    def look(self, folder: Folder, check: Check) -> Listing:
+        """Reads the sidecars of a directory, as `scan` does."""
+        changed = folder.changed()
+        if self._listing is not None and changed == self._changed:
+            return self._listing
+        inodes = folder.inodes()
+        self._forget(inodes)
+        listing = _listed(folder, inodes.keys(), check, self)
+        self._inodes, self._listing = inodes, listing
+        trusted = not listing.damaged and time.time_ns() - changed > _TICK
+        self._changed = changed if trusted else 0
+        return listing
 
-    def forget(self, inodes: Mapping[str, int]) -> None:
+    def add(self, record: CheckpointRecord) -> None:
+        """Notes a checkpoint that was read and found whole."""
+        self.records[record.name] = record
+        self._owners |= dict.fromkeys(_files(record), record.name)
+
+    def _forget(self, inodes: Mapping[str, int]) -> None:
         """Forgets each checkpoint of which a file was replaced, and some others in turns."""
         replaced = {file for file, _ in inodes.items() ^ self._inodes.items()}
         names = {self._owners.get(file, file.rpartition(".")[0]) for file in replaced}
@@ -120,42 +137,19 @@ class Known:
                 for file in _files(record):
                     self._owners.pop(file, None)
 
-    def add(self, record: CheckpointRecord) -> None:
-        """Notes a checkpoint that was read and found whole."""
-        self.records[record.name] = record
-        self._owners |= dict.fromkeys(_files(record), record.name)
 
-    def keep(self, listing: Listing, inodes: Mapping[str, int], changed: int) -> None:
-        """Notes a listing, and the numbers of the files and the time of the last change from before it was read."""
-        self._inodes, self._listing = inodes, listing
-        trusted = not listing.damaged and time.time_ns() - changed > _TICK
-        self._changed = changed if trusted else 0
-
-
-def scan(
-    folder: Folder, check: Callable[[CheckpointRecord], object] = lambda record: None, known: Known | None = None
-) -> Listing:
+def scan(files: Reading, check: Check = lambda record: None) -> Listing:
     """Reads the sidecars of a directory.
 
     Args:
-        folder: The directory.
+        files: The directory.
         check: Called with each record that is read; a checkpoint for which it raises is among the damaged.
-        known: What the look before has found.
     """
-    known = known or Known()
-    listing = known.listing(folder)
-    if listing is None:
-        changed, inodes = folder.changed(), folder.inodes()
-        known.forget(inodes)
-        listing = _listed(folder, inodes, check, known)
-        known.keep(listing, inodes, changed)
-    return listing
+    return _listed(files, set(files.names()), check, Known())
 
 
-def _listed(
-    folder: Folder, inodes: Mapping[str, int], check: Callable[[CheckpointRecord], object], known: Known
-) -> Listing:
-    damaged, sequence, present = _read_others(folder, inodes.keys(), check, known)
+def _listed(files: Reading, present: Set[str], check: Check, known: Known) -> Listing:
+    damaged, sequence, present = _read_others(files, present, check, known)
     sound = sorted(known.records.values(), key=operator.attrgetter("sequence"))
     newest = {record.step: record for record in sound}
     for record in sound:
@@ -163,28 +157,32 @@ def _listed(
             damaged[record.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
     indexed = layout.of_indexes(present) - known.records.keys() - damaged.keys()
     return Listing(
-        folder.path,
+        files.path,
         tuple(record for record in sound if newest[record.step] is record),
         {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(name, present, damaged[name])},
-        _by_step(unmanaged(folder, {name for name in indexed if sidecars.step_in(name) is not None})),
+        _by_step(unmanaged(files, {name for name in indexed if sidecars.step_in(name) is not None})),
         max([sequence, *(record.sequence for record in sound[-1:])]),
     )
 
 
-def unmanaged(folder: Folder, names: set[str]) -> set[str]:
+def unmanaged(folder: Reading, names: set[str]) -> set[str]:
     """Those of the names under which there is a checkpoint without a sidecar, and none on its way to or from there."""
     if not names:
         return names
-    names = names - _in_transit(folder)
+    names = names - layout.of_sidecars(folder.moving())
     return {name for name in names if folder.exists(layout.index(name)) and not folder.exists(layout.sidecar(name))}
 
 
 def examine(folder: Folder, known: Known | None = None) -> Listing:
     """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
-    return scan(folder, lambda record: check(folder, record, digests=False), known)
+
+    def look(record: CheckpointRecord) -> None:
+        check(folder, record, digests=False)
+
+    return scan(folder, look) if known is None else known.look(folder, look)
 
 
-def verify(folder: Folder, progress: Callable[[int, int], object]) -> Listing:
+def verify(folder: Reading, progress: Callable[[int, int], object]) -> Listing:
     """Reads all sidecars of a directory, and every byte of the files that they list.
 
     Args:
@@ -254,7 +252,7 @@ def amend(folder: Folder, record: CheckpointRecord) -> CheckpointRecord:
     return record
 
 
-def read_record(folder: Folder, name: str) -> CheckpointRecord:
+def read_record(folder: Reading, name: str) -> CheckpointRecord:
     """The record of a checkpoint.
 
     Raises:
@@ -270,7 +268,7 @@ def read_record(folder: Folder, name: str) -> CheckpointRecord:
     return sidecars.decode(data, name, folder.path)
 
 
-def check(folder: Folder, record: CheckpointRecord, **how: Any) -> None:
+def check(folder: Reading, record: CheckpointRecord, **how: Any) -> None:
     """As `check_files`, in a directory that others may change meanwhile.
 
     Raises:
@@ -284,7 +282,7 @@ def check(folder: Folder, record: CheckpointRecord, **how: Any) -> None:
 
 
 def check_files(
-    folder: Folder,
+    folder: Reading,
     record: CheckpointRecord,
     *,
     digests: bool = True,
@@ -328,14 +326,14 @@ def refuse_changed(file: CheckpointFile, size: int, digest: str | None) -> None:
         raise DamagedCheckpointError(f"{file.name} was changed after it was written: its digest does not match")
 
 
-def _judged(folder: Folder, record: CheckpointRecord, error: Exception) -> Exception:
+def _judged(folder: Reading, record: CheckpointRecord, error: Exception) -> Exception:
     """Tells a checkpoint that is damaged from one that was removed or saved anew since its sidecar was read."""
     if not _is_current(folder, record):
         return FileNotFoundError(errno.ENOENT, "it was removed or saved anew", record.name)
     return unreadable(error) if isinstance(error, OSError) else error
 
 
-def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
+def _is_current(folder: Reading, record: CheckpointRecord) -> bool:
     """Whether a checkpoint was neither removed nor saved anew since its sidecar was read."""
     try:
         return read_record(folder, record.name).same_save(record)
@@ -346,7 +344,7 @@ def _is_current(folder: Folder, record: CheckpointRecord) -> bool:
 
 
 def _read_others(
-    folder: Folder, present: Set[str], check: Callable[[CheckpointRecord], object], known: Known
+    folder: Reading, present: Set[str], check: Check, known: Known
 ) -> tuple[dict[str, CheckpointError], int, Set[str]]:
     """Reads the checkpoints that are not known.
 
@@ -371,7 +369,7 @@ def _read_others(
             except CheckpointError as error:
                 damaged[name] = error
         if again:
-            present = folder.inodes().keys()
+            present = set(folder.names())
     return damaged, sequence, present
 
 
@@ -379,7 +377,7 @@ def _files(record: CheckpointRecord) -> list[str]:
     return [layout.sidecar(record.name), layout.pin(record.name), *(file.name for file in record.files)]
 
 
-def _read(folder: Folder, name: str, present: Set[str]) -> CheckpointRecord:
+def _read(folder: Reading, name: str, present: Set[str]) -> CheckpointRecord:
     record = read_record(folder, name)
     if (pin := _read_pin(folder, name, present)) is not None:
         record = msgspec.structs.replace(record, pin=pin)
@@ -391,19 +389,7 @@ def _read(folder: Folder, name: str, present: Set[str]) -> CheckpointRecord:
     return record
 
 
-def _in_transit(folder: Folder) -> set[str]:
-    """The names of checkpoints that a process is about to publish or to remove: their sidecars are on their way."""
-    found: set[str] = set()
-    with contextlib.suppress(OSError), folder.folder(PRIVATE) as private:
-        for name in private.names():
-            if name != "trash" and not name.startswith("stage-"):
-                continue
-            with contextlib.suppress(OSError), private.folder(name) as inner:
-                found |= layout.of_sidecars(inner.names())
-    return found
-
-
-def _read_pin(folder: Folder, name: str, present: Set[str]) -> str | None:
+def _read_pin(folder: Reading, name: str, present: Set[str]) -> str | None:
     if layout.pin(name) not in present:
         return None
     try:

@@ -20,7 +20,7 @@ import msgspec
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
 from keras_ckpt.store import commit, layout, tables
 from keras_ckpt.store import record as sidecars
-from keras_ckpt.store.directory import CheckpointDirectory, remove
+from keras_ckpt.store.directory import Change, CheckpointDirectory, remove
 from keras_ckpt.store.files import Folder, UnfinishedError
 from keras_ckpt.store.listing import Known, Listing, amend, examine
 from keras_ckpt.store.locks import WriterLock
@@ -260,20 +260,23 @@ class Writer:
             return Staged(_sealed(stage, candidate, request, write), name)
 
     def _commit(self, folder: Folder, lock: WriterLock, staged: Staged) -> CheckpointRecord | None:
-        record = staged.record
+        record, gone = staged.record, []
         with self.explaining(record.step), folder.stage(staged.stage) as stage, folder.mutex():
             listing = examine(folder, self._known)
             wanted = not _pinned(listing, record) and not _pinned_and_damaged(folder, listing, record)
             if any(each.same_save(record) for each in listing.records):
-                self.retain(folder, listing)  # recovery has committed it
+                gone = self.retain(folder, listing)  # recovery has committed it
             elif wanted:
                 _refuse_disorder(listing, stage, record)
-                commit.publish(folder, stage, record, superseded(record, listing.records))
-                self.retain(folder, listing.joined_by(record))
+                gone = superseded(record, listing.records)
+                commit.publish(folder, stage, record, gone)
+                gone += self.retain(folder, listing.joined_by(record))
             # The next start removes what cannot be removed now.
             with contextlib.suppress(OSError):
                 stage.empty()
                 lock.stage = staged.stage
+        if wanted:
+            self.directory.tell([Change("saved", record), *(Change("removed", each) for each in gone)])
         return record if wanted else None
 
     def latest(self) -> CheckpointRecord | None:
@@ -301,13 +304,19 @@ class Writer:
             if not current:
                 return None
             changed = amend(folder, change(current[0]))
-            self.retain(folder, listing.joined_by(changed))
-            return changed
+            gone = self.retain(folder, listing.joined_by(changed))
+        self.directory.tell(Change("removed", each) for each in gone)
+        return changed
 
-    def retain(self, folder: Folder, listing: Listing) -> None:
-        """Removes checkpoints that the policy does not keep. The caller holds the mutex, and listed under it."""
+    def retain(self, folder: Folder, listing: Listing) -> list[CheckpointRecord]:
+        """Removes checkpoints that the policy does not keep, and returns them.
+
+        The caller holds the mutex, and listed the directory under it.
+        """
         with self._explaining("The checkpoint is saved, but older ones could not be removed from"):
-            remove(folder, listing, [] if listing.newer else self.unkept(listing.records))
+            doomed = [] if listing.newer else self.unkept(listing.records)
+            remove(folder, listing, doomed)
+        return doomed
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
         """Those that the policy does not keep and nobody pinned, oldest first."""

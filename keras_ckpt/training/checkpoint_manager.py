@@ -27,7 +27,7 @@ from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.locating import opened
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import LatestN, PreservationPolicy, as_policy
-from keras_ckpt.store.record import Mode, as_metric, encodable_metadata, step_in
+from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric, encodable_metadata, step_in
 from keras_ckpt.store.tables import counted
 from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
 
@@ -358,10 +358,10 @@ class _PreservingWriter(Writer):
         # Set back a little, as TensorFlow does, for a manager that is made again at once.
         self._opened = time.time() - 1.0
 
-    def retain(self, folder: Folder, listing: Listing) -> None:
+    def retain(self, folder: Folder, listing: Listing) -> list[CheckpointRecord]:
         with self._explaining("What was to be saved is saved, but what is to be preserved could not be noted in"):
             listing = self._preserved(folder, listing)
-        super().retain(folder, listing)
+        return super().retain(folder, listing)
 
     def _preserved(self, folder: Folder, listing: Listing) -> Listing:
         noted = read_state(folder)[1]
