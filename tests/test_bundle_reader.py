@@ -118,7 +118,7 @@ def test_many_little_values_are_read(tmp_path) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("rest", ["-", "0,6"])
 def test_values_in_parts_are_read_whole(tmp_path, axis, rest) -> None:
-    """Ranges of rows are read into their places, other parts are copied."""
+    """Ranges of rows, as version 0.1.0 wrote them too, and other parts."""
     whole = RNG.random((6, 6), np.float32)
     places = ["0,2", "2,4"]
     tf.raw_ops.SaveV2(

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,45 +68,23 @@ def read_values(
         entry = index.entries[key]
         if entry.dtype != STRING and entry.dtype not in ITEM_SIZES:
             raise TypeError(f"{key.decode(errors='replace')} is a {NAMES[entry.dtype]}, which no array can hold")
-        rows = None if entry.dtype == STRING else _rows(index, key, entry)
-        if rows is None:
+        if entry.slices or entry.dtype == STRING:
             joined[key] = _Joined(index, key)
             targets += joined[key].targets
         else:
             values[key], memory = allocate(entry.dtype, entry.shape)
-            targets += _targets(index, key, rows, memory)
+            targets.append(_target(index, key, entry, memory))
     _fill(files, targets, digested)
     return values | {key: each.value(allocate) for key, each in joined.items()}
 
 
-def _rows(index: Index, key: bytes, entry: Entry) -> Sequence[tuple[Entry, int]] | None:
-    """The entries with the bytes of a value, each with where they begin in it.
-
-    `None` if the parts are not ranges of rows, one after another.
-    """
-    if not entry.slices:
-        return [(entry, 0)]
-    places: list[tuple[Entry, int]] = []
-    rows = begin = 0
-    for start, place in sorted((part[0][0], index.entries[slice_key(key, part)]) for part in entry.slices):
-        if start != rows or place.shape[1:] != entry.shape[1:]:
-            return None
-        places.append((place, begin))
-        rows += place.shape[0]
-        begin += place.size
-    return places
-
-
-def _targets(index: Index, key: bytes, places: Iterable[tuple[Entry, int]], memory: memoryview) -> Iterator[_Target]:
-    for entry, begin in places:
-        if entry.size:
-            part = memory[begin : begin + entry.size]
-            checksum = None if entry.dtype == STRING else entry.checksum
-            yield _Target(key, index.files[entry.shard], entry.offset, part, checksum)
+def _target(index: Index, key: bytes, entry: Entry, memory: memoryview) -> _Target:
+    checksum = None if entry.dtype == STRING else entry.checksum
+    return _Target(key, index.files[entry.shard], entry.offset, memory, checksum)
 
 
 class _Joined:
-    """A value that is joined from memory of its own: strings, or parts that are no ranges of rows.
+    """A value that is joined from memory of its own: strings, or the parts that TensorFlow saved a value in.
 
     Attributes:
         targets: The memory to be filled before.
@@ -117,9 +95,7 @@ class _Joined:
         self._entry = entry = index.entries[key]
         places: list[tuple[Slice, Entry]] = [(part, index.entries[slice_key(key, part)]) for part in entry.slices]
         self._parts = [(part, each, memoryview(bytearray(each.size))) for part, each in places or [((), entry)]]
-        self.targets = [
-            target for _, each, memory in self._parts for target in _targets(index, key, [(each, 0)], memory)
-        ]
+        self.targets = [_target(index, key, each, memory) for _, each, memory in self._parts]
 
     def value(self, allocate: Allocate) -> Any:
         """The value, when the memory is filled."""
@@ -176,6 +152,7 @@ def _strings(key: bytes, entry: Entry, memory: memoryview) -> np.ndarray:
 def _fill(files: Folder, targets: Sequence[_Target], digested: Sequence[CheckpointFile]) -> None:
     """Reads targets, and checks them."""
     names = {file.name for file in digested}
+    targets = [target for target in targets if target.memory]
     groups = _of_equal_size([target for target in targets if target.file not in names])
     if not digested and len(groups) <= 1:
         for group in groups:
