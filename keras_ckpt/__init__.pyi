@@ -1,0 +1,35 @@
+"""The public names, each with its module: the one list, for the type checker and for `lazy_loader`."""
+
+from .errors import CheckpointError as CheckpointError
+from .errors import CheckpointNotFoundError as CheckpointNotFoundError
+from .errors import DamagedCheckpointError as DamagedCheckpointError
+from .errors import DirectoryInUseError as DirectoryInUseError
+from .errors import DirectoryNotEmptyError as DirectoryNotEmptyError
+from .errors import DiskFullError as DiskFullError
+from .errors import FormatVersionError as FormatVersionError
+from .errors import MismatchError as MismatchError
+from .errors import MonitorError as MonitorError
+from .errors import PlanError as PlanError
+from .errors import SaveError as SaveError
+from .formats.variables import Variables as Variables
+from .formats.variables import load_variables as load_variables
+from .model.report import RestoreReport as RestoreReport
+from .model.restoring import restore as restore
+from .resume.backup_and_restore import BackupAndRestore as BackupAndRestore
+from .resume.resumable_dataset import ResumableDataset as ResumableDataset
+from .store.directory import Change as Change
+from .store.directory import CheckpointDirectory as CheckpointDirectory
+from .store.directory import Decision as Decision
+from .store.directory import PrunePlan as PrunePlan
+from .store.directory import Verification as Verification
+from .store.listing import Listing as Listing
+from .store.policies import BestN as BestN
+from .store.policies import EveryNEpochs as EveryNEpochs
+from .store.policies import EveryNHours as EveryNHours
+from .store.policies import EveryNSteps as EveryNSteps
+from .store.policies import LatestN as LatestN
+from .store.policies import PreservationPolicy as PreservationPolicy
+from .store.record import CheckpointRecord as CheckpointRecord
+from .training.checkpoint_manager import CheckpointManager as CheckpointManager
+from .training.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+from .version import __version__ as __version__
