@@ -33,7 +33,7 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
         (kc.BackupAndRestore, "on_train_batch_end"),
         (session.Session, "save"),
     ],
-    "callback: the states of others, and random numbers": [(backed_up_fit.Training, "_now")],
+    "callback: the states of others, and random numbers": [(backed_up_fit.BackedUpFit, "_now")],
     "callback: is the model as it was (beside the next)": [(model_state._Plan, "holds")],
     "callback: one operation reads all variables": [(backend._Call, "run")],
     "callback: the rest of the snapshot": [(model_state.ModelState, "snapshot")],

@@ -1,5 +1,7 @@
 """Private names of Keras: each test names the function whose private name has changed in Keras."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -101,22 +103,53 @@ def test_seed_of_random_goes_back() -> None:
         internals.set_seed_of_random(state)
 
 
-def test_a_callback_sees_the_fit_that_calls_it() -> None:
-    """Its data, and the other callbacks."""
+def test_fit_in_progress_finds_the_data_and_the_callbacks_of_fit() -> None:
+    """One walk up the stack finds all that a callback needs of the `fit` that calls it."""
     seen = []
 
     class Looks(keras.callbacks.Callback):
         def on_train_begin(self, logs=None) -> None:
-            seen.extend([internals.data_of_fit(), internals.callbacks_of_fit(self)])
+            seen.append(internals.fit_in_progress(self))
 
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).repeat()
     dense_model().fit(data, steps_per_epoch=3, verbose=0, shuffle=False, callbacks=[looks := Looks()])
-    found, callbacks = seen
+    found = seen[0]
 
     assert (found.steps_per_epoch, found.batches, found.dataset, found.is_known) == (3, None, data, True)
-    assert looks in callbacks.callbacks
-    assert internals.data_of_fit() == internals.FitData()
-    assert internals.callbacks_of_fit(looks) is None
+    assert looks in found.callbacks.callbacks
+
+
+def test_fit_in_progress_finds_the_list_of_callbacks_of_a_loop_of_the_user() -> None:
+    """A list of callbacks may be called without a `fit`."""
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None) -> None:
+            seen.append(internals.fit_in_progress(self))
+
+    callbacks = keras.callbacks.CallbackList([Looks()], model=dense_model())
+    callbacks.on_train_begin()
+
+    assert seen == [internals.FitInProgress(callbacks)]
+
+
+def test_fit_in_progress_finds_nothing_outside_of_a_training() -> None:
+    """Every value has its default."""
+    assert internals.fit_in_progress(keras.callbacks.Callback()) == internals.FitInProgress()
+
+
+def test_is_running_says_whether_a_caller_uses_the_list_of_callbacks() -> None:
+    """A signal handler gets the frame that the signal interrupted."""
+    seen = []
+
+    def look(logs) -> None:
+        seen.append(internals.is_running(lists[0], inspect.currentframe()))
+
+    lists = [keras.callbacks.CallbackList([keras.callbacks.LambdaCallback(on_train_begin=look)])]
+    lists[0].on_train_begin()
+    look(None)
+
+    assert seen == [True, False]
 
 
 def test_an_optimizer_has_its_own_variables_first(model) -> None:

@@ -426,12 +426,12 @@ class TestTwoFitsWithOneBackupDirectory:
     @pytest.mark.parametrize("second", [lambda: phases(True, "adam"), lambda: phases(False, "sgd"), dense_model])
     def test_the_error_says_that_the_backup_is_of_another_fit(self, backup, monkeypatch, second) -> None:
         """The script was killed in its second fit. Its restart meets the backup in the first."""
-        from keras_ckpt.resume import backed_up_fit
+        from keras_ckpt.resume import backup_and_restore
 
         fit(phases(False, "adam"), kc.BackupAndRestore(backup))
         with pytest.raises(RuntimeError, match="killed"):
             fit(second(), kc.BackupAndRestore(backup), Interrupts(8, RuntimeError("killed")), epochs=2)
-        monkeypatch.setattr(backed_up_fit, "_ended", type(backed_up_fit._ended)())  # as in a new process
+        monkeypatch.setattr(backup_and_restore, "_ended", type(backup_and_restore._ended)())  # as in a new process
 
         with pytest.raises(kc.MismatchError, match=r"another fit.*give each fit\(\) a backup_dir of its own") as error:
             fit(phases(False, "adam"), kc.BackupAndRestore(backup))

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt.resume import backed_up_fit, random_state
+from keras_ckpt.resume import backup_and_restore, random_state, restart
 from keras_ckpt.store.files import Folder
 from support.models import X, Y, dense_model, into_a_stage, same
 from support.runs import HOLD
@@ -166,7 +166,7 @@ def test_the_line_at_a_restart_says_what_was_found(backup, capsys) -> None:
 
     line = capsys.readouterr().out.splitlines()[0]
     assert line == (
-        f"Found {backup}/ckpt-12; going on from step 12, epoch 2 of 3, after batch 2 of 10; restored: model, random "
+        f"Found {backup}/ckpt-12; resuming from step 12, epoch 2 of 3, after batch 2 of 10; restored: model, random "
         "numbers, History, place in the data; not restored: Extra"
     )
 
@@ -475,7 +475,7 @@ def test_a_backup_of_a_newer_version_is_refused(backup, monkeypatch) -> None:
     """What it means is not known."""
     with pytest.raises(RuntimeError):
         train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
-    monkeypatch.setattr(backed_up_fit, "_VERSION", 0)
+    monkeypatch.setattr(restart, "VERSION", 0)
 
     with pytest.raises(kc.FormatVersionError, match=r"ckpt-10 was saved by a newer version of keras_ckpt, \d"):
         train(kc.BackupAndRestore(backup, data=data()))
@@ -621,7 +621,7 @@ def test_a_backup_of_another_fit_of_the_script_is_not_taken_without_a_word(backu
     train(each)
     with pytest.raises(RuntimeError):
         train(each, Fails("on_train_batch_end", 14))
-    backed_up_fit._ended.clear()  # as in a new process
+    backup_and_restore._ended.clear()  # as in a new process
 
     with pytest.warns(UserWarning, match="1 trainings with that directory had ended in the process, and here it is 0"):
         train(kc.BackupAndRestore(backup, data=data()))
@@ -850,7 +850,7 @@ def test_the_callback_stands_last_wherever_it_is_in_the_list(backup, place) -> N
 
     class Sees(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None) -> None:
-            seen.append([type(each).__name__ for each in ours._callbacks.callbacks])
+            seen.append([type(each).__name__ for each in ours._fit.callbacks.callbacks])
 
     ours = kc.BackupAndRestore(backup, data=data())
     callbacks = [Sees(), keras.callbacks.EarlyStopping("loss")]

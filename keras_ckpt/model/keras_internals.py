@@ -5,9 +5,11 @@ A test calls each function, and names the one whose private name has changed in 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any
 
 import keras
 
@@ -61,7 +63,7 @@ def arguments_of(loss: Any) -> Mapping[str, Any]:
 
 
 def begin_with_epoch(model: keras.Model, epoch: int | None) -> None:
-    """Has `fit` begin with an epoch, which it reads before its first. Keras's BackupAndRestore has no other way."""
+    """Has the next `fit` begin with an epoch; `None` undoes it. Keras's BackupAndRestore uses the same attribute."""
     model._initial_epoch = epoch  # noqa: SLF001
 
 
@@ -80,41 +82,53 @@ def set_seed_of_random(state: Any) -> None:
         global_seed_generator().state.assign(state)
 
 
-class FitData(NamedTuple):
-    """What the `fit` that is calling was given to train on.
+@dataclasses.dataclass(frozen=True)
+class FitInProgress:
+    """What a `fit` in progress works with. Keras tells a callback nothing of it.
 
     Attributes:
-        steps_per_epoch: After how many batches an epoch ends; `None` if the data say so themselves.
-        batches: How many batches the data have, `None` if they have no end, or it is not known.
-        dataset: The `tf.data.Dataset` that is read, `None` if the data are none of TensorFlow's.
-        is_known: Whether there is a `fit`, and not a loop of a user's own.
+        callbacks: The list of callbacks that calls the callback; `None` if the user calls the callback directly.
+        steps_per_epoch: The number of batches after which an epoch ends; `None` if an epoch ends with the data.
+        batches: The number of batches of the data; `None` if it is endless or not known.
+        dataset: The `tf.data.Dataset` that `fit` reads; `None` if the data is no dataset of TensorFlow.
+        is_known: Whether Keras's `fit` is in progress, and not a loop of the user's own.
     """
 
+    callbacks: keras.callbacks.CallbackList | None = None
     steps_per_epoch: int | None = None
     batches: int | None = None
     dataset: Any = None
     is_known: bool = False
 
 
-def data_of_fit() -> FitData:
-    """What the `fit` that is calling trains on. Keras tells a callback nothing of it."""
-    frame = inspect.currentframe()
+def fit_in_progress(callback: keras.callbacks.Callback | None = None) -> FitInProgress:
+    """Finds the `fit` that calls, by one walk up the stack.
+
+    Args:
+        callback: The callback whose list of callbacks is wanted as well.
+    """
+    callbacks, frame = None, inspect.currentframe()
     while frame is not None:
-        # Of no other frame: one whose variables were looked at is kept, with all that it has.
+        # A frame keeps the values of all its variables once f_locals was read, so few frames are asked.
+        if callback is not None and callbacks is None and frame.f_code.co_varnames[:1] == ("self",):
+            callbacks = _list_in(frame, callback)
         if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= frame.f_locals.keys():
-            steps: int | None = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
+            steps = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
             adapter = frame.f_locals["epoch_iterator"].data_adapter
-            return FitData(steps, adapter.num_batches, getattr(adapter, "_dataset", None), is_known=True)
+            return FitInProgress(callbacks, steps, adapter.num_batches, getattr(adapter, "_dataset", None), True)
         frame = frame.f_back
-    return FitData()
+    return FitInProgress(callbacks)
 
 
-def callbacks_of_fit(callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList | None:
-    """The list of callbacks that is calling a callback. Keras tells a callback nothing of the others."""
-    frame = inspect.currentframe()
+def is_running(callbacks: keras.callbacks.CallbackList, frame: FrameType | None) -> bool:
+    """Whether a frame, or a caller of it, uses a list of callbacks: the training of the list is in progress."""
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
-            return caller
+        if any(value is callbacks for value in frame.f_locals.values()):
+            return True
         frame = frame.f_back
-    return None
+    return False
+
+
+def _list_in(frame: FrameType, callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList | None:
+    caller = frame.f_locals.get("self")
+    return caller if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks else None

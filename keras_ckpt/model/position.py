@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_ckpt.model.keras_internals import data_of_fit
+from keras_ckpt.model.keras_internals import FitInProgress
 from keras_ckpt.store.notices import warn
 
 
@@ -59,13 +59,13 @@ class Progress:
 
     Args:
         model: The model that is trained.
-        steps: How many batches an epoch has, `None` if it is not known.
+        steps: The number of batches of an epoch, `None` if it is not known.
+        fit: The `fit` in progress.
     """
 
-    def __init__(self, model: keras.Model, steps: int | None) -> None:
+    def __init__(self, model: keras.Model, steps: int | None, fit: FitInProgress) -> None:
         self.model = model
         self.steps = steps
-        fit = data_of_fit()
         self._least = 0 if fit.is_known else 1
         self._data_end = steps if fit.steps_per_epoch is None else None
         self.position = position_of(model) or Position(uuid.uuid4().hex)
@@ -83,10 +83,10 @@ class Progress:
         set_position(model, self.position)
 
     def resume(self, batch: int) -> None:
-        """Goes on in the middle of an epoch.
+        """Resumes within an epoch.
 
         Args:
-            batch: How many of its batches are done.
+            batch: The number of batches of the epoch that are done.
         """
         self._last_batch = batch - 1
         self._move(batch=batch)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 import keras
 
@@ -14,7 +12,6 @@ from keras_ckpt.model.parts import is_built
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import Request, transfer
 from keras_ckpt.store.directory import CheckpointDirectory
-from keras_ckpt.store.files import Folder
 from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.record import CheckpointRecord
 
@@ -74,26 +71,4 @@ def restore(
     if not (model.variables or named_variables(model, weights_only=True) or learners(named_objects(model))):
         raise ValueError(f"The model {model.name!r} is built and has no variables, so there is nothing to restore.")
     request = Request(strict, weights_only, check_digests)
-    return restore_and_read(model, checkpoint, request, lambda files, name: None)[0]
-
-
-def restore_and_read(
-    model: keras.Model, checkpoint: object, request: Request, read: Callable[[Folder, str], Any]
-) -> tuple[RestoreReport, Any]:
-    """Restores as `restore` does, and reads something else of the very same files.
-
-    Args:
-        model: A built model.
-        checkpoint: A record, a directory, or a path.
-        request: What is asked.
-        read: Called with the files of the checkpoint and its name.
-
-    Returns:
-        The report, and what `read` gave.
-    """
-
-    def read_all(files: Folder, name: str, record: CheckpointRecord | None) -> tuple[RestoreReport, Any]:
-        others = read(files, name)
-        return transfer(model, files, name, record, request), others
-
-    return read_checkpoint(checkpoint, read_all)
+    return read_checkpoint(checkpoint, lambda files, name, record: transfer(model, files, name, record, request))

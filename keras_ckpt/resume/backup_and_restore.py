@@ -1,22 +1,30 @@
-"""`BackupAndRestore`: Keras's, so that the same script, run again after a crash, goes on."""
+"""`BackupAndRestore`: the same script, run again after a crash, resumes and ends as if there had been none."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any, Self
 
 import keras
+import msgspec
 
-from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, PlanError
-from keras_ckpt.model.keras_internals import callbacks_of_fit
+from keras_ckpt.errors import DirectoryNotEmptyError, PlanError
+from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress, is_running
 from keras_ckpt.model.parts import is_built
-from keras_ckpt.resume.backed_up_fit import INITIAL_EPOCH, Training
-from keras_ckpt.resume.callback_states import CallbackStates, keep_csv_logs
+from keras_ckpt.resume.backed_up_fit import BackedUpFit, errors_as_warnings
+from keras_ckpt.resume.callback_states import empty_csv_file
+from keras_ckpt.resume.fit_state import INITIAL_EPOCH, STOPPED, FitState
+from keras_ckpt.resume.patches import Patches
+from keras_ckpt.resume.restart import Restart
 from keras_ckpt.resume.resumable_dataset import ResumableDataset
+from keras_ckpt.resume.signals import SignalWatch
 from keras_ckpt.store import files
 from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointRecord
@@ -26,19 +34,22 @@ from keras_ckpt.training.session import OnFullDisk, Session, checked_on_full_dis
 
 Logs = Mapping[str, Any] | None
 
+_ended: collections.Counter[str] = collections.Counter()
+"""By directory, the number of fits that have ended in this process and removed their backup."""
+
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """Backs a training up, so that the same script, run again after a crash, ends as if there had been none.
+    """Callback that backs up a training, so that the same script, run again after a crash, resumes exactly.
 
     A backup holds all that decides the rest of the run: the model with its optimizer, seeds and metrics, the history,
-    the states of the other callbacks, the global generators of random numbers, and the place in the data. At the
-    beginning of `fit` it is put back, if there is one. After `fit` it is removed; nothing else in the directory is.
+    the states of the other callbacks, the global generators of random numbers, and the place in the data. `fit`
+    restores the backup when it begins, and removes the backup when it ends. It removes nothing else in the directory.
 
-    The place in the data is known if they are a `ResumableDataset`, given here and to `fit`. Without it the epoch that
-    was under way begins again at its first batch, on the newest weights.
+    The place in the data is known if the data is a `ResumableDataset`, given to this callback and to `fit`. Otherwise
+    the epoch in progress begins again at its first batch, on the newest weights.
 
-    Where the process is asked to end, by SIGTERM, SIGUSR1 or Ctrl-C, the batch under way is finished and backed up
-    before. In a `with` statement that is so for an error too.
+    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end the process after the batch in progress and a backup. In a `with`
+    statement an error is followed by a backup too.
 
     Example:
 
@@ -48,29 +59,29 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         model.fit(data, epochs=30, shuffle=False, callbacks=[backup])
     ```
 
-    Other callbacks may have `get_state()` and `set_state(state)`, of plain values and NumPy arrays. Of one that has
-    not, those of its attributes are saved that changed since `fit` was called and are such values, generators of random
-    numbers, variables or metrics; what cannot be saved is named once.
+    Another callback may have `get_state()` and `set_state(state)`, of plain values and NumPy arrays. Of any other
+    callback the backup holds each attribute that has changed since `fit` was called, if its value is plain, or a
+    generator of random numbers, a variable or a metric. A warning names each attribute that cannot be saved.
 
-    Not put back are a validation by a Python generator, and a batch in the middle of which an error came up.
+    A restart does not resume within a validation by a Python generator, or within a batch that raised an error.
 
     Args:
-        backup_dir: The directory of the backup, one for each `fit`.
-        save_freq: As in `ModelCheckpoint`.
-        double_checkpoint: Whether to keep the two last backups instead of one.
-        delete_checkpoint: Whether to remove the backup at the end of `fit`. If not, the same script run once more
-            trains nothing.
+        backup_dir: Path of the directory of the backup. Each `fit` needs a directory of its own.
+        save_freq: When to save, as in `ModelCheckpoint`.
+        double_checkpoint: Whether to keep the last two backups instead of the last one.
+        delete_checkpoint: Whether to remove the backup at the end of `fit`. If it stays, the same script trains nothing
+            when it is run again.
         data: The `ResumableDataset` that `fit` trains on.
-        on_full_disk: As in `ModelCheckpoint`.
-        save_on_background: As in `ModelCheckpoint`. A backup that a signal or an error asks for is waited for.
-        exit_code: With what the process ends when a signal asked it to; `None` leaves that to what had the signal
-            before, so that it is as usual.
+        on_full_disk: `"warn"` or `"raise"`, as in `ModelCheckpoint`.
+        save_on_background: Whether training continues while a backup is written. After a signal or an error, the
+            process waits for the backup.
+        exit_code: Exit code of the process after a signal. `None` keeps the usual effect of the signal.
 
     Raises:
-        ValueError, TypeError: A wrong argument, or a model that is not built.
-        MismatchError: The backup does not fit the model, or the data.
-        DirectoryInUseError: Before the first batch: another process trains with this backup.
-        SaveError: The backup could not be saved. The one before is untouched.
+        ValueError, TypeError: An argument is wrong, or the model is not built.
+        MismatchError: The backup does not fit the model or the data.
+        DirectoryInUseError: Another process trains with this backup. Raised before the first batch.
+        SaveError: The backup could not be saved. The backup before is untouched.
     """
 
     def __init__(
@@ -101,139 +112,241 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self.save_on_background = save_on_background
         self.exit_code = exit_code
         self._schedule = SaveSchedule(save_freq)
-        self._callbacks: keras.callbacks.CallbackList | None = None
-        self._training: Training | None = None
-        self._kept_logs: list[keras.callbacks.CSVLogger] = []
+        self._patches = Patches()
+        self._csv_loggers: list[keras.callbacks.CSVLogger] = []
+        self._fit = FitInProgress()
+        self._watch: SignalWatch | None = None
+        self._restart: Restart | None = None
+        self._backed_up: BackedUpFit | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        training, self._training = self._training, None
-        if training is not None:  # no on_train_end came
-            training.end_by_error()
+        backed_up, self._backed_up = self._backed_up, None
+        if backed_up is None:
+            return
+        # An error has ended the training, so on_train_end was not called.
+        self._leave_keras()
+        with contextlib.ExitStack() as last:
+            last.callback(self._end_watch)
+            last.callback(backed_up.close)
+            with errors_as_warnings():
+                backed_up.save_last("error")
 
     def set_params(self, params: Any) -> None:
         super().set_params(params)
-        self._callbacks = callbacks_of_fit(self)
-        if self._callbacks is not None:
-            # To be the last, and see what the others have done. The loop that is under way has the old list.
-            others = [each for each in self._callbacks.callbacks if each is not self]
-            self._callbacks.callbacks = [*others, self]
-            with contextlib.suppress(CheckpointError):  # on_train_begin raises it, if it comes to that
-                self._recover()
-            if self.directory.listing():
-                self._kept_logs = keep_csv_logs(others)
+        self._patches.remove()
+        self._fit = fit_in_progress(self)
+        self._csv_loggers = []
+        if (callbacks := self._fit.callbacks) is not None:
+            # As the last callback, this one sees the effects of the others. Keras goes through the list of before.
+            callbacks.callbacks = [*(each for each in callbacks.callbacks if each is not self), self]
+            self._csv_loggers = self._patches.keep_csv_files(callbacks)
 
     def on_train_begin(self, logs: Logs = None) -> None:
+        self._leave_keras()
+        self._end_watch()  # an error may have ended the training before
+        self._backed_up = None
         if not is_built(self.model):
             raise ValueError(
                 f"BackupAndRestore needs a built model, or it could not restore {self.model.name!r} after a crash. "
                 "Build it before fit(): call it on a batch of data, or, if it has a build() of its own, "
                 "model.build(input_shape)."
             )
-        self._recover()
-        if self._training is not None:
-            self._training.leave()  # an error ended it
-        for logger in self._kept_logs:
-            logger.append = False
-        self._kept_logs = []
+        if not self._fit.is_known:  # the user has made the list of callbacks before fit
+            self._fit = fit_in_progress(self)
         self._schedule.start()
-        # Here, for what a callback sets when training begins belongs to the process, and not to the run.
-        others = self._callbacks.callbacks if self._callbacks is not None else []
-        states = CallbackStates(each for each in others if not isinstance(each, keras.callbacks.BackupAndRestore))
-        self._training = Training(
-            self, self._callbacks, states, self.directory, self.data, self._open_session, self.exit_code
-        )
+        writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._leave_keras)
+            failed.callback(writer.close)
+            self._begin(writer)
+            failed.pop_all()
+        self._watch = SignalWatch(self._is_in_progress, self.exit_code)
+        self._watch.start()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        self._current().epoch_begin(epoch)
+        backed_up, restart, callbacks = self._current(), self._restart, self._fit.callbacks
+        backed_up.epoch_begin(epoch)
+        self._restart = None
+        if restart is not None and restart.start.batch and callbacks is not None:
+            with contextlib.closing(restart):
+                restart.resume_within()
+            done, steps, document = restart.start.batch, restart.document["steps"], restart.document
+            backed_up.resume(done, document)
+            is_trained = done == steps or document["stopped"]
+            self._patches.resume_within(callbacks, done, steps, document["logs"] if is_trained else None)
 
     def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         self._current().batch_begin()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        training = self._current()
-        with training.unlocking():
-            training.batch_end(batch, logs)
+        with self._answering() as backed_up:
+            backed_up.batch_end(batch, logs)
 
     def on_test_begin(self, logs: Logs = None) -> None:
-        if self._training is not None:
-            self._training.validation_begin()
+        if self._backed_up is not None:
+            self._backed_up.validation_begin()
 
     def on_test_batch_end(self, batch: int, logs: Logs = None) -> None:
-        if self._training is not None:
-            self._training.answer()
+        self._answer()
 
     def on_predict_batch_end(self, batch: int, logs: Logs = None) -> None:
-        if self._training is not None:
-            self._training.answer()
+        self._answer()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        training = self._current()
-        with training.unlocking():
-            training.epoch_end(epoch, logs, keep=not self.delete_checkpoint)
+        with self._answering() as backed_up:
+            backed_up.epoch_end(epoch, logs, keep=not self.delete_checkpoint)
 
     def on_train_end(self, logs: Logs = None) -> None:
-        training, self._training = self._current(), None
-        with training.ending() as well:
-            if not well:
-                there = (
-                    f"The earlier backup stays in {self.backup_dir}: the same script resumes from it, and "
-                    "CheckpointDirectory.clear() removes it."
-                )
-                warn(
-                    "Training was stopped because its loss is not a finite number. "
-                    + (there if len(self.directory) else "There is no earlier backup.")
-                )
-            elif training.is_cut_short and self.delete_checkpoint:
-                training.note_the_end()
-                print(
-                    f"\nA callback has stopped the training before its last epoch. The backup stays in "
-                    f"{self.backup_dir}: the same script continues from it, and CheckpointDirectory.clear() removes it."
-                )
-            elif self.delete_checkpoint:
-                training.forget()
-                try:
-                    self.directory.clear()
-                    files.remove_unused(self.backup_dir)
-                except PlanError as error:
-                    warn(f"The backup stays: {error}")
-            else:
-                training.note_the_end()
-                files.remove_unused(self.backup_dir)  # if no batch was trained
+        backed_up, self._backed_up = self._current(), None
+        self._leave_keras()
+        try:
+            backed_up.close()
+            self._end(backed_up)
+        except BaseException:
+            if self._watch is not None:
+                self._watch.stop()  # the effect of a signal might hide the error
+            raise
+        self._end_watch()
 
-    def _current(self) -> Training:
-        if self._training is None:
+    def _begin(self, writer: Writer) -> None:
+        """Restores the backup, if there is one, and opens what saves the next."""
+        listing = self._claim(writer)
+        ended = _ended[self.directory.path]
+        state = FitState(self.model, self._fit, self.params or {}, self.data)
+        restart = Restart(state, listing, ended) if listing else None
+        with contextlib.ExitStack() as failed:
+            if restart is not None:
+                failed.callback(restart.close)
+                restart.begin()
+                self._patches.begin_with(self.model, self._fit.callbacks, restart.start.epoch)
+            session = Session(
+                self,
+                writer,
+                self._schedule,
+                self.on_full_disk,
+                self.save_on_background,
+                backs_up=True,
+                fit=self._fit,
+            )
+            session.open(listing)
+            backed_up = BackedUpFit(self.model, session, state, ended)
+            if restart is None:
+                for logger in self._csv_loggers:
+                    empty_csv_file(logger)
+                backed_up.begin()
+            failed.pop_all()
+        self._restart, self._backed_up = restart, backed_up
+
+    def _claim(self, writer: Writer) -> Listing:
+        """Becomes the only process that writes here, and completes the save of a process that died meanwhile."""
+        listing = self.directory.listing()
+        _refuse_other_checkpoints(listing)
+        if not os.path.isdir(self.backup_dir):
+            return listing
+        writer.open()
+        listing = self.directory.listing()
+        _refuse_other_checkpoints(listing)
+        return listing
+
+    def _end(self, backed_up: BackedUpFit) -> None:
+        """Removes the backup of a fit that has ended well, and says why a backup stays."""
+        if backed_up.is_broken:
+            there = (
+                f"The earlier backup stays in {self.backup_dir}: the same script resumes from it, and "
+                "CheckpointDirectory.clear() removes it."
+            )
+            warn(
+                "Training was stopped because its loss is not a finite number. "
+                + (there if len(self.directory) else "There is no earlier backup.")
+            )
+        elif backed_up.is_cut_short and self.delete_checkpoint:
+            self._note_the_end()
+            print(
+                f"\nA callback has stopped the training before its last epoch. The backup stays in "
+                f"{self.backup_dir}: the same script continues from it, and CheckpointDirectory.clear() removes it."
+            )
+        elif self.delete_checkpoint:
+            _ended[self.directory.path] += 1
+            try:
+                self.directory.clear()
+                files.remove_unused(self.backup_dir)
+            except PlanError as error:
+                warn(f"The backup stays: {error}")
+        else:
+            self._note_the_end()
+            files.remove_unused(self.backup_dir)  # if no batch was trained
+
+    def _note_the_end(self) -> None:
+        """Notes in the backup of a stopped fit that the fit came to its end, and was not killed."""
+        newest = self.directory.latest()
+        if newest is not None and self.model.stop_training:
+            Writer(self.directory).amend(newest, _stopped)
+
+    def _current(self) -> BackedUpFit:
+        if self._backed_up is None:
             raise RuntimeError("BackupAndRestore was not told that training begins: on_train_begin() comes first.")
-        return self._training
+        return self._backed_up
 
-    def _recover(self) -> None:
-        """Finishes what a process that died had begun: a backup that was complete by then is one."""
-        _refuse_what_is_no_backup(self.directory)
-        if os.path.isdir(self.backup_dir):
-            Writer(self.directory).open()
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[BackedUpFit]:
+        """Answers a signal after the end of a batch or an epoch, before other callbacks change the state."""
+        backed_up = self._current()
+        with backed_up.unlocking():
+            yield backed_up
+            self._answer()
+            backed_up.hold()
 
-    def _open_session(self) -> Session:
-        writer = Writer(self.directory, LatestN(2 if self.double_checkpoint else 1))
-        return Session(self, writer, self._schedule, self.on_full_disk, self.save_on_background, backs_up=True)
+    def _answer(self) -> None:
+        """Saves and answers a signal that came, if a state is whole. Otherwise the next batch or epoch answers it."""
+        backed_up, watch = self._backed_up, self._watch
+        if backed_up is None or watch is None or watch.caught is None or not backed_up.is_safe:
+            return
+        backed_up.save_last(watch.caught.name)
+        if newest := self.directory.latest():
+            with contextlib.suppress(Exception):  # the reader of the output may have got the same signal
+                print(f"\n{watch.caught.name}: backed up at step {newest.step} in {self.directory.path}")
+        watch.answer()
+
+    def _leave_keras(self) -> None:
+        """Restores all that is replaced in Keras, and closes the backup that was read."""
+        self._patches.remove()
+        restart, self._restart = self._restart, None
+        if restart is not None:
+            restart.close()
+
+    def _end_watch(self) -> None:
+        """Lets a signal of the last moment have its effect, and ends the watch."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.answer()
+            watch.stop()
+
+    def _is_in_progress(self, frame: FrameType | None) -> bool:
+        callbacks = self._fit.callbacks
+        return callbacks is None or is_running(callbacks, frame)
 
 
-def _refuse_what_is_no_backup(directory: CheckpointDirectory) -> None:
-    """Refuses a directory whose checkpoints the end of a training must not remove."""
-    listing = directory.listing()
+def _refuse_other_checkpoints(listing: Listing) -> None:
+    """Refuses a directory with checkpoints that the end of a training must not remove."""
     listing.refuse_newer()
     others = [record.name for record in listing.records if record.pinned or not _is_backup(record)]
     if others or listing.unmanaged:
         raise DirectoryNotEmptyError(
-            f"{directory.path} holds checkpoints that are no backup: {', '.join([*others, *listing.unmanaged][:10])}. "
+            f"{listing.path} holds checkpoints that are no backup: {', '.join([*others, *listing.unmanaged][:10])}. "
             "A backup needs a directory of its own, because it is removed when training has ended."
         )
-    if os.path.exists(os.path.join(directory.path, "latest.weights.h5")):
+    if os.path.exists(os.path.join(listing.path, "latest.weights.h5")):
         raise DirectoryNotEmptyError(
-            f"{directory.path} holds a backup of keras.callbacks.BackupAndRestore, which this one cannot read. Finish "
+            f"{listing.path} holds a backup of keras.callbacks.BackupAndRestore, which this one cannot read. Finish "
             "that training with it, or give another directory."
         )
+
+
+def _stopped(record: CheckpointRecord) -> CheckpointRecord:
+    return msgspec.structs.replace(record, metadata={**record.metadata, STOPPED: True})
 
 
 def _is_backup(record: CheckpointRecord) -> bool:

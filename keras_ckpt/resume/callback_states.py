@@ -260,16 +260,10 @@ class _CsvLog:
         return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def keep_csv_logs(callbacks: Iterable[keras.callbacks.Callback]) -> list[keras.callbacks.CSVLogger]:
-    """Keeps each `CSVLogger` from emptying its file at the beginning of a training that is gone on with.
-
-    Returns:
-        Those whose `append` was set for it.
-    """
-    loggers = [each for each in callbacks if isinstance(each, keras.callbacks.CSVLogger) and not each.append]
-    for logger in loggers:
-        logger.append = True
-    return loggers
+def empty_csv_file(logger: keras.callbacks.CSVLogger) -> None:
+    """Empties the file of a `CSVLogger`, as the logger does when training begins."""
+    files.cut(logger.filename, 0)
+    logger.append_header = True
 
 
 def _has_own_state(callback: Any) -> bool:

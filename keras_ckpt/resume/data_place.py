@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_ckpt.model.keras_internals import FitData
+from keras_ckpt.model.keras_internals import FitInProgress
 from keras_ckpt.resume import pipelines
 from keras_ckpt.resume.resumable_dataset import ResumableDataset
 from keras_ckpt.store.notices import warn
@@ -22,13 +22,13 @@ class DataPlace:
     Args:
         data: The dataset.
         steps: The number of batches of an epoch, `None` if `fit` does not know it yet.
-        fit: What `fit` was given.
+        fit: The `fit` in progress.
 
     Raises:
         ValueError: The epochs do not fit the data.
     """
 
-    def __init__(self, data: ResumableDataset, steps: int | None, fit: FitData) -> None:
+    def __init__(self, data: ResumableDataset, steps: int | None, fit: FitInProgress) -> None:
         self._data = data
         self._steps = steps
         self._streams = fit.steps_per_epoch is not None
@@ -93,7 +93,7 @@ class DataPlace:
         self._batch = state.get("batch", 0)
         self._data.set_state(state, self._batch if self._streams else batch if batch != self._steps else 0)
 
-    def _refuse_other_epochs(self, fit: FitData) -> None:
+    def _refuse_other_epochs(self, fit: FitInProgress) -> None:
         batches = self._data.batches
         if self._streams:
             if fit.batches is not None:

@@ -1,46 +1,264 @@
-"""The backup of a killed training, read by the process that continues it."""
+"""The restart of a killed fit: its backup is read once, and restored into the `fit` that begins."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import dataclasses
+import math
+from typing import Any, NamedTuple
 
-import keras
+import tensorflow as tf
 
-from keras_ckpt.formats import arrays
-from keras_ckpt.formats.bundle_index import read_index
-from keras_ckpt.formats.bundle_reader import read_values
-from keras_ckpt.model.checkpoint_reader import what_fails_is_damaged
-from keras_ckpt.model.model_state import TRAINING_KEY
+from keras_ckpt.errors import FormatVersionError, MismatchError
 from keras_ckpt.model.report import RestoreReport
-from keras_ckpt.model.restoring import restore_and_read
-from keras_ckpt.model.transfer import Request
-from keras_ckpt.resume.plain_values import decode
-from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.model.transfer import Request, transfer
+from keras_ckpt.resume import random_state
+from keras_ckpt.resume.fit_state import ENDED, INITIAL_EPOCH, STOPPED, VERSION, FitState, read_document, settings
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import Listing
+from keras_ckpt.store.locating import read_checkpoint
+from keras_ckpt.store.notices import warn
+from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.training.model_checkpoint import ModelCheckpoint
+
+_WRAP = (
+    "To resume exactly, wrap the data, data = keras_ckpt.ResumableDataset(x, y, ...), and give it to fit(data) and to "
+    "BackupAndRestore(..., data=data)."
+)
 
 
-def restore_backup(
-    model: keras.Model, directory: CheckpointDirectory, again: bool = False
-) -> tuple[RestoreReport, Any]:
-    """Restores a backup of `BackupAndRestore` into a model.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a fit begins.
+
+    Attributes:
+        epoch: The index of the epoch; `None` leaves the epoch to `fit`.
+        batch: The number of batches of the epoch that are done.
+        done: Why nothing is left to train: all `"epochs"` are done, or a callback `"stopped"` the fit; else `None`.
+    """
+
+    epoch: int | None
+    batch: int = 0
+    done: str | None = None
+
+
+class _Backup(NamedTuple):
+    """An open backup: its files, which nobody can change meanwhile, its name and its record."""
+
+    files: Folder
+    name: str
+    record: CheckpointRecord
+
+
+class Restart:
+    """The restart of a fit from its backup.
+
+    `begin` restores the backup before the first epoch. Keras and other callbacks reset some of it when an epoch
+    begins. So a restart within an epoch restores the backup again then, by `resume_within`, from the files that
+    `begin` has verified and left open.
 
     Args:
-        model: A built model.
-        directory: The directory of the backup.
-        again: Whether it was restored just before, so that all warnings were given.
+        state: The state of the fit beside its model.
+        listing: What the directory of the backup holds. The writer of this process was open when it was read.
+        ended: The number of fits with this directory that have ended in the process.
 
-    Returns:
-        The report, and what the backup holds beside the model; `None` if it is of a version that held no more.
+    Attributes:
+        start: Where the fit begins.
+        document: What the backup holds beside the model.
     """
-    return restore_and_read(model, directory, Request(backup=directory.path, again=again), _document)
 
+    def __init__(self, state: FitState, listing: Listing, ended: int) -> None:
+        self.start = Start(None)
+        self.document: Any = None
+        self._state = state
+        self._listing = listing
+        self._ended = ended
+        self._files = contextlib.ExitStack()
+        self._backup: _Backup | None = None
 
-def _document(files: Folder, name: str) -> Any:
-    with what_fails_is_damaged():
-        index = read_index(files, name)
-        text, prefix = TRAINING_KEY.encode(), f"{TRAINING_KEY}/".encode()
-        if text not in index.entries:
+    def begin(self) -> None:
+        """Restores the backup, says so, and decides where the fit begins.
+
+        Raises:
+            MismatchError: The backup does not fit the model or the data.
+            DamagedCheckpointError: No backup in the directory can be trusted.
+            FormatVersionError: A newer version of this package saved the backup.
+        """
+        other_fit = self._warning_of_another_fit()
+        try:
+            record = self._restore()
+            if self.document is None:
+                self.start = Start(record.metadata[INITIAL_EPOCH])
+            else:
+                _refuse_newer(self.document, record)
+                self._begin(record)
+        except MismatchError as error:
+            if other_fit:
+                raise MismatchError(f"{error}\n{other_fit}") from error
+            raise
+        if other_fit:
+            warn(other_fit)
+        if not self.start.batch:
+            self.close()
+            self._save_owed()
+
+    def resume_within(self) -> None:
+        """Restores the backup again: Keras and the other callbacks have begun the epoch a second time."""
+        if self._backup is None:
+            raise RuntimeError("Restart.begin() comes before resume_within().")
+        batch = self.start.batch
+        self._build_metrics()
+        report = self._transfer(self._backup, Request(check_digests=False, again=True))
+        self.close()
+        if batch < self.document["steps"] and any(name.startswith("metrics/") for name in report.unexpected):
+            warn("The metrics of the epoch in progress begin at zero: they are made in its first step.")
+        for each in self._checkpoints():
+            each.resume_within(batch)
+        self._state.states.put_back(self.document["callbacks"])
+        self._save_owed()
+        random_state.set_state(self.document["seeds"])
+
+    def close(self) -> None:
+        """Closes the files of the backup."""
+        self._backup = None
+        self._files.close()
+
+    def _restore(self) -> CheckpointRecord:
+        """Restores the model, reads the document, and leaves the files open."""
+
+        def read(files: Folder, name: str, record: CheckpointRecord | None) -> _Backup:
+            if record is None:
+                raise MismatchError(f"{name} in {self._listing.path} has no sidecar, so it is no backup.")
+            self.document = read_document(files, name)
+            backup = _Backup(files, name, record)
+            self._transfer(backup, Request(backup=self._listing.path))
+            return backup
+
+        self._backup = read_checkpoint(self._listing, read, self._files)
+        return self._backup.record
+
+    def _transfer(self, backup: _Backup, request: Request) -> RestoreReport:
+        return transfer(self._state.model, backup.files, backup.name, backup.record, request)
+
+    def _begin(self, record: CheckpointRecord) -> None:
+        """Restores what is beside the model, and prints what was restored."""
+        document = self.document
+        if document["stopped"] and self._asks_for_more(record):
+            document["stopped"] = False
+        self._warn_of_the_stream(record)
+        self.start = self._decided(record.metadata[INITIAL_EPOCH])
+        restored = self._state.restore(document, self.start.batch)
+        self._warn_of_other_settings()
+        lost = [*self._state.states.strangers(document["callbacks"]), *document["unsaved"]]
+        print(
+            f"Found {record.prefix}; {self._described(record)}; restored: "
+            + ", ".join(["model", "random numbers", *restored])
+            + (f"; not restored: {', '.join(lost)}" if lost else "")
+        )
+
+    def _decided(self, epoch: int) -> Start:
+        """Where the fit begins, by the backup and by what this fit is asked for."""
+        epochs, batch = self._state.epochs, self.document["batch"]
+        if epochs is not None and epoch >= epochs:  # fewer epochs may be asked for than are done
+            return Start(epochs, done="epochs")
+        if self.document["stopped"] and not batch:
+            return Start(epochs, done="stopped")
+        if batch and not self._can_resume_within():
+            self._warn_of_the_epoch(epoch)
+            batch = 0
+        return Start(epoch, batch)
+
+    def _described(self, record: CheckpointRecord) -> str:
+        """What the fit resumes, for the user."""
+        start, epochs = self.start, self._state.epochs
+        text = f"{'nothing is left to train after' if start.done else 'resuming from'} step {record.step}"
+        if epochs and record.step:
+            begin = record.metadata[INITIAL_EPOCH]
+            text += f", epoch {min(begin if start.done else begin + 1, epochs)} of {epochs}"
+        if start.batch:
+            text += f", after batch {start.batch} of {self._state.steps}"
+        if start.done == "stopped":
+            text += ", where a callback stopped it: ask for more epochs, or more patience"
+        return text
+
+    def _can_resume_within(self) -> bool:
+        state, document = self._state, self.document
+        if state.fit.callbacks is None or state.steps is None or document["steps"] != state.steps:
+            return False
+        nothing_left = document["batch"] == state.steps or document["stopped"]
+        return nothing_left or (state.data is not None and document["data"] is not None)
+
+    def _asks_for_more(self, record: CheckpointRecord) -> bool:
+        """Whether this fit asks for more than the fit that a callback stopped.
+
+        More epochs ask for more, and so do other settings of `EarlyStopping`. After a stop by another callback, which
+        has a limit of its own, a new fit asks for more. The restart of a process that was killed before the end of the
+        stopped fit does not.
+        """
+        request = self.document.get("request")
+        if request is None:
+            return False
+        early = request["early"]
+        if (self._state.epochs or math.inf) > (request["epochs"] or math.inf):
+            return True
+        return STOPPED in record.metadata if early is None else bool(early != self._state.early_stopping())
+
+    def _save_owed(self) -> None:
+        """Has other callbacks save the step of the backup, if the killed process had yet to write it."""
+        for each in self._checkpoints():
+            each.save_owed()
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        return [each for each in self._state.others if isinstance(each, ModelCheckpoint)]
+
+    def _build_metrics(self) -> None:
+        """Makes the variables that metrics have from their first batch on, by tracing a step that is not run."""
+        if self._state.element_spec is not None:
+            with contextlib.suppress(Exception):  # TensorFlow may be unable to trace the step of a user's model
+                tf.function(self._state.model.train_step).get_concrete_function(self._state.element_spec)
+
+    def _warning_of_another_fit(self) -> str | None:
+        """A warning if the backup is of another `fit()` of the script."""
+        number = self._listing.records[-1].metadata.get(ENDED) if self._listing.records else self._ended
+        if number == self._ended:
             return None
-        keys = [key for key in index.entries if key.startswith(prefix)]
-        values = read_values(files, index, [text, *keys], arrays.empty)
-        return decode(values[text].item().decode(), {int(key.removeprefix(prefix)): values[key] for key in keys})
+        return (
+            f"The backup in {self._listing.path} is of another fit() of the script: when it was saved, {number} "
+            f"trainings with that directory had ended in the process, and here it is {self._ended}. If the script "
+            "trains more than once, give each fit() a backup_dir of its own, or one training is taken for the other."
+        )
+
+    def _warn_of_the_epoch(self, epoch: int) -> None:
+        steps = self.document["steps"]
+        why = f"the place in the data is not known. {_WRAP}"
+        if self._state.data is not None and steps != self._state.steps:
+            why = f"an epoch has {self._state.steps} batches here, and had {steps} when the backup was saved."
+        warn(
+            f"Epoch {epoch + 1} begins again at its first batch, on weights that have already seen "
+            f"{self.document['batch']} of its batches, because {why}"
+        )
+
+    def _warn_of_the_stream(self, record: CheckpointRecord) -> None:
+        """Warns if epochs are parts of a stream of batches, and the place in the stream is lost."""
+        steps_per_epoch = self._state.fit.steps_per_epoch
+        known = self._state.data is not None and self.document["data"] is not None
+        if steps_per_epoch is not None and record.step and not known:
+            warn(
+                f"With steps_per_epoch={steps_per_epoch} an epoch begins where the last one ended. This one begins at "
+                f"the first batch of the data, because the place in the data is not known. {_WRAP} Give fit() the "
+                "dataset repeated: fit(data.repeat(), steps_per_epoch=...)."
+            )
+
+    def _warn_of_other_settings(self) -> None:
+        before, now = self.document["settings"], settings(self._state.model)
+        known = [name for name in now if name in before]
+        if other := [f"{name} {now[name]}, {before[name]} before" for name in known if before[name] != now[name]]:
+            warn(f"From here on, results may differ in the last bits: {'; '.join(other)}.")
+
+
+def _refuse_newer(document: Any, record: CheckpointRecord) -> None:
+    if document["version"] > VERSION:
+        raise FormatVersionError(
+            f"{record.prefix} was saved by a newer version of keras_ckpt, {record.versions.get('keras_ckpt')}. Resume "
+            "with that version."
+        )

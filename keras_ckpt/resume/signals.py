@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: noted while a training is under way, answered where its state is whole."""
+"""Signals that ask a process to end: noted while a training is in progress, answered when its state is saved."""
 
 from __future__ import annotations
 
@@ -19,71 +19,70 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class SignalWatch:
-    """Notes the first signal that asks the process to end; a second one leaves at once.
+    """Notes the first signal that asks the process to end; a second one ends the process at once.
 
     Args:
-        under_way: A method that says of the frame in which a signal came whether the training is under way there. An
-            error may have ended it without a word; then, or if nobody has its object any more, the signal has its
-            effect as if nobody watched.
+        in_progress: A method that says whether the training is in progress in the frame that a signal interrupted. An
+            error may have ended the training unnoticed. Then, or if nothing refers to the owner of the method any
+            more, the signal has its effect as if nothing watched.
+        exit_code: The exit code of the process after a signal; `None` leaves the effect of the signal to the handler
+            before.
 
     Attributes:
         caught: The signal that came, `None` if none did.
     """
 
-    def __init__(self, under_way: Callable[[FrameType | None], bool]) -> None:
+    def __init__(self, in_progress: Callable[[FrameType | None], bool], exit_code: int | None) -> None:
         self.caught: signal.Signals | None = None
-        # Python keeps who watches its signals, and would keep the training with it.
-        self._under_way = weakref.WeakMethod(under_way)
+        self._exit_code = exit_code
+        # Python keeps the handlers of signals, and would keep the training with them.
+        self._in_progress = weakref.WeakMethod(in_progress)
         self._before: dict[int, Any] = {}
 
-    def under_way(self, frame: FrameType | None) -> bool:
-        """Whether the training is under way in a frame."""
-        method = self._under_way()
+    def is_in_progress(self, frame: FrameType | None) -> bool:
+        """Whether the training is in progress in a frame."""
+        method = self._in_progress()
         return method is not None and method(frame)
 
     def start(self) -> None:
-        """Begins to watch, where Python allows it: in the main thread."""
+        """Installs the handlers, where Python allows it: in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             warn(
-                "This training is not in the main thread, the only one in which Python lets signals be watched: one "
-                "that ends the process ends it without a last backup."
+                "This training is not in the main thread, and Python handles signals only there. A signal that ends "
+                "the process ends it without a last backup."
             )
             return
         for number in SIGNALS:
             owner = getattr(signal.getsignal(number), "__self__", None)
-            if isinstance(owner, SignalWatch) and not owner.under_way(inspect.currentframe()):
-                # Its training was ended by an error.
+            if isinstance(owner, SignalWatch) and not owner.is_in_progress(inspect.currentframe()):
+                # An error has ended the training of the owner.
                 self.caught = self.caught or owner.caught
                 owner.stop()
-            # What is ignored stays ignored, and what was not set by Python could not be put back.
+            # An ignored signal stays ignored. A handler that Python did not set could not be restored.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._note)
 
     def stop(self) -> None:
-        """Puts back what had the signals before."""
+        """Restores the handlers before."""
         for number, handler in self._before.items():
-            # Somebody else may have taken it since.
+            # Another program part may have set its own handler since.
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
         self._before = {}
 
-    def answer(self, exit_code: int | None = None) -> None:
-        """Lets the signal that came have its effect.
-
-        Args:
-            exit_code: With what the process ends; `None` leaves that to what had the signal before.
-        """
+    def answer(self) -> None:
+        """Lets the signal that came have its effect."""
         if self.caught is None:
             return
-        if exit_code is not None:
+        if self._exit_code is not None:
             self.stop()
-            raise SystemExit(exit_code)
+            raise SystemExit(self._exit_code)
         self._leave(self.caught, inspect.currentframe())
-        # Whoever had the signal lets the training go on.
+        # The handler lets the training continue.
         self.start()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is None and self.under_way(frame):
+        if self.caught is None and self.is_in_progress(frame):
             self.caught = signal.Signals(number)
         else:
             self._leave(number, frame)
@@ -96,6 +95,6 @@ class SignalWatch:
             handler(number, frame)
             return
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):  # there may be none, or nobody who reads it
+            with contextlib.suppress(Exception):  # a stream may be missing, or closed at its other end
                 stream.flush()
         os.kill(os.getpid(), number)

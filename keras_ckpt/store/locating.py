@@ -13,7 +13,7 @@ from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, F
 from keras_ckpt.store import background, commit, layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import check_files, held, read_record, unmanaged
+from keras_ckpt.store.listing import Listing, check_files, held, read_record, unmanaged
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord, step_in
 
@@ -24,12 +24,13 @@ Read = Callable[[Folder, str, CheckpointRecord | None], Result]
 _ATTEMPTS = 100
 
 
-def read_checkpoint(checkpoint: object, read: Read[Result]) -> Result:
+def read_checkpoint(checkpoint: object, read: Read[Result], keep_open: contextlib.ExitStack | None = None) -> Result:
     """Reads a checkpoint; for a directory its newest that is not damaged.
 
     Args:
-        checkpoint: A record, a directory, or the path of a directory or a checkpoint.
+        checkpoint: A record, a directory, its listing, or the path of a directory or a checkpoint.
         read: Reads it. Another error than that of a damaged checkpoint is propagated.
+        keep_open: Closes the files of the checkpoint. By default they are closed when `read` returns.
 
     Returns:
         What `read` returns.
@@ -43,7 +44,7 @@ def read_checkpoint(checkpoint: object, read: Read[Result]) -> Result:
     for _ in range(_ATTEMPTS):
         directory, names = _locate(checkpoint)
         try:
-            return _read_first(directory, names, expected, read)
+            return _read_first(directory, names, expected, read, keep_open)
         except CheckpointNotFoundError:
             raise
         except FileNotFoundError as error:
@@ -52,13 +53,24 @@ def read_checkpoint(checkpoint: object, read: Read[Result]) -> Result:
     raise CheckpointNotFoundError(f"There is no checkpoint {os.path.join(directory, names[0])}.") from gone
 
 
-def _read_first(directory: str, names: Sequence[str], expected: CheckpointRecord | None, read: Read[Result]) -> Result:
+def _read_first(
+    directory: str,
+    names: Sequence[str],
+    expected: CheckpointRecord | None,
+    read: Read[Result],
+    keep_open: contextlib.ExitStack | None,
+) -> Result:
     """Reads the first of the checkpoints that is not damaged."""
     for name, older in itertools.zip_longest(names, names[1:]):
         try:
             # The digests are compared while the values are read.
-            with Folder(directory) as folder, opened(folder, name, expected, check_digests=False) as (record, files):
-                return read(files, name, record)
+            with contextlib.ExitStack() as stack:
+                folder = stack.enter_context(Folder(directory))
+                record, files = stack.enter_context(opened(folder, name, expected, check_digests=False))
+                result = read(files, name, record)
+                if keep_open is not None:
+                    keep_open.enter_context(stack.pop_all())
+                return result
         except (DamagedCheckpointError, FormatVersionError) as error:
             message = f"{os.path.join(directory, name)} cannot be trusted: {error}"
             if older is None or isinstance(error, FormatVersionError):
@@ -72,6 +84,8 @@ def _locate(checkpoint: object) -> tuple[str, list[str]]:
     if isinstance(checkpoint, CheckpointRecord):
         return checkpoint.directory, [checkpoint.name]
     if isinstance(checkpoint, CheckpointDirectory):
+        return checkpoint.path, _newest_first(checkpoint.listing())
+    if isinstance(checkpoint, Listing):
         return checkpoint.path, _newest_first(checkpoint)
     if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
         raise TypeError(
@@ -81,7 +95,7 @@ def _locate(checkpoint: object) -> tuple[str, list[str]]:
         )
     path = os.path.abspath(os.fspath(checkpoint))
     if os.path.isdir(path):
-        return path, _newest_first(CheckpointDirectory(path))
+        return path, _newest_first(CheckpointDirectory(path).listing())
     if path.endswith((".keras", ".h5")):
         raise ValueError(
             f"{path} is a file of Keras's own: model.load_weights() or keras.models.load_model() reads it."
@@ -89,11 +103,10 @@ def _locate(checkpoint: object) -> tuple[str, list[str]]:
     return os.path.dirname(path), [layout.named_by(os.path.basename(path))]
 
 
-def _newest_first(directory: CheckpointDirectory) -> list[str]:
+def _newest_first(listing: Listing) -> list[str]:
     """The checkpoints to try, and a warning for each newer one that is damaged already at first sight."""
-    listing = directory.listing()
     names = [record.name for record in reversed(listing.records)]
-    reasons = [f"{name} in {directory.path} is damaged: {error}" for name, error in listing.damaged.items()]
+    reasons = [f"{name} in {listing.path} is damaged: {error}" for name, error in listing.damaged.items()]
     if not names and listing.damaged:
         raise DamagedCheckpointError(f"No checkpoint can be restored. {'. '.join(reasons)}.")
     if names:
@@ -104,7 +117,7 @@ def _newest_first(directory: CheckpointDirectory) -> list[str]:
         return names
     if not listing.unmanaged:
         return []
-    with Folder(directory.path) as folder:
+    with Folder(listing.path) as folder:
         hinted = commit.read_state(folder)[0]
     return [hinted if hinted in listing.unmanaged else listing.unmanaged[-1]]
 

@@ -152,7 +152,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._schedule.resume(state["elapsed"])
         self._last = self._owed = state.get("last", {})
 
-    def go_on_within(self, batch: int) -> None:
+    def resume_within(self, batch: int) -> None:
         """Goes on in the middle of an epoch that another process began.
 
         Args:
@@ -229,9 +229,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self._session is None:
             self._ranking = self._resolve()
             writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
-            self._session = Session(
+            session = Session(
                 self, writer, self._schedule, self.on_full_disk, self.save_on_background, self.save_weights_only
             )
+            session.open()
+            self._session = session
         return self._session
 
     def _resolve(self) -> _Ranking:

@@ -18,10 +18,11 @@ from keras_ckpt.formats.arena import arena_of
 from keras_ckpt.formats.sharing import SharingWrite
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model import model_state
+from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
 from keras_ckpt.model.position import Position, Progress
 from keras_ckpt.model.snapshot import Late, Snapshot
 from keras_ckpt.store import background
-from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import is_known, kept_in_training
 from keras_ckpt.store.record import CheckpointRecord, step_in
@@ -88,6 +89,7 @@ class Session:
         on_background: Whether training goes on while a save is written.
         weights_only: Whether to leave the optimizer out.
         backs_up: Whether it goes before saves of the same moment that only select.
+        fit: The `fit` in progress; defaults to the one that calls.
 
     Attributes:
         progress: Where the training is.
@@ -103,8 +105,8 @@ class Session:
         on_background: bool,
         weights_only: bool = False,
         backs_up: bool = False,
+        fit: FitInProgress | None = None,
     ) -> None:
-        background.tell()
         self.missed = 0
         self._on_background = on_background
         self._saves: collections.deque[_Save] = collections.deque()
@@ -113,7 +115,7 @@ class Session:
         self._skipped = self._ready = False
         self._snapshot_size = 0
         self._on_full_disk = on_full_disk
-        self.progress = Progress(callback.model, (callback.params or {}).get("steps"))
+        self.progress = Progress(callback.model, (callback.params or {}).get("steps"), fit or fit_in_progress())
         self._state = model_state.ModelState(callback.model, weights_only)
         self._arena = arena_of(callback.model)
         self._copies_at_once = bool(callback.model.jit_compile)
@@ -123,12 +125,26 @@ class Session:
         self._policies = writer.keep, writer.only
         self._schedule = schedule
         self._fit = callback.params
-        writer.open(session=callback.params)
+
+    def open(self, listing: Listing | None = None) -> None:
+        """Becomes the only session that saves into the directory. Everything else comes after.
+
+        Args:
+            listing: What the directory holds, if the writer was open when it was read.
+
+        Raises:
+            DirectoryInUseError: Another process saves into the directory.
+            DirectoryNotEmptyError: The directory is one of another run, or of another callback of this fit.
+            SaveError: The directory cannot be written.
+        """
+        background.tell()
+        self._writer.open(session=self._fit)
         try:
-            refuse_other_run(writer.directory, self.progress.position)
+            listing = self._writer.directory.listing() if listing is None else listing
+            refuse_other_run(listing, self.progress.position)
         except Exception:
             # A notebook keeps the error, and with it whatever has a reference here.
-            writer.close()
+            self._writer.close()
             raise
 
     @property
@@ -364,26 +380,25 @@ def checked_on_full_disk(value: object) -> OnFullDisk:
     return cast(OnFullDisk, value)
 
 
-def refuse_other_run(directory: CheckpointDirectory, position: Position) -> None:
+def refuse_other_run(listing: Listing, position: Position) -> None:
     """Refuses a fit that does not continue what the directory holds."""
-    listing = directory.listing()
     listing.refuse_newer()
     newest = listing.records[-1] if listing.records else None
     if newest and newest.run_id != position.run_id:
         raise DirectoryNotEmptyError(
-            f"{directory.path} holds {counted(len(listing.records), 'checkpoint')} of another run, the newest of step "
+            f"{listing.path} holds {counted(len(listing.records), 'checkpoint')} of another run, the newest of step "
             f"{newest.step}; this model does not continue it.\n"
             "To continue that run, compile the model and restore it: "
-            f"keras_ckpt.restore(model, {directory.path!r}). For a new phase with another optimizer, give "
+            f"keras_ckpt.restore(model, {listing.path!r}). For a new phase with another optimizer, give "
             "weights_only=True as well.\n"
             "To begin another, train into another directory, or remove these: "
-            f"keras_ckpt.CheckpointDirectory({directory.path!r}).clear()."
+            f"keras_ckpt.CheckpointDirectory({listing.path!r}).clear()."
         )
     unmanaged = [name for name in listing.unmanaged if newest is None or (step_in(name) or 0) > position.step]
     if unmanaged or (listing.damaged and newest is None):
         names = ", ".join([*unmanaged, *listing.damaged][:10])
         raise DirectoryNotEmptyError(
-            f"{directory.path} holds checkpoints without a sidecar, or with a damaged one: {names}. No run can go on "
+            f"{listing.path} holds checkpoints without a sidecar, or with a damaged one: {names}. No run can go on "
             "from them, and they are left alone: move them away, or train into another directory. "
             "keras_ckpt.restore(model, path) restores one that TensorFlow wrote."
         )
