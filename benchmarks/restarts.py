@@ -1,4 +1,4 @@
-"""How long it takes from the start of a process to its first new batch: of a fresh run, and of one that goes on far in.
+"""How long it takes from the start of a process to its first new batch: of a fresh run, and of a run resumed far in.
 
 Run it from the top of the repository: `python benchmarks/restarts.py`. All figures come from one run, in turns;
 each is of a process of its own. The epoch has 110,000 batches of arrays.
@@ -37,7 +37,7 @@ model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers
 model.compile("adam", "mse")
 x = np.zeros(({BATCHES * BATCH}, 8), "float32")
 data = kc.ResumableDataset(x, x[:, 0], batch_size={BATCH}, shuffle=True, seed=1)
-backup = kc.BackupAndRestore(path, save_freq=stop or {BATCHES}, data=data)
+backup = kc.BackupAndRestore(path, save_freq=stop or {BATCHES}, data=data, save_on_background=False)
 model.fit(data, epochs=1, shuffle=False, verbose=0, callbacks=[backup, Stop()])
 """
 

@@ -266,7 +266,7 @@ def test_an_attribute_that_changed_back_is_state_too(backup) -> None:
 
 
 @pytest.mark.parametrize("batch", [14, 20, 24])
-def test_what_is_put_back_twice_is_not_changed_in_between(backup, batch) -> None:
+def test_a_state_that_is_restored_twice_is_not_changed_in_between(backup, batch) -> None:
     """Within an epoch the other callbacks begin it twice, with lists that are theirs by then."""
 
     class Own(keras.callbacks.Callback):
@@ -316,7 +316,7 @@ def test_the_best_weights_of_an_early_stopping_are_not_lost(backup) -> None:
     assert same(train(kc.BackupAndRestore(backup, 4, data=data()), stop(), epochs=6), whole)
 
 
-def test_an_empty_state_of_a_callback_is_put_back(backup) -> None:
+def test_an_empty_state_of_a_callback_is_restored(backup) -> None:
     """It may have one by then."""
 
     class Notes(keras.callbacks.Callback):
@@ -335,7 +335,7 @@ def test_an_empty_state_of_a_callback_is_put_back(backup) -> None:
     assert Notes.notes == [{}, {}]  # once more within the epoch
 
 
-def test_a_state_that_is_an_array_is_put_back(backup) -> None:
+def test_a_state_that_is_an_array_is_restored(backup) -> None:
     """Whatever comparing it would give."""
 
     class Counts(keras.callbacks.Callback):
@@ -822,7 +822,7 @@ def test_a_signal_has_its_effect_though_nobody_reads_the_output(backup, monkeypa
     assert ended.stderr.splitlines()[-1] == str(128 + signal.SIGTERM)
 
 
-def test_every_global_generator_is_put_back() -> None:
+def test_every_global_generator_is_restored() -> None:
     """Python's, NumPy's, TensorFlow's, Keras's, and what seeds TensorFlow's functions; two have no public name."""
     import random
 

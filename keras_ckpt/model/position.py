@@ -1,4 +1,4 @@
-"""Where in its run a model is: the position rides with the model and is counted by `fit`."""
+"""The position of a model in its run: kept with the model, and counted by `fit`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Position:
         run_id: The run.
         step: Training batches completed since the run began.
         epoch: Epochs completed since the run began.
-        batch: Batches completed in the epoch under way, 0 at an epoch's end.
+        batch: Batches completed in the epoch in progress, 0 at an epoch's end.
     """
 
     run_id: str
@@ -30,17 +30,17 @@ class Position:
     batch: int = 0
 
 
-# Each with the optimizer of the model at that position. A new optimizer has no state. `None`: any optimizer will do.
+# Each position with the optimizer of the model at the time, or `None` if any optimizer fits. A new one has no state.
 _positions: weakref.WeakKeyDictionary[keras.Model, tuple[Position, Any]] = weakref.WeakKeyDictionary()
 
 
 def position_of(model: keras.Model) -> Position | None:
-    """Where in its run a model is, `None` if it belongs to none."""
+    """The position of a model in its run, `None` if the model belongs to no run."""
     return _positions[model][0] if model in _positions else None
 
 
 def set_position(model: keras.Model, position: Position | None, with_optimizer: bool = True) -> None:
-    """Says where in its run a model is.
+    """Sets the position of a model in its run.
 
     Args:
         model: The model.
@@ -53,9 +53,9 @@ def set_position(model: keras.Model, position: Position | None, with_optimizer: 
 
 
 class Progress:
-    """Counts the steps and epochs of one `fit`; a model that belongs to no run begins one.
+    """Counts the steps and epochs of one `fit`. A model without a run begins a run.
 
-    Several callbacks of a fit each count, and come to the same numbers.
+    Each callback of a fit counts by itself, and all come to the same numbers.
 
     Args:
         model: The model that is trained.
@@ -76,7 +76,7 @@ class Progress:
                 "optimizer, restore it with weights_only=True."
             )
         if self.position.batch:
-            # fit begins an epoch anew, so what was done of it does not count as a part of it.
+            # fit begins the epoch again, so its batches do not count as a part of it.
             self.position = dataclasses.replace(self.position, batch=0)
         self._last_batch = -1
         self._iterations = _iterations(model)
@@ -92,7 +92,7 @@ class Progress:
         self._move(batch=batch)
 
     def batch_end(self, batch: int) -> Position:
-        """Counts what ran since the last call.
+        """Counts the batches since the last call.
 
         Args:
             batch: The index that `on_train_batch_end` was given.
@@ -105,7 +105,7 @@ class Progress:
     def epoch_end(self) -> Position:
         """Counts an epoch, unless training was stopped in its middle."""
         if self._last_batch < 0:
-            # A loop of a user's own that reports no batches; the optimizer knows how many there were.
+            # The user's own loop reports no batches; the optimizer has counted them.
             self._move(step=self.position.step + max(self._least, _iterations(self.model) - self._iterations))
         done, self._last_batch = self._last_batch + 1, -1
         self._iterations = _iterations(self.model)
@@ -119,10 +119,10 @@ class Progress:
         return self.position
 
     def _ran(self, batch: int) -> int:
-        """How many batches the execution ran that ended with this index.
+        """The number of batches of the execution that ended with this index.
 
-        Keras names the index at which a whole execution of `steps_per_execution` batches would have ended. Where the
-        data end earlier at a place that is not known, the compiled optimizer knows best how many it was.
+        Keras tells the index at which a whole execution of `steps_per_execution` batches would have ended. If the data
+        ends earlier at an unknown place, the count of the compiled optimizer is the best.
         """
         whole = batch - self._last_batch
         if self.model.steps_per_execution == 1:
@@ -138,7 +138,7 @@ class Progress:
 
 
 def _iterations(model: keras.Model) -> int:
-    """How often the optimizer was applied. Its `iterations` is divided by gradient accumulation, its variable not."""
+    """How often the optimizer was applied, by the variable: gradient accumulation divides the property `iterations`."""
     optimizer = _optimizer(model)
     variables: list[Any] = optimizer.variables if optimizer is not None else []
     return max((int(variable.numpy()) for variable in variables if variable.name == "iteration"), default=0)

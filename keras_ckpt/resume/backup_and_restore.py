@@ -241,7 +241,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._restart, self._backed_up = restart, backed_up
 
     def _claim(self, writer: Writer) -> Listing:
-        """Becomes the only process that writes here, and completes the save of a process that died meanwhile."""
+        """Becomes the only process that writes here, recovers the save of a dead process, and lists the backups."""
         listing = self.directory.listing()
         _refuse_other_checkpoints(listing)
         if not os.path.isdir(self.backup_dir):

@@ -1,4 +1,4 @@
-"""What the other callbacks of a `fit` know: taken while they run, put back into those of another process."""
+"""The states of the other callbacks of a `fit`: taken while they run, and restored in another process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _FIXED = (
     types.MethodType,
     types.ModuleType,
 )
-"""Of these an object stays what it is, so that one that is still there has not changed."""
+"""An object of these classes never changes. If an attribute still refers to the object, the attribute is unchanged."""
 _OF_THE_PROCESS = (
     io.IOBase,
     logging.Logger,
@@ -75,7 +75,7 @@ _OF_A_FIT = (
     keras.metrics.Metric,
     keras.callbacks.Callback,
 )
-"""The parts of a model, and callbacks, are of these classes."""
+"""Parts of a model, and callbacks, have these classes."""
 
 
 class Taken(NamedTuple):
@@ -93,16 +93,16 @@ class Taken(NamedTuple):
 class CallbackStates:
     """The states of callbacks.
 
-    A callback that has `get_state()` and `set_state(state)` is asked. The state of any other callback is made of its
-    attributes: of those that have changed since this object was made and are plain values, variables or metrics. An
-    attribute that changed back stays part of the state, because in another process it may have changed by then. Each
-    key of a dict is followed by itself; `callback_places` names the places.
+    The state of a callback with `get_state()` and `set_state(state)` is what `get_state()` returns. The state of any
+    other callback holds each attribute that has changed since this object was made, if its value is plain, a variable
+    or a metric. An attribute that changed back stays part of the state, because in another process it may differ. Each
+    key of a dict is a place of its own; `callback_places` names the places.
 
     Args:
         callbacks: The callbacks, after their `on_train_begin`.
 
     Attributes:
-        unsaved: Names of what cannot be saved, such as `"Tracker.client"`.
+        unsaved: The names of attributes that cannot be saved, such as `"Tracker.client"`.
     """
 
     def __init__(self, callbacks: Iterable[keras.callbacks.Callback]) -> None:
@@ -118,12 +118,12 @@ class CallbackStates:
         self.unsaved: list[str] = []
 
     def look(self) -> None:
-        """Notes what has changed by now."""
+        """Notes which attributes have changed by now."""
         for name in self._begun:
             self._note_moved(name, self._looks(name, self._callbacks[name], without=self._moved[name]))
 
     def take(self) -> Taken:
-        """The states as they are now, by the names of the callbacks that have one."""
+        """Takes the states as they are now, by the names of the callbacks."""
         self.unsaved = []
         states: dict[str, Any] = {}
         assumed: list[Leaf] = []
@@ -140,15 +140,15 @@ class CallbackStates:
             assumed += [leaf for place in plain.keys() - moved.keys() for leaf in plain[place].leaves]
         return Taken(dict_of({name: state for name, state in states.items() if state is not None}), assumed)
 
-    def put_back(self, states: Mapping[str, Any]) -> list[str]:
-        """Puts states back that `take` gave, in this process or in another.
+    def restore(self, states: Mapping[str, Any]) -> list[str]:
+        """Restores states that `take` gave, in this process or in another.
 
         Returns:
-            The names of those that got theirs.
+            The names of the callbacks whose state was restored.
         """
         known = [name for name in self._callbacks if name in states]
         for name in known:
-            # A copy: the callback goes on to change it, and it may be put back once more.
+            # A copy: the callback changes its state, and the state may be restored again.
             callback, state = self._callbacks[name], copy.deepcopy(states[name])
             if _has_own_state(callback):
                 callback.set_state(state)
@@ -159,11 +159,11 @@ class CallbackStates:
         return known
 
     def strangers(self, states: Mapping[str, Any]) -> list[str]:
-        """The names in the states that no callback here has."""
+        """The names of states whose callback is not here."""
         return [name for name in states if name not in self._callbacks]
 
     def _looks(self, name: str, callback: Any, first: bool = False, without: Iterable[str] = ()) -> dict[str, Any]:
-        """The places of a callback: a look at each that is plain, the value of each other."""
+        """The places of a callback: a look at each plain value, or the value itself."""
         looks: dict[str, Any] = {}
         for place, value in callback_places.values(callback, [] if first else self._begun[name]).items():
             if place not in without:
@@ -188,7 +188,7 @@ class CallbackStates:
                 moved.add(place)
 
     def _note_unsaved(self, name: str, looks: Mapping[str, Any]) -> None:
-        if not _is_kerass(self._callbacks[name]):
+        if not _is_of_keras(self._callbacks[name]):
             begun = self._begun[name]
             unplain = {place: value for place, value in looks.items() if not isinstance(value, Look)}
             for place, value in unplain.items():
@@ -216,13 +216,13 @@ class CallbackStates:
             return self._captures.look(callback.get_state(), f"{name}.get_state()").structure
         except UnplainError as error:
             self.unsaved.append(f"{name}.get_state(){error}")
-        except Exception as error:  # noqa: BLE001 - it is somebody else's, and no reason to end a training
+        except Exception as error:  # noqa: BLE001 - an error of a user's method does not end the training
             self.unsaved.append(f"{name}.get_state(), which raised {error!r}")
         return None
 
 
 def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:
-    """The callbacks by their classes and what they monitor; not by their places, which a new one would shift."""
+    """The callbacks by class and monitor; a place in the list would shift with a new callback."""
     counts: collections.Counter[str] = collections.Counter()
     named = {}
     for callback in callbacks:
@@ -234,14 +234,14 @@ def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:
         name = kind if counts[kind] == 1 else f"{kind} {counts[kind]}"
         named[name] = callback
         if isinstance(callback, keras.callbacks.CSVLogger):
-            # A subclass has attributes of its own beside.
+            # A subclass has other attributes as well.
             own = "" if type(callback) is keras.callbacks.CSVLogger else ", its file"
             named[f"{name}{own}"] = _CsvLog(callback)
     return named
 
 
 class _CsvLog:
-    """The state of a `CSVLogger`: what it has written."""
+    """The state of a `CSVLogger`: the size and the columns of its file."""
 
     def __init__(self, logger: keras.callbacks.CSVLogger) -> None:
         self._logger = logger
@@ -250,7 +250,7 @@ class _CsvLog:
         return {"keys": self._logger.keys, "size": self._size()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        # Lines of epochs that will come again.
+        # The lines beyond belong to epochs that will be trained again.
         files.cut(self._logger.filename, state["size"])
         self._logger.keys = state["keys"]
         self._logger.append_header = not self._size()
@@ -270,10 +270,10 @@ def _has_own_state(callback: Any) -> bool:
     return callable(getattr(callback, "get_state", None)) and callable(getattr(callback, "set_state", None))
 
 
-def _is_kerass(callback: Any) -> bool:
+def _is_of_keras(callback: Any) -> bool:
     return type(callback).__module__.startswith("keras.")
 
 
 def _value(variable: Any) -> np.ndarray:
-    """The value of a variable. TensorFlow copies it before the variable changes, for as long as it is held."""
+    """The value of a variable. While the value is held, TensorFlow copies it before the variable changes."""
     return np.asarray(variable.value if isinstance(variable, keras.Variable) else variable.value())

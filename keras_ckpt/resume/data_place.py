@@ -21,7 +21,7 @@ class DataPlace:
 
     Args:
         data: The dataset.
-        steps: The number of batches of an epoch, `None` if `fit` does not know it yet.
+        steps: The number of batches of an epoch, `None` if `fit` does not know the number yet.
         fit: The `fit` in progress.
 
     Raises:
@@ -46,10 +46,10 @@ class DataPlace:
             self._pass = self._data.passes
 
     def batch_end(self, ran: int) -> None:
-        """So many batches were read and trained on.
+        """Counts batches that were read and trained on.
 
         Raises:
-            ValueError: They were not read from the dataset.
+            ValueError: The batches were not read from the dataset.
         """
         self._taken += ran
         if not self._is_read and self._data.passes == self._pass:
@@ -60,10 +60,10 @@ class DataPlace:
         self._is_read = True
 
     def get_state(self, batch: int) -> dict[str, Any]:
-        """What another process needs to enter the data here.
+        """The place, for another process that resumes here.
 
         Args:
-            batch: How many batches of the epoch are done.
+            batch: The number of batches of the epoch that are done.
         """
         state = self._data.get_state()
         if self._streams:
@@ -74,14 +74,14 @@ class DataPlace:
         return state | ({"pass": self._pass} if 0 < batch < (self._steps or 0) else {})
 
     def set_state(self, state: Mapping[str, Any], batch: int) -> None:
-        """Enters the data where another process was.
+        """Moves to the place of another process.
 
         Args:
-            state: What `get_state` gave there.
-            batch: How many batches of the epoch are done.
+            state: The result of `get_state` in the other process.
+            batch: The number of batches of the epoch that are done.
 
         Raises:
-            MismatchError: This is other data, or not in the same order.
+            MismatchError: The data differs, or its order does.
         """
         if ("batch" in state) != self._streams:
             warn(
@@ -99,7 +99,7 @@ class DataPlace:
             if fit.batches is not None:
                 raise ValueError(
                     f"With steps_per_epoch={fit.steps_per_epoch} an epoch ends in the middle of the data, so the data "
-                    f"have to be endless; they have {fit.batches} batches. Give fit() the dataset repeated, "
+                    f"has to be endless; it has {fit.batches} batches. Give fit() the dataset repeated, "
                     f"model.fit(data.repeat(), steps_per_epoch={fit.steps_per_epoch}, ...), and BackupAndRestore the "
                     "dataset itself; or leave steps_per_epoch out."
                 )
@@ -108,7 +108,7 @@ class DataPlace:
         elif self._steps is None:
             raise ValueError(
                 f"fit() does not know its number of batches; the ResumableDataset has {batches}. Give fit() the "
-                "dataset itself, or what keeps its number of batches, such as data.map(...) or data.prefetch(...)."
+                "dataset itself, or a step that keeps its batches, such as data.map(...) or data.prefetch(...)."
             )
         elif self._steps != batches:
             raise ValueError(

@@ -133,7 +133,7 @@ class FitState:
         Returns:
             The names of what was restored.
         """
-        restored = self.states.put_back(document["callbacks"])
+        restored = self.states.restore(document["callbacks"])
         if self.data is not None and document["data"] is not None:
             self.data.set_state(document["data"], batch)
             restored.append("place in the data")

@@ -114,7 +114,7 @@ class Restart:
             warn("The metrics of the epoch in progress begin at zero: they are made in its first step.")
         for each in self._checkpoints():
             each.resume_within(batch)
-        self._state.states.put_back(self.document["callbacks"])
+        self._state.states.restore(self.document["callbacks"])
         self._save_owed()
         random_state.set_state(self.document["seeds"])
 
