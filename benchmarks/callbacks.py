@@ -11,12 +11,12 @@ import statistics
 from collections.abc import Callable
 
 import keras
+import models
 import numpy as np
 import savers
 from savers import now
 
 import keras_ckpt as kc
-import models
 from keras_ckpt.model.position import set_position
 from keras_ckpt.store import background
 

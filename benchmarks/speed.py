@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 import keras
 import matplotlib as mpl
+import models
 import numpy as np
 import savers
 import tensorflow as tf
@@ -31,7 +32,6 @@ from matplotlib import pyplot as plt
 from savers import OURS, SAVERS, Saver, now
 
 import keras_ckpt as kc
-import models
 from keras_ckpt.model.position import set_position
 
 ROUNDS = 7
