@@ -32,15 +32,15 @@ def _plain(function: F) -> F:
 
 
 class ResumableDataset(tf.data.Dataset):
-    """Training data that goes on after a restart at the batch where it was, in the order that it had.
+    """Dataset for training that resumes after a restart at the next batch, in the same order.
 
-    It is a `tf.data.Dataset` of batches, and each pass over it has an order of its own: the order is a function of the
-    seed and the number of the pass. Pass it both to `fit` and to `BackupAndRestore`.
+    It is a `tf.data.Dataset` of batches. Each pass over it has an order of its own, a function of the seed and the
+    number of the pass. Give it to `fit` and to `BackupAndRestore`.
 
-    What is read by index (arrays, a `PyDataset`, a Grain `MapDataset`) is entered in the middle at once. Of a
-    `tf.data.Dataset` the batches before are read again, not trained on; it must be one whose order in a pass does not
-    depend on what was read of the passes before, as it does after `shuffle().cache()` or `shuffle().shuffle()`. A
-    function of the number of the pass that returns the pipeline has no such limits.
+    A restart enters arrays, a `PyDataset` or a Grain `MapDataset` at once at any batch, because they are read by index.
+    It reads the earlier batches of a `tf.data.Dataset` again, without training on them. The order of a pass over a
+    `tf.data.Dataset` must not depend on earlier passes, as it does after `shuffle().cache()` or `shuffle().shuffle()`.
+    A function that returns the pipeline of a pass has no such limits.
 
     Example:
 
@@ -50,26 +50,25 @@ class ResumableDataset(tf.data.Dataset):
     model.fit(data, epochs=30, shuffle=False, callbacks=[backup])
     ```
 
-    With `steps_per_epoch`, an epoch ends in the middle of the data. Then the data have to be endless: give
+    With `steps_per_epoch`, an epoch ends within the data. Then the data has to be endless: give
     `BackupAndRestore` the dataset, and `fit(data.repeat(), steps_per_epoch=100)` the dataset repeated.
 
     Args:
         x: One of these:
-            arrays: NumPy arrays or tensors with samples along the first axis, or a dict, list or tuple of such;
-            a `tf.data.Dataset` of batches, whose shuffling is seeded, and whose number of batches is known or which is
-            endless;
-            a `keras.utils.PyDataset`; what it draws from Python's and NumPy's global generators becomes a function of
-            the seed, the pass and the batch, and is read while the model waits, unless it has processes as workers;
+            arrays: NumPy arrays or tensors with samples along the first axis, or a dict, list or tuple of them;
+            a `tf.data.Dataset` of batches, with a seed for each shuffle, endless or with a known number of batches;
+            a `keras.utils.PyDataset`. Its draws from the global generators of Python and NumPy become a function of
+            the seed, the pass and the batch. Training waits while it is read, unless its workers are processes;
             a Grain `MapDataset` of batches;
             a function of the number of a pass, from 0, that returns a `tf.data.Dataset` of batches.
-            The first batch is read at once, to know the data again.
+            The first batch is read at once, to recognize the data after a restart.
         y: The targets, if `x` is arrays.
         sample_weight: A weight for each sample, if `x` is arrays.
-        class_weight: A dict of weights by the number of the class, with the meaning that it has in `fit`. It gives
-            samples a weight, and leaves the targets as they are.
-        batch_size: Samples a batch, if `x` is arrays; defaults to 32.
+        class_weight: A dict from the index of a class to a weight, as in `fit`. It gives each sample a weight, and
+            does not change the targets.
+        batch_size: Number of samples of a batch, if `x` is arrays; defaults to 32.
         shuffle: Whether each pass has another order: of the samples of arrays, of the batches of a `PyDataset`.
-        seed: An int for that order. Without one, one is drawn from Python's `random`; a backup holds it.
+        seed: Seed of the order, an int. By default it is drawn from Python's `random`, and kept in the backup.
 
     Raises:
         ValueError, TypeError: A wrong argument.
@@ -128,14 +127,14 @@ class ResumableDataset(tf.data.Dataset):
 
     @property
     def passes(self) -> int:
-        """How many passes were begun: the number of the next."""
+        """The number of passes that were begun, which is the number of the next pass."""
         return int(self._next[0])
 
     def get_state(self) -> dict[str, Any]:
-        """What another process needs to go on: plain numbers and strings.
+        """The state for a process that resumes: plain numbers and strings.
 
         Raises:
-            ValueError: The data are others each time that they are read.
+            ValueError: The data differs each time that it is read.
         """
         if isinstance(self._fingerprint, ValueError):
             raise self._fingerprint
@@ -151,14 +150,14 @@ class ResumableDataset(tf.data.Dataset):
         }
 
     def set_state(self, state: Mapping[str, Any], batch: int = 0) -> None:
-        """Goes on where another process was.
+        """Resumes at the place of another process.
 
         Args:
-            state: What `get_state` gave there.
-            batch: The batch to begin the next pass with.
+            state: The result of `get_state` in the other process.
+            batch: The index of the batch that the next pass begins with.
 
         Raises:
-            MismatchError: This is other data, or not in the same order.
+            MismatchError: The data differs, or its order does.
         """
         if self._own_seed:
             self._seed.assign(state["seed"])
@@ -177,7 +176,7 @@ class ResumableDataset(tf.data.Dataset):
         self.seek(state["pass"], batch)
 
     def seek(self, number: int, batch: int) -> None:
-        """Says which pass comes next, and with which of its batches it begins."""
+        """Sets the number of the next pass, and the index of the batch that it begins with."""
         self._source.go_to(self.passes, number)
         self._next.assign([number, batch])
 
@@ -185,7 +184,7 @@ class ResumableDataset(tf.data.Dataset):
         return [self._passes]
 
 
-_SAME = "Give the same data as before, or remove the backup to begin anew."
+_SAME = "Give the same data as before, or remove the backup to begin again."
 _MENDS = {
     "kind": _SAME,
     "batches": _SAME,
