@@ -244,8 +244,8 @@ def test_an_attribute_of_another_kind_is_replaced(backup) -> None:
 def test_a_deadline_belongs_to_the_process(backup) -> None:
     """The second job has its own, and trains the rest."""
     with pytest.raises(RuntimeError, match="crash"):
-        train(backup, Deadline(0.5), crash=2)
-    time.sleep(0.5)
+        train(backup, Deadline(3.0), crash=2)
+    time.sleep(3.0)
 
     history = train(backup, Deadline(600.0))
 

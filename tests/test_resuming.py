@@ -171,6 +171,19 @@ def test_the_line_at_a_restart_says_what_was_found(backup, capsys) -> None:
     )
 
 
+def test_a_callback_that_is_not_verbose_prints_nothing_and_logs(backup, capsys, caplog) -> None:
+    """The log `keras_ckpt` has the line that a verbose callback prints."""
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, save_freq=4, data=data()), Fails("on_train_batch_end", 14))
+    capsys.readouterr()
+
+    with caplog.at_level("INFO", "keras_ckpt"):
+        train(kc.BackupAndRestore(backup, data=data(), verbose=0))
+
+    assert capsys.readouterr().out == ""
+    assert any(line.startswith(f"Found {backup}/ckpt-12; resuming from step 12") for line in caplog.messages)
+
+
 def test_a_finished_run_trains_nothing_and_says_so(backup, capsys) -> None:
     """With delete_checkpoint=False; the history and the weights are those of the run."""
     first = train(kc.BackupAndRestore(backup, 7, delete_checkpoint=False, data=data()))

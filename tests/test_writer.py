@@ -722,3 +722,20 @@ def test_a_step_that_could_not_be_withdrawn_is_untouched_when_it_is_saved_again(
     assert leftovers(filler.runs) == []
     assert verify(filler.runs) == [1]
     assert filler.runs[1] == before
+
+
+def test_the_log_has_a_line_for_each_saved_removed_and_recovered_checkpoint(filler, caplog) -> None:
+    """At level INFO, under the name of the package; nothing is printed without it."""
+    with caplog.at_level("INFO", "keras_ckpt"):
+        filler.save("10 20", LatestN(1))
+        staged = Writer(filler.runs).stage(SaveRequest(step=30), payload())
+        Writer(filler.runs)._claim().recovered = False
+        Writer(filler.runs).open()
+
+    path = filler.runs.path
+    assert caplog.messages == [
+        f"saved {path}/ckpt-10",
+        f"saved {path}/ckpt-20",
+        f"removed {path}/ckpt-10",
+        f"recovered {path}/{staged.record.name}",
+    ]

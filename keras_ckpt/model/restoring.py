@@ -13,6 +13,7 @@ from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import Request, transfer
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.locating import read_checkpoint
+from keras_ckpt.store.notices import log
 from keras_ckpt.store.record import CheckpointRecord
 
 
@@ -71,4 +72,6 @@ def restore(
     if not (model.variables or named_variables(model, weights_only=True) or learners(named_objects(model))):
         raise ValueError(f"The model {model.name!r} is built and has no variables, so there is nothing to restore.")
     request = Request(strict, weights_only, check_digests)
-    return read_checkpoint(checkpoint, lambda files, name, record: transfer(model, files, name, record, request))
+    report = read_checkpoint(checkpoint, lambda files, name, record: transfer(model, files, name, record, request))
+    log.info("restored %s", report.prefix)
+    return report

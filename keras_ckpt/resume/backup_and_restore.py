@@ -25,7 +25,7 @@ from keras_ckpt.resume.signals import SignalWatch
 from keras_ckpt.store import files
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.listing import Listing
-from keras_ckpt.store.notices import warn
+from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import Writer
@@ -76,6 +76,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         save_on_background: Whether training continues while a backup is written. After a signal or an error, the
             process waits for the backup.
         exit_code: Exit code of the process after a signal. `None` keeps the usual effect of the signal.
+        verbose: 1 prints what a restart has restored, and why a backup stays. 0 writes both into the log `keras_ckpt`.
 
     Raises:
         ValueError, TypeError: An argument is wrong, or the model is not built.
@@ -95,6 +96,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         on_full_disk: OnFullDisk = "warn",
         save_on_background: bool = True,
         exit_code: int | None = None,
+        verbose: int = 1,
     ) -> None:
         keras.callbacks.Callback.__init__(self)
         if data is not None and not isinstance(data, ResumableDataset):
@@ -111,6 +113,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self.on_full_disk = checked_on_full_disk(on_full_disk)
         self.save_on_background = save_on_background
         self.exit_code = exit_code
+        self.verbose = verbose
         self._schedule = SaveSchedule(save_freq)
         self._patches = Patches()
         self._csv_loggers: list[keras.callbacks.CSVLogger] = []
@@ -216,7 +219,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         listing = self._claim(writer)
         ended = _ended[self.directory.path]
         state = FitState(self.model, self._fit, self.params or {}, self.data)
-        restart = Restart(state, listing, ended) if listing else None
+        restart = Restart(state, listing, ended, self._say) if listing else None
         with contextlib.ExitStack() as failed:
             if restart is not None:
                 failed.callback(restart.close)
@@ -264,7 +267,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             )
         elif backed_up.is_cut_short and self.delete_checkpoint:
             self._note_the_end()
-            print(
+            self._say(
                 f"\nA callback has stopped the training before its last epoch. The backup stays in "
                 f"{self.backup_dir}: the same script continues from it, and CheckpointDirectory.clear() removes it."
             )
@@ -307,8 +310,14 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         backed_up.save_last(watch.caught.name)
         if newest := self.directory.latest():
             with contextlib.suppress(Exception):  # the reader of the output may have got the same signal
-                print(f"\n{watch.caught.name}: backed up at step {newest.step} in {self.directory.path}")
+                self._say(f"\n{watch.caught.name}: backed up at step {newest.step} in {self.directory.path}")
         watch.answer()
+
+    def _say(self, text: str) -> None:
+        if self.verbose > 0:
+            print(text)
+        else:
+            log.info("%s", text.strip())
 
     def _leave_keras(self) -> None:
         """Restores all that is replaced in Keras, and closes the backup that was read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -61,18 +62,20 @@ class Restart:
         state: The state of the fit beside its model.
         listing: What the directory of the backup holds. The writer of this process was open when it was read.
         ended: The number of fits with this directory that have ended in the process.
+        say: Tells the user what was restored.
 
     Attributes:
         start: Where the fit begins.
         document: What the backup holds beside the model.
     """
 
-    def __init__(self, state: FitState, listing: Listing, ended: int) -> None:
+    def __init__(self, state: FitState, listing: Listing, ended: int, say: Callable[[str], object]) -> None:
         self.start = Start(None)
         self.document: Any = None
         self._state = state
         self._listing = listing
         self._ended = ended
+        self._say = say
         self._files = contextlib.ExitStack()
         self._backup: _Backup | None = None
 
@@ -150,7 +153,7 @@ class Restart:
         restored = self._state.restore(document, self.start.batch)
         self._warn_of_other_settings()
         lost = [*self._state.states.strangers(document["callbacks"]), *document["unsaved"]]
-        print(
+        self._say(
             f"Found {record.prefix}; {self._described(record)}; restored: "
             + ", ".join(["model", "random numbers", *restored])
             + (f"; not restored: {', '.join(lost)}" if lost else "")

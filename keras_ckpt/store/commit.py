@@ -17,7 +17,7 @@ from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.files import PRIVATE, Folder, UnfinishedError
 from keras_ckpt.store.listing import scan
-from keras_ckpt.store.notices import warn
+from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, superseded
 
 _STATE_LIMIT = 1 << 24
@@ -198,6 +198,7 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
     stage.sync()
     with contextlib.suppress(DirectoryNotEmptyError):
         publish(folder, stage, record, earlier)
+        log.info("recovered %s/%s", folder.path, record.name)
 
 
 def _is_tensorflows(record: CheckpointRecord) -> bool:

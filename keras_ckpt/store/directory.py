@@ -23,7 +23,7 @@ from keras_ckpt.errors import (
 from keras_ckpt.store import background, commit, layout, tables
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, check, examine, freed, scan, taken, verify
-from keras_ckpt.store.notices import warn
+from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy, selection
 from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
 
@@ -185,6 +185,7 @@ class CheckpointDirectory(tables.Shown):
     def tell(self, changes: Iterable[Change]) -> None:
         """Calls the listeners. The caller is the writer of this directory, and holds no lock."""
         for change in changes:
+            log.info("%s %s", change.kind, change.record.prefix)
             for listener in self._listeners:
                 try:
                     listener(change)

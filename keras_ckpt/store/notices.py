@@ -1,7 +1,12 @@
-"""Warnings at the line of the user that they are about."""
+"""Messages of the package: warnings that point at the user's line, and a log of events.
+
+The log `keras_ckpt` has a line of level INFO for each checkpoint that is saved, removed, recovered or restored:
+`logging.basicConfig(level="INFO")` shows them. Callbacks print, if they are verbose.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import sysconfig
@@ -10,6 +15,8 @@ import warnings
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")
 _FRAMEWORKS = tuple(os.path.join("", *parts, "") for parts in (("keras", "src"), ("tensorflow", "python")))
+
+log = logging.getLogger("keras_ckpt")
 
 
 def warn(message: str) -> None:
