@@ -51,7 +51,7 @@ class Fault:
     def meet(self, name: str, subject: object = None) -> None:
         self.calls += 1
         again = self.failed and (self.lasting == "all" or (self.lasting == "same" and name == self.failed))
-        if self.calls == self.call or (again and name != "read"):
+        if self.calls == self.call or (again and name not in ("read", "pread")):
             self.failed = self.failed or name
             raise OSError(self.number, os.strerror(self.number), subject)
 
