@@ -471,8 +471,8 @@ def main() -> None:
     if arguments.memory_of:
         print(memory_of(*arguments.states, arguments.memory_of))
         return
-    # One that comes while an earlier one is written would cost nothing.
-    warnings.filterwarnings("error", message=".* is left out")
+    # A save that is skipped while an earlier save is written would cost nothing.
+    warnings.filterwarnings("error", message=".* is skipped")
     load()
     measure(arguments.figures, arguments.states)
     text = "\n\n".join(f"{each.title}\n\n{each.table()}" for each in FIGURES.values() if each.columns)

@@ -197,13 +197,13 @@ class TestWhatComesMeanwhile:
         busy = Busy()
         checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=1, verbose=1)
         frees = After({3: busy.free, 4: background.wait})
-        with pytest.warns(UserWarning, match="The save of step 1 into .* is left out, and so") as told:
+        with pytest.warns(UserWarning, match="The save of step 1 into .* is skipped, because an earlier save") as told:
             fit(dense_model(), checkpoint, busy, frees, batches=5)
 
         assert len(told) == 1
         assert {"ckpt-1", "ckpt-2", "ckpt-3"}.isdisjoint(on_disk(tmp_path))
         assert "ckpt-5" in on_disk(tmp_path)
-        assert "Step 2, epoch 0: val_loss not known, left out, because an earlier one is" in capsys.readouterr().out
+        assert "Step 2, epoch 0: val_loss not known, skipped, because an earlier save is" in capsys.readouterr().out
 
     def test_one_at_the_end_of_an_epoch_waits(self, tmp_path) -> None:
         """So does one of its last batch."""
@@ -555,8 +555,8 @@ def test_what_is_saved_beside_the_model_counts_too(tmp_path) -> None:
             self.held = np.full(5 << 20, batch, "float64")
 
     busy = Busy()
-    left_out = pytest.warns(UserWarning, match=r"The save of step 2 .* is left out")
-    with left_out, kc.BackupAndRestore(tmp_path, save_freq=1) as backup:
+    skipped = pytest.warns(UserWarning, match=r"The save of step 2 .* is skipped")
+    with skipped, kc.BackupAndRestore(tmp_path, save_freq=1) as backup:
         fit(dense_model(), busy, Holds(), backup, After({4: busy.free}), batches=5)
 
 

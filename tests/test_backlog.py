@@ -12,7 +12,7 @@ import keras
 import pytest
 
 import keras_ckpt as kc
-from keras_ckpt.training.backlog import MOST, Backlog
+from keras_ckpt.training.backlog import MAX_WAITING, Backlog
 from support.models import dense_model, fit
 
 
@@ -131,7 +131,7 @@ def test_a_backup_does_not_give_way_to_newer_ones_for_ever(tmp_path, slow_disk) 
         batches=36,
     )
 
-    assert max(saves for saves, _ in watch.behind[str(backup)]) <= 2 * (MOST + 1) + 3
+    assert max(saves for saves, _ in watch.behind[str(backup)]) <= 2 * (MAX_WAITING + 1) + 3
 
 
 def test_of_one_step_the_backup_is_on_disk_first(tmp_path, slow_disk) -> None:
@@ -214,7 +214,7 @@ def test_a_bounded_number_of_saves_waits(tmp_path, monkeypatch) -> None:
         def on_train_batch_begin(self, batch, logs=None) -> None:
             done.append(batch)
 
-    monkeypatch.setattr("keras_ckpt.training.backlog._SECONDS", 60.0)
+    monkeypatch.setattr("keras_ckpt.training.backlog._MAX_SECONDS", 60.0)
     threading.Timer(1.5, go_on.set).start()
     counted: list[int] = []
     threading.Timer(1.4, lambda: counted.append(len(done))).start()
@@ -222,5 +222,5 @@ def test_a_bounded_number_of_saves_waits(tmp_path, monkeypatch) -> None:
     fit(dense_model(), Counts(), kc.ModelCheckpoint(tmp_path, save_freq=1), batches=30)
 
     assert first.is_set()
-    assert counted[0] <= MOST + 3
+    assert counted[0] <= MAX_WAITING + 3
     assert steps(tmp_path) == [*range(1, 31)]

@@ -314,7 +314,7 @@ def test_metadata_of_the_manager_and_of_the_save(ours) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"keep": 3, "max_to_keep": 3}, "say the same thing"),
+        ({"keep": 3, "max_to_keep": 3}, "keep and max_to_keep exclude each other"),
         ({"keep": kc.BestN(3)}, "does not say what to rank by"),
         ({"keep": kc.BestN(3, "loss")}, "give mode='min' or mode='max'"),
         ({"checkpoint_name": "a/b"}, "Received: 'a/b'"),
@@ -543,7 +543,7 @@ def test_beginning_over_is_warned_of(ours) -> None:
     ours.manager().save()
     ours.checkpoint = tf.train.Checkpoint(value=ours.value)
 
-    with pytest.warns(UserWarning, match="was not restored from them, so its numbers begin again"):
+    with pytest.warns(UserWarning, match=r"was not restored from them\. So its numbers begin again"):
         ours.manager().save()
 
 
@@ -732,7 +732,7 @@ def test_a_full_disk_that_has_no_room_for_a_pin_removes_nothing(ours, monkeypatc
     save()
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "replace", full)
-        with pytest.raises(kc.DiskFullError, match="is saved, but what is to be preserved could not be noted"):
+        with pytest.raises(kc.DiskFullError, match="is saved, but the checkpoint to preserve could not be pinned"):
             save()
     assert ours.on_disk() == {"ckpt-2", "ckpt-3"}
 

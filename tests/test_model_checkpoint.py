@@ -319,7 +319,7 @@ class TestTheMonitor:
         model = dense_model()
         before = model.get_weights()
 
-        with pytest.raises(ValueError, match=r"Pass mode='max' if more is, mode='min' if less is"):
+        with pytest.raises(ValueError, match=r"Pass mode='max' if more is better, mode='min' if less is better"):
             fit(model, kc.ModelCheckpoint(runs.path, monitor="val_f1", **options))
 
         assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))

@@ -89,7 +89,7 @@ class TestWhatStaysTheSame:
     @pytest.fixture(params=["one after another", "with XLA", "with XLA, while all are yet to be written"])
     def saved(self, tmp_path, request, monkeypatch) -> tuple[pathlib.Path, dict[int, dict[str, bytes]], keras.Model]:
         # On a loaded machine training would wait for the disk, which waits for the last epoch.
-        monkeypatch.setattr("keras_ckpt.training.backlog._SECONDS", 600.0)
+        monkeypatch.setattr("keras_ckpt.training.backlog._MAX_SECONDS", 600.0)
         model, copies, freed = frozen_model(), Copies(), threading.Event()
         model.jit_compile = "XLA" in request.param
 

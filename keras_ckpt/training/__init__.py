@@ -1,1 +1,1 @@
-"""One fit, or one training loop, that saves: `ModelCheckpoint` and `CheckpointManager`."""
+"""Callbacks and managers that save during training: `ModelCheckpoint` and `CheckpointManager`."""

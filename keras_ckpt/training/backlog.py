@@ -1,4 +1,4 @@
-"""The saves of a callback that were due and are not on disk yet: how many, and since when."""
+"""The backlog of a callback: its saves that are due but not on disk yet."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import collections
 import time
 from collections.abc import Callable
 
-MOST = 8
-"""So many saves of a callback may wait."""
-_FEW, _SECONDS = 2, 1.0
-"""Training is ahead of the disk by so many saves, or by so many seconds, at most, whichever is longer."""
+MAX_WAITING = 8
+"""The maximum number of waiting saves of a callback."""
+_MAX_SAVES, _MAX_SECONDS = 2, 1.0
+"""Training waits for the disk when it exceeds both limits: this many saves, and this many seconds."""
 
 
 class Backlog:
-    """The saves of a callback that are not on disk yet.
+    """The saves of a callback that are due but not on disk yet.
 
-    A save that is on disk covers the ones that were due before it.
+    A save on disk completes every save that was due before it.
 
     Args:
-        clock: Gives the time in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,16 +27,16 @@ class Backlog:
         self._count = 0
 
     def due(self) -> int:
-        """Notes that a save is due. Returns its number."""
+        """Adds a save that is due. Returns its number."""
         self._count += 1
         self._due.append((self._count, self._clock()))
         return self._count
 
     def done(self, number: int) -> None:
-        """Notes that a save is on disk, or need not be."""
+        """Removes a save that is on disk, or that was dropped, with all earlier saves."""
         while self._due and self._due[0][0] <= number:
             self._due.popleft()
 
     def is_too_long(self, more: int = 0) -> bool:
-        """Whether training has to wait for the disk, if so many more saves are due."""
-        return len(self._due) + more > _FEW and self._clock() - self._due[0][1] > _SECONDS
+        """Whether training must wait for the disk, after `more` further saves."""
+        return len(self._due) + more > _MAX_SAVES and self._clock() - self._due[0][1] > _MAX_SECONDS

@@ -1,4 +1,4 @@
-"""`CheckpointManager`: TensorFlow's, with retention by policy and sidecars, for training loops of one's own."""
+"""`CheckpointManager`: TensorFlow's manager with policies and sidecars, for custom training loops."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from keras_ckpt.store.tables import counted
 from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
 
 PRESERVED = "keep_checkpoint_every_n_hours"
-"""The reason of a pin that the manager made."""
+"""The reason of a pin that the manager sets."""
 
 
 class CheckpointManager(tf.train.CheckpointManager):
-    """A `tf.train.CheckpointManager` that keeps by policy, writes sidecars, and survives a crash.
+    """A `tf.train.CheckpointManager` with retention policies, sidecars and crash-safe saves.
 
-    All arguments and methods of TensorFlow's have their meaning; eager code written for it runs unchanged. It shares
-    no state with its parent: what there is, is read from the directory.
+    All arguments and methods of TensorFlow's manager keep their meaning. Eager code written for it runs unchanged. This
+    class shares no state with its parent: it reads the checkpoints from the directory.
 
     Example:
 
@@ -56,17 +56,17 @@ class CheckpointManager(tf.train.CheckpointManager):
         checkpoint: The `tf.train.Checkpoint` to save.
         directory: The directory to save into.
         max_to_keep: How many checkpoints to keep; `None` keeps all.
-        keep_checkpoint_every_n_hours: A checkpoint that would be removed is kept for good, and pinned, if it is at
-            least so many hours younger than the last one so kept.
-        checkpoint_name: What the names of the checkpoints begin with.
+        keep_checkpoint_every_n_hours: A checkpoint that would be removed is pinned instead, if it is at least this many
+            hours newer than the last checkpoint pinned so.
+        checkpoint_name: The prefix of the checkpoints' names.
         step_counter: An integer `tf.Variable`, needed for `checkpoint_interval`.
-        checkpoint_interval: The least number of steps between two checkpoints.
+        checkpoint_interval: The minimum number of steps between two checkpoints.
         init_fn: Called by `restore_or_initialize` if there is no checkpoint.
         last_checkpoint_step: The step of the last checkpoint, from which the interval counts.
         keep: A policy, or an int `n` for the newest `n`, instead of `max_to_keep`.
         metadata: A dict to put into each sidecar.
-        monitor: The metric by which `keep` ranks where it names none.
-        mode: Whether less (`"min"`) or more (`"max"`) of it is better.
+        monitor: The metric that `keep` ranks by if it names no metric.
+        mode: Whether less (`"min"`) or more (`"max"`) of the metric is better.
 
     Raises:
         ValueError, TypeError: A wrong argument.
@@ -92,11 +92,11 @@ class CheckpointManager(tf.train.CheckpointManager):
         if not isinstance(checkpoint, tf.train.Checkpoint):
             raise TypeError(
                 f"CheckpointManager expected a tf.train.Checkpoint. Received: {checkpoint!r:.200}. "
-                "Wrap what is to be saved: tf.train.Checkpoint(model=model)."
+                "Wrap the objects to save: tf.train.Checkpoint(model=model)."
             )
         if keep is not None and max_to_keep is not None:
             raise ValueError(
-                f"keep and max_to_keep say the same thing. Received: keep={keep!r}, max_to_keep={max_to_keep!r}. "
+                f"keep and max_to_keep exclude each other. Received: keep={keep!r}, max_to_keep={max_to_keep!r}. "
                 f"Give keep alone, for example keep=keras_ckpt.BestN(3) | keras_ckpt.LatestN({max_to_keep})."
             )
         if max_to_keep is not None and not (isinstance(max_to_keep, numbers.Integral) and max_to_keep > 0):
@@ -106,9 +106,9 @@ class CheckpointManager(tf.train.CheckpointManager):
                 f"keep_checkpoint_every_n_hours expected a number > 0. Received: {keep_checkpoint_every_n_hours!r}"
             )
         if checkpoint_interval is not None and step_counter is None:
-            raise ValueError("checkpoint_interval counts in steps: give the step_counter, an integer tf.Variable, too.")
+            raise ValueError("checkpoint_interval counts steps. Also give step_counter, an integer tf.Variable.")
         if not isinstance(checkpoint_name, str) or not checkpoint_name or "/" in checkpoint_name:
-            raise ValueError(f"checkpoint_name is a name in the directory. Received: {checkpoint_name!r}")
+            raise ValueError(f"checkpoint_name expected a file name without '/'. Received: {checkpoint_name!r}")
         if init_fn is not None and not callable(init_fn):
             raise TypeError(f"init_fn expected a function. Received: {init_fn!r}")
         if mode not in (None, "min", "max"):
@@ -120,7 +120,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         self._interval = checkpoint_interval
         self._init_fn = init_fn
         self._last_step = last_checkpoint_step
-        self._has_looked = False
+        self._has_checked = False
         self._metadata = encodable_metadata(metadata or {})
         self._monitor = monitor
         self._mode = mode
@@ -131,7 +131,7 @@ class CheckpointManager(tf.train.CheckpointManager):
 
     @property
     def directory(self) -> str:
-        """The directory, as it was given."""
+        """The directory as passed to the constructor."""
         return self._directory
 
     @property
@@ -141,18 +141,18 @@ class CheckpointManager(tf.train.CheckpointManager):
 
     @property
     def checkpoint_interval(self) -> int | None:
-        """The least number of steps between two checkpoints."""
+        """The minimum number of steps between two checkpoints."""
         return self._interval
 
     @property
     def latest_checkpoint(self) -> str | None:
-        """The prefix of the newest checkpoint, `None` if there is none. One without a sidecar counts too."""
+        """The prefix of the newest checkpoint, with or without a sidecar; `None` if there is no checkpoint."""
         name = self._latest()
         return None if name is None else os.path.join(self._directory, name)
 
     @property
     def checkpoints(self) -> list[str]:
-        """The prefixes of the checkpoints that a policy may remove, oldest first; so not the pinned ones."""
+        """The prefixes of the checkpoints that a policy may remove, oldest first. Pinned checkpoints are absent."""
         listing = self._writer.directory.listing()
         if not listing.records:
             return [os.path.join(self._directory, name) for name in listing.unmanaged]
@@ -168,24 +168,24 @@ class CheckpointManager(tf.train.CheckpointManager):
         metadata: Mapping[str, Any] | None = None,
         epoch: int | None = None,
     ) -> str | None:
-        """Saves a checkpoint, and removes what is not to be kept.
+        """Saves a checkpoint, and prunes by the policy.
 
         Args:
-            checkpoint_number: Its number, an int or an integer variable or tensor; the default is the checkpoint's
+            checkpoint_number: The number, an int or an integer variable or tensor. The default is the checkpoint's
                 `save_counter`, which is incremented in any case.
-            check_interval: Whether `checkpoint_interval` counts. If not, it is saved unless it was at this step.
+            check_interval: Whether `checkpoint_interval` applies. If not, only a second save at one step is skipped.
             options: A `tf.train.CheckpointOptions`.
-            metrics: What was measured on the state as it is now, by name.
-            metadata: A dict for the sidecar, beside the manager's.
+            metrics: The metrics of the current state, by name.
+            metadata: A dict for the sidecar, in addition to the manager's.
             epoch: Epochs completed, for `EveryNEpochs`.
 
         Returns:
             The prefix of the checkpoint; `None` if the interval is not over or the policy would not keep it.
 
         Raises:
-            SaveError: It could not be saved. The others are untouched.
+            SaveError: The checkpoint could not be saved. The others are untouched.
             DirectoryInUseError: Another process writes into the directory.
-            DirectoryNotEmptyError: The directory holds a run of `fit` that the checkpoint was not restored from.
+            DirectoryNotEmptyError: The directory holds a run of `fit` from which nothing was restored.
         """
         began = time.perf_counter()
         if not self._interval_is_over(check_interval):
@@ -194,7 +194,7 @@ class CheckpointManager(tf.train.CheckpointManager):
             raise TypeError(f"save() expected a dict of metrics. Received: metrics={metrics!r:.200}")
         measured = {name: as_metric(name, value) for name, value in (metrics or {}).items()}
         if checkpoint_number is not None and _integer(checkpoint_number) < 0:
-            raise ValueError(f"A checkpoint's number is 0 or more. Received: checkpoint_number={checkpoint_number!r}")
+            raise ValueError(f"save() expected a number >= 0. Received: checkpoint_number={checkpoint_number!r}")
         epoch = None if epoch is None else _integer(epoch)
         extra = encodable_metadata(metadata or {})
         options, callbacks = _without_callbacks(options)
@@ -218,7 +218,7 @@ class CheckpointManager(tf.train.CheckpointManager):
             began=began,
         )
         record = self._writer.save(request, by_prefix(write))
-        # Not before: a save that failed can be tried again at once.
+        # Not earlier, so that a failed save can be tried again at once.
         self._begin_interval()
         if record is None:
             return None
@@ -231,28 +231,28 @@ class CheckpointManager(tf.train.CheckpointManager):
         """Restores the newest checkpoint, or calls `init_fn` if there is none.
 
         Returns:
-            The prefix of the checkpoint that was restored, `None` if there is none.
+            The prefix of the restored checkpoint, `None` if there is none.
 
         Raises:
-            DamagedCheckpointError: It cannot be read, or all that there are, are damaged.
+            DamagedCheckpointError: The checkpoint cannot be read, or all checkpoints are damaged.
         """
         while (name := self._latest()) is not None:
-            self._tell_of_damaged(name)
+            self._warn_of_damaged(name)
             try:
                 self._restore(name)
             except (FileNotFoundError, tf.errors.NotFoundError):
                 if self._latest() == name:
                     raise
-                continue  # pruned meanwhile, in favour of another
+                continue  # pruned meanwhile; there is a newer checkpoint
             self._begin_interval()
             return os.path.join(self._directory, name)
-        self._tell_of_damaged(name)
+        self._warn_of_damaged(name)
         if self._init_fn is not None:
             self._init_fn()
         return None
 
     def sync(self) -> None:
-        """Waits for saves that are under way."""
+        """Waits for saves in progress."""
         self._checkpoint.sync()
 
     def _restore(self, name: str) -> None:
@@ -261,12 +261,12 @@ class CheckpointManager(tf.train.CheckpointManager):
                 read_index(files, name)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{os.path.join(self._directory, name)} cannot be trusted: {error}") from error
-        _ = self._checkpoint.save_counter  # is made when it is asked for
+        _ = self._checkpoint.save_counter  # created by this access
         path = lasting_tensorflow_path(self._directory, name)
         reader = tf.train.load_checkpoint(path)
         if reader.has_tensor(object_graph.KEY):
             graph = object_graph.ObjectGraph(reader.get_tensor(object_graph.KEY))
-            _tell_of_differences(os.path.join(self._directory, name), graph.compare(self._checkpoint))
+            _check_differences(os.path.join(self._directory, name), graph.compare(self._checkpoint))
         self._checkpoint.restore(path)
 
     def _latest(self) -> str | None:
@@ -274,16 +274,16 @@ class CheckpointManager(tf.train.CheckpointManager):
         if listing.unmanaged:
             with Folder(self._directory) as folder:
                 hinted = read_state(folder)[0]
-            # This package names its own newest there, so whoever named another saved after it.
+            # This package writes its own newest name there, so another name is a later save by TensorFlow's manager.
             if hinted in listing.unmanaged:
                 return hinted
         return listing.records[-1].name if listing.records else next(reversed(listing.unmanaged), None)
 
-    def _tell_of_damaged(self, name: str | None) -> None:
-        """Warns of damaged checkpoints that are newer than the one to restore, and raises if there is no such one."""
+    def _warn_of_damaged(self, name: str | None) -> None:
+        """Warns of damaged checkpoints newer than the checkpoint to restore. Raises if there is none to restore."""
         step = -1 if name is None else step_in(name) or 0
         damaged = self._writer.directory.listing().damaged.items()
-        newer = [f"{each} is damaged: {error}" for each, error in damaged if (step_in(each) or 0) > step]
+        newer = [f"{other} is damaged: {error}" for other, error in damaged if (step_in(other) or 0) > step]
         if not newer:
             return
         if name is None:
@@ -291,39 +291,39 @@ class CheckpointManager(tf.train.CheckpointManager):
         warn(f"In {self._directory}: {'. '.join(newer)}. Going back to {name}.")
 
     def _warn_of_hidden(self) -> None:
-        """Warns, with the first save, of weights that TensorFlow does not save."""
-        hidden = [] if self._has_looked else object_graph.hidden(self._checkpoint)
-        self._has_looked = True
+        """Warns, at the first save, of weights that TensorFlow does not save."""
+        hidden = [] if self._has_checked else object_graph.hidden(self._checkpoint)
+        self._has_checked = True
         if hidden:
             warn(
-                f"TensorFlow does not save these weights: {', '.join(hidden[:20])}. It does not look into lists and "
-                "dicts of Keras's layers. Hold each layer in an attribute, or save with ModelCheckpoint."
+                f"TensorFlow does not save these weights: {', '.join(hidden[:20])}. It does not track lists and dicts "
+                "of Keras's layers. Hold each layer in an attribute, or save with ModelCheckpoint."
             )
 
     def _count(self, checkpoint_number: Any) -> int:
-        """Counts a save, and gives its number."""
+        """Increments the save counter. Returns the number of the save."""
         counter = self._checkpoint.save_counter
         if int(counter.numpy()) == 0:
-            self._refuse_to_begin_over()
+            self._check_first_save()
         counter.assign_add(1)
         return _integer(counter if checkpoint_number is None else checkpoint_number)
 
-    def _refuse_to_begin_over(self) -> None:
-        """Keeps a checkpoint that was never saved nor restored from taking over what others saved here."""
+    def _check_first_save(self) -> None:
+        """Refuses to save a new checkpoint object over a run of `fit`, and warns of other checkpoints."""
         newest = self._writer.directory.latest()
         if newest is None:
             return
         restore = "restore it: manager.restore_or_initialize()"
         if newest.batch is not None:
             raise DirectoryNotEmptyError(
-                f"{self._directory} holds a run of fit, the newest checkpoint of step {newest.step}, which this one "
-                f"does not continue. To go on with it, {restore}. To begin another, save into another directory, or "
-                f"remove these: keras_ckpt.CheckpointDirectory({self._directory!r}).clear()."
+                f"{self._directory} holds a run of fit, the newest checkpoint of step {newest.step}. The checkpoint to "
+                f"save does not continue that run. To continue it, {restore}. To start a new run, save into another "
+                f"directory, or remove these checkpoints: keras_ckpt.CheckpointDirectory({self._directory!r}).clear()."
             )
-        # TensorFlow's manager does so without a word, so it is done, with one.
+        # TensorFlow's manager overwrites silently; this one does it with a warning.
         warn(
-            f"{self._directory} holds checkpoints, and this one was not restored from them, so its numbers begin again "
-            f"and theirs may be saved over. To go on with them, {restore}."
+            f"{self._directory} holds checkpoints, and the checkpoint to save was not restored from them. So its "
+            f"numbers begin again, and it may overwrite them. To continue from them, {restore}."
         )
 
     def _interval_is_over(self, check_interval: bool) -> bool:
@@ -343,23 +343,23 @@ class CheckpointManager(tf.train.CheckpointManager):
     def _mode_of(self, monitor: str) -> Mode:
         if monitor == self._monitor and self._mode is not None:
             return self._mode
-        raise ValueError(f"Nothing says whether less or more of {monitor!r} is better: give mode='min' or mode='max'.")
+        raise ValueError(f"It is unknown whether less or more of {monitor!r} is better: give mode='min' or mode='max'.")
 
 
 class _PreservingWriter(Writer):
-    """A writer that pins one checkpoint every so many hours, among those that it would remove.
+    """A writer that pins one of the checkpoints to remove every `hours` hours.
 
-    The hours count from the first writer in the directory, even from one that preserves nothing, as with TensorFlow.
+    The hours count from the first manager in the directory, even a manager without this option, as in TensorFlow.
     """
 
     def __init__(self, hours: float | None, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._hours = hours
-        # Set back a little, as TensorFlow does, for a manager that is made again at once.
+        # One second earlier, as in TensorFlow, for a manager that is created again at once.
         self._opened = time.time() - 1.0
 
     def retain(self, folder: Folder, listing: Listing) -> list[CheckpointRecord]:
-        with self._explaining("What was to be saved is saved, but what is to be preserved could not be noted in"):
+        with self._explaining("The checkpoint is saved, but the checkpoint to preserve could not be pinned in"):
             listing = self._preserved(folder, listing)
         return super().retain(folder, listing)
 
@@ -378,7 +378,7 @@ class _PreservingWriter(Writer):
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raises TensorFlow's error of a full disk as the `OSError` that it was."""
+    """Raises TensorFlow's error of a full disk as the underlying `OSError`."""
     try:
         yield
     except tf.errors.ResourceExhaustedError as error:
@@ -388,11 +388,11 @@ def _plain_errors() -> Iterator[None]:
         raise
 
 
-def _tell_of_differences(prefix: str, found: object_graph.Comparison) -> None:
-    """Refuses what cannot be restored later, and warns of what a restore leaves out.
+def _check_differences(prefix: str, found: object_graph.Comparison) -> None:
+    """Refuses a restore into unbuilt layers, and warns of variables that a restore skips.
 
     Raises:
-        ValueError: A layer is not built, and its parts would keep their first values.
+        ValueError: A layer is not built, so its parts would keep their initial values.
     """
     if found.unbuilt:
         names = ", ".join(sorted({repr(layer.name) for layer in found.unbuilt})[:10])
@@ -400,27 +400,27 @@ def _tell_of_differences(prefix: str, found: object_graph.Comparison) -> None:
             f"{prefix} has variables of layers that are not built: {names}. Keras initializes their parts at the first "
             "call, which would undo the restore. Call the model on a batch before restore_or_initialize()."
         )
-    left_out = []
+    skipped = []
     if found.unused:
         unused = (f"{place} ({counted(count, 'variable')})" for place, count in found.unused.items())
-        left_out.append(f"In the checkpoint, but not in the program: {', '.join(itertools.islice(unused, 20))}.")
+        skipped.append(f"In the checkpoint, but not in the program: {', '.join(itertools.islice(unused, 20))}.")
     if found.missing:
-        left_out.append(f"In the program, but not in the checkpoint: {', '.join(found.missing[:20])}.")
-    if left_out:
-        warn(f"{prefix} is restored in part. {' '.join(left_out)}")
+        skipped.append(f"In the program, but not in the checkpoint: {', '.join(found.missing[:20])}.")
+    if skipped:
+        warn(f"{prefix} is restored in part. {' '.join(skipped)}")
 
 
 def _without_callbacks(
     options: tf.train.CheckpointOptions | None,
 ) -> tuple[tf.train.CheckpointOptions, list[Callable[..., object]]]:
-    """The options for writing into a stage, and the callbacks that wait until the checkpoint is in its place."""
+    """The options without write callbacks, and the callbacks to call after the commit."""
     options = copy.copy(options) if options is not None else tf.train.CheckpointOptions()
     callbacks = [
         callback if inspect.signature(callback).parameters else (lambda _, callback=callback: callback())
         for callback in options.experimental_write_callbacks or []
     ]
     options.experimental_write_callbacks = None
-    # The checkpoint is committed when save() returns, so its files must be there.
+    # save() commits the checkpoint before it returns, so its files must be complete.
     options.enable_async = options.experimental_enable_async_checkpoint = False
     return options, callbacks
 

@@ -1,4 +1,4 @@
-"""`ModelCheckpoint`: Keras's, feeding a checkpoint directory."""
+"""`ModelCheckpoint`: Keras's callback, which saves into a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _NOT_KEPT = "not saved, it would not be kept"
 
 
 class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
-    """Saves checkpoints of a training into a directory, and keeps the right ones.
+    """Saves checkpoints during `fit` into a directory, and prunes them by a policy.
 
-    Each save is a plain TensorFlow checkpoint with a sidecar file that says what is known about it. What is best, and
-    what is to be removed, is read from the directory, so it holds after a restart too.
+    Each save is a plain TensorFlow checkpoint with a sidecar, a JSON file with its metrics and metadata. The best
+    checkpoint and the checkpoints to remove are read from the directory, so a restart changes nothing.
 
     Example:
 
@@ -46,29 +46,28 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     Args:
         filepath: The directory of the run.
         monitor: The metric by which checkpoints are ranked, where something ranks them.
-        verbose: 1 says what is saved and what is not, as soon as that is known: of what is written while training goes
-            on, at a later batch or at the end. 0 says nothing.
-        save_best_only: Whether to save only what is better than everything on disk, and than
-            `initial_value_threshold`. The best alone stays, as the one file of Keras's would, unless `keep` says
+        verbose: 1 prints the outcome of each save, once it is known. A background save prints at a later batch or at
+            the end. 0 prints nothing.
+        save_best_only: Whether to save only a model that is better than every checkpoint on disk and than
+            `initial_value_threshold`. Only the best checkpoint stays, as Keras's single file would, unless `keep` says
             otherwise.
-        save_weights_only: Whether to leave the optimizer out. Training cannot go on exactly from such a checkpoint.
-        mode: `"min"` if less of the monitored metric is better, `"max"` if more is, `"auto"` for what Keras knows.
+        save_weights_only: Whether to omit the optimizer. Training cannot resume exactly from such a checkpoint.
+        mode: `"min"` if less of the monitored metric is better, `"max"` if more is, `"auto"` to ask Keras.
         save_freq: `"epoch"`, a number of batches, a `datetime.timedelta`, or a list of these, any of which makes a save
-            due. A save that is due in the middle of an epoch and cannot be ranked there is ranked at the epoch's end.
-        initial_value_threshold: What the monitored metric must be better than, with `save_best_only`.
-        keep: Which checkpoints stay: a policy, or an int `n` for the newest `n`. `None` keeps all, or the best with
-            `save_best_only`. A save that would be removed at once is not written.
-        metadata: A dict to put into each sidecar, or a function of `logs` that returns one.
-        on_full_disk: Whether a save that finds no room is a warning and training goes on (`"warn"`), or an error
-            (`"raise"`).
-        save_on_background: Whether training goes on while a save is written. One that comes meanwhile, and with which
-            more than 64 MB would wait, waits itself; if it is by batches or time in the middle of an epoch, and nothing
-            ranks it, it is left out instead, with a warning for the first. An error comes with the next batch, and
-            `fit` ends when all is written.
+            due. A save in the middle of an epoch that cannot be ranked there is ranked at the epoch's end.
+        initial_value_threshold: The value that the monitored metric must beat, with `save_best_only`.
+        keep: Which checkpoints to keep: a policy, or an int `n` for the newest `n`. `None` keeps all, or the best with
+            `save_best_only`. A save that the policy would remove at once is not written.
+        metadata: A dict to put into each sidecar, or a function of `logs` that returns a dict.
+        on_full_disk: Whether a full disk is a warning and training continues (`"warn"`), or an error (`"raise"`).
+        save_on_background: Whether training continues while a save is written. Training waits before the next save if
+            more than 64 MB would be queued. Instead, a save by batches or time in the middle of an epoch that nothing
+            ranks is skipped. The first skip is a warning. An error is raised at the next batch. `fit` ends when all is
+            written.
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch.
-        DirectoryNotEmptyError: Before the first batch: the directory holds another run than the model's.
+        DirectoryNotEmptyError: Before the first batch: the directory holds a run other than the model's.
         DirectoryInUseError: Before the first batch: another process trains into the directory.
         SaveError: A checkpoint could not be saved. The others are untouched.
     """
@@ -89,12 +88,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         on_full_disk: OnFullDisk = "warn",
         save_on_background: bool = True,
     ) -> None:
-        # Keras's own __init__ takes nothing but a template of file names.
+        # Keras's own __init__ accepts only a template of file names.
         keras.callbacks.Callback.__init__(self)
         if mode not in ("auto", "min", "max"):
             raise ValueError(f"ModelCheckpoint expected mode 'auto', 'min' or 'max'. Received: mode={mode!r}")
         if not isinstance(monitor, str) or not monitor:
-            raise TypeError(f"ModelCheckpoint expected the name of a metric. Received: monitor={monitor!r}")
+            raise TypeError(f"ModelCheckpoint expected a metric's name as monitor. Received: monitor={monitor!r}")
         if not isinstance(verbose, int):
             raise TypeError(f"ModelCheckpoint expected verbose 0 or 1. Received: verbose={verbose!r}")
         if initial_value_threshold is not None:
@@ -126,7 +125,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     @property
     def best(self) -> float | None:
-        """The best value of the monitored metric, on disk or the threshold; `None` if there is none yet."""
+        """The best value of the monitored metric on disk, or the threshold; `None` if there is no value yet."""
         mode = self._ranking.mode or self.mode
         values = [record.finite(self.monitor) for record in self.directory]
         known = [value for value in (*values, self.initial_value_threshold) if value is not None]
@@ -135,7 +134,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         return min(known) if mode == "min" else max(known)
 
     def get_state(self) -> dict[str, Any]:
-        """What a run that is gone on with by another process needs of this callback, beside what is on disk."""
+        """The state that this callback needs to resume in another process, beside the files on disk."""
         return {
             "pending": self._pending,
             "due": self._due,
@@ -145,7 +144,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on where another process was: what `get_state` gave there."""
+        """Sets the state that `get_state` returned in another process."""
         self._pending = state["pending"]
         self._due = state["due"]
         self._epochs = state["epochs"]
@@ -153,17 +152,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._last = self._owed = state.get("last", {})
 
     def resume_within(self, batch: int) -> None:
-        """Goes on in the middle of an epoch that another process began.
+        """Resumes in the middle of an epoch that another process began.
 
         Args:
-            batch: How many of its batches are done.
+            batch: The number of completed batches of the epoch.
         """
         self._current().progress.resume(batch)
 
     def save_owed(self) -> None:
-        """Saves what the process that died had yet to write, if the model is restored as it was for that save.
+        """Saves the checkpoint that the killed process had not written yet, if the model has that state.
 
-        A backup of the same moment may be on disk before it.
+        A backup of the same step may be on disk before the checkpoint.
         """
         owed, self._owed = self._owed, {}
         position = self._current().progress.position
@@ -188,17 +187,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         began = time.perf_counter()
-        fit = self._current()
-        fit.settle()
-        reason = fit.batch_end(batch)
+        session = self._current()
+        session.settle()
+        reason = session.batch_end(batch)
         if reason is not None:
             monitors = self._ranking.monitors
             ranked = monitors <= metrics_in(logs).keys()
-            if (ranked and monitors) or not fit.skips():
+            if (ranked and monitors) or not session.skips():
                 self._save(reason, logs, began, _NOT_KEPT if ranked else "waits for the epoch's end")
             elif self.verbose > 0:
                 start = self._described(metrics_in(logs))
-                print(start, "left out, because an earlier one is still being written")
+                print(start, "skipped, because an earlier save is still being written")
             if not ranked:
                 self._pending = reason
 
@@ -207,7 +206,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         reasons = [reason for reason in (self._current().epoch_end(), self._pending) if reason is not None]
         self._pending = None
         self._epochs += 1
-        self._look_for_metrics(logs or {})
+        self._check_metrics(logs or {})
         if reasons:
             self._save(", ".join(reasons), logs, began, _NOT_KEPT)
 
@@ -218,14 +217,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         session.close()
         if self._due and not session.missed and not len(self.directory):
             warn(
-                f"Nothing was saved into {self.filepath}: {self._due} saves were due, and none was to be kept by "
-                f"{self._ranking}. Was {self.monitor!r} ever a finite number, and better than "
+                f"Nothing was saved into {self.filepath}: {self._due} saves were due, and {self._ranking} would keep "
+                f"none. Was {self.monitor!r} ever a finite number, and better than "
                 f"initial_value_threshold={self.initial_value_threshold}? Join the policy with "
-                "keras_ckpt.LatestN(1) to have the newest in any case."
+                "keras_ckpt.LatestN(1) to always have the newest."
             )
 
     def _current(self) -> Session:
-        """The fit under way, begun with its first epoch: in `on_train_begin` another callback may yet restore."""
+        """The session of the fit in progress, opened at the first epoch.
+
+        Not in `on_train_begin`: another callback may still restore there.
+        """
         if self._session is None:
             self._ranking = self._resolve()
             writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
@@ -237,7 +239,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         return self._session
 
     def _resolve(self) -> _Ranking:
-        """What ranks the checkpoints of this fit, with what the arguments left open."""
+        """The ranking of this fit's checkpoints, with the arguments' defaults filled in from the model."""
 
         def mode(monitor: str) -> Mode:
             if monitor == self.monitor and self.mode != "auto":
@@ -248,16 +250,16 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         only = BestN(1, self.monitor, mode(self.monitor)) if self.save_best_only else None
         ranking = _Ranking(keep, only)
         modes = {monitor: mode(monitor) for monitor in ranking.monitors}
-        with contextlib.suppress(ValueError):  # nothing may rank by it
+        with contextlib.suppress(ValueError):  # if nothing ranks by the monitor, its mode may be unknown
             modes[self.monitor] = mode(self.monitor)
         return dataclasses.replace(ranking, mode=modes.pop(self.monitor, None), modes=modes)
 
     def _save(self, reason: str, logs: Logs, began: float, otherwise: str) -> None:
-        """Saves; `otherwise` is what to say if nothing is saved."""
+        """Saves; `otherwise` is the text to print if nothing is saved."""
         self._due += 1
         metrics = metrics_in(logs)
         if not self._beats_threshold(metrics.get(self.monitor)):
-            self._say(self._described(metrics), otherwise, Outcome(None))
+            self._print(self._described(metrics), otherwise, Outcome(None))
             return
         metadata = encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata)
         request = self._request(reason, metrics, metadata, began)
@@ -268,7 +270,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def _request(
         self, reason: str, metrics: Mapping[str, float], metadata: Mapping[str, Any], began: float
     ) -> SaveRequest:
-        """A save of the model as it is now."""
+        """The request of a save at the current step."""
         position = self._current().progress.position
         return SaveRequest(
             step=position.step,
@@ -285,23 +287,23 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         )
 
     def _modes_of(self, metrics: Mapping[str, float]) -> dict[str, Mode]:
-        """The directions of the metrics beside the monitor, as far as they are known."""
+        """The known modes of the metrics other than the monitor."""
         if new := metrics.keys() - self._modes.keys():
             known = {**modes_of(self.model, new), **self._ranking.modes}
             self._modes.update({name: known.get(name) for name in new})
         return {name: mode for name in metrics if name != self.monitor and (mode := self._modes[name])}
 
     def _write(self, request: SaveRequest, otherwise: str) -> None:
-        told = functools.partial(self._say, self._described(request.metrics), otherwise)
-        fit = self._current()
-        fit.save(request, fit.snapshot(), told, amends=request.batch == 0)
+        handler = functools.partial(self._print, self._described(request.metrics), otherwise)
+        session = self._current()
+        session.save(request, session.snapshot(), handler, amends=request.batch == 0)
 
-    def _say(self, start: str, otherwise: str, outcome: Outcome) -> None:
+    def _print(self, start: str, otherwise: str, outcome: Outcome) -> None:
         if self.verbose > 0:
             print(start, _result(outcome, otherwise))
 
     def _described(self, metrics: Mapping[str, float]) -> str:
-        """What is said of a save before its outcome."""
+        """The first half of a save's printed line, before its outcome."""
         position = self._current().progress.position
         value = tables.metric(metrics.get(self.monitor)) or "not known"
         return f"\nStep {position.step}, epoch {position.epoch}: {self.monitor} {value},"
@@ -312,8 +314,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return True
         return value < threshold if self._ranking.mode == "min" else value > threshold
 
-    def _look_for_metrics(self, logs: Mapping[str, Any]) -> None:
-        """Keeps everything while a metric that something ranks by does not come in this fit, and warns once."""
+    def _check_metrics(self, logs: Mapping[str, Any]) -> None:
+        """Keeps everything while the logs of this fit lack a metric to rank by, and warns once."""
         metrics = metrics_in(logs)
         self._seen |= metrics.keys()
         absent = sorted(self._ranking.monitors - self._seen)
@@ -328,21 +330,25 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         elif absent and self._epochs == 2:
             self._warned = True
             warn(
-                f"Two epochs have ended without {absent[0]!r}. Until it comes nothing can be ranked by it, and what is "
-                "saved at an epoch's end stays. Does fit() have validation data?"
+                f"Two epochs have ended without {absent[0]!r}. Nothing can be ranked by it until it is there. Until "
+                "then every checkpoint of an epoch's end stays. Does fit() have validation data?"
             )
 
 
 def _of_kind(monitor: str) -> Callable[[str], bool]:
-    """Says of a metric whether it is measured where another is: in training, or in validation."""
+    """Returns a test whether a metric is measured where the monitor is: in training, or in validation."""
     return lambda name: name.startswith("val_") == monitor.startswith("val_")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ranking:
-    """What decides in one fit: `keep` what stays, and `only` what is written at all.
+    """The policies of one fit and the modes of their metrics.
 
-    `mode` is the direction of the monitored metric, `modes` has those of the others that something ranks by.
+    Attributes:
+        keep: Which checkpoints stay.
+        only: Which checkpoints are written at all.
+        mode: The mode of the monitored metric.
+        modes: The modes of the other metrics that a policy ranks by.
     """
 
     keep: PreservationPolicy | None = None
@@ -352,7 +358,7 @@ class _Ranking:
 
     @property
     def monitors(self) -> Set[str]:
-        """The metrics by which something is ranked."""
+        """The metrics that the policies rank by."""
         return frozenset().union(*(policy.monitors for policy in (self.keep, self.only) if policy))
 
     def __str__(self) -> str:
@@ -374,19 +380,19 @@ def _checked_path(filepath: str | os.PathLike[str]) -> str:
     if not isinstance(path, str) or not (_FILE.search(path) or _TEMPLATE.search(path)):
         return path
     raise ValueError(
-        "ModelCheckpoint saves into a directory, where checkpoints are named by their step, and metrics are in the "
-        "sidecars. Files of Keras's own formats, and templates of names, are not supported. Received: "
+        "ModelCheckpoint saves into a directory. Checkpoints are named by step, and metrics are in sidecars. Files of "
+        "Keras's own formats, and templates of names, are not supported. Received: "
         f"filepath={path!r}. Give a directory, such as {_directory_for(path)!r}."
     )
 
 
 _FILE = re.compile(r"(\.weights)?\.(keras|h5|hdf5|hd5|ckpt)$", re.IGNORECASE)
-"""The endings of paths that are files elsewhere."""
+"""The suffixes of paths that other savers write as files."""
 _TEMPLATE = re.compile(r"\{.*\}")
 
 
 def _directory_for(path: str) -> str:
-    """A directory in the place of a file, or of a template of names."""
+    """The directory to suggest instead of a file or a template of names."""
     start = _FILE.sub("", path).partition("{")[0]
     stem = start.rstrip("-_.= ") if not start.endswith("/") else start.rstrip("/")
     return _FILE.sub("", stem) or "checkpoints"

@@ -1,4 +1,4 @@
-"""When a save is due: what the `save_freq` arguments mean."""
+"""The schedule of saves that the argument `save_freq` of a callback defines."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ SaveFreq = Literal["epoch"] | int | datetime.timedelta
 
 
 class SaveSchedule:
-    """Says after which batches and epochs a save is due.
+    """Decides after which batches and epochs a save is due.
 
-    A number of batches counts from the beginning of the run, not of the process: a run that was restarted saves
-    at the same steps. Where several batches run in one execution, the save comes after the execution in which the
-    multiple fell.
+    A number of batches counts from the beginning of the run, not of the process. So a restarted run saves at the same
+    steps. With several batches in one execution, the save comes after the execution that reaches the multiple.
 
     Args:
         save_freq: `"epoch"`, a number of batches, a `datetime.timedelta`, or a list of these.
-        clock: Gives the time in seconds.
+        clock: Returns the time in seconds.
 
     Raises:
         TypeError, ValueError: `save_freq` is none of these.
@@ -41,25 +40,25 @@ class SaveSchedule:
         self.start()
 
     def start(self) -> None:
-        """Begins to measure time."""
+        """Starts every interval now."""
         self._last = [self._clock()] * len(self.intervals)
 
     def elapsed(self) -> list[float]:
-        """The seconds since the last save of each interval."""
+        """The seconds since the last save, by interval."""
         now = self._clock()
         return [now - last for last in self._last]
 
     def resume(self, elapsed: Sequence[float]) -> None:
-        """Goes on with what `elapsed` gave in another process, unless the intervals are others."""
+        """Sets the seconds that `elapsed` returned in another process, if the number of intervals is the same."""
         if len(elapsed) == len(self._last):
             now = self._clock()
             self._last = [now - seconds for seconds in elapsed]
 
     def after_batches(self, before: int, after: int) -> str | None:
-        """Whether a save is due after training went from step `before` to step `after`.
+        """Whether a save is due after training has advanced from step `before` to step `after`.
 
         Returns:
-            What made it due, in words; `None` if it is not.
+            The reason in words, `None` if no save is due.
         """
         reasons = [f"every {n} batches" if n > 1 else "every batch" for n in self.batches if after // n > before // n]
         now = self._clock() if self.intervals else 0.0
@@ -70,7 +69,7 @@ class SaveSchedule:
         return ", ".join(reasons) or None
 
     def after_epoch(self) -> str | None:
-        """Whether a save is due at an epoch's end, as `after_batches`."""
+        """The reason of a save that is due at an epoch's end, `None` if no save is due."""
         return "epoch" if self.every_epoch else None
 
 

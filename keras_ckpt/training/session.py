@@ -1,4 +1,4 @@
-"""One `fit` that saves into one directory: it counts, says when a save is due, and saves."""
+"""The session of one `fit` that saves into one directory: counts progress, schedules saves, and writes them."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from keras_ckpt.store.policies import is_known, kept_in_training
 from keras_ckpt.store.record import CheckpointRecord, step_in
 from keras_ckpt.store.tables import counted
 from keras_ckpt.store.writer import SaveRequest, Writer, milliseconds
-from keras_ckpt.training.backlog import MOST, Backlog
+from keras_ckpt.training.backlog import MAX_WAITING, Backlog
 from keras_ckpt.training.schedule import SaveSchedule
 
 OnFullDisk = Literal["warn", "raise"]
 
-_firsts: weakref.WeakKeyDictionary[keras.Model, tuple[object, Callable[[], Any]]] = weakref.WeakKeyDictionary()
-"""What is to be saved of a model before anything else, with the fit for which that is so."""
-# By model, the epochs in which its unsaved state was looked for, and the places that were named.
-_looked: weakref.WeakKeyDictionary[keras.Model, tuple[set[int], set[str]]] = weakref.WeakKeyDictionary()
-_LOOKS = 2
-"""The models of which was said what no checkpoint has."""
+_first_saves: weakref.WeakKeyDictionary[keras.Model, tuple[object, Callable[[], Any]]] = weakref.WeakKeyDictionary()
+"""By model, the fit and the method that must save before any other save of that fit."""
+_checked: weakref.WeakKeyDictionary[keras.Model, tuple[set[int], set[str]]] = weakref.WeakKeyDictionary()
+"""By model, the epochs in which its unsaved state was searched, and the places that a warning named."""
+_CHECKS = 2
+"""The number of epochs in which the unsaved state of a model is searched."""
 
 
 class Outcome(NamedTuple):
-    """What became of a save.
+    """The outcome of a save.
 
     Attributes:
-        record: What was saved, `None` if nothing was.
-        error: Why it failed, if it did.
-        replaced: Whether a newer save came before it had begun, beside which the policy does not keep it.
-        changed: Whether an array was found to be changed that was assumed to be unchanged, so nothing was saved.
+        record: The record of the checkpoint, `None` if nothing was saved.
+        error: The error of a failed save.
+        replaced: Whether a newer save replaced this save before it began, because the policy keeps only the newer.
+        changed: Whether nothing was saved, because an array changed that was assumed to be unchanged.
     """
 
     record: CheckpointRecord | None
@@ -58,42 +58,42 @@ class Outcome(NamedTuple):
 
 
 class _Save(NamedTuple):
-    """A save that was begun, and who is to be told of its end.
+    """A submitted save and the handler of its outcome.
 
     Attributes:
-        job: What saves.
-        then: Told of the outcome.
-        number: Its number in the backlog, 0 if it is no save.
-        candidate: What a policy would see of it.
+        job: The job that saves.
+        handler: The handler of the outcome.
+        number: The number in the backlog, 0 for a job that saves nothing.
+        candidate: The record that a policy would see.
     """
 
     job: background.Job[Outcome]
-    then: Callable[[Outcome], object] = lambda outcome: None
+    handler: Callable[[Outcome], object] = lambda outcome: None
     number: int = 0
     candidate: CheckpointRecord | None = None
 
 
 class Session:
-    """One `fit` that saves into one directory.
+    """The session of one `fit` that saves into one directory.
 
-    A save is a snapshot, which training waits for, and its writing, for which it does not, unless it is told to. The
-    next save waits until it is written, if both would hold too much: of great models there is one snapshot at a time,
-    however many callbacks share it. Training waits too where it would be too far ahead of the disk. A save that waits,
-    and that the policy would remove beside a newer one, is replaced by that.
+    Training waits for the snapshot of a save. Training does not wait for the write, unless `on_background` is false.
+    The next save waits for the write if both would hold too much memory. A large model has one snapshot at a time,
+    however many callbacks share it. Training also waits when it is too far ahead of the disk. A newer save replaces a
+    waiting save that the policy would then remove.
 
     Args:
         callback: The callback that saves.
-        writer: What it saves with.
-        schedule: When.
-        on_full_disk: Whether a save that finds no room is a warning, and training goes on, or an error.
-        on_background: Whether training goes on while a save is written.
-        weights_only: Whether to leave the optimizer out.
-        backs_up: Whether it goes before saves of the same moment that only select.
-        fit: The `fit` in progress; defaults to the one that calls.
+        writer: The writer of the directory.
+        schedule: The schedule of the saves.
+        on_full_disk: Whether a full disk is a warning (`"warn"`) or an error (`"raise"`).
+        on_background: Whether training continues while a save is written.
+        weights_only: Whether to omit the optimizer.
+        backs_up: Whether its saves precede other saves of the same step.
+        fit: The `fit` in progress; defaults to the calling `fit`.
 
     Attributes:
-        progress: Where the training is.
-        missed: How many saves found no room.
+        progress: The progress of the training.
+        missed: The number of saves that found the disk full.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class Session:
         self._fit = callback.params
 
     def open(self, listing: Listing | None = None) -> None:
-        """Becomes the only session that saves into the directory. Everything else comes after.
+        """Locks the directory for this session. Call it before every other method.
 
         Args:
-            listing: What the directory holds, if the writer was open when it was read.
+            listing: The listing of the directory, if it was read under the writer's lock.
 
         Raises:
             DirectoryInUseError: Another process saves into the directory.
-            DirectoryNotEmptyError: The directory is one of another run, or of another callback of this fit.
+            DirectoryNotEmptyError: The directory belongs to another run, or to another callback of this fit.
             SaveError: The directory cannot be written.
         """
         background.tell()
@@ -143,24 +143,27 @@ class Session:
             listing = self._writer.directory.listing() if listing is None else listing
             refuse_other_run(listing, self.progress.position)
         except Exception:
-            # A notebook keeps the error, and with it whatever has a reference here.
+            # A notebook keeps the error, and the error's frames keep the writer alive.
             self._writer.close()
             raise
 
     @property
     def is_saving(self) -> bool:
-        """Whether there is a save of whose end nobody was told yet."""
+        """Whether a save has an outcome that no handler received yet."""
         return bool(self._saves)
 
     def batch_end(self, batch: int) -> str | None:
-        """Counts what ran, and says what made a save due if one is."""
+        """Counts the batches that ran. Returns the reason of a save that is due, else `None`."""
         if not self._ready:
             self._make_ready()
         before = self.progress.position.step
         return self._schedule.after_batches(before, self.progress.batch_end(batch).step)
 
     def epoch_end(self) -> str | None:
-        """Counts an epoch, and says what made a save due if one is; none while no batch of the fit has ended."""
+        """Counts an epoch. Returns the reason of a save that is due, else `None`.
+
+        No save is due before a batch of the fit has ended.
+        """
         before = self.progress.position
         after = self.progress.epoch_end()
         if after.step == self._began_at and not before.batch:
@@ -168,36 +171,35 @@ class Session:
         return self._schedule.after_epoch()
 
     def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
-        """The model as it is now, with more to write beside it."""
-        # Whoever goes on with TensorFlow's own manager numbers on from here.
+        """The snapshot of the model as it is now, with other values to write."""
+        # TensorFlow's own manager continues to count from here.
         self._state.save_counter.assign(self.progress.position.step)
         return self._state.snapshot(others, later)
 
     def copy(self, snapshot: Snapshot) -> None:
-        """Copies the values of a snapshot at once, so that training need not copy what it changes."""
+        """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
         with self._writer.explaining(self.progress.position.step):
             snapshot.detach(self._arena, background.is_idle())
 
     def hold_first(self, save: Callable[[], object]) -> None:
-        """Has something saved before any other save of the model in this fit. The method is not kept alive."""
-        _firsts[self.progress.model] = self._fit, weakref.WeakMethod(save)
+        """Registers a method that saves before any other save of the model in this fit. Holds it weakly."""
+        _first_saves[self.progress.model] = self._fit, weakref.WeakMethod(save)
 
     def save_first(self) -> None:
-        """Saves what is to be saved first, if it was not yet."""
-        fit, save = _firsts.pop(self.progress.model, (None, lambda: None))
+        """Calls the method that `hold_first` registered, once."""
+        fit, save = _first_saves.pop(self.progress.model, (None, lambda: None))
         method = save() if fit is self._fit else None
         if method is not None:
             method()
 
     def rank(self, ranks: bool) -> None:
-        """Has the policies decide, or keeps everything for as long as there is nothing to rank by."""
+        """Applies the policies, or keeps everything while the metric to rank by is missing."""
         self._writer.keep, self._writer.only = self._policies if ranks else (None, None)
 
     def skips(self) -> bool:
-        """Whether a save of now would have to wait for one of an earlier step, so that it is better left out.
+        """Whether to skip a save now, because it would wait for a save of an earlier step.
 
-        That is for saves by batches and time that training does not wait for anyway; in the last batch of an epoch, it
-        is never so.
+        Only saves by batches and time in the background are skipped. A save at an epoch's last batch never is.
         """
         position = self.progress.position
         waits = not self._on_background or position.batch == self.progress.steps
@@ -207,22 +209,22 @@ class Session:
         if not self._skipped:
             self._skipped = True
             warn(
-                f"The save of step {position.step} into {self._writer.directory.path} is left out, and so are later "
-                "ones that come while an earlier one is still being written. Save less often, or give "
-                "save_on_background=False to have training wait."
+                f"The save of step {position.step} into {self._writer.directory.path} is skipped, because an earlier "
+                "save is still being written. Later saves are skipped in the same way. Save less often, or pass "
+                "save_on_background=False to make training wait."
             )
         return True
 
     def save(
-        self, request: SaveRequest, snapshot: Snapshot, then: Callable[[Outcome], object], amends: bool = False
+        self, request: SaveRequest, snapshot: Snapshot, handler: Callable[[Outcome], object], amends: bool = False
     ) -> None:
-        """Saves the model, unless the policy would not keep the checkpoint, or there is no room for it.
+        """Saves the model, unless the policy would not keep the checkpoint or the disk is full.
 
         Args:
-            request: What to save, but for the versions.
+            request: The request, without versions.
             snapshot: The values.
-            then: A handler of the outcome, called at once or at a later call in this thread.
-            amends: Whether a checkpoint of this step with the same values is described again instead.
+            handler: The handler of the outcome, called at once or at a later call in this thread.
+            amends: Whether a checkpoint of this step with the same values only gets a new sidecar.
 
         Raises:
             SaveError: This save, or an earlier one, failed.
@@ -243,11 +245,11 @@ class Session:
             request = msgspec.structs.replace(request, blocked_ms=milliseconds(request.began, time.perf_counter()))
         write = functools.partial(self._write, request, snapshot, amends)
         job = background.Job(write, moment, self._snapshot_size, first=self._backs_up)
-        self._saves.append(_Save(job, then, number, candidate))
+        self._saves.append(_Save(job, handler, number, candidate))
         self.settle(wait=not self._on_background)
 
     def _write(self, request: SaveRequest, snapshot: Snapshot, amends: bool) -> Outcome:
-        """Writes a snapshot; in the background, unless training waits for it."""
+        """Writes a snapshot, in a background thread or in this one."""
         if not snapshot.is_true:
             return Outcome(None, changed=True)
         with self._writer.explaining(request.step):
@@ -255,11 +257,11 @@ class Session:
         sharing = SharingWrite(values, self._arena, self._writer.directory)
         newest = self._writer.latest() if amends else None
         if newest and newest.step == request.step and sharing.is_in(newest, _is_of_model):
-            # The epoch's last batch is saved already. Only the metrics of the epoch's end are new.
+            # The save of the epoch's last batch has the values. Only the metrics of the epoch's end are new.
             amended = self._writer.amend(newest, request.amended)
             if amended is not None:
                 return Outcome(amended)
-        # The payload looks for the room itself: it may link most of its files.
+        # `sharing` checks the free space itself: it may link most files.
         request = msgspec.structs.replace(request, size=0, versions=model_state.versions())
         record = self._writer.save(request, sharing)
         if record is not None:
@@ -267,7 +269,7 @@ class Session:
         return Outcome(record)
 
     def _replace_waiting(self, candidate: CheckpointRecord) -> None:
-        """Gives up saves that have not begun, and that the policy would not keep beside a newer one."""
+        """Drops the saves that have not begun and that the policy would not keep beside a newer save."""
         waiting = [save for save in self._saves if save.candidate is not None]
         others = [save.candidate for save in waiting if save.candidate and save.candidate.step != candidate.step]
         kept = {record.step for record in others}
@@ -276,69 +278,69 @@ class Session:
         again = [save for save in waiting if save.candidate and save.candidate.step == candidate.step]
         older = [save for save in waiting if save.candidate and save.candidate.step not in kept and save not in again]
         older = [save for save in older if not save.job.has_begun()]
-        # The oldest keeps its place in the queue, if there is memory for it. Saves that always give way to a newer one,
-        # which is the last in the queue, would never be written.
+        # The oldest save keeps its place in the queue, if memory allows. A newer save joins the end of the queue, so
+        # if every save were replaced, none would ever be written.
         for save in [*again, *older[1:]]:
-            self._give_up(save)
+            self._drop(save)
         if older and background.is_full((candidate.run_id, candidate.step), self._snapshot_size):
-            self._give_up(older[0])
+            self._drop(older[0])
 
-    def _give_up(self, save: _Save) -> None:
-        """Gives up a save, unless it has begun."""
+    def _drop(self, save: _Save) -> None:
+        """Drops a save, unless it has begun."""
         if save.job.drop():
             self._saves.remove(save)
-            save.then(Outcome(None, replaced=True))
+            save.handler(Outcome(None, replaced=True))
 
     def _warn_of_unsaved(self) -> None:
-        """Warns of state that no checkpoint of this model has, with the first saves of two epochs.
+        """Warns of state that no checkpoint of this model has, at the first saves of two epochs.
 
-        Some state changes first when an epoch ends, after a save.
+        Two, because some state first changes when an epoch ends, after a save.
         """
         model, position = self.progress.model, self.progress.position
-        epochs, named = _looked.setdefault(model, (set(), set()))
-        if position.step == self._began_at or position.epoch in epochs or len(epochs) == _LOOKS:
+        epochs, named = _checked.setdefault(model, (set(), set()))
+        if position.step == self._began_at or position.epoch in epochs or len(epochs) == _CHECKS:
             return
         epochs.add(position.epoch)
-        unsaved = [each for each in self._state.unsaved(self._attributes) if each not in named]
+        unsaved = [place for place in self._state.unsaved(self._attributes) if place not in named]
         if unsaved:
             named.update(unsaved)
             warn(
-                f"Checkpoints of {model.name!r} do not have this state of it: {', '.join(unsaved[:20])}. A restored "
-                "model has what the program makes of it. Use keras.Variable, and hold variables, layers and optimizers "
-                "in attributes of a layer, or in lists and dicts there; what is no variable belongs into its "
+                f"Checkpoints of {model.name!r} do not have this state of it: {', '.join(unsaved[:20])}. In a restored "
+                "model it has the program's initial values. Use keras.Variable. Hold variables, layers and optimizers "
+                "in attributes of a layer, or in lists and dicts there. Save other state in the layer's "
                 "save_own_variables() or save_assets()."
             )
 
     def settle(self, wait: bool = False) -> None:
-        """Tells of the saves that have ended, and waits where training would be too far ahead of the disk.
+        """Calls the handlers of finished saves, and waits while training is too far ahead of the disk.
 
         Args:
-            wait: Whether to wait for all that have not.
+            wait: Whether to wait for all saves.
 
         Raises:
-            SaveError: One failed.
+            SaveError: A save failed.
         """
         while self._saves and (wait or self._saves[0].job.done() or self._is_too_far()):
-            # Whoever interrupts the waiting finds the save still there.
+            # Wait before the popleft: an interrupt must not lose the save.
             self._saves[0].job.wait()
             save = self._saves.popleft()
             self._backlog.done(save.number)
             try:
                 outcome = save.job.result()
             except Exception as error:
-                save.then(Outcome(None, error))
+                save.handler(Outcome(None, error))
                 if not isinstance(error, DiskFullError) or self._on_full_disk == "raise":
                     raise
                 self.missed += 1
-                warn(f"{error} Training goes on.")
+                warn(f"{error} Training continues.")
             else:
-                save.then(outcome)
+                save.handler(outcome)
 
     def _is_too_far(self) -> bool:
-        return len(self._saves) > MOST or self._backlog.is_too_long()
+        return len(self._saves) > MAX_WAITING or self._backlog.is_too_long()
 
     def close(self) -> None:
-        """Waits for what is under way, and lets another session write here.
+        """Waits for all saves in progress, and unlocks the directory.
 
         Raises:
             SaveError: A save failed.
@@ -349,16 +351,16 @@ class Session:
             self.unlock()
 
     def unlock(self) -> None:
-        """Lets another session write here, until the next save."""
+        """Unlocks the directory for other sessions, until the next save."""
         self._writer.close()
 
     def _make_ready(self) -> None:
-        """Gets the memory for copies before there is something to copy, with that of slots, made in the first batch."""
+        """Allocates the memory of the copies before the first save, after the first batch has built the slots."""
         self._ready = True
         sizes = self._state.sizes()
 
         def make_room() -> Outcome:
-            with contextlib.suppress(OSError):  # the save that needs it says so
+            with contextlib.suppress(OSError):  # a save that needs the memory raises the error
                 self._arena.make_room(sizes)
             return Outcome(None)
 
@@ -369,36 +371,36 @@ class Session:
 
 
 def _is_of_model(key: bytes) -> bool:
-    """Whether the key is a variable's; what the model's metrics have counted aside."""
+    """Whether a key names a variable of the model; the state of its metrics does not count."""
     return key.endswith(SUFFIX.encode()) and not key.startswith(b"metrics/")
 
 
 def checked_on_full_disk(value: object) -> OnFullDisk:
-    """A callback's argument, or an error that says what it may be."""
+    """Checks the argument `on_full_disk` of a callback."""
     if value not in get_args(OnFullDisk):
         raise ValueError(f"on_full_disk expected 'warn' or 'raise'. Received: {value!r}")
     return cast(OnFullDisk, value)
 
 
 def refuse_other_run(listing: Listing, position: Position) -> None:
-    """Refuses a fit that does not continue what the directory holds."""
+    """Refuses a fit that does not continue the run in the directory."""
     listing.refuse_newer()
     newest = listing.records[-1] if listing.records else None
     if newest and newest.run_id != position.run_id:
         raise DirectoryNotEmptyError(
             f"{listing.path} holds {counted(len(listing.records), 'checkpoint')} of another run, the newest of step "
-            f"{newest.step}; this model does not continue it.\n"
+            f"{newest.step}. This model does not continue that run.\n"
             "To continue that run, compile the model and restore it: "
-            f"keras_ckpt.restore(model, {listing.path!r}). For a new phase with another optimizer, give "
-            "weights_only=True as well.\n"
-            "To begin another, train into another directory, or remove these: "
+            f"keras_ckpt.restore(model, {listing.path!r}). For a new phase with another optimizer, also pass "
+            "weights_only=True.\n"
+            "To start a new run, train into another directory, or remove these checkpoints: "
             f"keras_ckpt.CheckpointDirectory({listing.path!r}).clear()."
         )
     unmanaged = [name for name in listing.unmanaged if newest is None or (step_in(name) or 0) > position.step]
     if unmanaged or (listing.damaged and newest is None):
         names = ", ".join([*unmanaged, *listing.damaged][:10])
         raise DirectoryNotEmptyError(
-            f"{listing.path} holds checkpoints without a sidecar, or with a damaged one: {names}. No run can go on "
-            "from them, and they are left alone: move them away, or train into another directory. "
-            "keras_ckpt.restore(model, path) restores one that TensorFlow wrote."
+            f"{listing.path} holds checkpoints without a sidecar, or with a damaged sidecar: {names}. No run can "
+            "resume from them, so they are left alone. Move them away, or train into another directory. "
+            "keras_ckpt.restore(model, path) restores a checkpoint that TensorFlow wrote."
         )
