@@ -105,7 +105,7 @@ def test_a_name_that_nobody_would_read_is_refused(tmp_path) -> None:
     longest, longer = "a" * 4096, "a" * 4097
     write(tmp_path, {longest: tf.constant(1.0)})
 
-    with Folder(tmp_path) as folder, pytest.raises(ValueError, match="a name of 4097 bytes, at most 4096 are read"):
+    with Folder(tmp_path) as folder, pytest.raises(ValueError, match="has 4097 bytes, the limit is 4096"):
         write_bundle(folder, "ckpt-2", [{longer.encode(): array_value(np.ones(1))}])
 
 

@@ -1,4 +1,4 @@
-"""The command `keras-ckpt`: each of its commands calls the directory once, and prints."""
+"""The command `keras-ckpt`. Each subcommand calls a `CheckpointDirectory` once, and prints the result."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from keras_ckpt.version import __version__
 
 
 class _Group(click.Group):
-    """A group of commands that shows an expected error in a line, and exits with 1; wrong usage exits with 2."""
+    """A group of commands that prints an expected error in one line and exits with 1; wrong usage exits with 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # whoever reads has enough
+            raise  # the reader closed the pipe
         except MonitorError as error:
             raise click.UsageError(str(error)) from error
         except (CheckpointError, OSError) as error:
@@ -38,7 +38,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Look at the checkpoints of a run, keep the right ones, remove the rest.
+    """List, inspect, verify and prune the checkpoints of a run.
 
     Exit codes: 0 done, 1 not found or damaged, 2 wrong usage.
     """
@@ -47,8 +47,8 @@ def main() -> None:
 _path = click.argument("path", type=click.Path())
 _step = click.argument("step", type=int)
 _json = click.option("--json", "as_json_text", is_flag=True, help="Print JSON.")
-_monitor = click.option("--monitor", help="The metric; the default is the one that training watched.")
-_mode = click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of it is better.")
+_monitor = click.option("--monitor", help="The metric. Default: the metric that training monitored.")
+_mode = click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of the metric is better.")
 
 
 @main.command()
@@ -78,7 +78,7 @@ def ls(path: str, as_json_text: bool) -> None:
 @_step
 @_json
 def show(path: str, step: int, as_json_text: bool) -> None:
-    """Show all that is known of the checkpoint of a STEP.
+    """Show all facts of the checkpoint of a STEP.
 
     Example: keras-ckpt show runs/digits 120
     """
@@ -105,9 +105,9 @@ def best(path: str, monitor: str | None, mode: Mode | None, as_json_text: bool) 
 @_path
 @click.option("--keep-latest", type=int, metavar="N", help="Keep the N newest.")
 @click.option("--keep-best", type=int, metavar="N", help="Keep the N best.")
-@click.option("--keep-every-steps", type=int, metavar="N", help="Keep one every N steps.")
-@click.option("--keep-every-epochs", type=int, metavar="N", help="Keep one every N epochs.")
-@click.option("--keep-every-hours", type=float, metavar="H", help="Keep one every H hours.")
+@click.option("--keep-every-steps", type=int, metavar="N", help="Keep one checkpoint every N steps.")
+@click.option("--keep-every-epochs", type=int, metavar="N", help="Keep one checkpoint every N epochs.")
+@click.option("--keep-every-hours", type=float, metavar="H", help="Keep one checkpoint every H hours.")
 @_monitor
 @_mode
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan, and remove nothing.")
@@ -124,12 +124,12 @@ def prune(
     dry_run: bool,
     as_json_text: bool,
 ) -> None:
-    """Remove the checkpoints that no --keep option keeps. Pinned ones stay.
+    """Remove the checkpoints that no --keep option keeps. Pinned checkpoints stay.
 
     Example: keras-ckpt prune runs/digits --keep-latest 1 --keep-best 1 --monitor val_loss --mode min --dry-run
     """
     if keep_best is None and (monitor or mode):
-        raise click.UsageError("--monitor and --mode say what --keep-best N ranks by, which is not given.")
+        raise click.UsageError("--monitor and --mode define the ranking of --keep-best N. --keep-best is missing.")
     kinds: Mapping[Any, Any] = {
         LatestN: keep_latest,
         functools.partial(BestN, monitor=monitor, mode=mode): keep_best,
@@ -140,7 +140,7 @@ def prune(
     with _arguments():
         policies: list[PreservationPolicy] = [kind(value) for kind, value in kinds.items() if value is not None]
     if not policies:
-        raise click.UsageError("Say what to keep, for example --keep-latest 3. To remove everything, use clear.")
+        raise click.UsageError("Give a --keep option, for example --keep-latest 3. To remove everything, use clear.")
     runs = _existing(path)
     plan = runs.plan(functools.reduce(operator.or_, policies))
     if not dry_run:
@@ -157,7 +157,7 @@ def prune(
 @_json
 @click.pass_context
 def verify(context: click.Context, path: str, as_json_text: bool) -> None:
-    """Read every byte of every checkpoint, and exit with 1 if one is damaged. Changes nothing.
+    """Read every byte of every checkpoint. Exit with 1 if a checkpoint is damaged. Change nothing.
 
     Example: keras-ckpt verify runs/digits
     """
@@ -193,12 +193,12 @@ def verify(context: click.Context, path: str, as_json_text: bool) -> None:
 @_step
 @click.argument("reason", default="")
 def pin(path: str, step: int, reason: str) -> None:
-    """Keep the checkpoint of a STEP whatever a policy says.
+    """Pin the checkpoint of a STEP, so that no policy removes it.
 
     Example: keras-ckpt pin runs/digits 120 "paper figure 3"
     """
     if len(reason.encode()) > PIN_LIMIT:
-        raise click.UsageError(f"The reason of a pin has at most {PIN_LIMIT} bytes. Received: {reason:.50}...")
+        raise click.UsageError(f"The reason of a pin expected at most {PIN_LIMIT} bytes. Received: {reason:.50}...")
     _existing(path).pin(step, reason)
     click.echo(f"Pinned step {step}.")
 
@@ -207,7 +207,7 @@ def pin(path: str, step: int, reason: str) -> None:
 @_path
 @_step
 def unpin(path: str, step: int) -> None:
-    """Give the checkpoint of a STEP back to the policies.
+    """Unpin the checkpoint of a STEP, so that policies may remove it.
 
     Example: keras-ckpt unpin runs/digits 120
     """
@@ -232,24 +232,24 @@ def clear(path: str, yes: bool) -> None:
 @main.command()
 @click.argument("path", type=click.Path(), default="runs/demo")
 def demo(path: str) -> None:
-    """Train a small network on handwritten digits into the directory PATH, and show what the package does.
+    """Train a small network on handwritten digits, save into the directory PATH, and show the package's features.
 
     Example: keras-ckpt demo runs/demo
     """
-    # TensorFlow greets every program with a page of remarks.
+    # TensorFlow prints a page of remarks in every program.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         from keras_ckpt.cli import demo as demonstration
     except ImportError as error:
         raise click.ClickException(
-            f"The demo needs a package that is not installed ({error}). Install it: pip install 'keras-ckpt[demo]'"
+            f"The demo needs a package that is not installed ({error}). Install it: pip install 'keras-ckpt[demo]'."
         ) from error
     demonstration.run(path)
 
 
 @contextlib.contextmanager
 def _arguments() -> Iterator[None]:
-    """Shows an error of arguments alone as wrong usage. An error of anything else may be a bug, and is shown whole."""
+    """Shows a `ValueError` of arguments as wrong usage. A `ValueError` elsewhere is a bug, and shows its traceback."""
     try:
         yield
     except ValueError as error:
@@ -276,9 +276,9 @@ def _show(record: CheckpointRecord, as_json_text: bool) -> None:
 
 
 def _facts(record: CheckpointRecord) -> dict[str, Any]:
-    """What is known of a checkpoint: its sidecar, where it lies, and its pin."""
+    """The facts of a checkpoint: its prefix, size, pin and sidecar."""
     prefix = record.prefix
-    if not prefix.isascii():  # a path may have bytes that are no text
+    if not prefix.isascii():  # a path may have bytes that are not UTF-8
         prefix = os.fsencode(prefix).decode(errors="replace")
     return {
         "prefix": prefix,

@@ -1,4 +1,4 @@
-"""The demo: train on real data, keep the right checkpoints, bring the best one back, prune."""
+"""The demo: train on real data, keep checkpoints by a policy, restore the best checkpoint, prune."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _EPOCHS = 12
 
 
 def run(path: str) -> None:
-    """Runs the demo in a directory, and says what it does.
+    """Runs the demo in a directory, and prints each step.
 
     Raises:
-        DirectoryNotEmptyError: The directory holds checkpoints already; they are left as they are.
+        DirectoryNotEmptyError: The directory already holds checkpoints. They stay unchanged.
     """
     keep = keras_ckpt.BestN(3) | keras_ckpt.LatestN(2)
     training, validation = _digits()
@@ -28,7 +28,7 @@ def run(path: str) -> None:
         f"Training a small network on {len(training[0])} handwritten digits for {_EPOCHS} epochs, with\n\n"
         f'    ModelCheckpoint("{path}", monitor="val_accuracy",\n'
         "                    keep=BestN(3) | LatestN(2))\n\n"
-        "After each epoch the network is saved, unless it is neither among the 3 best nor among the 2 newest.\n"
+        "After each epoch the network is saved if it is among the 3 best or the 2 newest.\n"
     )
     began = time.perf_counter()
     model = _network()
@@ -44,13 +44,13 @@ def run(path: str) -> None:
         callbacks=[checkpoint],
         verbose=0,
     )
-    print(f"{_EPOCHS} epochs took {time.perf_counter() - began:.1f} s. This is what is left on disk, and why:\n")
+    print(f"{_EPOCHS} epochs took {time.perf_counter() - began:.1f} s. The checkpoints on disk, and why:\n")
     runs = keras_ckpt.CheckpointDirectory(path)
     print(f"{runs.plan(keep)}\n")
 
     if (best := runs.best()) is None:
         raise SystemExit("Nothing was saved: the disk may be full.")
-    print(f"The best one is that of step {best.step}. A new network, with random weights, gets it back:\n")
+    print(f"The best checkpoint is step {best.step}. A new network with random weights restores it:\n")
     fresh = _network()
     print(f"{keras_ckpt.restore(fresh, best)}\n")
     recorded = best.metrics["val_accuracy"], best.metrics["val_loss"]
@@ -59,7 +59,7 @@ def run(path: str) -> None:
     print(f"{sidecar} says: val_accuracy {recorded[0]:.6f}, val_loss {recorded[1]:.6f}")
     print(f"The new network, evaluated now: val_accuracy {accuracy:.6f}, val_loss {loss:.6f}")
     np.testing.assert_allclose((accuracy, loss), recorded, rtol=1e-5)
-    print("They agree.\n\nLater you may want to keep less. This is what keeping only the best one means:\n")
+    print("They agree.\n\nLater you may want to keep less. This plan keeps only the best checkpoint:\n")
     plan = runs.plan(keras_ckpt.BestN(1))
     print(plan)
     runs.prune(plan)
@@ -67,7 +67,7 @@ def run(path: str) -> None:
 
 
 def _digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """8 by 8 images with values from 0 to 1 and their digits, for training and for validation."""
+    """Images of 8 by 8 pixels from 0 to 1 with their digits, for training and for validation."""
     images, digits = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype("float32") / 16
     return (images[:1400], digits[:1400]), (images[1400:], digits[1400:])

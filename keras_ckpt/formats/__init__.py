@@ -1,5 +1,5 @@
 """The bytes of one checkpoint, to and from memory.
 
-NumPy, but no framework. TensorFlow's bundle is written and read here. Values that an older
-checkpoint has already are shared by hard links.
+This room uses NumPy, but no framework. It writes and reads TensorFlow's bundle format, and shares the values that an
+older checkpoint holds by hard links.
 """

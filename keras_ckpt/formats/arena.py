@@ -1,6 +1,6 @@
-"""The memory that the snapshots of a model are copied into, one after another; so it tells what has changed since.
+"""The arena: the memory that receives each snapshot of a model, and so detects the values that changed.
 
-It is kept from save to save, for memory that is new costs several times what a copy does.
+The arena lives from save to save, because new memory costs several times the copy.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.streams import pages
 
-GREAT = 1 << 18
-"""Values of so many bytes have pages of their own, and are copied by several threads."""
+LARGE = 1 << 18
+"""Values of at least this many bytes start at a page, and several threads copy them."""
 
 _compare = ctypes.CDLL(None).memcmp
 _compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Packed(NamedTuple):
-    """What a value is that lies among others in a piece of memory, and where."""
+    """The key, kind and place of a value that is packed with others in one piece of memory."""
 
     key: bytes
     dtype: int
@@ -41,7 +41,7 @@ class Packed(NamedTuple):
 
 
 class _Room(NamedTuple):
-    """Memory for a value: an array, where it begins, and where that is in its block."""
+    """Memory for one value: the array, its address, and its place in the block."""
 
     data: np.ndarray
     address: int
@@ -53,13 +53,13 @@ class _Room(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A checkpoint on disk, and what of it an arena has.
+    """A checkpoint on disk, and the entries whose values an arena has.
 
     Attributes:
-        record: What it is.
-        stamps: Of those of its files that were known to be whole, by name.
-        variables: The keys of all that it holds.
-        entries: Those of its index whose bytes are the same in the arena, by key.
+        record: The record of the checkpoint.
+        stamps: The stamps of its files that were known to be whole, by name.
+        variables: The keys of all its values.
+        entries: The entries of its index whose bytes are the same in the arena, by key.
     """
 
     record: CheckpointRecord
@@ -69,7 +69,7 @@ class Saved(NamedTuple):
 
 
 class Arena:
-    """The memory that the snapshots of a model are copied into.
+    """The memory that receives the snapshots of a model.
 
     Example:
 
@@ -80,8 +80,8 @@ class Arena:
     ```
 
     Attributes:
-        saved: The checkpoints that have something of it, by directory, the latest last.
-        aside: Memory for what is yet to be taken, if there is some that nobody uses now.
+        saved: The checkpoints that hold values of the arena, by directory, the latest last.
+        aside: Unused memory for packed values of the next snapshot, if there is any.
     """
 
     def __init__(self) -> None:
@@ -92,9 +92,9 @@ class Arena:
         self._making_room = threading.Lock()
 
     def make_room(self, sizes: Mapping[bytes, int]) -> None:
-        """Gets memory for what has none of its size yet, in one block and in this order.
+        """Allocates one block for the values without memory of their size, in the given order.
 
-        Great values begin with a page, so that their pages can be written without the others.
+        Large values start at a page, so that their pages can be written separately.
         """
         with self._making_room:
             self._make_room(sizes)
@@ -103,12 +103,12 @@ class Arena:
         places, end = {}, 0
         for key, size in sizes.items():
             if key not in self._rooms or len(self._rooms[key].data) != size:
-                begin = _whole_pages(end) if size >= GREAT else end
+                begin = _whole_pages(end) if size >= LARGE else end
                 end = begin + size
                 places[key] = begin, end
         if places:
             block = np.frombuffer(pages(_whole_pages(end)), np.uint8)
-            block[:: mmap.PAGESIZE] = 0  # the kernel gives a page when it is written to, which takes longest
+            block[:: mmap.PAGESIZE] = 0  # the kernel allocates a page at its first write, the slowest part
             address = _address(block)
             for key, (begin, end) in places.items():
                 self._forget(key)
@@ -116,30 +116,30 @@ class Arena:
                 self._rooms[key] = _Room(block[begin:end], address + begin, Place(block, begin))
 
     def take(self, key: bytes, value: Value, change: bool = True) -> Value:
-        """Copies a value. A value that differs is no longer known to be on disk.
+        """Copies a value into the arena. A value that differs is no longer known to be on disk.
 
         Args:
-            key: Its key, for which there is room.
-            value: What to copy. Strings, which are nobody else's, are left as they are.
-            change: Whether what is there may be changed. If not, because it is yet to be written, a value that differs
-                is copied to another place, and needs no room.
+            key: The key, for which `make_room` was called.
+            value: The value to copy. Strings are returned uncopied, because nothing else refers to their bytes.
+            change: Whether the value in the arena may be overwritten. If not, because it is not written yet, a value
+                that differs is copied to new memory.
         """
         if value.dtype == STRING:
             return value
         room = self._rooms.get(key)
         if room is None or key not in self._filled or not room.holds(value.data):
-            # A room that is not filled is not free either: its first bytes may be in a page that is being written.
+            # An unfilled room is not free either: its first bytes may be in a page that is being written.
             if room is None or not change:
                 return value._replace(data=value.data.copy())
             self._change(key, value, room.data)
         return Value(value.dtype, value.shape, room.data, place=room.place)
 
     def take_packed(self, values: Iterable[Packed], data: np.ndarray) -> dict[bytes, Value]:
-        """Copies numbers as `take` does, but many little ones that are together: each costs a fraction.
+        """Copies many small packed numbers as `take` does, at a fraction of the cost.
 
         Args:
-            values: What they are, and where in the data; there is room for all.
-            data: The bytes of all.
+            values: The values and their places in the data. `make_room` was called for all.
+            data: The bytes of all values.
         """
         base, taken, changed = _address(data), {}, {}
         for key, dtype, shape, begin, size in values:
@@ -154,16 +154,16 @@ class Arena:
         return taken
 
     def has(self, key: bytes, value: Value) -> bool:
-        """Whether a value that was taken is the one that is there."""
+        """Whether a taken value is the value that the arena now has under its key."""
         return key in self._rooms and self._rooms[key].data is value.data
 
     def remember(self, saved: Saved) -> None:
-        """Notes that a checkpoint has something of what is there."""
+        """Records that a checkpoint on disk holds values of the arena."""
         self.saved.pop(saved.record.directory, None)
         self.saved[saved.record.directory] = saved
 
     def _change(self, key: bytes, value: Value, room: np.ndarray) -> None:
-        self._forget(key)  # first, because an interrupt may come at any time
+        self._forget(key)  # before the copy, because an interrupt may come at any time
         np.copyto(room, value.data)
         self._filled.add(key)
 
@@ -174,7 +174,7 @@ class Arena:
 
 
 def arena_of(model: object) -> Arena:
-    """The arena of a model, which is there for as long as somebody has it."""
+    """The arena of a model, shared by all that hold a reference to it."""
     return _arenas.setdefault(id(model), Arena())
 
 

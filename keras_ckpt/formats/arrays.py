@@ -1,4 +1,4 @@
-"""NumPy arrays of the types that a checkpoint may hold."""
+"""NumPy arrays of the types that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def empty(dtype: int, shape: tuple[int, ...]) -> tuple[np.ndarray, memoryview]:
     """Allocates an array of numbers.
 
     Args:
-        dtype: The number of its type.
-        shape: Its shape.
+        dtype: The number of the type.
+        shape: The shape.
 
     Returns:
-        The array, and its memory to be filled.
+        The array, and its memory to fill.
     """
     array = np.empty(shape, _numpy_dtype(dtype))
     return array, array.reshape(-1).view(np.uint8).data
 
 
 def number_of(dtype: np.dtype) -> int:
-    """The number of a type of NumPy.
+    """The number of a NumPy type in TensorFlow's `DataType`.
 
     Raises:
         TypeError: A checkpoint cannot hold the type.
@@ -38,7 +38,7 @@ def number_of(dtype: np.dtype) -> int:
 
 @functools.cache
 def _numpy_dtype(number: int) -> np.dtype:
-    """The type of NumPy. A quantized integer is a plain integer there."""
+    """The NumPy type of a number. A quantized integer becomes a plain integer."""
     name = NAMES[number].removeprefix("q").replace("quint", "uint")
     return np.dtype(getattr(ml_dtypes, name, name))
 

@@ -1,4 +1,4 @@
-"""Reads the values of a checkpoint into memory that the caller allocates, by several threads, and checks the bytes."""
+"""Reads values of a checkpoint by several threads into memory of the caller, and verifies checksums and digests."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from keras_ckpt.store.record import CheckpointFile
 
 _PIECE = 1 << 20
 _SMALL = 8 << 20
-"""So many bytes are read before another thread would have begun."""
+"""One thread reads this many bytes before a second thread would have started."""
 _THREADS = min(os.cpu_count() or 1, 8)
 
 Allocate = Callable[[int, tuple[int, ...]], tuple[Any, memoryview]]
-"""Allocates numbers of a type and a shape: the object that holds them, and its memory to be filled."""
+"""Allocates numbers of a type and a shape. Returns the object that holds them, and its memory to fill."""
 
 
 class _Target(NamedTuple):
-    """Where bytes are, where they go, and their checksum; `None` if they are strings, which have their own."""
+    """Bytes to read: their file and offset, the memory to fill, and their checksum.
+
+    The checksum is `None` for strings, which contain their own.
+    """
 
     key: bytes
     file: str
@@ -43,22 +46,22 @@ class _Target(NamedTuple):
 def read_values(
     files: Folder, index: Index, keys: Iterable[bytes], allocate: Allocate, digested: Sequence[CheckpointFile] = ()
 ) -> dict[bytes, Any]:
-    """Reads values of a checkpoint, all of them before any is used.
+    """Reads and verifies values of a checkpoint. Returns after all are read.
 
     Args:
-        files: A folder with its files.
-        index: Its index.
+        files: A folder with the files of the checkpoint.
+        index: The index of the checkpoint.
         keys: The keys of the values.
         allocate: Allocates numbers.
-        digested: The data files to read whole, and to compare with their digests. The bytes in other files are
-            compared with the checksums in the index.
+        digested: The data files to read whole and compare with their digests. Values in other files are compared with
+            the checksums in the index.
 
     Returns:
-        The values by key: what `allocate` gave, and for strings arrays of `bytes`.
+        The values by key: the objects of `allocate`, and arrays of `bytes` for strings.
 
     Raises:
-        DamagedCheckpointError: Something is not what was written.
-        OSError: Something cannot be read.
+        DamagedCheckpointError: A checksum or a digest does not match.
+        OSError: A file cannot be read.
         TypeError: A value is neither numbers nor strings.
     """
     values: dict[bytes, Any] = {}
@@ -75,7 +78,7 @@ def read_values(
             values[key], memory = allocate(entry.dtype, entry.shape)
             targets.append(_target(index, key, entry, memory))
     _fill(files, targets, digested)
-    return values | {key: each.value(allocate) for key, each in joined.items()}
+    return values | {key: parts.value(allocate) for key, parts in joined.items()}
 
 
 def _target(index: Index, key: bytes, entry: Entry, memory: memoryview) -> _Target:
@@ -84,10 +87,10 @@ def _target(index: Index, key: bytes, entry: Entry, memory: memoryview) -> _Targ
 
 
 class _Joined:
-    """A value that is joined from memory of its own: strings, or the parts that TensorFlow saved a value in.
+    """A value that is joined from separate memory: strings, or a value that TensorFlow saved in parts.
 
     Attributes:
-        targets: The memory to be filled before.
+        targets: The targets to fill before `value` is called.
     """
 
     def __init__(self, index: Index, key: bytes) -> None:
@@ -98,12 +101,12 @@ class _Joined:
         self.targets = [_target(index, key, each, memory) for _, each, memory in self._parts]
 
     def value(self, allocate: Allocate) -> Any:
-        """The value, when the memory is filled."""
+        """The value, after the targets are filled."""
         value, array = self._allocated(allocate)
         filled = np.zeros(array.shape, bool)
         for part, entry, memory in self._parts:
             extents = (slice(None) if extent == WHOLE else slice(extent[0], sum(extent)) for extent in part)
-            place = (..., *extents)  # with dots a scalar is an array too
+            place = (..., *extents)  # with `...` a scalar is an array too
             is_string = entry.dtype == STRING
             array[place] = _strings(self._key, entry, memory) if is_string else _numbers(entry, memory)
             filled[place] = True
@@ -113,7 +116,7 @@ class _Joined:
         return value
 
     def _allocated(self, allocate: Allocate) -> tuple[Any, np.ndarray]:
-        """The value, and its elements as an array."""
+        """The allocated value, and its elements as an array."""
         if self._entry.dtype == STRING:
             array = np.empty(self._entry.shape, object)
             return array, array
@@ -122,7 +125,7 @@ class _Joined:
 
 
 def _numbers(entry: Entry, memory: memoryview) -> np.ndarray:
-    """The elements in memory, as bytes."""
+    """The elements in memory, as an array of raw bytes."""
     return np.ndarray(entry.shape, np.dtype((np.void, ITEM_SIZES[entry.dtype])), memory)
 
 
@@ -133,7 +136,7 @@ def _strings(key: bytes, entry: Entry, memory: memoryview) -> np.ndarray:
     for _ in range(count):
         length, at = varint(data, at)
         lengths.append(length)
-    # The checksums are of the lengths as numbers of a fixed size, in whose place the file has shorter ones.
+    # Checksums use lengths of a fixed size. The file has lengths of variable size.
     fixed = b"".join(struct.pack("<I" if length < 1 << 32 else "<Q", length) for length in lengths)
     sealed = data[at : at + CHECKSUM]
     content = data[at + CHECKSUM :]
@@ -150,7 +153,7 @@ def _strings(key: bytes, entry: Entry, memory: memoryview) -> np.ndarray:
 
 
 def _fill(files: Folder, targets: Sequence[_Target], digested: Sequence[CheckpointFile]) -> None:
-    """Reads targets, and checks them."""
+    """Reads and verifies targets, by several threads."""
     names = {file.name for file in digested}
     targets = [target for target in targets if target.memory]
     groups = _of_equal_size([target for target in targets if target.file not in names])
@@ -158,7 +161,7 @@ def _fill(files: Folder, targets: Sequence[_Target], digested: Sequence[Checkpoi
         for group in groups:
             _read_together(files, group)
         return
-    # The calling thread digests.
+    # The calling thread computes the digests.
     with concurrent.futures.ThreadPoolExecutor(max(1, _THREADS - bool(digested)), "keras_ckpt-read") as threads:
         for file in digested:
             wanted = sorted((target for target in targets if target.file == file.name), key=_offset)
@@ -173,7 +176,7 @@ def _offset(target: _Target) -> int:
 
 
 def _read_together(files: Folder, targets: Sequence[_Target]) -> None:
-    """Reads targets one after another, and compares them with their checksums."""
+    """Reads targets one after another, and compares their checksums."""
     for file, group in itertools.groupby(targets, lambda target: target.file):
         with files.reading(file) as opened:
             for target in group:
@@ -190,7 +193,7 @@ def _read_together(files: Folder, targets: Sequence[_Target]) -> None:
 
 
 def _of_equal_size(targets: Sequence[_Target]) -> list[list[_Target]]:
-    """At most so many groups as there are threads, as equal as the largest target permits."""
+    """Splits targets into at most `_THREADS` groups of about equal size."""
     number = _THREADS if sum(len(target.memory) for target in targets) >= _SMALL else 1
     groups: list[list[_Target]] = [[] for _ in range(number)]
     filled = [0] * number

@@ -1,6 +1,6 @@
-"""Writes a checkpoint in TensorFlow's format, in one pass over its bytes: checksum, digest and disk together.
+"""Writes a checkpoint in TensorFlow's format, in one pass over its bytes: checksum, digest and write together.
 
-It is the format that `bundle` reads: one data file with the bytes of all values, and an index of them.
+`bundle_index` and `bundle_reader` read the format: data files with the bytes of the values, and an index.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _MAGIC = bytes.fromhex("57fb808b247547db")
 
 
 class Place(NamedTuple):
-    """Where the bytes of a value are in a block of whole pages of memory."""
+    """The place of a value's bytes in a block of whole memory pages."""
 
     block: np.ndarray
     begin: int
 
 
 class Value(NamedTuple):
-    """What is to be written under a key.
+    """A value to write under a key.
 
     Attributes:
         dtype: The number of its type in TensorFlow's `DataType`.
         shape: Its shape.
-        data: Its bytes as they are in the data file, an array of `uint8`.
-        checksum: The one that its entry has, `None` if that is the one of `data` and not known yet.
-        slices: Its parts, if each is a value of its own; it has no bytes then.
-        place: Where they are in pages that can be written as they are, if they are.
+        data: Its bytes as in the data file, an array of `uint8`.
+        checksum: The checksum for its entry, `None` to compute it from `data`.
+        slices: Its parts, if each part is a separate value; then `data` is empty.
+        place: The place of `data` in memory pages that can be written directly, if there is one.
     """
 
     dtype: int
@@ -58,11 +58,11 @@ class Value(NamedTuple):
 
 
 class Linked(NamedTuple):
-    """A data file of another checkpoint that is one of the new checkpoint's too.
+    """A data file of another checkpoint that the new checkpoint shares.
 
     Attributes:
-        file: What it is, under the name that it has in the folder so far.
-        entries: What of it is used, by key.
+        file: The file, under its current name in the folder.
+        entries: The entries that the new checkpoint uses, by key.
     """
 
     file: CheckpointFile
@@ -70,15 +70,15 @@ class Linked(NamedTuple):
 
 
 def number_value(dtype: int, array: np.ndarray) -> Value:
-    """Numbers, whose bytes are as in memory."""
+    """The value of an array of numbers, with the bytes as in memory."""
     return Value(dtype, array.shape, array.reshape(-1).view(np.uint8))
 
 
 def array_value(array: np.ndarray) -> Value:
-    """Numbers, or strings in an array of `bytes`.
+    """The value of an array of numbers, or of `bytes`.
 
     Raises:
-        TypeError: A checkpoint cannot hold arrays of that type.
+        TypeError: A checkpoint cannot hold arrays of this type.
     """
     number = number_of(array.dtype)
     if number == STRING:
@@ -87,9 +87,9 @@ def array_value(array: np.ndarray) -> Value:
 
 
 def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
-    """Strings: first all lengths, then a checksum of these, then the strings."""
+    """The value of strings: first all lengths, then a checksum of the lengths, then the strings."""
     lengths = b"".join(struct.pack("<I" if len(text) < 1 << 32 else "<Q", len(text)) for text in texts)
-    # The checksums are of the lengths as numbers of a fixed size, in whose place the file has shorter ones.
+    # Checksums use lengths of a fixed size. The file has lengths of variable size.
     sealed = struct.pack("<I", masked(crc32c(lengths)))
     content = b"".join(texts)
     data = b"".join([*(_varint(len(text)) for text in texts), sealed, content])
@@ -98,7 +98,7 @@ def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
 
 
 def checksum_of(data: np.ndarray) -> int:
-    """The checksum that the entry of a value with these bytes has."""
+    """The checksum of bytes, as stored in the entry of a value."""
     return masked(crc32c(data.data))
 
 
@@ -110,15 +110,15 @@ def write_bundle(
     Args:
         folder: Where to write.
         name: The checkpoint's name, `"ckpt-10"`.
-        groups: Values by key; each group is written into a data file of its own, in its order. Values that lie in the
-            pages of one block of memory are written as pages, without another copy.
-        linked: Files in the folder that hold the other values; they are renamed.
+        groups: Values by key. Each group is written into its own data file, in its order. Values in the pages of one
+            block of memory are written as pages, without another copy.
+        linked: Files in the folder that hold the other values. They are renamed.
 
     Returns:
-        The files, with their sizes and digests, and the entries of the index by their keys.
+        The files, with their sizes and digests, and the entries of the index by key.
 
     Raises:
-        ValueError: A key is longer than what is read.
+        ValueError: A key is longer than the reader accepts.
         OSError: The files cannot be written.
     """
     _refuse_long(itertools.chain(*groups, *(link.entries for link in linked)))
@@ -149,10 +149,10 @@ def write_data(
         file: The name of the file.
         group: The values by key.
         shard: The number of the file among the data files of the checkpoint.
-        durable: Makes the file durable at its end. Until then the file is on its way to the disk, and others are made.
+        durable: A stack whose exit makes the file durable, so that other files are written meanwhile.
 
     Returns:
-        The file, and the entries of the values in the index.
+        The file, and the entries of the values for the index.
     """
     new = durable.enter_context(folder.writing(file))
     entries = _write_values(new, group, shard)
@@ -167,9 +167,9 @@ def write_index(
     Args:
         folder: Where to write.
         file: The name of the file.
-        entries: The entries by key, of all data files.
+        entries: The entries of all data files, by key.
         shards: The number of data files.
-        durable: Makes the file durable at its end.
+        durable: A stack whose exit makes the file durable.
     """
     table = durable.enter_context(folder.writing(file))
     encoded = ((key, _entry(entries[key])) for key in sorted(entries))
@@ -181,14 +181,14 @@ def _refuse_long(keys: Iterable[bytes]) -> None:
     longest = max(keys, key=len, default=b"")
     if len(longest) > KEY_LIMIT:
         raise ValueError(
-            f"a variable has a name of {len(longest)} bytes, at most {KEY_LIMIT} are read: {longest.decode():.50}..."
+            f"the name of a variable has {len(longest)} bytes, the limit is {KEY_LIMIT}: {longest.decode():.50}..."
         )
 
 
 def _write_values(file: NewFile, group: Mapping[bytes, Value], shard: int) -> dict[bytes, Entry]:
-    """Writes values; their entries by key."""
+    """Writes values. Returns their entries by key."""
     entries: dict[bytes, Entry] = {}
-    # Of less than a portion the page cache is faster.
+    # Below one portion the page cache is faster.
     if sum(len(value.data) for value in group.values()) >= PORTION:
         for run in _runs(group):
             entries |= _write_run(file, run, shard)
@@ -204,14 +204,14 @@ def _write_values(file: NewFile, group: Mapping[bytes, Value], shard: int) -> di
 
 
 class _Run(NamedTuple):
-    """Values that lie one after another in a block of memory, each with where it begins there."""
+    """Consecutive values in a block of memory, each with its offset in the block."""
 
     block: np.ndarray
     values: list[tuple[bytes, Value, int]]
 
 
 def _runs(group: Mapping[bytes, Value]) -> list[_Run]:
-    """The values that lie in pages of memory, in runs that are as long as can be and begin with a page."""
+    """The values in memory pages, in maximal runs that each start at a page."""
     runs: list[_Run] = []
     block, end = None, 0
     for key, value in group.items():
@@ -226,9 +226,9 @@ def _runs(group: Mapping[bytes, Value]) -> list[_Run]:
 
 
 def _write_run(file: NewFile, run: _Run, shard: int) -> dict[bytes, Entry]:
-    """Writes the pages of values, in one pass with their checksums; their entries by key."""
+    """Writes the pages of values, in one pass with their checksums. Returns their entries by key."""
     base, (_, _, first), (_, last, begin) = file.size, run.values[0], run.values[-1]
-    # To the end of its last page. What lies between the values is written with them.
+    # Write to the end of the last page, including the gaps between the values.
     end = -(-(begin + len(last.data)) // mmap.PAGESIZE) * mmap.PAGESIZE
     memory, written = run.block.data, first
     entries = {}
@@ -238,7 +238,7 @@ def _write_run(file: NewFile, run: _Run, shard: int) -> dict[bytes, Entry]:
         for piece in _pieces(value.data):
             checksum = crc32c(piece.data, checksum)
             at += len(piece)
-            # Soon, so that it is in the caches of the processor still.
+            # Write soon, while the bytes are in the processor's caches.
             if ready := (at - written) // PORTION * PORTION:
                 file.write_pages(memory[written : written + ready])
                 written += ready
@@ -256,7 +256,7 @@ def _pieces(data: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def _header(shards: int) -> bytes:
-    """A `BundleHeaderProto`: the number of data files, this machine's byte order, the format's first version."""
+    """A `BundleHeaderProto`: the number of data files, little-endian byte order, and version 1 of the format."""
     return _number(1, shards) + _message(3, _number(1, 1))
 
 
@@ -267,23 +267,23 @@ def _entry(entry: Entry) -> bytes:
     return _kind(entry.dtype, entry.shape) + place + slices
 
 
-@functools.lru_cache  # many variables are of one kind
+@functools.lru_cache  # many variables have the same type and shape
 def _kind(dtype: int, shape: Sequence[int]) -> bytes:
     return _number(1, dtype) + _message(2, b"".join(_message(2, _number(1, size)) for size in shape))
 
 
-@functools.lru_cache(1 << 12)  # most are where they were in the last checkpoint
+@functools.lru_cache(1 << 12)  # most values keep their place from checkpoint to checkpoint
 def _located(shard: int, offset: int, size: int) -> bytes:
     return (_number(3, shard) if shard else b"") + _number(4, offset) + _number(5, size)
 
 
 def _extent(extent: tuple[int, int]) -> bytes:
-    """The start and the length of a part in one dimension."""
+    """The encoded start and length of a part in one dimension."""
     return _message(1, _number(1, extent[0]) + _number(2, extent[1]))
 
 
 def _table(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A sorted table as LevelDB writes it, each key in full."""
+    """A sorted table in LevelDB's format, with each key in full."""
     file = bytearray()
     blocks = []
     for block, last in _blocks(pairs):
@@ -294,7 +294,7 @@ def _table(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def _blocks(pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-    """Blocks of about one size, each with its last key."""
+    """Blocks of about `_BLOCK` bytes, each with its last key."""
     block: list[tuple[bytes, bytes]] = []
     size = 0
     for key, value in pairs:
@@ -314,7 +314,7 @@ def _block(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def _appended(file: bytearray, block: bytes) -> bytes:
-    """Appends a block with its checksum; its offset and its size as the index has them."""
+    """Appends a block with its checksum. Returns its encoded offset and size."""
     place = _varint(len(file)) + _varint(len(block))
     sealed = block + b"\0"
     file += sealed + struct.pack("<I", masked(crc32c(sealed)))
@@ -330,9 +330,9 @@ def _number(field: int, number: int) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """A number of seven bits a byte."""
+    """A number encoded with seven bits a byte."""
     if number < 128:
-        return _LITTLE[number]
+        return _SMALL[number]
     encoded = bytearray()
     while number > 127:
         encoded.append(number & 127 | 128)
@@ -341,4 +341,4 @@ def _varint(number: int) -> bytes:
     return bytes(encoded)
 
 
-_LITTLE = [bytes([number]) for number in range(128)]
+_SMALL = [bytes([number]) for number in range(128)]

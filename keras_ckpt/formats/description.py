@@ -1,4 +1,4 @@
-"""The description of a model in its checkpoint: what its optimizers train, and what its objects learned."""
+"""The description of a model in its checkpoint: the variables its optimizers train, and the state of its objects."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import msgspec
 from keras_ckpt.errors import DamagedCheckpointError, FormatVersionError
 
 KEY = "_KERAS_CKPT_MODEL"
-"""The key of the description in a checkpoint. Arrays and assets that it refers to have keys below it."""
+"""The key of the description in a checkpoint, and the prefix of the keys of its arrays and assets."""
 VERSION = 1
 ASSET_LIMIT = 1 << 30
-"""The greatest size of an asset in bytes."""
+"""The maximum size of an asset in bytes."""
 
 Index = Annotated[int, msgspec.Meta(ge=0, lt=1_000_000)]
 
@@ -32,16 +32,16 @@ class Asset(msgspec.Struct, frozen=True):
 
 
 class Learned(msgspec.Struct, frozen=True, rename={"kind": "class"}, omit_defaults=True):
-    """What an object learned, as Keras's saving protocol tells it.
+    """The state of an object, as Keras's saving protocol returns it.
 
     Attributes:
         kind: The name of its class.
         variables: The names of the variables that it stored, by the keys of its store.
-        own: The names of TensorFlow's variables in its attributes, which it may make only when it reads them.
-        values: The numbers of the other arrays that it stored, by the keys of its store.
+        own: The names of TensorFlow variables in its attributes, which it may only create when it loads them.
+        values: The indices of the other arrays that it stored, by the keys of its store.
         assets: The files that it wrote, by path.
-        config: Its config as JSON, if it can be adapted. A boundary or a vocabulary may be in there alone.
-        build: Its build config as JSON, if it has one of its own.
+        config: Its config as JSON, if it has `adapt`. A boundary or a vocabulary may only be in the config.
+        build: Its build config as JSON, if its class defines a build config.
     """
 
     kind: str
@@ -54,14 +54,14 @@ class Learned(msgspec.Struct, frozen=True, rename={"kind": "class"}, omit_defaul
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What a checkpoint says of its model beside the variables.
+    """The description of the model in a checkpoint, in addition to the variables.
 
     Attributes:
         version: The version of this format.
         optimizers: The names of the variables that each built optimizer trains, by the prefix of the optimizer.
-        compiled: What `compile` was given, as JSON, if the model is compiled.
+        compiled: The arguments of `compile` as JSON, if the model is compiled.
         lora: The factors of low-rank updates of kernels, by the names of their first factors.
-        objects: What objects learned, by name.
+        objects: The states of objects, by name.
     """
 
     version: Annotated[int, msgspec.Meta(ge=1)] = VERSION
@@ -76,29 +76,29 @@ encode = msgspec.json.Encoder().encode
 
 
 def decode(text: bytes) -> Description:
-    """Reads a description.
+    """Decodes a description.
 
     Raises:
-        DamagedCheckpointError: The text is no description.
-        FormatVersionError: It is one of a newer format.
+        DamagedCheckpointError: The text is not a description.
+        FormatVersionError: The description has a newer format.
     """
     try:
         version = msgspec.json.decode(text, type=dict[str, Any]).get("version")
         if isinstance(version, int) and version > VERSION:
             raise FormatVersionError(
-                f"its description of the model is version {version}, this package reads up to {VERSION}: "
+                f"its description of the model has version {version}, this package reads up to {VERSION}: "
                 "upgrade keras_ckpt"
             )
         found = _decode(text)
-        for each in found.objects.values():
-            _refuse_unsafe(each)
+        for learned in found.objects.values():
+            _refuse_unsafe(learned)
         return found
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise DamagedCheckpointError(f"its description of the model cannot be read: {error}") from None
 
 
 def _refuse_unsafe(learned: Learned) -> None:
-    """Refuses an unsafe path of an asset, and a config that is not one.
+    """Refuses an unsafe path of an asset, and an invalid config.
 
     Raises:
         DamagedCheckpointError: The path of an asset leaves the folder of the assets.
@@ -107,17 +107,17 @@ def _refuse_unsafe(learned: Learned) -> None:
     for path in learned.assets:
         parts = path.split("/")
         if not path or "\0" in path or "\\" in path or any(part in ("", ".", "..") for part in parts):
-            raise DamagedCheckpointError(f"an asset of {learned.kind} is not its own: its path is {path!r:.200}")
+            raise DamagedCheckpointError(f"an asset of {learned.kind} has an unsafe path: {path!r:.200}")
     for text in (learned.config, learned.build):
         if text is not None:
             msgspec.json.decode(text, type=dict[str, Any])
 
 
 def value_key(index: int) -> str:
-    """The key of an array."""
+    """The key of an array in a checkpoint."""
     return f"{KEY}/values/{index}"
 
 
 def asset_key(index: int) -> str:
-    """The key of an asset."""
+    """The key of an asset in a checkpoint."""
     return f"{KEY}/assets/{index}"

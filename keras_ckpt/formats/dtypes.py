@@ -1,9 +1,9 @@
-"""The types of values by their numbers in TensorFlow's `DataType`: their names and sizes."""
+"""The names and sizes of TensorFlow's types, by their numbers in `DataType`."""
 
 from __future__ import annotations
 
 STRING, VARIANT = 7, 21
-"""The types without a fixed size. A variant is state that no array can hold, such as of a dataset's iterator."""
+"""The types without a fixed size. A variant is state that no array can hold, such as a dataset iterator's."""
 ITEM_SIZES = {
     **dict.fromkeys((4, 6, 10, 11, 12, *range(24, 34)), 1),
     **dict.fromkeys((5, 14, 15, 16, 17, 19), 2),
@@ -11,7 +11,7 @@ ITEM_SIZES = {
     **dict.fromkeys((2, 8, 9, 23), 8),
     18: 16,
 }
-"""The bytes of an element of each other type."""
+"""The bytes per element of each other type."""
 NAMES = {
     1: "float32", 2: "float64", 3: "int32", 4: "uint8", 5: "int16", 6: "int8", STRING: "string", 8: "complex64",
     9: "int64", 10: "bool", 11: "qint8", 12: "quint8", 13: "qint32", 14: "bfloat16", 15: "qint16", 16: "quint16",

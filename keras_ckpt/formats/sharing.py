@@ -1,6 +1,6 @@
-"""Deduplication: values that did not change since an older checkpoint are shared by a hard link to its file.
+"""Deduplication: a checkpoint shares unchanged values with an older checkpoint by a hard link to its file.
 
-A hard link is the file itself under one more name, so every checkpoint is complete, whatever is removed around it.
+A hard link is another name of the same file. So every checkpoint stays complete when others are removed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 from keras_ckpt.store.writer import look_for_room
 
 _WORTHWHILE = 1 << 20
-"""Fewer bytes are written again: a hard link has its costs too."""
+"""The minimum bytes to share: a hard link has its costs too, so fewer bytes are written again."""
 
 
 class SharingWrite:
-    """Writes values into a stage of a directory, sharing what older checkpoints have of them.
+    """Writes values into a stage of a directory, and shares unchanged values with older checkpoints.
 
     Example:
 
@@ -38,9 +38,9 @@ class SharingWrite:
     ```
 
     Args:
-        values: What to write, by key.
-        arena: What they were copied into.
-        directory: Where the checkpoint will be.
+        values: The values to write, by key.
+        arena: The arena that holds the copies of the values.
+        directory: The directory of the checkpoint.
     """
 
     def __init__(self, values: Mapping[bytes, Value], arena: Arena, directory: CheckpointDirectory) -> None:
@@ -52,7 +52,7 @@ class SharingWrite:
 
     def __call__(self, stage: Folder, name: str) -> Sequence[CheckpointFile]:
         if not self._arena.saved and (newest := self._directory.latest()):
-            self._look_at(newest)
+            self._compare(newest)
         values = dict(self._values)
         linked: list[Linked] = []
         stamps: list[Stamp] = []
@@ -66,25 +66,25 @@ class SharingWrite:
         return files
 
     def remember(self, record: CheckpointRecord) -> None:
-        """Notes for later saves that the arena has what was written."""
+        """Records for later saves that the arena has the values of a checkpoint."""
         entries = {key: self._entries[key] for key, value in self._values.items() if self._arena.has(key, value)}
-        # Without the stamps there will be no links.
+        # Without the stamps later saves make no links.
         with contextlib.suppress(OSError), Folder(record.directory) as folder:
             new = [file.name for file in record.files if file.size >= _WORTHWHILE and not file.shared]
-            # Of those that were linked, that of before: somebody may have written to them since.
+            # A linked file keeps its stamp from before: another process may have written to the file since.
             stamps = {**self._stamps, **{name: folder.stamp(name) for name in new}}
             self._arena.remember(Saved(record, stamps, frozenset(self._values), entries))
 
     def is_in(self, record: CheckpointRecord, counts: Callable[[bytes], bool]) -> bool:
-        """Whether a checkpoint holds the same, to the bit.
+        """Whether a checkpoint holds the same values, to the bit.
 
         Args:
             record: The checkpoint.
-            counts: Says of a key whether it is looked at.
+            counts: Whether a key takes part in the comparison.
         """
         saved = self._arena.saved.get(record.directory)
         if saved is None or not saved.record.same_save(record):
-            saved = self._look_at(record)
+            saved = self._compare(record)
         here = set(filter(counts, self._values))
         return (
             saved is not None
@@ -93,13 +93,13 @@ class SharingWrite:
         )
 
     def _has(self, key: bytes, entry: Entry | None) -> bool:
-        """Whether what is to be written under a key is what the arena has, of which it knows an entry."""
+        """Whether the value to write under a key is the arena's value that a known entry holds."""
         value = self._values[key]
         kind = (value.dtype, value.shape)
         return entry is not None and (entry.dtype, entry.shape) == kind and self._arena.has(key, value)
 
-    def _look_at(self, record: CheckpointRecord) -> Saved | None:
-        """Finds what of the arena is in a checkpoint that it does not know of, such as one of another process."""
+    def _compare(self, record: CheckpointRecord) -> Saved | None:
+        """Compares the arena's values with a checkpoint that the arena does not know, such as another process's."""
         values = {key: value for key, value in self._values.items() if self._arena.has(key, value)}
         with contextlib.suppress(CheckpointError, OSError):
             saved = _found(record, values)
@@ -108,7 +108,7 @@ class SharingWrite:
         return None
 
     def _candidates(self, saved: Saved, values: Mapping[bytes, Value]) -> Mapping[int, Mapping[bytes, Entry]]:
-        """The entries of a checkpoint that hold values which are still to be written, by data file."""
+        """The entries of a checkpoint whose values are not written yet, by data file."""
         found: dict[int, dict[bytes, Entry]] = collections.defaultdict(dict)
         for key, entry in saved.entries.items():
             if key in values and self._has(key, entry):
@@ -117,7 +117,7 @@ class SharingWrite:
 
 
 def _found(record: CheckpointRecord, values: Mapping[bytes, Value]) -> Saved:
-    """What of the values is in a checkpoint, by a look at its files."""
+    """Reads the files of a checkpoint to find which of the values it holds."""
     entries: dict[bytes, Entry] = {}
     stamps = {}
     with Folder(record.directory) as folder, folder.held([file.name for file in record.files]) as files:
@@ -130,7 +130,7 @@ def _found(record: CheckpointRecord, values: Mapping[bytes, Value]) -> Saved:
                 entries[key] = entry
         for file in record.files:
             stamp = files.stamp(file.name)
-            # All of it is read, for a new checkpoint must not begin with a damaged file.
+            # The whole file is read: a new checkpoint must not share a damaged file.
             if file.size >= _WORTHWHILE and files.digest(file.name) == (file.size, file.digest.lower()):
                 stamps[file.name] = stamp
     return Saved(record, stamps, frozenset(key.encode() for key in index.variables), entries)
@@ -148,15 +148,15 @@ def _link(
     unchanged: set[bytes],
     stamps: list[Stamp],
 ) -> list[Linked]:
-    """Links the files of a checkpoint that are worth it, and takes what they have out of the values.
+    """Links the worthwhile files of a checkpoint, and removes their values from `values`.
 
-    What is unchanged in the others is added to `unchanged`, the stamps of the links to `stamps`.
+    Unchanged values of the other files are added to `unchanged`, stamps of links to `stamps`.
     """
     record = saved.record
-    # Their names are in the order of their numbers.
+    # Sorted names are in the order of the shards.
     files = sorted((file for file in record.files if layout.is_data(file.name)), key=lambda file: file.name)
     linked: list[Linked] = []
-    # What cannot be linked is written.
+    # A file that cannot be linked is written instead.
     with contextlib.suppress(OSError), Folder(record.directory) as folder:
         disks = folder.shares_disk(stage)
         for shard, entries in candidates.items():
@@ -165,7 +165,7 @@ def _link(
                 unchanged.update(entries)
                 continue
             with folder.held([file.name]) as held:
-                # What somebody has written to since is not what it was, and may be damaged.
+                # A file with another stamp was written to since, and may be damaged.
                 stamp = held.stamp(file.name)
                 if stamp != saved.stamps.get(file.name):
                     continue
@@ -179,15 +179,15 @@ def _link(
 
 
 def _grouped(values: Mapping[bytes, Value], unchanged: Set[bytes]) -> list[Mapping[bytes, Value]]:
-    """What has not changed for a while apart from the rest, so that it may be linked by the next."""
-    still = {key: value for key, value in values.items() if key in unchanged}
-    if _size(still) < _WORTHWHILE:
+    """The values in two groups, unchanged and changed, so that the next save can link the file of the unchanged."""
+    stable = {key: value for key, value in values.items() if key in unchanged}
+    if _size(stable) < _WORTHWHILE:
         return [values]
-    return [still, {key: value for key, value in values.items() if key not in unchanged}]
+    return [stable, {key: value for key, value in values.items() if key not in unchanged}]
 
 
 def _is_worthwhile(entries: Mapping[bytes, Entry], file: CheckpointFile) -> bool:
-    """Whether a link would not keep more alive than is used."""
+    """Whether at least half of a file is in use, so that a link does not keep many unused bytes."""
     return sum(entry.size for entry in entries.values()) >= max(file.size / 2, _WORTHWHILE)
 
 

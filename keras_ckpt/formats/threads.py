@@ -1,4 +1,4 @@
-"""Threads that copy memory side by side."""
+"""Threads that copy memory in parallel."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ import numpy as np
 Result = TypeVar("Result")
 
 _THREADS = min(os.cpu_count() or 1, 4)
-"""So many copy large values; more would wait for the memory."""
+"""The number of threads that copy large values; more would wait for the memory."""
 _PIECE = 8 << 20
 
 
 def share_out(copy: Callable[[Iterable[Any]], None], keys: Sequence[Any]) -> None:
-    """Has this thread and others copy, each what is the next."""
+    """Copies keys in this thread and others. Each thread takes the next key when it is free."""
     rest = iter(keys)
     others = [_threads().submit(copy, rest) for _ in range(min(_THREADS, len(keys)) - 1)]
     try:
         copy(rest)
     finally:
-        # One that has not begun, because another save has the threads, has nothing left to do.
-        begun = [each for each in others if not each.cancel()]
+        # A job that has not begun, because another save uses the threads, has nothing left to do.
+        begun = [job for job in others if not job.cancel()]
         concurrent.futures.wait(begun)
-    for each in begun:
-        each.result()
+    for job in begun:
+        job.result()
 
 
 def copy_together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Copies arrays into others, by several threads; each pair is the target and the source."""
-
+    """Copies arrays into other arrays by several threads. Each pair is a target and a source."""
     pieces = [piece for pair in pairs for piece in _pieces(*pair)]
 
     def copy(part: Iterable[int]) -> None:
@@ -44,19 +43,19 @@ def copy_together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
 
 
 def _pieces(target: np.ndarray, source: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """A copy as several of about `_PIECE` bytes, if the arrays lie in one piece of memory."""
+    """Splits a copy into pieces of about `_PIECE` bytes, if both arrays are contiguous."""
     count = source.nbytes // _PIECE
     if count < 2 or not (target.flags.c_contiguous and source.flags.c_contiguous):
         return [(target, source)]
-    flat = (np.array_split(each.reshape(-1), count) for each in (target, source))
+    flat = (np.array_split(array.reshape(-1), count) for array in (target, source))
     return zip(*flat, strict=True)
 
 
 def begin(work: Callable[[], Result]) -> Callable[[], Result]:
-    """Begins something in another thread.
+    """Starts a function in another thread.
 
     Returns:
-        What waits for it and gives its result, or does it in this thread if no other has come to it.
+        A function that returns the result. It waits, or runs the work in this thread if no other has begun it.
     """
     job = _threads().submit(work)
     return lambda: work() if job.cancel() else job.result()
@@ -64,7 +63,7 @@ def begin(work: Callable[[], Result]) -> Callable[[], Result]:
 
 @functools.cache
 def _threads() -> concurrent.futures.Executor:
-    """Threads that stay, for a new one takes up to a millisecond to begin."""
+    """The pool of threads. They stay, because a new thread takes up to a millisecond to start."""
     return concurrent.futures.ThreadPoolExecutor(max(1, _THREADS - 1), "keras_ckpt-copy")
 
 

@@ -1,4 +1,4 @@
-"""The variables of a checkpoint by name, as NumPy arrays that are read when they are asked for."""
+"""The variables of a checkpoint by name, as NumPy arrays that are read on access."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.record import CheckpointRecord
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
-"""What TensorFlow appends to a variable's name in a checkpoint."""
+"""The suffix that TensorFlow appends to a variable's name in a checkpoint."""
 COUNTER = f"save_counter{SUFFIX}"
-"""The key of the variable in which TensorFlow counts saves, which is no part of a model."""
+"""The key of TensorFlow's save counter, which is not part of a model."""
 _LINES = 20
 
 
 def load_variables(checkpoint: CheckpointRecord | CheckpointDirectory | str | os.PathLike[str]) -> Variables:
     """Loads the values of a checkpoint as NumPy arrays, without TensorFlow and without the model.
 
-    The names are those that `restore` matches. A value is read, and checked, whenever it is asked for. No file stays
-    open.
+    The names are the names that `restore` matches. Each access reads and verifies a value. No file stays open.
 
     Example:
 
@@ -38,11 +37,11 @@ def load_variables(checkpoint: CheckpointRecord | CheckpointDirectory | str | os
     ```
 
     Args:
-        checkpoint: A record, a directory (its newest), or the path of a directory or a checkpoint. One that
-            TensorFlow wrote does as well.
+        checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint. A
+            checkpoint that TensorFlow wrote is accepted too.
 
     Returns:
-        A read-only mapping of names to arrays. Types that NumPy lacks, such as `bfloat16`, are those of `ml_dtypes`.
+        A read-only mapping of names to arrays. `ml_dtypes` has the types that NumPy lacks, such as `bfloat16`.
 
     Raises:
         DamagedCheckpointError: The checkpoint cannot be trusted.
@@ -59,9 +58,9 @@ def load_variables(checkpoint: CheckpointRecord | CheckpointDirectory | str | os
 class Variables(Mapping[str, np.ndarray]):
     """The variables of a checkpoint by name: a read-only mapping to NumPy arrays.
 
-    A value is read from disk each time that it is asked for, and is the caller's own. Its checksum in the index is
-    compared, and the digest of the index was compared when the checkpoint was loaded. So each value is known to be as
-    it was written, although the rest of its file is not read.
+    Each access reads a value from disk into a new array. The value's checksum in the index is compared. The digest of
+    the index was compared when the checkpoint was loaded. So each value is verified, although the rest of its file is
+    not read.
 
     Example:
 
@@ -73,8 +72,8 @@ class Variables(Mapping[str, np.ndarray]):
     ```
 
     Raises:
-        DamagedCheckpointError: When a value is read: it is not what was written.
-        CheckpointNotFoundError: When a value is read: the checkpoint was removed, or saved again, since it was loaded.
+        DamagedCheckpointError: When a value is read: its checksum does not match.
+        CheckpointNotFoundError: When a value is read: the checkpoint was removed or saved again since it was loaded.
     """
 
     def __init__(self, files: Folder, name: str, index: Index) -> None:
@@ -120,7 +119,7 @@ class Variables(Mapping[str, np.ndarray]):
 def names_in(index: Index) -> dict[str, str]:
     """The keys of the variables in a checkpoint, by name.
 
-    Where TensorFlow marks variables, these are all; a checkpoint of its first version has no marks.
+    If any key has TensorFlow's suffix of variables, only keys with it count. A checkpoint of TensorFlow 1 has none.
     """
     marked = [key for key in index.variables if key.endswith(SUFFIX) and key != COUNTER]
     return {key.removesuffix(SUFFIX): key for key in sorted(marked or index.variables)}

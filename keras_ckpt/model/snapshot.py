@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from keras_ckpt.formats.arena import GREAT, Arena
+from keras_ckpt.formats.arena import LARGE, Arena
 from keras_ckpt.formats.bundle_writer import Value, array_value, string_value
 from keras_ckpt.formats.dtypes import STRING
 from keras_ckpt.formats.threads import share_out
@@ -159,7 +159,7 @@ def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None
 
     # Training changes the last ones first.
     keys = [*reversed(values)]
-    great = [key for key in keys if len(values[key].data) >= GREAT]
-    share_out(copy, sorted(great, key=lambda key: -len(values[key].data)))
+    large = [key for key in keys if len(values[key].data) >= LARGE]
+    share_out(copy, sorted(large, key=lambda key: -len(values[key].data)))
     # Of little ones, threads would rather wait for each other than copy.
-    copy(key for key in keys if len(values[key].data) < GREAT)
+    copy(key for key in keys if len(values[key].data) < LARGE)
