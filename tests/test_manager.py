@@ -1,4 +1,4 @@
-"""`CheckpointManager`: what TensorFlow's does, it does; and what a policy keeps."""
+"""`CheckpointManager`: the behavior of TensorFlow's manager, with policies and sidecars."""
 
 import errno
 import inspect
@@ -41,7 +41,7 @@ class Setup:
 
 @pytest.fixture(params=[tf.train.CheckpointManager, kc.CheckpointManager], ids=["tensorflow", "keras_ckpt"])
 def setup(request, tmp_path) -> Setup:
-    """The same code, for TensorFlow's class and for this one."""
+    """The setup of a test, once with TensorFlow's class and once with this package's."""
     return Setup(request.param, tmp_path / "run")
 
 
@@ -50,11 +50,11 @@ def ours(tmp_path) -> Setup:
     return Setup(kc.CheckpointManager, tmp_path / "run")
 
 
-class TestAsTensorFlow:
-    """Each test runs with both classes: eager code written for TensorFlow's runs unchanged."""
+class TestTensorFlowBehavior:
+    """Each test runs with both classes: eager code for TensorFlow's manager runs unchanged."""
 
     def test_saves_are_numbered_by_the_save_counter(self, setup) -> None:
-        """From 1, and each returns its prefix."""
+        """From 1. Each save returns its prefix."""
         manager = setup.manager()
 
         assert [manager.save(), manager.save()] == setup.prefixes("ckpt-1", "ckpt-2")
@@ -62,8 +62,8 @@ class TestAsTensorFlow:
         assert manager.checkpoints == setup.prefixes("ckpt-1", "ckpt-2")
         assert int(setup.checkpoint.save_counter) == 2
 
-    def test_the_oldest_are_removed(self, setup) -> None:
-        """max_to_keep stay, in the order of saving."""
+    def test_max_to_keep_removes_the_oldest_checkpoints(self, setup) -> None:
+        """In the order of saving."""
         manager = setup.manager(2)
         for _ in range(4):
             manager.save()
@@ -71,16 +71,16 @@ class TestAsTensorFlow:
         assert manager.checkpoints == setup.prefixes("ckpt-3", "ckpt-4")
         assert setup.on_disk() == {"ckpt-3", "ckpt-4"}
 
-    def test_an_empty_directory_has_no_latest(self, setup) -> None:
-        """None, and no checkpoints."""
+    def test_an_empty_directory_has_no_latest_checkpoint(self, setup) -> None:
+        """`latest_checkpoint` is `None`, `checkpoints` is empty."""
         manager = setup.manager(3)
 
         assert manager.latest_checkpoint is None
         assert manager.checkpoints == []
 
     @pytest.mark.parametrize("number", [70, tf.Variable(70), tf.constant(70, tf.int64)])
-    def test_a_number_may_be_given(self, setup, number) -> None:
-        """An int, a variable or a tensor; the counter is incremented all the same, the number is not."""
+    def test_the_number_of_a_save_may_be_an_int_a_variable_or_a_tensor(self, setup, number) -> None:
+        """The save counter is incremented, the given variable is not."""
         number = tf.Variable(70) if isinstance(number, tf.Variable) else number
         manager = setup.manager(3)
 
@@ -90,8 +90,8 @@ class TestAsTensorFlow:
         assert int(setup.checkpoint.save_counter) == 2
         assert manager.checkpoints == setup.prefixes("ckpt-70")
 
-    def test_a_number_that_is_saved_again_is_the_newest(self, setup) -> None:
-        """The order is that of saving."""
+    def test_a_number_that_is_saved_again_is_the_newest_checkpoint(self, setup) -> None:
+        """The order is the order of saving, not of the numbers."""
         manager = setup.manager(2)
         for number in (1, 2, 3, 2, 4):
             manager.save(number)
@@ -100,8 +100,7 @@ class TestAsTensorFlow:
         assert setup.on_disk() == {"ckpt-2", "ckpt-4"}
 
     @pytest.mark.parametrize("name", ["model", "ü", "a b", "my-name"])
-    def test_the_name_may_be_given(self, setup, name) -> None:
-        """Names begin with it."""
+    def test_checkpoint_name_is_the_prefix_of_the_names(self, setup, name) -> None:
         manager = setup.manager(1, checkpoint_name=name)
         manager.save(), manager.save()
 
@@ -109,8 +108,8 @@ class TestAsTensorFlow:
         assert setup.on_disk() == {f"{name}-2"}
         assert setup.manager(1, checkpoint_name=name).latest_checkpoint == setup.prefixes(f"{name}-2")[0]
 
-    def test_a_new_manager_goes_on(self, setup) -> None:
-        """What is there is found, and swept as before."""
+    def test_a_new_manager_continues_with_the_checkpoints_on_disk(self, setup) -> None:
+        """It lists them and prunes them."""
         manager = setup.manager(2)
         manager.save(), manager.save()
 
@@ -120,8 +119,8 @@ class TestAsTensorFlow:
 
         assert again.checkpoints == setup.prefixes("ckpt-2", "ckpt-3")
 
-    def test_restores_the_latest_or_initializes(self, setup) -> None:
-        """init_fn runs only if there is nothing to restore."""
+    def test_restore_or_initialize_restores_the_latest_checkpoint(self, setup) -> None:
+        """`init_fn` runs only if there is no checkpoint."""
         calls = []
         manager = setup.manager(3, init_fn=lambda: calls.append("init"))
         assert manager.restore_or_initialize() is None
@@ -137,8 +136,8 @@ class TestAsTensorFlow:
         assert int(setup.checkpoint.save_counter) == 1
         assert calls == ["init"]
 
-    def test_restores_variables_that_are_made_later(self, setup) -> None:
-        """TensorFlow's deferred restoration works through restore_or_initialize."""
+    def test_restore_or_initialize_restores_variables_that_are_created_later(self, setup) -> None:
+        """TensorFlow's deferred restoration."""
         setup.value.assign(7)
         setup.manager(3).save()
         setup.checkpoint = tf.train.Checkpoint()
@@ -148,8 +147,8 @@ class TestAsTensorFlow:
 
         assert int(setup.checkpoint.value) == 7
 
-    def test_saves_only_when_the_interval_is_over(self, setup) -> None:
-        """Counted from the last checkpoint by the step counter; unchecked, but for the very same step."""
+    def test_a_save_within_the_interval_is_skipped(self, setup) -> None:
+        """The step counter measures it. Unchecked, only a second save at one step is skipped."""
         counter = tf.Variable(0)
         manager = setup.manager(9, step_counter=counter, checkpoint_interval=3)
         saved = []
@@ -165,15 +164,14 @@ class TestAsTensorFlow:
         assert manager.save(8) is None
 
     @pytest.mark.parametrize(("last", "saved"), [(None, True), (0, False), (-2, True)])
-    def test_the_interval_counts_from_a_given_step(self, setup, last, saved) -> None:
-        """last_checkpoint_step says where."""
+    def test_the_interval_counts_from_last_checkpoint_step(self, setup, last, saved) -> None:
         counter = tf.Variable(1)
         manager = setup.manager(9, step_counter=counter, checkpoint_interval=3, last_checkpoint_step=last)
 
         assert (manager.save() is not None) == saved
 
-    def test_the_interval_counts_from_a_restored_step(self, setup) -> None:
-        """restore_or_initialize sets the last step."""
+    def test_the_interval_counts_from_the_restored_step(self, setup) -> None:
+        """`restore_or_initialize` sets the last step."""
         counter = tf.Variable(5)
         setup.manager(9).save()
         manager = setup.manager(9, step_counter=counter, checkpoint_interval=3)
@@ -184,8 +182,8 @@ class TestAsTensorFlow:
         assert manager.save() is not None
 
     @pytest.mark.parametrize("hours", [2, 0.5])
-    def test_every_so_many_hours_one_is_kept_for_good(self, setup, monkeypatch, hours) -> None:
-        """It is no longer listed, and no later manager removes it."""
+    def test_keep_checkpoint_every_n_hours_preserves_checkpoints(self, setup, monkeypatch, hours) -> None:
+        """A preserved checkpoint is no longer listed, and no later manager removes it."""
         now = [1_000_000.0]
         monkeypatch.setattr(time, "time", lambda: now[0])
         manager = setup.manager(1, keep_checkpoint_every_n_hours=hours)
@@ -201,8 +199,8 @@ class TestAsTensorFlow:
         kept = {2: {"ckpt-2", "ckpt-4", "ckpt-7"}, 0.5: {f"ckpt-{n}" for n in (1, 2, 3, 4, 5, 7)}}[hours]
         assert setup.on_disk() == kept
 
-    def test_hours_count_from_the_first_manager(self, setup, monkeypatch) -> None:
-        """A later manager asks for hours. The time before it counts too."""
+    def test_the_hours_count_from_the_first_manager_in_the_directory(self, setup, monkeypatch) -> None:
+        """Even if only a later manager asks for preserved checkpoints."""
         now = [1_000_000.0]
         monkeypatch.setattr(time, "time", lambda: now[0])
         setup.manager(1).save()
@@ -212,8 +210,8 @@ class TestAsTensorFlow:
 
         assert setup.on_disk() == {"ckpt-2", "ckpt-3"}
 
-    def test_callbacks_of_the_options_are_called_with_the_path(self, setup) -> None:
-        """Those that take it, and those that take nothing; the options are not changed."""
+    def test_write_callbacks_of_the_options_are_called_with_the_path(self, setup) -> None:
+        """Callbacks with and without a parameter. The options are not changed."""
         calls = []
         options = tf.train.CheckpointOptions(experimental_write_callbacks=[calls.append, lambda: calls.append("done")])
 
@@ -222,16 +220,16 @@ class TestAsTensorFlow:
         assert calls == [path, "done"]
         assert len(options.experimental_write_callbacks) == 2
 
-    def test_what_it_was_given(self, setup) -> None:
-        """directory, checkpoint; sync waits for nothing."""
+    def test_the_properties_return_the_arguments(self, setup) -> None:
+        """`directory` and `checkpoint`. `sync` returns at once."""
         manager = setup.manager(3)
 
         assert manager.directory == setup.directory
         assert manager.checkpoint is setup.checkpoint
         manager.sync()
 
-    def test_a_path_object_and_a_relative_path(self, setup, tmp_path, monkeypatch) -> None:
-        """The prefixes begin as the directory was given."""
+    def test_the_directory_may_be_a_path_object_or_a_relative_path(self, setup, tmp_path, monkeypatch) -> None:
+        """The prefixes start with the directory as given."""
         monkeypatch.chdir(tmp_path)
         for directory in (pathlib.Path("relative"), "relative"):
             manager = setup.kind(setup.checkpoint, directory, 3)
@@ -239,13 +237,12 @@ class TestAsTensorFlow:
             assert manager.latest_checkpoint == os.path.join("relative", "ckpt-1")
 
     @pytest.mark.parametrize("options", [{"max_to_keep": 0}, {"max_to_keep": -1}, {"checkpoint_interval": 3}])
-    def test_wrong_arguments_are_refused(self, setup, options) -> None:
-        """With a ValueError."""
-        with pytest.raises(ValueError):  # noqa: PT011 - TensorFlow's text is its own
+    def test_invalid_arguments_are_a_value_error(self, setup, options) -> None:
+        with pytest.raises(ValueError):  # noqa: PT011 - TensorFlow has another text
             setup.manager(**options)
 
-    def test_sharded_checkpoints(self, setup) -> None:
-        """Options for the files reach TensorFlow, and all files of a checkpoint go together."""
+    def test_a_sharded_checkpoint_is_saved_and_pruned_as_a_whole(self, setup) -> None:
+        """TensorFlow gets the sharding callback of the options."""
         setup.checkpoint.more = tf.Variable(tf.zeros(1000))
         sharding = tf.train.experimental.MaxShardSizePolicy(max_shard_size=500)
         manager = setup.manager(1)
@@ -257,21 +254,20 @@ class TestAsTensorFlow:
         assert all(name.startswith("ckpt-2.data-") for name in names)
 
 
-def test_is_a_manager_of_tensorflow(ours) -> None:
-    """isinstance holds."""
+def test_it_is_an_instance_of_tensorflows_manager(ours) -> None:
     assert isinstance(ours.manager(), tf.train.CheckpointManager)
 
 
-def test_covers_all_public_names_of_tensorflows() -> None:
-    """Nothing of the parent's works on state that this class does not have."""
+def test_every_public_name_of_tensorflows_manager_is_overridden() -> None:
+    """No method of the parent works on state that this class does not have."""
     theirs = {name for name in vars(tf.train.CheckpointManager) if not name.startswith("_")}
 
     assert theirs <= set(vars(kc.CheckpointManager))
     assert len(theirs) == 8
 
 
-def test_takes_tensorflows_arguments_in_their_order() -> None:
-    """And adds keyword-only ones."""
+def test_the_first_arguments_are_those_of_tensorflow_in_the_same_order() -> None:
+    """This class adds keyword-only arguments."""
     for name in ("__init__", "save"):
         ours, theirs = (
             list(inspect.signature(getattr(each, name)).parameters)
@@ -280,8 +276,8 @@ def test_takes_tensorflows_arguments_in_their_order() -> None:
         assert ours[: len(theirs)] == theirs
 
 
-def test_keeps_by_policy(ours) -> None:
-    """The metrics of a save rank it, and what would be removed at once is not written."""
+def test_a_policy_ranks_by_the_metrics_of_each_save(ours) -> None:
+    """Records also have the metadata and the epoch of the save."""
     manager = ours.manager(keep=kc.BestN(2, "loss", "min") | kc.LatestN(1))
     losses = [0.5, 0.2, 0.4, 0.3, 0.6]
 
@@ -293,8 +289,7 @@ def test_keeps_by_policy(ours) -> None:
     assert (record.metrics, record.metadata, record.epoch) == ({"loss": 0.3}, {"by": "hand"}, 2)
 
 
-def test_one_that_the_policy_would_not_keep_returns_none(ours) -> None:
-    """And is not on disk."""
+def test_a_save_that_the_policy_would_not_keep_is_not_written_and_returns_none(ours) -> None:
     manager = ours.manager(keep=kc.BestN(1), monitor="loss", mode="min")
 
     assert manager.save(metrics={"loss": 0.5})
@@ -303,8 +298,8 @@ def test_one_that_the_policy_would_not_keep_returns_none(ours) -> None:
     assert kc.CheckpointDirectory(ours.directory).best().step == 1
 
 
-def test_metadata_of_the_manager_and_of_the_save(ours) -> None:
-    """Those of the save come on top."""
+def test_metadata_of_a_save_updates_the_managers_metadata(ours) -> None:
+    """The sidecar has both."""
     manager = ours.manager(metadata={"a": 1, "b": 1})
     manager.save(metadata={"b": 2})
 
@@ -323,8 +318,7 @@ def test_metadata_of_the_manager_and_of_the_save(ours) -> None:
         ({"metadata": {"x": object()}}, "metadata"),
     ],
 )
-def test_wrong_arguments_say_what_was_received(ours, options, text) -> None:
-    """And what to give instead."""
+def test_the_error_of_an_invalid_argument_has_the_received_value_or_the_fix(ours, options, text) -> None:
     with pytest.raises((ValueError, TypeError), match=text):
         ours.manager(**options)
 
@@ -339,14 +333,14 @@ def test_wrong_arguments_say_what_was_received(ours, options, text) -> None:
         ({"max_to_keep": "3"}, "Received: '3'"),
     ],
 )
-def test_arguments_that_would_only_fail_later_are_refused_at_once(ours, options, text) -> None:
-    """Not when the first checkpoint is due."""
+def test_the_constructor_refuses_arguments_that_would_fail_later(ours, options, text) -> None:
+    """Not at the first save."""
     with pytest.raises((ValueError, TypeError), match=text):
         ours.manager(**options)
 
 
-def test_something_else_than_a_checkpoint_is_refused(tmp_path) -> None:
-    """With how to wrap it."""
+def test_an_object_that_is_no_checkpoint_is_refused(tmp_path) -> None:
+    """The error says how to wrap it."""
     with pytest.raises(TypeError, match=r"tf\.train\.Checkpoint\(model=model\)"):
         kc.CheckpointManager(tf.Variable(0), tmp_path)
 
@@ -362,8 +356,8 @@ def test_something_else_than_a_checkpoint_is_refused(tmp_path) -> None:
         ({"metadata": [1]}, "metadata must be a dict"),
     ],
 )
-def test_what_no_sidecar_can_hold_is_refused_before_anything_is_written(ours, facts, text) -> None:
-    """What is written can be read."""
+def test_facts_that_no_sidecar_can_hold_are_refused_before_any_write(ours, facts, text) -> None:
+    """The next save works."""
     with pytest.raises((ValueError, TypeError), match=text):
         ours.manager().save(**facts)
 
@@ -371,16 +365,15 @@ def test_what_no_sidecar_can_hold_is_refused_before_anything_is_written(ours, fa
     assert ours.manager().save() is not None
 
 
-def test_an_epoch_may_be_a_variable(ours) -> None:
-    """Or a number of NumPy's, as a checkpoint's number may."""
+def test_an_epoch_may_be_a_variable_or_a_numpy_integer(ours) -> None:
     manager = ours.manager()
     manager.save(epoch=tf.Variable(3)), manager.save(epoch=np.int64(4))
 
     assert [record.epoch for record in kc.CheckpointDirectory(ours.directory)] == [3, 4]
 
 
-def test_a_run_of_fit_is_not_taken_over_without_being_restored(ours) -> None:
-    """It would be saved over and pruned away."""
+def test_saving_over_a_run_of_fit_requires_a_restore(ours) -> None:
+    """Otherwise the manager would overwrite and prune the run."""
     fit(dense_model(), kc.ModelCheckpoint(ours.directory), epochs=3)
 
     with pytest.raises(kc.DirectoryNotEmptyError, match=r"holds a run of fit, the newest checkpoint of step 15"):
@@ -395,7 +388,7 @@ def test_a_run_of_fit_is_not_taken_over_without_being_restored(ours) -> None:
 
 
 class Composite(keras.layers.Layer):
-    """A layer whose part is built when the layer is called."""
+    """A layer that holds another layer, which Keras builds at the first call."""
 
     def __init__(self, held=lambda layer: layer) -> None:
         super().__init__()
@@ -410,7 +403,7 @@ X = np.ones((1, 4), "float32")
 
 
 def saved_model(ours, make) -> keras.Layer:
-    """A model that was called, with values of its own, and saved."""
+    """Builds a model with random weights, and saves it."""
     model = make()
     model(X)
     for variable in model.weights:
@@ -428,8 +421,8 @@ def saved_model(ours, make) -> keras.Layer:
         lambda: keras.Sequential([keras.Sequential([keras.layers.Dense(3)])]),
     ],
 )
-def test_a_model_that_is_not_called_gets_its_values_when_it_is_called(ours, make) -> None:
-    """As TensorFlow does it for variables that are made later."""
+def test_an_unbuilt_model_gets_the_restored_values_at_its_first_call(ours, make) -> None:
+    """As in TensorFlow for variables that are created later."""
     saved, restored = saved_model(ours, make), make()
     ours.checkpoint = tf.train.Checkpoint(model=restored)
     ours.manager().restore_or_initialize()
@@ -445,8 +438,8 @@ def test_a_model_that_is_not_called_gets_its_values_when_it_is_called(ours, make
         lambda: keras.Sequential([keras.layers.Reshape((4, 1)), keras.layers.LSTM(3)]),
     ],
 )
-def test_a_layer_of_parts_that_is_not_called_is_refused(ours, make) -> None:
-    """Keras initializes the parts after the restore: TensorFlow loses their values without a word."""
+def test_a_restore_into_an_unbuilt_layer_with_parts_is_refused(ours, make) -> None:
+    """Keras would initialize the parts after the restore. TensorFlow loses the values silently."""
     saved, restored = saved_model(ours, make), make()
     ours.checkpoint = tf.train.Checkpoint(model=restored)
     with pytest.raises(ValueError, match=r"Call the model on a batch before restore_or_initialize\(\)"):
@@ -468,8 +461,8 @@ def test_a_layer_of_parts_that_is_not_called_is_refused(ours, make) -> None:
         ("model optimizer", "model optimizer", None),
     ],
 )
-def test_what_a_restore_leaves_out_is_named(ours, saved, restored, message) -> None:
-    """On either side. What a restore takes by another name in the same object is not left out."""
+def test_a_partial_restore_warns_with_the_skipped_names(ours, saved, restored, message) -> None:
+    """On either side. Another name of the same object is not skipped."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.Adam()
     optimizer.build(model.trainable_variables)
@@ -490,8 +483,8 @@ def test_what_a_restore_leaves_out_is_named(ours, saved, restored, message) -> N
 
 
 @pytest.mark.parametrize("held", [lambda layer: [layer], lambda layer: {layer}])
-def test_weights_that_tensorflow_does_not_save_are_named_once(ours, held) -> None:
-    """TensorFlow does not look into the lists and sets of a layer of Keras 3."""
+def test_weights_that_tensorflow_does_not_save_cause_one_warning(ours, held) -> None:
+    """TensorFlow does not track lists and sets of a Keras 3 layer."""
     layer = Composite(held)
     layer(np.ones((1, 4), "float32"))
     ours.checkpoint = tf.train.Checkpoint(layer=layer)
@@ -503,7 +496,7 @@ def test_weights_that_tensorflow_does_not_save_are_named_once(ours, held) -> Non
 
 
 class Listed(keras.Model):
-    """A model whose layers are in a list alone."""
+    """A model that holds its layers only in a list."""
 
     def __init__(self, parts) -> None:
         super().__init__()
@@ -524,8 +517,8 @@ class Listed(keras.Model):
     ],
     ids=["two layers", "a layer without weights", "a Sequential"],
 )
-def test_layers_in_a_list_of_a_model_that_is_not_called_are_named(ours, parts) -> None:
-    """The checkpoint has nothing of them, and TensorFlow restores nothing without a word."""
+def test_a_restore_warns_of_unbuilt_layers_in_a_list(ours, parts) -> None:
+    """The checkpoint does not have them, and TensorFlow restores nothing silently."""
     ours.checkpoint = tf.train.Checkpoint(model=Listed(parts))
     ours.checkpoint.model(X)
     with pytest.warns(UserWarning, match="does not save these weights"):
@@ -538,8 +531,8 @@ def test_layers_in_a_list_of_a_model_that_is_not_called_are_named(ours, parts) -
     assert "flatten" not in str(caught[0].message)
 
 
-def test_beginning_over_is_warned_of(ours) -> None:
-    """TensorFlow's manager numbers from 1 again without a word."""
+def test_saving_over_checkpoints_that_were_not_restored_warns(ours) -> None:
+    """TensorFlow's manager silently numbers from 1 again."""
     ours.manager().save()
     ours.checkpoint = tf.train.Checkpoint(value=ours.value)
 
@@ -547,9 +540,9 @@ def test_beginning_over_is_warned_of(ours) -> None:
         ours.manager().save()
 
 
-def test_nothing_begins_anew_beside_damaged_checkpoints(ours) -> None:
-    """One that is damaged is gone back from with a warning; if all are, it is an error."""
-    manager = ours.manager(init_fn=lambda: pytest.fail("begins anew"))
+def test_damaged_checkpoints_never_lead_to_init_fn(ours) -> None:
+    """A damaged checkpoint is skipped with a warning. If all are damaged, it is an error."""
+    manager = ours.manager(init_fn=lambda: pytest.fail("init_fn was called"))
     first, second = manager.save(), manager.save()
 
     pathlib.Path(f"{second}.data-00000-of-00001").unlink()
@@ -563,8 +556,8 @@ def test_nothing_begins_anew_beside_damaged_checkpoints(ours) -> None:
         manager.restore_or_initialize()
 
 
-def test_files_of_another_checkpoint_are_not_restored(ours) -> None:
-    """TensorFlow reads an index and data of another step and says nothing."""
+def test_files_of_another_checkpoint_under_its_name_are_not_restored(ours) -> None:
+    """TensorFlow reads files of another step without an error."""
     manager = ours.manager()
     first, second = manager.save(), manager.save()
     for ending in ("index", "data-00000-of-00001"):
@@ -577,8 +570,8 @@ def test_files_of_another_checkpoint_are_not_restored(ours) -> None:
     assert int(ours.value) == 7
 
 
-def test_what_is_pruned_while_it_is_restored_gives_way_to_the_next(ours, monkeypatch) -> None:
-    """Another process saves and prunes between the check and TensorFlow's reading."""
+def test_a_checkpoint_that_is_pruned_during_its_restore_is_replaced_by_the_next(ours, monkeypatch) -> None:
+    """Another process saves and prunes between the check and TensorFlow's read."""
     ours.manager(1).save()
     reader = Setup(kc.CheckpointManager, ours.directory)
     restoring = reader.checkpoint.restore
@@ -603,8 +596,8 @@ def test_what_is_pruned_while_it_is_restored_gives_way_to_the_next(ours, monkeyp
         ({"metadata": [1]}, "metadata must be a dict"),
     ],
 )
-def test_a_refused_argument_does_not_count(ours, arguments, text) -> None:
-    """The next save has the number that this one would have had."""
+def test_a_refused_save_does_not_use_up_a_number(ours, arguments, text) -> None:
+    """The next save has the number of the refused save."""
     manager = ours.manager()
 
     with pytest.raises((ValueError, TypeError), match=text):
@@ -614,8 +607,8 @@ def test_a_refused_argument_does_not_count(ours, arguments, text) -> None:
 
 
 @pytest.mark.parametrize("keep", [None, 2, kc.EveryNSteps(2) | kc.LatestN(1)])
-def test_tensorflow_opened_afterwards_agrees(ours, keep) -> None:
-    """Its manager lists the same, and its latest is the same."""
+def test_a_tensorflow_manager_opened_later_lists_the_same_checkpoints(ours, keep) -> None:
+    """The latest checkpoint is the same too."""
     manager = ours.manager(keep=keep)
     for _ in range(5):
         manager.save()
@@ -626,8 +619,8 @@ def test_tensorflow_opened_afterwards_agrees(ours, keep) -> None:
     assert theirs.latest_checkpoint == manager.latest_checkpoint == tf.train.latest_checkpoint(ours.directory)
 
 
-def test_tensorflow_opened_afterwards_does_not_remove_what_is_pinned(ours) -> None:
-    """A pinned checkpoint is not in its list."""
+def test_a_tensorflow_manager_opened_later_does_not_remove_pinned_checkpoints(ours) -> None:
+    """TensorFlow's list does not have them."""
     manager = ours.manager(keep=3)
     for _ in range(3):
         manager.save()
@@ -640,8 +633,8 @@ def test_tensorflow_opened_afterwards_does_not_remove_what_is_pinned(ours) -> No
     assert "ckpt-2" in ours.on_disk()
 
 
-def test_starts_from_checkpoints_of_tensorflow(ours) -> None:
-    """They are restored and counted on, listed as without a sidecar, and not pruned."""
+def test_it_continues_from_checkpoints_of_tensorflows_manager(ours) -> None:
+    """They are restored, counted, listed as without a sidecar, and not pruned."""
     theirs = tf.train.CheckpointManager(ours.checkpoint, ours.directory, 3)
     ours.value.assign(7)
     theirs.save(), theirs.save()
@@ -659,16 +652,16 @@ def test_starts_from_checkpoints_of_tensorflow(ours) -> None:
     assert kc.CheckpointDirectory(ours.directory).listing().unmanaged == ("ckpt-1", "ckpt-2")
 
 
-def test_what_tensorflow_saved_last_is_the_latest(ours) -> None:
-    """Its state file says so."""
+def test_a_later_save_of_tensorflows_manager_is_the_latest(ours) -> None:
+    """TensorFlow's state file names it."""
     ours.manager().save(5)
     tf.train.CheckpointManager(ours.checkpoint, ours.directory, 9).save(3)
 
     assert ours.manager().latest_checkpoint == ours.prefixes("ckpt-3")[0]
 
 
-def test_does_not_overwrite_a_checkpoint_of_tensorflow(ours) -> None:
-    """One who forgets to restore is told, and loses nothing."""
+def test_a_checkpoint_of_tensorflows_manager_is_never_overwritten(ours) -> None:
+    """A save without a restore is an error, and loses nothing."""
     theirs = tf.train.CheckpointManager(ours.checkpoint, ours.directory, 3)
     theirs.save()
     before = pathlib.Path(ours.directory, "ckpt-1.index").read_bytes()
@@ -681,8 +674,8 @@ def test_does_not_overwrite_a_checkpoint_of_tensorflow(ours) -> None:
 
 
 @pytest.mark.parametrize("name", ["run[1]", "lr*", "a b", "ü", "what?", "back\\slash"])
-def test_a_directory_may_have_any_name(tmp_path, name) -> None:
-    """And the files of a sibling that a pattern would match are left alone."""
+def test_a_directory_may_have_glob_characters_in_its_name(tmp_path, name) -> None:
+    """Files of a sibling that the pattern would match stay."""
     sibling = Setup(tf.train.CheckpointManager, tmp_path / "run1")
     sibling.manager().save()
     other = Setup(tf.train.CheckpointManager, tmp_path / "lr9")
@@ -700,8 +693,8 @@ def test_a_directory_may_have_any_name(tmp_path, name) -> None:
     assert sibling.on_disk() == other.on_disk() == {"ckpt-1"}
 
 
-def test_what_is_kept_for_good_is_pinned(ours, monkeypatch) -> None:
-    """So that no policy of anybody removes it, and the table says why."""
+def test_a_preserved_checkpoint_is_pinned(ours, monkeypatch) -> None:
+    """So no policy removes it, and the table shows the reason."""
     now = [1_000_000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     manager = ours.manager(1, keep_checkpoint_every_n_hours=1)
@@ -713,8 +706,8 @@ def test_what_is_kept_for_good_is_pinned(ours, monkeypatch) -> None:
     assert records == {1: "keep_checkpoint_every_n_hours", 2: "keep_checkpoint_every_n_hours", 3: None}
 
 
-def test_a_full_disk_that_has_no_room_for_a_pin_removes_nothing(ours, monkeypatch) -> None:
-    """What was to be saved is saved, which the error says, and the next save makes up for the rest."""
+def test_a_full_disk_without_room_for_a_pin_removes_nothing(ours, monkeypatch) -> None:
+    """The error says that the checkpoint is saved. The next save prunes."""
     now, replace = [1_000_000.0], Folder.replace
     monkeypatch.setattr(time, "time", lambda: now[0])
     manager = ours.manager(1, keep_checkpoint_every_n_hours=2)
@@ -740,8 +733,8 @@ def test_a_full_disk_that_has_no_room_for_a_pin_removes_nothing(ours, monkeypatc
     assert ours.on_disk() == {"ckpt-2", "ckpt-4"}
 
 
-def test_a_save_that_failed_can_be_tried_again(ours) -> None:
-    """The interval begins with what was saved."""
+def test_a_failed_save_does_not_start_the_interval(ours) -> None:
+    """The save can be tried again at once."""
     step = tf.Variable(1)
     manager = ours.manager(step_counter=step, checkpoint_interval=5)
     foreign = pathlib.Path(ours.directory, "ckpt-1.data-00000-of-00001")
@@ -756,16 +749,14 @@ def test_a_save_that_failed_can_be_tried_again(ours) -> None:
     assert manager.save() is None
 
 
-def test_a_directory_of_one_run_has_one_run_id(ours) -> None:
-    """A manager that is made anew goes on with the run of the newest."""
+def test_a_new_manager_keeps_the_run_id_of_the_newest_checkpoint(ours) -> None:
     ours.manager().save()
     ours.manager().save()
 
     assert len({record.run_id for record in kc.CheckpointDirectory(ours.directory)}) == 1
 
 
-def test_an_evaluator_that_only_reads_takes_no_lock(ours) -> None:
-    """Listing and restoring leave the directory as it is."""
+def test_listing_and_restoring_take_no_lock_and_change_no_file(ours) -> None:
     ours.manager().save()
     before = sorted(path.name for path in pathlib.Path(ours.directory).rglob("*"))
 
@@ -776,15 +767,14 @@ def test_an_evaluator_that_only_reads_takes_no_lock(ours) -> None:
     assert sorted(path.name for path in pathlib.Path(ours.directory).rglob("*")) == before
 
 
-def test_background_options_save_at_once(ours) -> None:
-    """What save() returns is committed, whatever the options say."""
+def test_a_save_with_enable_async_is_committed_when_it_returns(ours) -> None:
     path = ours.manager().save(options=tf.train.CheckpointOptions(enable_async=True))
 
     assert kc.CheckpointDirectory(ours.directory).latest().prefix == path
 
 
-def test_a_checkpoint_of_a_manager_is_restored_into_a_model(tmp_path) -> None:
-    """One that a custom training loop saved, by restore()."""
+def test_restore_accepts_a_checkpoint_of_a_custom_training_loop(tmp_path) -> None:
+    """The manager saved the model in a `tf.train.Checkpoint`."""
     model, other = dense_model(), dense_model()
     fit(model)
     kc.CheckpointManager(tf.train.Checkpoint(model=model, epoch=tf.Variable(3)), tmp_path).save()

@@ -24,14 +24,14 @@ def steps(runs: kc.CheckpointDirectory) -> list[int]:
 
 
 def trained(runs, losses, **options) -> kc.CheckpointDirectory:
-    """A training whose epochs of one batch report these validation losses."""
+    """Trains with epochs of one batch that report these validation losses."""
     checkpoint = kc.ModelCheckpoint(runs.path, **options)
     fit(dense_model(), Reports(val_loss=losses), checkpoint, epochs=len(losses), batches=1)
     return runs
 
 
 class Undirected(keras.metrics.Metric):
-    """A metric that does not say which direction is better."""
+    """A metric that does not define whether less or more is better."""
 
     def update_state(self, y_true, y_pred, sample_weight=None) -> None:
         pass
@@ -41,16 +41,16 @@ class Undirected(keras.metrics.Metric):
 
 
 class OwnAUC(keras.metrics.AUC):
-    """A metric of a user's own, which Keras could not build from its config."""
+    """A custom metric, which Keras could not build from its config."""
 
 
 ALL = kc.EveryNSteps(1)
-"""A policy that keeps what is saved."""
+"""A policy that keeps every save."""
 
 
-class TestWhatIsSaved:
-    def test_each_epoch_by_default(self, runs) -> None:
-        """A record has where training was, what was measured, and what made it due."""
+class TestSaves:
+    def test_each_epoch_is_saved_by_default(self, runs) -> None:
+        """A record has the position, the metrics, and the reason of the save."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=2, validation_data=(X, Y))
 
         assert [(r.step, r.epoch, r.batch, r.reason) for r in runs] == [(5, 1, 0, "epoch"), (10, 2, 0, "epoch")]
@@ -60,12 +60,12 @@ class TestWhatIsSaved:
         assert set(runs[5].timings) == {"write_ms", "blocked_ms"}
         assert len({record.run_id for record in runs}) == 1
 
-    def test_is_a_callback_of_keras(self, runs) -> None:
-        """Where Keras's own is expected, this one does."""
+    def test_it_is_an_instance_of_keras_model_checkpoint(self, runs) -> None:
+        """Code that expects Keras's callback accepts this one."""
         assert isinstance(kc.ModelCheckpoint(runs.path), keras.callbacks.ModelCheckpoint)
 
-    def test_arguments_are_those_of_keras_in_their_order(self) -> None:
-        """Changing the import is enough."""
+    def test_the_first_arguments_are_those_of_keras_in_the_same_order(self) -> None:
+        """Users switch by changing the import."""
         import inspect
 
         ours = list(inspect.signature(kc.ModelCheckpoint).parameters)
@@ -73,16 +73,16 @@ class TestWhatIsSaved:
 
         assert ours[: len(theirs)] == theirs
 
-    def test_metadata_of_a_dict_and_of_a_function(self, tmp_path) -> None:
-        """A function gets the logs."""
+    def test_metadata_is_a_dict_or_a_function_of_the_logs(self, tmp_path) -> None:
+        """The sidecar has the dict, or the dict that the function returns."""
         for name, metadata in (("a", {"dataset": "digits"}), ("b", lambda logs: {"rounded": round(logs["loss"], 1)})):
             fit(dense_model(), kc.ModelCheckpoint(tmp_path / name, metadata=metadata))
 
         assert kc.CheckpointDirectory(tmp_path / "a").latest().metadata == {"dataset": "digits"}
         assert set(kc.CheckpointDirectory(tmp_path / "b").latest().metadata) == {"rounded"}
 
-    def test_weights_only_leaves_the_optimizer_out(self, runs) -> None:
-        """The files have weights and seeds, and can be restored into a compiled model."""
+    def test_save_weights_only_omits_the_optimizer(self, runs) -> None:
+        """The files have weights and seeds, and restore into a compiled model."""
         model = dense_model()
         fit(model, kc.ModelCheckpoint(runs.path, save_weights_only=True))
 
@@ -94,8 +94,8 @@ class TestWhatIsSaved:
         fit(other, kc.ModelCheckpoint(runs.path, save_weights_only=True))
         assert steps(runs) == [5, 10]
 
-    def test_what_a_plain_tensorflow_program_reads(self, runs) -> None:
-        """`tf.train.latest_checkpoint` finds it and `tf.train.Checkpoint` restores it whole."""
+    def test_a_plain_tensorflow_program_restores_a_checkpoint(self, runs) -> None:
+        """`tf.train.latest_checkpoint` finds it, and `tf.train.Checkpoint` restores all of it."""
         model = dense_model()
         fit(model, kc.ModelCheckpoint(runs.path, keep=2), epochs=3)
         prefix = tf.train.latest_checkpoint(runs.path)
@@ -110,8 +110,8 @@ class TestWhatIsSaved:
         ):
             assert np.array_equal(mine.numpy(), theirs.numpy())
 
-    def test_a_manager_of_tensorflow_numbers_on_from_it(self, runs) -> None:
-        """One who goes on with a training loop of his own."""
+    def test_a_tensorflow_manager_continues_the_numbering(self, runs) -> None:
+        """A custom training loop may continue the run of `fit`."""
         model = dense_model()
         fit(model, kc.ModelCheckpoint(runs.path), epochs=2)
         checkpoint = tf.train.Checkpoint(model=model)
@@ -120,16 +120,16 @@ class TestWhatIsSaved:
 
         assert manager.save() == f"{runs.path}/ckpt-11"
 
-    def test_verbose_says_what_was_saved_and_what_was_not(self, runs, capsys) -> None:
-        """A line for each save that is due."""
+    def test_verbose_prints_the_outcome_of_each_save(self, runs, capsys) -> None:
+        """One line for each save that was due."""
         trained(runs, [0.5, 0.6], verbose=1, save_best_only=True)
 
         out = capsys.readouterr().out
         assert f"Step 1, epoch 1: val_loss 0.5, saved {runs.path}/ckpt-1" in out
         assert "Step 2, epoch 2: val_loss 0.6, not saved, it would not be kept" in out
 
-    def test_verbose_says_what_waits(self, runs, capsys) -> None:
-        """A save that is due in an epoch, and can be ranked at its end only."""
+    def test_verbose_prints_that_a_save_waits_for_the_epochs_end(self, runs, capsys) -> None:
+        """A save in the middle of an epoch may only be ranked at its end."""
         fit(
             dense_model(),
             kc.ModelCheckpoint(runs.path, save_freq=3, save_best_only=True, verbose=1),
@@ -141,49 +141,49 @@ class TestWhatIsSaved:
         assert "Step 5, epoch 1" in out
 
 
-class TestWhatIsKept:
-    def test_the_best_and_the_newest(self, runs) -> None:
+class TestPolicies:
+    def test_a_union_keeps_the_best_and_the_newest(self, runs) -> None:
         """The policy takes the callback's monitor and mode."""
         trained(runs, [0.5, 0.2, 0.4, 0.3, 0.6], keep=kc.BestN(2) | kc.LatestN(1))
 
         assert steps(runs) == [2, 4, 5]
 
     def test_an_int_keeps_the_newest(self, runs) -> None:
-        """keep=2 means LatestN(2)."""
+        """`keep=2` means `LatestN(2)`."""
         assert steps(trained(runs, [1, 2, 3], keep=2)) == [2, 3]
 
-    def test_a_first_nan_does_not_end_the_tracking_of_the_best(self, runs) -> None:
-        """In Keras it does."""
+    def test_a_first_nan_does_not_stop_the_tracking_of_the_best(self, runs) -> None:
+        """In Keras a first NaN stops it."""
         trained(runs, [math.nan, 0.5, math.inf, 0.4, math.nan], save_best_only=True, keep=ALL)
 
         assert steps(runs) == [2, 4]
 
-    def test_save_best_only_saves_improvements_alone(self, runs) -> None:
-        """An equal value is no improvement. The policy keeps each."""
+    def test_save_best_only_saves_only_improvements(self, runs) -> None:
+        """An equal value is not an improvement. The policy here keeps every save."""
         trained(runs, [0.5, 0.5, 0.6, 0.4], save_best_only=True, keep=ALL)
 
         assert steps(runs) == [1, 4]
         assert runs.best().step == 4
 
-    def test_save_best_only_keeps_the_best_alone(self, runs) -> None:
-        """As Keras's one file has the best alone."""
+    def test_save_best_only_keeps_only_the_best(self, runs) -> None:
+        """As Keras's single file holds only the best."""
         trained(runs, [0.5, 0.3, 0.6, 0.4], save_best_only=True)
 
         assert steps(runs) == [2]
 
-    def test_save_best_only_with_a_policy(self, runs) -> None:
-        """Only improvements are written, and of these the policy keeps its own."""
+    def test_save_best_only_writes_improvements_and_the_policy_prunes_them(self, runs) -> None:
+        """`keep=2` keeps the two newest improvements."""
         assert steps(trained(runs, [0.5, 0.6, 0.4, 0.3], save_best_only=True, keep=2)) == [3, 4]
 
     @pytest.mark.parametrize(("mode", "kept"), [("min", [3]), ("max", [1, 4])])
-    def test_save_best_only_has_a_threshold(self, runs, mode, kept) -> None:
-        """The first that is saved must beat it."""
+    def test_save_best_only_requires_the_first_save_to_beat_the_threshold(self, runs, mode, kept) -> None:
+        """The mode decides whether less or more beats it."""
         trained(runs, [0.5, 0.45, 0.3, 0.6], save_best_only=True, mode=mode, initial_value_threshold=0.4, keep=ALL)
 
         assert steps(runs) == kept
 
-    def test_best_is_what_is_best_on_disk(self, runs) -> None:
-        """The attribute that Keras's callback has, read from the directory."""
+    def test_the_attribute_best_is_the_best_value_on_disk(self, runs) -> None:
+        """Keras's callback has this attribute. Here it is read from the directory."""
         checkpoint = kc.ModelCheckpoint(runs.path, mode="min", initial_value_threshold=0.45)
         assert checkpoint.best == 0.45
 
@@ -191,15 +191,15 @@ class TestWhatIsKept:
 
         assert checkpoint.best == 0.2
 
-    def test_a_run_that_wrote_nothing_says_why(self, runs) -> None:
-        """At the end of the training."""
+    def test_a_run_that_saved_nothing_warns_with_the_reason(self, runs) -> None:
+        """The warning comes at the end of training."""
         with pytest.warns(
             UserWarning, match=r"Nothing was saved into .*: 2 saves were due.*BestN\(1, 'val_loss', 'min'\)"
         ):
             trained(runs, [math.nan, math.nan], keep=kc.BestN(1))
 
-    def test_a_pinned_checkpoint_stays(self, runs) -> None:
-        """Whatever the policy says."""
+    def test_a_pinned_checkpoint_is_never_pruned(self, runs) -> None:
+        """Even if the policy would remove it."""
 
         class Pins(keras.callbacks.Callback):
             def on_epoch_end(self, epoch, logs=None) -> None:
@@ -211,9 +211,9 @@ class TestWhatIsKept:
         assert steps(runs) == [1, 3]
 
 
-class TestTheMonitor:
-    def test_one_that_never_appears_is_warned_of_and_everything_stays(self, runs) -> None:
-        """Once, after the first epoch with validation, with the names there are and the closest one."""
+class TestMonitor:
+    def test_a_monitor_that_never_appears_warns_once_and_keeps_everything(self, runs) -> None:
+        """After the first epoch with validation, with the names in the logs and the closest match."""
         model = dense_model(metrics=["mae"])
 
         with pytest.warns(UserWarning, match="nothing can be ranked by it") as caught:
@@ -229,21 +229,21 @@ class TestTheMonitor:
         assert "The metrics are: loss, mae, val_loss, val_mae. Did you mean 'val_mae'?" in str(caught[0].message)
         assert steps(runs) == [5, 10, 15, 20]
 
-    def test_nothing_is_said_of_one_that_nothing_uses(self, runs) -> None:
-        """The default monitor is val_loss, and many trainings have no validation."""
+    def test_an_unused_monitor_causes_no_warning(self, runs) -> None:
+        """The default monitor is `val_loss`, and many fits have no validation."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path, keep=1), epochs=2)
 
         assert steps(runs) == [10]
 
-    def test_without_validation_the_ends_of_epochs_stay(self, runs) -> None:
-        """A run that asks for the best by a metric that never comes is not lost."""
+    def test_without_validation_the_checkpoints_of_epoch_ends_stay(self, runs) -> None:
+        """A policy by a metric that never comes does not lose the run."""
         with pytest.warns(UserWarning, match="Two epochs have ended without 'val_loss'"):
             fit(dense_model(), kc.ModelCheckpoint(runs.path, keep=kc.BestN(1)), epochs=3)
 
         assert steps(runs) == [5, 10, 15]
 
-    def test_one_that_comes_now_and_then_ranks_when_it_comes(self, runs) -> None:
-        """Validation every second epoch: the others are saved until the first ranking, and pruned by it."""
+    def test_a_monitor_of_every_second_epoch_ranks_when_it_appears(self, runs) -> None:
+        """Other epochs are saved until the first ranking, which prunes them."""
         trained(runs, [None, 0.5, None, 0.4, None], keep=kc.BestN(1))
 
         assert steps(runs) == [4]
@@ -252,8 +252,8 @@ class TestTheMonitor:
         ("value", "received"),
         [([1.0, 2.0], r"\[1.0, 2.0\]"), (np.ones(3), r"an array of shape \(3,\)"), ("0.5", "'0.5'"), ({}, "{}")],
     )
-    def test_a_metric_that_is_not_one_number_ranks_nothing(self, runs, value, received) -> None:
-        """A warning says what was received and what to do. The training goes on, and every checkpoint is kept."""
+    def test_a_metric_that_is_not_one_number_warns_and_keeps_everything(self, runs, value, received) -> None:
+        """The warning has the received value and the advice. Training continues."""
         with pytest.warns(UserWarning, match=f"'val_loss' is not one number but {received}, .* Reduce it"):
             trained(runs, [0.5, value, value], keep=kc.BestN(1))
 
@@ -266,14 +266,14 @@ class TestTheMonitor:
             lambda value: tf.constant([value]), lambda value: [value], lambda value: (value,), tf.Variable,
         ],
     )  # fmt: skip
-    def test_a_metric_of_one_number_ranks_in_whatever_shape(self, runs, shaped) -> None:
+    def test_a_metric_of_one_number_ranks_in_any_shape(self, runs, shaped) -> None:
         """A number of NumPy or TensorFlow, alone or in an array or a list."""
         trained(runs, [shaped(0.5), shaped(0.25), shaped(0.75)], keep=kc.BestN(1))
 
         assert [record.metrics["val_loss"] for record in runs] == [0.25]
 
-    def test_other_logs_that_are_no_numbers_are_left_out(self, runs) -> None:
-        """Only metrics go into the sidecar."""
+    def test_logs_that_are_not_numbers_are_not_recorded(self, runs) -> None:
+        """The sidecar holds only metrics."""
         fit(dense_model(), Reports(matrix=[np.ones((2, 2))], none=[None], text=["x"]), kc.ModelCheckpoint(runs.path))
 
         assert set(runs.latest().metrics) == {"loss"}
@@ -292,8 +292,8 @@ class TestTheMonitor:
             (None, "val_loss", "min"),
         ],
     )
-    def test_auto_mode_is_what_keras_finds_but_before_training(self, runs, metric, monitor, mode) -> None:
-        """The same direction that Keras's callback comes to at the end of the first epoch."""
+    def test_auto_mode_is_keras_choice_but_known_before_training(self, runs, metric, monitor, mode) -> None:
+        """Keras's callback finds the same mode, but at the end of the first epoch."""
         metric = metric(name=monitor.removeprefix("val_")) if isinstance(metric, type) else metric
         model = dense_model(metrics=[metric] if metric else None)
         theirs = keras.callbacks.EarlyStopping(monitor=monitor)
@@ -314,8 +314,8 @@ class TestTheMonitor:
     @pytest.mark.parametrize(
         "options", [{"save_best_only": True}, {"keep": kc.BestN(1)}, {"keep": kc.BestN(1, "other") | kc.LatestN(1)}]
     )
-    def test_a_direction_that_keras_cannot_find_is_an_error_before_the_first_batch(self, runs, options) -> None:
-        """Which is when a user can still mend it."""
+    def test_a_mode_that_keras_cannot_find_is_an_error_before_the_first_batch(self, runs, options) -> None:
+        """The error names both modes, and the model is unchanged."""
         model = dense_model()
         before = model.get_weights()
 
@@ -324,19 +324,19 @@ class TestTheMonitor:
 
         assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
 
-    def test_a_slip_of_the_finger_is_pointed_out(self, runs) -> None:
-        """Before training too, where the direction is not given."""
+    def test_a_misspelled_monitor_gets_a_suggestion_before_training(self, runs) -> None:
+        """The mode of an unknown metric is unknown too."""
         with pytest.raises(ValueError, match="Did you mean 'val_loss'"):
             fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="val_lss", save_best_only=True))
 
-    def test_a_direction_that_nothing_needs_is_no_error(self, runs) -> None:
-        """The record then says the metric without the direction."""
+    def test_an_unknown_mode_is_no_error_if_nothing_ranks_by_it(self, runs) -> None:
+        """The record has the metric without a mode."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="val_f1"))
 
         assert (runs.latest().monitor, runs.latest().mode) == ("val_f1", None)
 
-    def test_the_directions_of_all_compiled_metrics_are_recorded(self, runs) -> None:
-        """So `best()` of a metric that no policy ranks by needs no mode. A metric without a direction is left out."""
+    def test_the_modes_of_all_compiled_metrics_are_recorded(self, runs) -> None:
+        """So `best()` needs no mode for them. A metric without a known mode is absent."""
         model = dense_model()
         model.compile("sgd", "mse", metrics=["mae", "accuracy", Undirected()])
         fit(model, kc.ModelCheckpoint(runs.path, monitor="loss"), epochs=2, validation_data=(X, Y))
@@ -350,13 +350,13 @@ class TestTheMonitor:
         }
         assert runs.best("val_loss") in list(runs)
 
-    def test_an_unknown_mode_is_refused(self, runs) -> None:
-        """Keras warns, and goes on with auto."""
+    def test_an_invalid_mode_is_refused(self, runs) -> None:
+        """Keras warns and continues with auto."""
         with pytest.raises(ValueError, match=r"Received: mode='lowest'"):
             kc.ModelCheckpoint(runs.path, mode="lowest")
 
 
-class TestWhenItSaves:
+class TestSaveFreq:
     @pytest.mark.parametrize(
         ("save_freq", "saved"),
         [
@@ -371,7 +371,7 @@ class TestWhenItSaves:
             (["epoch", datetime.timedelta(hours=1)], [5, 10, 15]),
         ],
     )
-    def test_by_epochs_batches_and_time(self, runs, save_freq, saved) -> None:
+    def test_saves_are_due_by_epochs_batches_and_time(self, runs, save_freq, saved) -> None:
         """Three epochs of five batches."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path, save_freq=save_freq), epochs=3)
 
@@ -380,8 +380,8 @@ class TestWhenItSaves:
     @pytest.mark.parametrize(
         "save_freq", [0, -3, True, False, "batch", 2.5, None, [], ["epoch", 0], datetime.timedelta(0)]
     )
-    def test_a_wrong_save_freq_is_refused(self, runs, save_freq) -> None:
-        """With what was received."""
+    def test_an_invalid_save_freq_is_refused(self, runs, save_freq) -> None:
+        """The error has the received value."""
         with pytest.raises((ValueError, TypeError), match="Received"):
             kc.ModelCheckpoint(runs.path, save_freq=save_freq)
 
@@ -394,8 +394,8 @@ class TestWhenItSaves:
             ({"epochs": 3, "steps_per_epoch": 8}, [3, 6, 9, 10, 13, 16, 19]),
         ],
     )
-    def test_several_batches_in_one_execution(self, runs, options, expected) -> None:
-        """With three batches an execution, of ten in the data, the last one of an epoch runs what is left."""
+    def test_steps_count_the_batches_that_each_execution_ran(self, runs, options, expected) -> None:
+        """Executions of three batches; the last execution of an epoch runs the rest."""
         model = dense_model(steps_per_execution=3, run_eagerly=False)
 
         with warnings.catch_warnings():
@@ -405,8 +405,8 @@ class TestWhenItSaves:
         assert steps(runs) == expected
         assert steps(runs)[-1] == int(model.optimizer.iterations.numpy())
 
-    def test_steps_per_epoch_over_endless_data(self, runs) -> None:
-        """Five executions of three batches where fourteen were asked for: what ran is what counts."""
+    def test_steps_per_epoch_over_endless_data_counts_whole_executions(self, runs) -> None:
+        """Fourteen steps asked for, in executions of three: fifteen run."""
         data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(1).repeat()
         model = dense_model(steps_per_execution=3, run_eagerly=False)
 
@@ -419,8 +419,8 @@ class TestWhenItSaves:
 
     @pytest.mark.parametrize("execution", [1, 4])
     @pytest.mark.parametrize("accumulation", [None, 2])
-    def test_data_of_unknown_length(self, runs, execution, accumulation) -> None:
-        """Ten batches that nobody counted before, with gradients accumulated or not."""
+    def test_steps_are_exact_for_data_of_unknown_length(self, runs, execution, accumulation) -> None:
+        """Ten batches, with and without gradient accumulation."""
         data = tf.data.Dataset.from_tensor_slices((X[:10], Y[:10])).filter(lambda x, y: True).batch(1)
         optimizer = keras.optimizers.Adam(gradient_accumulation_steps=accumulation)
         model = dense_model(optimizer=optimizer, steps_per_execution=execution, run_eagerly=False)
@@ -442,8 +442,8 @@ class TestWhenItSaves:
             *([(12, 1), (16, 1), (20, 2)] if execution == 1 else [(14, 1), (18, 1), (20, 2)]),
         ]
 
-    def test_a_training_that_is_stopped_in_an_epoch_has_not_completed_it(self, runs) -> None:
-        """TerminateOnNaN and its like."""
+    def test_a_fit_that_stops_within_an_epoch_has_not_completed_it(self, runs) -> None:
+        """As with `TerminateOnNaN`."""
 
         class Stops(keras.callbacks.Callback):
             def on_train_batch_end(self, batch, logs=None) -> None:
@@ -455,8 +455,8 @@ class TestWhenItSaves:
 
 
 class TestSavesWithinAnEpoch:
-    def test_one_that_a_policy_keeps_unranked_is_written_at_once(self, runs) -> None:
-        """It has the training metrics so far, and no validation metric; the epoch's end is ranked besides."""
+    def test_a_save_that_a_policy_keeps_unranked_is_written_at_once(self, runs) -> None:
+        """It has the training metrics so far. The epoch's end is ranked too."""
         fit(
             dense_model(),
             kc.ModelCheckpoint(runs.path, save_freq=2, keep=kc.BestN(1) | kc.LatestN(2)),
@@ -469,8 +469,8 @@ class TestSavesWithinAnEpoch:
         ]
         assert runs[5].reason == "every 2 batches"
 
-    def test_one_that_only_ranking_could_keep_waits_for_the_epochs_end(self, runs) -> None:
-        """It is ranked on the weights that were validated. (In Keras this is a TypeError.)"""
+    def test_a_save_that_only_ranking_could_keep_waits_for_the_epochs_end(self, runs) -> None:
+        """It is ranked with the weights that were validated. Keras raises a TypeError here."""
         fit(
             dense_model(),
             Reports(val_loss=[0.5, 0.6, 0.4]),
@@ -480,8 +480,8 @@ class TestSavesWithinAnEpoch:
 
         assert steps(runs) == [5, 15]
 
-    def test_what_is_not_due_is_not_saved_at_the_epochs_end(self, runs) -> None:
-        """Seven batches are due in the second and the third epoch only."""
+    def test_an_epochs_end_saves_only_if_a_save_was_due_in_the_epoch(self, runs) -> None:
+        """Nine batches are due in the second and the fourth epoch only."""
         fit(
             dense_model(),
             Reports(val_loss=[0.5, 0.4, 0.3, 0.2]),
@@ -491,16 +491,16 @@ class TestSavesWithinAnEpoch:
 
         assert steps(runs) == [10, 20]
 
-    def test_a_training_metric_is_ranked_at_once(self, runs) -> None:
-        """The running mean of the epoch so far is what Keras gives, and all there is."""
+    def test_a_training_metric_ranks_within_the_epoch(self, runs) -> None:
+        """Keras gives the running mean of the epoch so far."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path, monitor="loss", save_freq=2, save_best_only=True, keep=ALL))
 
         best = runs.best("loss", "min")
         assert best.step in (2, 4)
         assert steps(runs)[0] == 2
 
-    def test_the_record_of_the_very_step_gets_the_metrics(self, runs) -> None:
-        """The epoch's last batch was saved already: its sidecar is completed, its files are as they were."""
+    def test_the_epochs_end_amends_the_record_of_its_last_batch(self, runs) -> None:
+        """The sidecar gets the validation metrics, the files stay."""
         seen = {}
 
         class Looks(keras.callbacks.Callback):
@@ -513,7 +513,7 @@ class TestSavesWithinAnEpoch:
             Looks(),
             validation_data=(X, Y),
         )
-        # Nothing ranks here, so nothing waits for the epoch's end.
+        # Nothing ranks here, so the epoch's end is no save.
         assert "val_loss" not in runs.latest().metrics
 
         runs.clear()
@@ -528,8 +528,8 @@ class TestSavesWithinAnEpoch:
         assert "val_loss" not in before.metrics
         assert "val_loss" in record.metrics
 
-    def test_weights_that_changed_since_are_saved_anew(self, runs) -> None:
-        """SwapEMAWeights puts the averages into the model for validation: these are the weights that were measured."""
+    def test_weights_that_changed_after_the_last_batch_are_saved_again(self, runs) -> None:
+        """`SwapEMAWeights` swaps in the averages that are validated."""
         optimizer = keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5)
         model = dense_model(optimizer=optimizer)
         swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
@@ -554,8 +554,8 @@ class TestSavesWithinAnEpoch:
         assert all(np.array_equal(a, b) for a, b in zip(other.get_weights(), seen["measured"], strict=True))
 
 
-class TestOneRunADirectory:
-    def test_a_second_fit_goes_on(self, runs) -> None:
+class TestOneRunPerDirectory:
+    def test_a_second_fit_continues_the_run(self, runs) -> None:
         """Steps and epochs count from the beginning of the run."""
         model = dense_model()
         checkpoint = kc.ModelCheckpoint(runs.path)
@@ -566,8 +566,8 @@ class TestOneRunADirectory:
         assert [(record.step, record.epoch) for record in runs] == [(5, 1), (10, 2), (15, 3), (20, 4)]
         assert len({record.run_id for record in runs}) == 1
 
-    def test_a_restored_model_goes_on(self, runs) -> None:
-        """Built anew, in another kernel or the same."""
+    def test_a_restored_model_continues_the_run(self, runs) -> None:
+        """A new model object, as in a new process."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=2)
         model = dense_model()
         kc.restore(model, runs)
@@ -580,7 +580,7 @@ class TestOneRunADirectory:
         "case", ["a fresh model", "weights loaded otherwise", "restored from elsewhere", "in part", "uncompiled"]
     )
     def test_any_other_fit_is_refused_before_its_first_batch(self, runs, tmp_path, case) -> None:
-        """The error names the ways out, and neither the directory nor the model changes."""
+        """The error names the ways out. The directory and the model do not change."""
         first = dense_model()
         fit(first, kc.ModelCheckpoint(runs.path))
         model = dense_model()
@@ -610,16 +610,16 @@ class TestOneRunADirectory:
         assert steps(runs) == [5]
         assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
 
-    def test_a_directory_of_tensorflows_own_checkpoints_is_refused(self, runs) -> None:
-        """They are somebody's run too."""
+    def test_a_directory_of_checkpoints_without_sidecars_is_refused(self, runs) -> None:
+        """They belong to a run of TensorFlow's manager."""
         pathlib.Path(runs.path).mkdir()
         tf.train.CheckpointManager(tf.train.Checkpoint(step=tf.Variable(1)), runs.path, 3).save()
 
         with pytest.raises(kc.DirectoryNotEmptyError, match=r"without a sidecar.*ckpt-1.*left alone"):
             fit(dense_model(), kc.ModelCheckpoint(runs.path))
 
-    def test_after_clear_another_run_begins(self, runs) -> None:
-        """From step 0, with its own id."""
+    def test_after_clear_a_new_run_starts(self, runs) -> None:
+        """It starts at step 0, with a new run id."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=2)
         first = runs.latest().run_id
         runs.clear()
@@ -629,8 +629,8 @@ class TestOneRunADirectory:
         assert steps(runs) == [5]
         assert runs.latest().run_id != first
 
-    def test_after_going_back_the_new_branch_is_the_newest(self, runs) -> None:
-        """Steps that are saved again supersede, those of the old branch are older than any of the new one."""
+    def test_after_a_restore_of_an_older_step_the_new_branch_is_the_newest(self, runs) -> None:
+        """Steps saved again supersede. The old branch is older than every save of the new."""
         fit(dense_model(), Reports(val_loss=[0.5, 0.4, 0.3, 0.2]), kc.ModelCheckpoint(runs.path), epochs=4)
         model = dense_model()
         kc.restore(model, runs[5])
@@ -642,8 +642,8 @@ class TestOneRunADirectory:
         assert tf.train.latest_checkpoint(runs.path) == runs[15].prefix
         assert runs.plan(kc.LatestN(2)).kept == (runs[10], runs[15])
 
-    def test_after_going_back_equal_weights_are_the_new_branch_too(self, runs) -> None:
-        """A replay that comes to the same bits is newer than the old branch all the same."""
+    def test_a_replay_with_equal_weights_is_a_new_branch_too(self, runs) -> None:
+        """The same bits are newer than the old branch all the same."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path, save_freq=["epoch", 5], keep=4), epochs=3, batches=5)
         model = dense_model()
         kc.restore(model, runs[5])
@@ -651,8 +651,8 @@ class TestOneRunADirectory:
 
         assert steps(runs) == [5, 15, 10]
 
-    def test_a_step_ahead_without_a_sidecar_is_refused_before_the_first_batch(self, runs) -> None:
-        """It would stand in the way when the training comes to it."""
+    def test_a_later_step_without_a_sidecar_is_refused_before_the_first_batch(self, runs) -> None:
+        """Training would fail when it reaches that step."""
         fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=3)
         pathlib.Path(f"{runs[15].prefix}.json").unlink()
         model = dense_model()
@@ -663,8 +663,8 @@ class TestOneRunADirectory:
 
         assert steps(runs) == [5, 10]
 
-    def test_a_model_that_was_compiled_anew_is_told_of(self, runs) -> None:
-        """The run goes on, but its optimizer begins afresh."""
+    def test_a_model_that_was_compiled_again_causes_a_warning(self, runs) -> None:
+        """The run continues, but its optimizer starts fresh."""
         model = dense_model()
         fit(model, kc.ModelCheckpoint(runs.path))
         model.compile("adam", "mse", run_eagerly=True)
@@ -675,8 +675,8 @@ class TestOneRunADirectory:
         fit(model, kc.ModelCheckpoint(runs.path))
         assert steps(runs) == [5, 10, 15]
 
-    def test_a_loop_that_reports_epochs_alone_has_steps_too(self, runs) -> None:
-        """The optimizer knows how many there were."""
+    def test_a_loop_that_reports_only_epochs_has_steps_too(self, runs) -> None:
+        """The optimizer counts the steps."""
         model = dense_model()
         callbacks = keras.callbacks.CallbackList([kc.ModelCheckpoint(runs.path)], model=model)
         callbacks.on_train_begin()
@@ -690,20 +690,20 @@ class TestOneRunADirectory:
         assert [(record.step, record.epoch) for record in runs] == [(3, 1), (6, 2)]
 
     def test_two_callbacks_of_one_fit_cannot_share_a_directory(self, runs) -> None:
-        """Each would remove what the other keeps."""
+        """Each would remove the checkpoints that the other keeps."""
         with pytest.raises(kc.DirectoryNotEmptyError, match=r"keep=first \| second"):
             fit(dense_model(), kc.ModelCheckpoint(runs.path), kc.ModelCheckpoint(runs.path, keep=1))
 
-    def test_two_callbacks_of_one_fit_with_a_directory_each(self, tmp_path) -> None:
-        """They belong to one run, and count the same steps."""
+    def test_two_callbacks_of_one_fit_with_two_directories_share_run_and_steps(self, tmp_path) -> None:
+        """Both directories have the same run id and steps."""
         first, second = (kc.CheckpointDirectory(tmp_path / name) for name in ("a", "b"))
         fit(dense_model(), kc.ModelCheckpoint(first.path), kc.ModelCheckpoint(second.path, save_freq=5), epochs=2)
 
         assert steps(first) == steps(second) == [5, 10]
         assert first.latest().run_id == second.latest().run_id
 
-    def test_a_cell_that_was_interrupted_can_be_run_again(self, runs) -> None:
-        """Ctrl-C runs no hook of Keras; the same model goes on with a new callback all the same."""
+    def test_an_interrupted_cell_can_be_run_again(self, runs) -> None:
+        """Ctrl-C calls no hook of Keras. The same model continues with a new callback."""
         model = dense_model()
         with pytest.raises(KeyboardInterrupt):
             fit(model, kc.ModelCheckpoint(runs.path, save_freq=2), Interrupts(7), epochs=3)
@@ -714,7 +714,7 @@ class TestOneRunADirectory:
         assert steps(runs) == [2, 4, 6, 8, 10, 12]
 
     def test_the_lock_is_free_after_the_fit(self, runs) -> None:
-        """So that another process may go on."""
+        """Another process may continue."""
         import subprocess
         import sys
 
@@ -733,41 +733,41 @@ class TestErrors:
             ("{epoch}.keras", "checkpoints"), ("runs/{epoch:02d}-{val_loss:.2f}", "runs"), ("best.ckpt", "best"),
         ],
     )  # fmt: skip
-    def test_a_path_of_a_file_is_refused_with_a_directory_for_it(self, path, directory) -> None:
-        """The directory that the error gives is accepted."""
+    def test_a_path_of_a_file_is_refused_with_a_directory_to_use(self, path, directory) -> None:
+        """The suggested directory is accepted."""
         with pytest.raises(ValueError, match=f"are not supported. .* Give a directory, such as '{directory}'"):
             kc.ModelCheckpoint(path)
         kc.ModelCheckpoint(directory)
 
     @pytest.mark.parametrize("path", ["run.h5.old", "a{b", "best.keras/run"])
-    def test_a_path_of_a_directory_is_accepted(self, tmp_path, path) -> None:
-        """Whatever is within the path."""
+    def test_a_directory_path_with_a_suffix_or_brace_inside_is_accepted(self, tmp_path, path) -> None:
+        """Only a file's suffix at the end, or a template, is refused."""
         fit(dense_model(), kc.ModelCheckpoint(tmp_path / path))
 
         assert len(kc.CheckpointDirectory(tmp_path / path)) == 1
 
     @pytest.mark.parametrize("monitor", [None, 3, "", ["loss"]])
-    def test_a_monitor_is_a_name(self, runs, monitor) -> None:
-        """With what was received."""
+    def test_a_monitor_that_is_no_name_is_refused(self, runs, monitor) -> None:
+        """The error has the received value."""
         with pytest.raises(TypeError, match="Received: monitor="):
             kc.ModelCheckpoint(runs.path, monitor=monitor)
 
     @pytest.mark.parametrize(
         "options", [{"filepath": None}, {"filepath": 3}, {"verbose": "yes"}, {"initial_value_threshold": "low"}]
     )
-    def test_arguments_of_another_type_are_refused_at_once(self, runs, options) -> None:
-        """Not in the middle of a training."""
+    def test_arguments_of_a_wrong_type_are_refused_by_the_constructor(self, runs, options) -> None:
+        """Not in the middle of a fit."""
         with pytest.raises(TypeError, match="Received: "):
             kc.ModelCheckpoint(**{"filepath": runs.path, **options})
 
     @pytest.mark.parametrize("metadata", [{"model": object()}, "text", {1: 2}])
-    def test_metadata_that_json_cannot_hold_is_refused_at_once(self, runs, metadata) -> None:
+    def test_metadata_that_json_cannot_hold_is_refused_by_the_constructor(self, runs, metadata) -> None:
         """Before training."""
         with pytest.raises(TypeError, match="metadata"):
             kc.ModelCheckpoint(runs.path, metadata=metadata)
 
-    def test_a_metadata_function_that_returns_nonsense_loses_nothing(self, runs) -> None:
-        """What was saved before is there."""
+    def test_a_metadata_function_with_an_invalid_result_keeps_earlier_checkpoints(self, runs) -> None:
+        """The error names the invalid item."""
         results = iter([{"a": 1}, {"b": object()}])
 
         with pytest.raises(TypeError, match=r"metadata\['b'\]"):
@@ -775,8 +775,8 @@ class TestErrors:
 
         assert steps(runs) == [5]
 
-    def test_a_path_that_is_a_file(self, tmp_path) -> None:
-        """Is an error before the first batch."""
+    def test_a_path_that_is_a_file_is_an_error_before_the_first_batch(self, tmp_path) -> None:
+        """The file stays unchanged."""
         (tmp_path / "file").write_text("mine")
         model = dense_model()
 
@@ -785,8 +785,8 @@ class TestErrors:
 
         assert (tmp_path / "file").read_text() == "mine"
 
-    def test_a_full_disk_reaches_the_user_and_harms_nothing(self, runs, monkeypatch) -> None:
-        """If it is to be an error: the checkpoints before are whole, the fit can be repeated."""
+    def test_a_full_disk_is_an_error_and_leaves_earlier_checkpoints_whole(self, runs, monkeypatch) -> None:
+        """With `on_full_disk="raise"`. The fit can be repeated."""
         import errno
 
         from keras_ckpt.store import files
@@ -818,8 +818,8 @@ def values_on_disk(runs) -> list[tuple[str, bytes]]:
     return [(path.name, path.read_bytes()) for path in sorted(pathlib.Path(runs.path).glob("ckpt-*"))]
 
 
-def test_the_position_is_the_same_whoever_counts(tmp_path) -> None:
-    """A restored model, trained by one callback and by two, is at the same place."""
+def test_the_position_does_not_depend_on_the_number_of_callbacks(tmp_path) -> None:
+    """A restored model continues at the same step with one callback and with two."""
     for callbacks in (1, 2):
         model = dense_model()
         runs = [kc.CheckpointDirectory(tmp_path / f"{callbacks}-{number}") for number in range(callbacks)]
