@@ -1,4 +1,4 @@
-"""Saving while training goes on: what waits, what is left out, and what is told when."""
+"""Background saves: which saves wait, which are skipped, and when errors are raised."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from support.models import Interrupts, X, Y, dense_model, fit, same, values
 
 @pytest.fixture(autouse=True)
 def _free(monkeypatch) -> Iterator[None]:
-    """What a test that fails leaves busy would keep the others waiting."""
+    """Frees the busy threads of a failed test, which would block the other tests."""
     events = []
     monkeypatch.setattr(Busy, "events", events)
     yield
@@ -45,14 +45,14 @@ def _free(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture
 def _ctrl_c() -> Iterator[None]:
-    """Has its effect, as in a terminal; a process that was begun in the background ignores it."""
+    """Makes Ctrl-C raise, as in a terminal. A process started in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 class After(keras.callbacks.Callback):
-    """Calls something at the end of a batch, counted from 1 through all epochs."""
+    """Calls functions at the end of batches, counted from 1 across all epochs."""
 
     def __init__(self, calls: Mapping[int, Callable[[], object]]) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class After(keras.callbacks.Callback):
 
 
 class Busy(keras.callbacks.Callback):
-    """Keeps the thread that writes from going on, so that what happens meanwhile is no matter of luck.
+    """Blocks the writing thread from the first epoch until `free` is called.
 
-    From the first epoch on, for the callbacks before this one have begun then, until `free` is called.
+    So the test decides which saves wait. Callbacks listed before have begun by then.
     """
 
     events: ClassVar[list[threading.Event]] = []
@@ -104,12 +104,12 @@ class Busy(keras.callbacks.Callback):
 
 
 def on_disk(path: os.PathLike) -> list[str]:
-    """The names of the checkpoints; a CheckpointDirectory would wait."""
+    """The names of the checkpoints, read without `CheckpointDirectory`, which would wait."""
     return sorted(name.removesuffix(".json") for name in os.listdir(path) if name.endswith(".json"))
 
 
-def test_training_goes_on_while_a_save_is_written(tmp_path) -> None:
-    """And `fit` ends when all is."""
+def test_training_continues_while_a_save_is_written(tmp_path) -> None:
+    """`fit` ends when all saves are written."""
     seen, busy = [], Busy()
     looks = After({9: lambda: seen.append(on_disk(tmp_path)), 10: busy.free})
     fit(dense_model(), kc.ModelCheckpoint(tmp_path), busy, looks, epochs=3, batches=4)
@@ -118,8 +118,8 @@ def test_training_goes_on_while_a_save_is_written(tmp_path) -> None:
     assert on_disk(tmp_path) == ["ckpt-12", "ckpt-4", "ckpt-8"]
 
 
-def test_an_epoch_without_the_metric_does_not_wait_for_its_save(tmp_path) -> None:
-    """As with `validation_freq`: whether there is no such metric, only the directory knows, which would wait."""
+def test_an_epoch_without_the_monitored_metric_does_not_wait_for_its_save(tmp_path) -> None:
+    """As with `validation_freq`. A read of the directory would wait."""
     busy, seen = Busy(), []
 
     class Looks(keras.callbacks.Callback):
@@ -135,8 +135,7 @@ def test_an_epoch_without_the_metric_does_not_wait_for_its_save(tmp_path) -> Non
     assert on_disk(tmp_path) == ["ckpt-10"]
 
 
-def test_it_waits_if_told_to(tmp_path) -> None:
-    """Then a batch ends when its checkpoint is durable."""
+def test_without_save_on_background_a_batch_ends_when_its_checkpoint_is_durable(tmp_path) -> None:
     seen = []
     looks = After(dict.fromkeys((1, 2), lambda: seen.append(on_disk(tmp_path))))
     fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1, save_on_background=False), looks, batches=3)
@@ -146,8 +145,8 @@ def test_it_waits_if_told_to(tmp_path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("options", [{}, {"steps_per_execution": 2}, {"jit_compile": True}], ids=str)
-def test_what_is_written_later_is_of_the_step_of_the_save(tmp_path, optimizer, options) -> None:
-    """To the bit, though training has gone on to its end before the first byte is written."""
+def test_a_background_save_has_the_values_of_its_step(tmp_path, optimizer, options) -> None:
+    """To the bit, although training ends before the first byte is written."""
     model = dense_model(optimizer=optimizer, run_eagerly=False, **options)
     busy, taken = Busy(), {}
 
@@ -168,8 +167,8 @@ def test_what_is_written_later_is_of_the_step_of_the_save(tmp_path, optimizer, o
         assert [each.tobytes() for each in values(model)] == taken[record.step]
 
 
-def test_a_snapshot_is_let_go_when_it_is_written() -> None:
-    """It would hold the memory of what training changes."""
+def test_a_snapshot_is_freed_once_it_is_written() -> None:
+    """It would hold the memory of values that training changes."""
     snapshot = ModelState(dense_model()).snapshot()
     alive = weakref.ref(snapshot)
     freed = threading.Event()
@@ -180,20 +179,20 @@ def test_a_snapshot_is_let_go_when_it_is_written() -> None:
 
     freed.set()
     job.result()
-    background.Job(bool, ("run", 1), 1).result()  # the thread has turned to something else
+    background.Job(bool, ("run", 1), 1).result()  # the thread has finished the job before
 
     assert alive() is None
 
 
-class TestWhatComesMeanwhile:
-    """Copies that wait may take the memory of one state, or a little of any number."""
+class TestSavesDuringASave:
+    """Waiting copies may take the memory of one state, or a small amount for any number."""
 
     @pytest.fixture(autouse=True)
-    def _nothing_is_little(self, monkeypatch) -> None:
+    def _no_copy_is_small(self, monkeypatch) -> None:
         monkeypatch.setattr(background, "LITTLE", 0)
 
-    def test_a_save_by_batches_is_left_out_and_told_of_once(self, tmp_path, capsys) -> None:
-        """With verbose, each."""
+    def test_a_save_by_batches_is_skipped_with_one_warning(self, tmp_path, capsys) -> None:
+        """With `verbose` each skip prints a line."""
         busy = Busy()
         checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=1, verbose=1)
         frees = After({3: busy.free, 4: background.wait})
@@ -205,15 +204,15 @@ class TestWhatComesMeanwhile:
         assert "ckpt-5" in on_disk(tmp_path)
         assert "Step 2, epoch 0: val_loss not known, skipped, because an earlier save is" in capsys.readouterr().out
 
-    def test_one_at_the_end_of_an_epoch_waits(self, tmp_path) -> None:
-        """So does one of its last batch."""
+    def test_a_save_at_the_end_of_an_epoch_waits(self, tmp_path) -> None:
+        """A save by batches at the epoch's last batch waits too."""
         busy = Busy()
         checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=["epoch", 4])
         fit(dense_model(), checkpoint, busy, After({3: busy.free_soon}), epochs=2, batches=4)
 
         assert on_disk(tmp_path) == ["ckpt-4", "ckpt-8"]
 
-    def test_one_that_is_ranked_waits(self, tmp_path) -> None:
+    def test_a_ranked_save_waits(self, tmp_path) -> None:
         """It may be the best."""
         busy = Busy()
         checkpoint = kc.ModelCheckpoint(tmp_path, monitor="loss", save_freq=2, keep=kc.BestN(10))
@@ -221,8 +220,8 @@ class TestWhatComesMeanwhile:
 
         assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
 
-    def test_one_that_training_waits_for_is_not_left_out(self, tmp_path) -> None:
-        """It waits for what another callback saves in the background too."""
+    def test_a_save_in_the_foreground_is_not_skipped(self, tmp_path) -> None:
+        """It also waits for the background saves of another callback."""
         busy = Busy()
         checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=2, save_on_background=False)
         fit(dense_model(), checkpoint, busy, After({1: busy.free_soon}), batches=5)
@@ -230,7 +229,7 @@ class TestWhatComesMeanwhile:
         assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
 
     def test_callbacks_that_save_the_same_step_do_not_wait_for_each_other(self, tmp_path) -> None:
-        """They share a snapshot. Were the second to wait for the first, nobody would free it."""
+        """They share a snapshot. If the second waited for the first, the fit would deadlock."""
         freed = threading.Event()
 
         class FreesLast(keras.callbacks.Callback):
@@ -244,8 +243,8 @@ class TestWhatComesMeanwhile:
 
         assert [on_disk(tmp_path / name) for name in "ab"] == [["ckpt-2"], ["ckpt-2"]]
 
-    def test_with_xla_each_has_what_was_there_when_it_was_called(self, tmp_path, monkeypatch) -> None:
-        """The second is called when the first is yet to be written, and something has changed in between."""
+    def test_with_xla_each_callback_saves_the_values_at_its_call(self, tmp_path, monkeypatch) -> None:
+        """The model changes between two callbacks of a step, while the first save waits."""
         freed, model = threading.Event(), dense_model(run_eagerly=False, jit_compile=True)
         taken, save = [], Writer.save
 
@@ -269,8 +268,8 @@ class TestWhatComesMeanwhile:
             kc.restore(model, tmp_path / name)
             assert [each.tobytes() for each in values(model)] == expected
 
-    def test_a_backup_by_batches_is_left_out_and_one_that_a_signal_asks_for_waits(self, tmp_path) -> None:
-        """The process may end after it."""
+    def test_a_backup_by_batches_is_skipped_but_the_backup_of_a_signal_waits(self, tmp_path) -> None:
+        """The process may end after the signal."""
         code = f"""
 warnings.simplefilter("ignore")
 background.LITTLE = 0
@@ -287,8 +286,8 @@ fit(dense_model(), busy, After({{6: stop}}), backup, batches=9)
         assert ended.returncode == 7, ended.stderr
         assert on_disk(tmp_path) == ["ckpt-6"]
 
-    def test_little_models_do_not_wait(self, tmp_path, monkeypatch) -> None:
-        """A save after every batch is written, however slow the disk is at the moment."""
+    def test_saves_of_a_small_model_do_not_wait(self, tmp_path, monkeypatch) -> None:
+        """Each batch is saved, however slow the disk is."""
         monkeypatch.setattr(background, "LITTLE", 1 << 20)
         busy = Busy()
         fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), busy, After({5: busy.free}), batches=5)
@@ -297,21 +296,21 @@ fit(dense_model(), busy, After({{6: stop}}), backup, batches=9)
 
 
 class TestErrors:
-    """A file of somebody else's where a checkpoint's is to be: the save of its step fails, whoever is root."""
+    """A foreign file in the place of a checkpoint makes a save fail, even for root."""
 
-    def test_one_comes_with_the_next_batch(self, tmp_path) -> None:
-        """And training ends there."""
+    def test_the_error_of_a_save_is_raised_at_the_next_batch(self, tmp_path) -> None:
+        """Training ends there."""
         (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
         batches = After({2: background.wait})
 
         with pytest.raises(kc.DirectoryNotEmptyError, match="ckpt-2"):
             fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=2), batches, batches=9)
 
-        assert batches.batches == 2  # the third ended, for those before this one in the list
+        assert batches.batches == 2  # the third batch ended for callbacks before this one in the list
         assert (tmp_path / "ckpt-2.data-00000-of-00001").read_bytes() == b"mine"
 
-    def test_verbose_does_not_call_it_a_decision(self, tmp_path, capsys) -> None:
-        """As if the policy did not want what could not be written."""
+    def test_verbose_prints_that_a_save_failed(self, tmp_path, capsys) -> None:
+        """It does not print that the policy would not keep it."""
         (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
 
         with pytest.raises(kc.DirectoryNotEmptyError):
@@ -320,23 +319,23 @@ class TestErrors:
         assert "Step 2, epoch 0: val_loss not known, the save failed\n" in capsys.readouterr().out
 
     @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
-    def test_one_of_the_last_save_comes_at_the_end_of_training(self, tmp_path, callback) -> None:
-        """`fit` does not end as if all were well."""
+    def test_the_error_of_the_last_save_is_raised_at_the_end_of_training(self, tmp_path, callback) -> None:
+        """`fit` does not end as if all saves had succeeded."""
         adds = Adds(tmp_path / "ckpt-3.data-00000-of-00001")
 
         with pytest.raises(kc.DirectoryNotEmptyError, match="ckpt-3"):
             fit(dense_model(), adds, callback(tmp_path), batches=3)
 
-    def test_what_a_backup_failed_to_save_is_saved_where_an_error_ends_the_training(self, tmp_path) -> None:
-        """The state of the batch at which the error came is whole."""
+    def test_after_a_failed_backup_the_error_that_ends_the_training_triggers_a_backup(self, tmp_path) -> None:
+        """The state of the batch in which the error is raised is whole."""
         adds = Adds(tmp_path / "ckpt-2.data-00000-of-00001")
         with pytest.raises(kc.DirectoryNotEmptyError), kc.BackupAndRestore(tmp_path, save_freq=2) as backup:
             fit(dense_model(), adds, After({3: background.wait}), backup, batches=9)
 
         assert on_disk(tmp_path) == ["ckpt-3"]
 
-    def test_backups_that_failed_do_not_keep_the_last_from_being_saved(self, tmp_path) -> None:
-        """Of the first the training ends, and the others are told of."""
+    def test_after_several_failed_backups_the_last_backup_is_saved(self, tmp_path) -> None:
+        """The first failure ends the training. The others cause warnings."""
         busy = Busy()
 
         def free() -> None:
@@ -352,8 +351,8 @@ class TestErrors:
         assert on_disk(tmp_path) == ["ckpt-1", "ckpt-4"]
 
     @pytest.mark.usefixtures("_ctrl_c")
-    def test_the_error_that_ended_the_training_is_raised_though_no_backup_could_be_saved(self, tmp_path) -> None:
-        """All of them are told of, and the next training may begin."""
+    def test_the_error_of_the_training_is_raised_although_all_backups_failed(self, tmp_path) -> None:
+        """Warnings report the failed saves, and the next fit can start."""
         busy = Busy()
 
         class Frees(Interrupts):
@@ -374,10 +373,10 @@ class TestErrors:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     @pytest.mark.parametrize("reason", ["ckpt-2", "Cannot allocate"])
-    def test_a_backup_that_failed_does_not_cost_the_one_of_an_error_in_validation(
+    def test_after_a_failed_backup_an_error_in_validation_triggers_a_backup(
         self, tmp_path, monkeypatch, reason
     ) -> None:
-        """Validation may be changing the model, so what is saved is from before it."""
+        """Validation may change the model, so the backup has the state before it."""
         busy = Busy()
 
         class Fails(keras.callbacks.Callback):
@@ -403,7 +402,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("jit_compile", [False, True])
     def test_no_memory_for_copies_is_an_error_of_the_save(self, tmp_path, monkeypatch, jit_compile) -> None:
-        """It says which, and what to do; also where the memory was asked for before there was anything to save."""
+        """The error names the step and the fix, even if the allocation before the first save fails."""
 
         def none(size: int) -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
@@ -418,8 +417,8 @@ class TestErrors:
         assert on_disk(tmp_path) == []
 
     @pytest.mark.usefixtures("_ctrl_c")
-    def test_a_backup_that_ctrl_c_cuts_off_is_saved_after_all(self, tmp_path, monkeypatch) -> None:
-        """The first waits for the backup, the second does not wait for the disk; leaving the `with` statement does."""
+    def test_a_backup_is_saved_although_ctrl_c_interrupts_the_wait_for_it(self, tmp_path, monkeypatch) -> None:
+        """The first Ctrl-C waits, the second does not, and the exit of `with` waits again."""
         monkeypatch.setattr(background, "LITTLE", 0)
         busy, main = Busy(), threading.main_thread().ident
 
@@ -435,12 +434,12 @@ class TestErrors:
         assert on_disk(tmp_path) == ["ckpt-5"]
 
 
-class TestErrorsThatNobodyHeardOf:
-    """Because the training was interrupted before they could be told."""
+class TestUnreportedErrors:
+    """An interrupt ends the training before it can raise the error of a save."""
 
     @pytest.fixture
     def interrupted(self, tmp_path) -> kc.CheckpointDirectory:
-        """Its second save failed."""
+        """A run that was interrupted after its second save failed."""
         runs = kc.CheckpointDirectory(tmp_path / "run")
         with pytest.raises(KeyboardInterrupt):
             fit(
@@ -452,15 +451,14 @@ class TestErrorsThatNobodyHeardOf:
             )
         return runs
 
-    def test_are_told_of_by_the_next_restore(self, interrupted) -> None:
-        """Once."""
+    def test_the_next_restore_warns_of_a_failed_save_once(self, interrupted) -> None:
         with pytest.warns(UserWarning, match="in the background failed: .* has a file ckpt-4.data-00000-of-00001"):
             kc.restore(dense_model(), interrupted)
 
         kc.restore(dense_model(), interrupted)
 
-    def test_are_told_of_each_time(self, tmp_path) -> None:
-        """Python shows a warning of the same words once."""
+    def test_each_failed_save_warns_even_with_the_same_text(self, tmp_path) -> None:
+        """By default Python shows a warning of the same text once."""
         (tmp_path / "ckpt-1.data-00000-of-00001").write_bytes(b"mine")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("default")
@@ -471,15 +469,14 @@ class TestErrorsThatNobodyHeardOf:
 
         assert len([each for each in told if "in the background failed" in str(each.message)]) == 2
 
-    def test_are_told_of_by_the_next_training(self, interrupted, tmp_path) -> None:
-        """Which is another one, and ends well."""
+    def test_the_next_fit_warns_of_a_failed_save(self, interrupted, tmp_path) -> None:
+        """That fit itself succeeds."""
         with pytest.warns(UserWarning, match="in the background failed: .* has a file ckpt-4.data-00000-of-00001"):
             fit(dense_model(), kc.ModelCheckpoint(tmp_path / "other"))
 
         assert on_disk(tmp_path / "other") == ["ckpt-5"]
 
-    def test_are_told_of_by_the_end_of_the_process(self, tmp_path) -> None:
-        """On its error output."""
+    def test_the_end_of_the_process_prints_a_failed_save_to_stderr(self, tmp_path) -> None:
         (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
         ended = python(f"""
 checkpoint = kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2)
@@ -488,8 +485,8 @@ fit(dense_model(), checkpoint, Interrupts(2, RuntimeError("no more")), batches=9
 
         assert "has a file ckpt-2.data-00000-of-00001" in ended.stderr
 
-    def test_are_told_of_by_a_process_that_a_signal_ends(self, tmp_path) -> None:
-        """The backup was saved, the checkpoint of the same batch was not."""
+    def test_a_process_that_a_signal_ends_prints_a_failed_save_to_stderr(self, tmp_path) -> None:
+        """The backup is saved, the checkpoint of the same batch is not."""
         code = f"""
 path = pathlib.Path({str(tmp_path)!r})
 stop = After({{4: lambda: os.kill(os.getpid(), signal.SIGTERM)}})
@@ -503,8 +500,8 @@ fit(dense_model(), checkpoint, adds, stop, kc.BackupAndRestore(path / "backup"),
         assert "has a file ckpt-4.data-00000-of-00001" in ended.stderr
         assert on_disk(tmp_path / "backup") == ["ckpt-4"]
 
-    def test_are_raised_too_where_the_training_goes_on(self, tmp_path) -> None:
-        """A callback may restore meanwhile."""
+    def test_an_error_that_a_restore_reported_is_still_raised_by_the_training(self, tmp_path) -> None:
+        """A callback may restore during the training."""
         runs, other = kc.CheckpointDirectory(tmp_path), dense_model()
         (tmp_path / "ckpt-4.data-00000-of-00001").write_bytes(b"mine")
         restores = After({4: lambda: kc.restore(other, runs)})
@@ -514,7 +511,7 @@ fit(dense_model(), checkpoint, adds, stop, kc.BackupAndRestore(path / "backup"),
 
 
 def test_threads_that_save_and_restore_do_not_disturb_each_other(long) -> None:
-    """One takes up what it has saved, the other tells of what nobody takes up."""
+    """One thread takes the results of its jobs, the other reports unclaimed errors."""
     ended = threading.Event()
 
     def train() -> None:
@@ -535,8 +532,8 @@ def test_threads_that_save_and_restore_do_not_disturb_each_other(long) -> None:
     training.result()
 
 
-def test_of_saves_of_one_moment_the_greatest_counts() -> None:
-    """One of the whole model holds more than one of its weights."""
+def test_saves_of_one_step_count_with_the_largest_size() -> None:
+    """A save of the whole model holds more than a save of its weights."""
     freed = threading.Event()
     for size in (100 << 20, 30 << 20):
         job = background.Job(freed.wait, ("run", 10), size)
@@ -547,7 +544,7 @@ def test_of_saves_of_one_moment_the_greatest_counts() -> None:
     assert full
 
 
-def test_what_is_saved_beside_the_model_counts_too(tmp_path) -> None:
+def test_the_state_of_callbacks_counts_to_the_size_of_a_save(tmp_path) -> None:
     """A callback may hold more than the model does."""
 
     class Holds(keras.callbacks.Callback):
@@ -560,42 +557,42 @@ def test_what_is_saved_beside_the_model_counts_too(tmp_path) -> None:
         fit(dense_model(), busy, Holds(), backup, After({4: busy.free}), batches=5)
 
 
-def test_many_little_variables_count_as_more_than_their_bytes() -> None:
-    """A snapshot of them is objects, most of all."""
+def test_many_small_variables_count_as_more_than_their_bytes() -> None:
+    """The objects of their snapshot take most of the memory."""
     state = ModelState(dense_model())
     state.snapshot()
 
     assert state.size > 1000 * len(state.names())
 
 
-def test_an_error_does_not_keep_the_values_that_were_to_be_saved() -> None:
-    """Nor does what led to it."""
+def test_the_error_of_a_save_does_not_keep_its_values_alive() -> None:
+    """Neither does the cause of the error."""
 
-    class Great:
+    class Large:
         pass
 
-    def fails(great: Great) -> None:
-        held = [great]
+    def fails(large: Large) -> None:
+        held = [large]
         try:
             raise OSError("no")
         except OSError as error:
             raise kc.SaveError(f"no, for all {len(held)}") from error
 
-    great = Great()
-    alive = weakref.ref(great)
-    job = background.Job(functools.partial(fails, great), ("run", 1), 1)
-    del great
+    large = Large()
+    alive = weakref.ref(large)
+    job = background.Job(functools.partial(fails, large), ("run", 1), 1)
+    del large
     with pytest.raises(kc.SaveError, match="for all 1") as caught:
         job.result()
-    background.Job(bool, ("run", 1), 1).result()  # the thread has turned to something else
+    background.Job(bool, ("run", 1), 1).result()  # the thread has finished the job before
 
     assert caught.value.__cause__
     assert alive() is None
 
 
 @pytest.mark.parametrize("began", [False, True])
-def test_a_job_that_ctrl_c_cuts_off_is_waited_for_if_it_began(monkeypatch, began) -> None:
-    """If it did not, nobody waits for it."""
+def test_a_job_whose_submission_ctrl_c_interrupts_is_waited_for_if_it_began(monkeypatch, began) -> None:
+    """If it did not begin, nothing waits for it."""
     started, freed, thread = threading.Event(), threading.Event(), concurrent.futures.ThreadPoolExecutor(1)
 
     def work() -> None:
@@ -622,11 +619,10 @@ def test_a_job_that_ctrl_c_cuts_off_is_waited_for_if_it_began(monkeypatch, began
     assert background.is_idle()
 
 
-class TestLeaving:
-    """The training, or the process."""
+class TestExit:
+    """The end of the training, or of the process."""
 
-    def test_a_process_ends_whenever_ctrl_c_came(self, tmp_path) -> None:
-        """Also while the thread that writes began."""
+    def test_a_process_ends_after_ctrl_c_during_the_start_of_the_writing_thread(self, tmp_path) -> None:
         ended = python(f"""
 start = threading.Thread.start
 def interrupted(thread):
@@ -643,8 +639,8 @@ except KeyboardInterrupt:
         assert ended.returncode == 0, ended.stderr
         assert on_disk(tmp_path) == ["ckpt-5"]
 
-    def test_a_process_that_ends_waits(self, tmp_path) -> None:
-        """An error in another callback ended the training, so that nobody else has waited."""
+    def test_the_exit_of_the_process_waits_for_all_saves(self, tmp_path) -> None:
+        """An error in another callback ended the training, which did not wait."""
         ended = python(f"""
 busy = Busy()
 checkpoint = kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2)
@@ -656,8 +652,8 @@ fit(dense_model(), checkpoint, busy, After({{3: busy.free_soon}}), Interrupts(4,
         assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4"]
         assert kc.CheckpointDirectory(tmp_path).verify().ok
 
-    def test_it_waits_whatever_was_imported_first(self, tmp_path) -> None:
-        """A directory may be looked at before Keras and its threads are there. Great values are written by threads."""
+    def test_the_exit_waits_even_if_the_directory_was_read_before_keras_was_imported(self, tmp_path) -> None:
+        """Several threads write large values."""
         script = f"""
 import keras_ckpt as kc
 kc.CheckpointDirectory({str(tmp_path)!r}).latest()
@@ -672,7 +668,7 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
 
         assert on_disk(tmp_path) == ["ckpt-2"]
 
-    def test_who_waits_does_not_wait_for_what_comes_later(self) -> None:
+    def test_a_wait_does_not_include_later_saves(self) -> None:
         """A training in another thread may save without end."""
         first, second = threading.Event(), threading.Event()
         background.Job(first.wait, ("run", 1), 1)
@@ -687,8 +683,8 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
 
         assert ended
 
-    def test_the_training_after_an_interrupted_one_waits(self, tmp_path) -> None:
-        """It goes on in the same directory, in a notebook."""
+    def test_the_fit_after_an_interrupted_fit_waits_for_its_saves(self, tmp_path) -> None:
+        """It continues in the same directory, as in a notebook."""
         model, busy = dense_model(), Busy()
         checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=2)
         with pytest.raises(KeyboardInterrupt):
@@ -700,8 +696,8 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
 
         assert on_disk(tmp_path) == ["ckpt-2", "ckpt-4", "ckpt-6"]
 
-    def test_what_is_restored_after_an_interrupt_is_the_newest(self, tmp_path) -> None:
-        """Though it is being written still."""
+    def test_a_restore_after_an_interrupt_waits_for_the_newest_checkpoint(self, tmp_path) -> None:
+        """The checkpoint is still being written."""
         model, other, busy = dense_model(), dense_model(), Busy()
         checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=2)
         with pytest.raises(KeyboardInterrupt):
@@ -713,8 +709,8 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
         assert same(model, other)
 
     @pytest.mark.usefixtures("_ctrl_c")
-    def test_a_backup_that_an_error_ended_keeps_nothing(self, tmp_path) -> None:
-        """Python keeps who watches its signals: not the model, the data and the copies with it."""
+    def test_a_backup_callback_keeps_no_model_alive_after_an_error(self, tmp_path) -> None:
+        """Python keeps signal handlers alive, but not the model, the data and the copies."""
         model, backup = dense_model(), kc.BackupAndRestore(tmp_path)
         alive = weakref.ref(model)
         with pytest.raises(KeyboardInterrupt):
@@ -730,29 +726,28 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
-    def test_the_memory_for_copies_is_given_back_at_once(self, tmp_path, callback) -> None:
-        """Not when Python comes to look for what is unreachable."""
+    def test_the_memory_for_copies_is_freed_at_the_end_of_fit(self, tmp_path, callback) -> None:
+        """Without the help of the garbage collector."""
         model = dense_model()
         gc.disable()
         try:
             fit(model, callback(tmp_path))
-            background.Job(bool, ("run", 1), 1).result()  # the thread has turned to something else
+            background.Job(bool, ("run", 1), 1).result()  # the thread has finished the job before
 
             assert not arena_of(model)._rooms
         finally:
             gc.enable()
 
     @pytest.mark.usefixtures("_ctrl_c")
-    def test_an_error_of_the_last_backup_ends_the_watch_for_signals(self, tmp_path) -> None:
-        """They are for whoever had them before."""
+    def test_an_error_of_the_last_backup_restores_the_signal_handlers(self, tmp_path) -> None:
         adds = Adds(tmp_path / "ckpt-5.data-00000-of-00001")
         with pytest.raises(kc.DirectoryNotEmptyError):
             fit(dense_model(), adds, kc.BackupAndRestore(tmp_path))
 
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    def test_a_forked_child_neither_waits_nor_is_waited_for(self) -> None:
-        """As the processes that prepare data are."""
+    def test_a_forked_child_does_not_wait_for_the_saves_of_its_parent(self) -> None:
+        """Data loaders fork such processes."""
         freed = threading.Event()
         job = background.Job(freed.wait, ("run", 1), 1)
         child = os.fork()
@@ -766,7 +761,7 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
         assert os.waitstatus_to_exitcode(status) == 5
 
     def test_a_forked_child_does_not_keep_a_directory_locked(self, tmp_path) -> None:
-        """It was forked while a save was published."""
+        """It is forked while a save is committed."""
         with Folder(tmp_path) as folder:
             with folder.mutex():
                 child = os.fork()
@@ -781,8 +776,8 @@ fit(model, kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2), Interrupts(2, Run
                 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def test_timings_tell_how_long_training_stood_still(tmp_path) -> None:
-    """Not how long the save had to wait to be written."""
+def test_blocked_ms_is_the_time_that_training_waited(tmp_path) -> None:
+    """It does not include the wait of the save in the queue."""
     busy, times = Busy(), {}
     notes = After({2: lambda: times.update(save=time.perf_counter()), 4: busy.free})
     fit(dense_model(), notes, kc.ModelCheckpoint(tmp_path, save_freq=2), busy, batches=5)
@@ -794,7 +789,7 @@ def test_timings_tell_how_long_training_stood_still(tmp_path) -> None:
 
 
 class Holds(keras.callbacks.Callback):
-    """Has the thread that writes wait at the end of an epoch, for something of the moment of another callback."""
+    """Blocks the writing thread at the end of an epoch with a job of another callback's step."""
 
     def __init__(self, other: kc.ModelCheckpoint, freed: threading.Event) -> None:
         super().__init__()
@@ -802,7 +797,7 @@ class Holds(keras.callbacks.Callback):
         self.freed = freed
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
-        # Before the first save, so that it waits too.
+        # Before the first save, so that the save waits.
         background.Job(self.freed.wait, self.moment(), 1)
 
     def moment(self) -> object:
@@ -811,7 +806,7 @@ class Holds(keras.callbacks.Callback):
 
 
 class Adds(keras.callbacks.Callback):
-    """Makes a file of somebody else's in the first batch."""
+    """Creates a foreign file at the beginning of each batch."""
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__()
@@ -822,7 +817,7 @@ class Adds(keras.callbacks.Callback):
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    """A process that runs the code with the names of this module."""
+    """Runs code with the names of this module in another process."""
     here = os.path.dirname(__file__)
     code = f"import sys, warnings\nsys.path.insert(0, {here!r})\nfrom test_background import *\n{code}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Saves that are due and not on disk yet: their number, their age and their order are bounded on a slow disk."""
+"""The backlog: on a slow disk the number, the age and the order of waiting saves are bounded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keras_ckpt.training.backlog import MAX_WAITING, Backlog
 from support.models import dense_model, fit
 
 
-class TestABacklog:
+class TestBacklog:
     """Training waits for the disk when it is ahead by more than two saves and by more than a second."""
 
     @pytest.fixture
@@ -27,14 +27,14 @@ class TestABacklog:
     def backlog(self, now) -> Backlog:
         return Backlog(lambda: now[0])
 
-    def test_of_two_saves_is_never_too_long(self, backlog, now) -> None:
+    def test_two_saves_are_never_too_many(self, backlog, now) -> None:
         backlog.due(), backlog.due()
         now[0] = 100.0
 
         assert not backlog.is_too_long()
         assert backlog.is_too_long(more=1)
 
-    def test_of_many_saves_is_not_too_long_within_a_second(self, backlog, now) -> None:
+    def test_many_saves_are_not_too_many_within_a_second(self, backlog, now) -> None:
         for _ in range(50):
             backlog.due()
         now[0] = 0.9
@@ -43,14 +43,14 @@ class TestABacklog:
         now[0] = 1.1
         assert backlog.is_too_long()
 
-    def test_is_shorter_by_all_that_a_save_on_disk_covers(self, backlog, now) -> None:
+    def test_a_save_on_disk_completes_all_earlier_saves(self, backlog, now) -> None:
         numbers = [backlog.due() for _ in range(5)]
         now[0] = 2.0
         backlog.done(numbers[2])
 
         assert not backlog.is_too_long()
 
-    def test_counts_from_the_oldest_save_that_is_not_on_disk(self, backlog, now) -> None:
+    def test_the_age_is_that_of_the_oldest_save_not_on_disk(self, backlog, now) -> None:
         first = backlog.due()
         now[0] = 1.5
         for _ in range(4):
@@ -70,7 +70,7 @@ def steps(path: pathlib.Path) -> list[int]:
 
 @pytest.fixture
 def slow_disk(monkeypatch) -> None:
-    """Each sync takes 20 ms more, so that a save takes longer than several batches."""
+    """Each sync takes 20 ms longer, so a save takes longer than several batches."""
     sync = os.fsync
 
     def slow(descriptor: int) -> None:
@@ -81,7 +81,7 @@ def slow_disk(monkeypatch) -> None:
 
 
 class Watch(keras.callbacks.Callback):
-    """Notes at each batch how far the directories on disk are behind, and how many saves wait."""
+    """Records at each batch how far the directories on disk are behind training."""
 
     def __init__(self, *paths: pathlib.Path) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Watch(keras.callbacks.Callback):
         self.behind: dict[str, list[tuple[int, float]]] = {path: [] for path in self.paths}
 
     def on_train_batch_end(self, batch, logs=None) -> None:
-        # The callbacks that save come later: the saves of the batches before are due.
+        # The callbacks that save come later in the list, so only earlier batches are due.
         last, now = len(self.times) - 1, time.monotonic()
         for path in self.paths:
             newest = max(steps(pathlib.Path(path)), default=0)
@@ -100,14 +100,14 @@ class Watch(keras.callbacks.Callback):
 
 
 def assert_near(behind: list[tuple[int, float]]) -> None:
-    """Nothing on disk is more than two saves, or one second and the save in progress, behind."""
+    """The directory is at most two saves, or one second and the save in progress, behind."""
     late = [(saves, seconds) for saves, seconds in behind if saves > 2 and seconds > 2.0]
     assert late == []
     assert behind, "the disk was never behind"
 
 
-def test_a_backup_stays_near_beside_a_callback_that_saves_as_often(tmp_path, slow_disk) -> None:
-    """Small models train faster than the disk writes: training waits for the disk."""
+def test_training_waits_for_a_slow_disk_with_two_callbacks_that_save_each_batch(tmp_path, slow_disk) -> None:
+    """Small models train faster than the disk writes."""
     backup, run = tmp_path / "backup", tmp_path / "run"
     watch = Watch(backup, run)
     callbacks = [kc.ModelCheckpoint(run, save_freq=1), kc.BackupAndRestore(backup, save_freq=1)]
@@ -118,8 +118,8 @@ def test_a_backup_stays_near_beside_a_callback_that_saves_as_often(tmp_path, slo
     assert_near(watch.behind[str(run)])
 
 
-def test_a_backup_does_not_give_way_to_newer_ones_for_ever(tmp_path, slow_disk) -> None:
-    """Beside a callback that fills the queue, the oldest backup that waits keeps its place."""
+def test_a_waiting_backup_is_not_replaced_forever(tmp_path, slow_disk) -> None:
+    """The oldest waiting backup keeps its place beside a callback that fills the queue."""
     backup, run = tmp_path / "backup", tmp_path / "run"
     watch = Watch(backup)
 
@@ -134,8 +134,8 @@ def test_a_backup_does_not_give_way_to_newer_ones_for_ever(tmp_path, slow_disk) 
     assert max(saves for saves, _ in watch.behind[str(backup)]) <= 2 * (MAX_WAITING + 1) + 3
 
 
-def test_of_one_step_the_backup_is_on_disk_first(tmp_path, slow_disk) -> None:
-    """A checkpoint that only selects is saved again after a restart from the backup."""
+def test_the_backup_of_a_step_is_written_before_the_checkpoint_of_the_step(tmp_path, slow_disk) -> None:
+    """After a restart from the backup the checkpoint is saved again."""
     run, backup = tmp_path / "run", tmp_path / "backup"
     order: list[tuple[list[int], list[int]]] = []
 
@@ -153,12 +153,12 @@ def test_of_one_step_the_backup_is_on_disk_first(tmp_path, slow_disk) -> None:
         batches=8,
     )
 
-    # Of the first step the checkpoint had begun to be written.
+    # The checkpoint of the first step began before the backup was due.
     assert order[2:] == [([step], [step - 1]) for step in range(2, 8)]
 
 
-def test_a_callback_that_keeps_all_saves_all(tmp_path, slow_disk) -> None:
-    """Waiting is the only way then."""
+def test_a_callback_without_a_policy_saves_every_due_checkpoint(tmp_path, slow_disk) -> None:
+    """Training waits for a slow disk."""
     fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), batches=12)
 
     assert steps(tmp_path) == [*range(1, 13)]
@@ -168,8 +168,8 @@ def test_a_callback_that_keeps_all_saves_all(tmp_path, slow_disk) -> None:
     ("keep", "kept"),
     [(kc.LatestN(1), [30]), (kc.LatestN(2), [29, 30]), (kc.LatestN(1) | kc.EveryNSteps(10), [1, 10, 20, 30])],
 )
-def test_a_save_that_waits_is_replaced_where_the_policy_would_not_keep_it(tmp_path, slow_disk, keep, kept) -> None:
-    """So the disk has less to write, and what stays is the same."""
+def test_a_waiting_save_that_the_policy_would_not_keep_is_replaced(tmp_path, slow_disk, keep, kept) -> None:
+    """The disk has less to write, and the same checkpoints stay."""
     written = set()
 
     class Looks(keras.callbacks.Callback):
@@ -182,8 +182,8 @@ def test_a_save_that_waits_is_replaced_where_the_policy_would_not_keep_it(tmp_pa
     assert len(written | set(kept)) < 30
 
 
-def test_a_save_that_a_policy_of_ones_own_may_keep_is_not_replaced(tmp_path, slow_disk) -> None:
-    """Nobody knows what it selects."""
+def test_a_custom_policy_never_causes_a_replacement(tmp_path, slow_disk) -> None:
+    """The package does not know which records it selects."""
 
     seen: set[int] = set()
 
@@ -197,14 +197,14 @@ def test_a_save_that_a_policy_of_ones_own_may_keep_is_not_replaced(tmp_path, slo
     assert seen == {*range(1, 16)}
 
 
-def test_a_bounded_number_of_saves_waits(tmp_path, monkeypatch) -> None:
-    """Training waits with the ninth save, however fast it is."""
-    first, go_on = threading.Event(), threading.Event()
+def test_the_number_of_waiting_saves_is_bounded(tmp_path, monkeypatch) -> None:
+    """Training waits at the ninth save, however fast it is."""
+    first, resume = threading.Event(), threading.Event()
     sync = os.fsync
 
     def stuck(descriptor: int) -> None:
         first.set()
-        go_on.wait(20)
+        resume.wait(20)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", stuck)
@@ -215,7 +215,7 @@ def test_a_bounded_number_of_saves_waits(tmp_path, monkeypatch) -> None:
             done.append(batch)
 
     monkeypatch.setattr("keras_ckpt.training.backlog._MAX_SECONDS", 60.0)
-    threading.Timer(1.5, go_on.set).start()
+    threading.Timer(1.5, resume.set).start()
     counted: list[int] = []
     threading.Timer(1.4, lambda: counted.append(len(done))).start()
 

@@ -1,4 +1,4 @@
-"""The command line: a thin shell over the directory, with its exit codes."""
+"""The command `keras-ckpt`: its output and its exit codes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
 def run(*arguments: object, code: int = 0, answer: str | None = None) -> str:
-    """Runs a command, checks its exit code, and gives what it printed."""
+    """Runs a command, checks its exit code, and returns its output."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=answer)
     assert result.exit_code == code, result.output
     return result.output
@@ -30,12 +30,12 @@ def runs(filler) -> kc.CheckpointDirectory:
 
 
 def test_ls_prints_the_table(runs) -> None:
-    """The same as `print(directory)`."""
+    """The table is the same as `print(directory)`."""
     assert run("ls", runs.path) == f"{runs}\n"
 
 
 def test_ls_prints_json(runs) -> None:
-    """Each checkpoint with all facts of its sidecar; a NaN as a string."""
+    """Each checkpoint has all facts of its sidecar, and a NaN is a string."""
     runs.pin(20, "why")
     (pathlib.Path(runs.path) / "ckpt-30.json").write_text("")
     (pathlib.Path(runs.path) / "ckpt-10.json").unlink()
@@ -51,7 +51,7 @@ def test_ls_prints_json(runs) -> None:
     assert listed["without_sidecar"] == ["ckpt-10"]
 
 
-def test_show_prints_all_that_is_known(runs) -> None:
+def test_show_prints_all_facts_of_a_checkpoint(runs) -> None:
     """In lines, and as JSON."""
     text = run("show", runs.path, 20)
 
@@ -63,13 +63,13 @@ def test_show_prints_all_that_is_known(runs) -> None:
 @pytest.mark.parametrize(
     ("options", "step"), [([], 20), (["--mode", "max"], 10), (["--monitor", "loss", "--mode", "max"], 10)]
 )
-def test_best_shows_the_best(runs, options, step) -> None:
-    """By what training watched, or by what is asked for."""
+def test_best_prints_the_best_checkpoint(runs, options, step) -> None:
+    """By the monitor of the training, or by the given monitor and mode."""
     assert json.loads(run("best", runs.path, "--json", *options))["step"] == step
 
 
-def test_prune_prints_its_plan_and_removes(runs) -> None:
-    """What is printed is what `plan()` gives."""
+def test_prune_prints_its_plan_and_removes_checkpoints(runs) -> None:
+    """The plan is the same as `plan()` returns."""
     plan = runs.plan(kc.LatestN(1) | kc.BestN(1, "loss", "min"))
 
     out = run("prune", runs.path, "--keep-latest", 1, "--keep-best", 1, "--monitor", "loss", "--mode", "min")
@@ -79,14 +79,13 @@ def test_prune_prints_its_plan_and_removes(runs) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "-n"])
-def test_a_dry_run_removes_nothing(runs, flag) -> None:
-    """And says so."""
+def test_a_dry_run_removes_nothing_and_prints_so(runs, flag) -> None:
     assert "Nothing was removed" in run("prune", runs.path, "--keep-latest", 1, flag)
     assert len(runs) == 4
 
 
 def test_prune_prints_json(runs) -> None:
-    """A decision for each checkpoint."""
+    """The JSON has a decision for each checkpoint."""
     plan = json.loads(run("prune", runs.path, "--keep-every-steps", 20, "-n", "--json"))
 
     assert plan["policy"] == "EveryNSteps(20)"
@@ -108,14 +107,13 @@ def test_prune_prints_json(runs) -> None:
     ],
 )
 def test_prune_has_an_option_for_each_policy(runs, options, kept) -> None:
-    """Together they keep what any of them keeps."""
+    """Several options keep the union."""
     run("prune", runs.path, *options)
 
     assert [record.step for record in runs] == kept
 
 
-def test_pin_and_unpin(runs) -> None:
-    """With a reason."""
+def test_pin_sets_a_reason_and_unpin_removes_the_pin(runs) -> None:
     run("pin", runs.path, 10, "paper figure 3")
     assert runs[10].pin == "paper figure 3"
 
@@ -123,8 +121,8 @@ def test_pin_and_unpin(runs) -> None:
     assert not runs[10].pinned
 
 
-def test_clear_asks_first(runs) -> None:
-    """No is no, and --yes does not ask."""
+def test_clear_asks_for_confirmation(runs) -> None:
+    """`n` aborts, and `--yes` does not ask."""
     run("clear", runs.path, answer="n\n", code=1)
     assert len(runs) == 4
 
@@ -146,15 +144,15 @@ def test_clear_asks_first(runs) -> None:
         (["ls", __file__], "this is a file"),
     ],
 )
-def test_what_is_not_there_exits_with_1(runs, arguments, text) -> None:
-    """With the library's sentence."""
+def test_a_missing_path_step_or_metric_exits_with_1(runs, arguments, text) -> None:
+    """The output has the error of the library."""
     arguments = [str(argument).replace("{run}", runs.path) for argument in arguments]
 
     assert text in run(*arguments, code=1)
 
 
-def test_a_damaged_checkpoint_exits_with_1(runs) -> None:
-    """Where it is asked for; the list shows it with the others."""
+def test_show_of_a_damaged_checkpoint_exits_with_1(runs) -> None:
+    """`ls` lists it with the others."""
     (pathlib.Path(runs.path) / "ckpt-20.json").write_text("")
 
     assert "cannot be used" in run("show", runs.path, 20, code=1)
@@ -162,7 +160,7 @@ def test_a_damaged_checkpoint_exits_with_1(runs) -> None:
 
 
 def test_a_bug_is_not_shown_as_wrong_usage(runs, monkeypatch) -> None:
-    """A ValueError from inside comes with its traceback: it says nothing of the arguments."""
+    """A ValueError from inside has a traceback, because it is not about the arguments."""
 
     def broken(*_: object) -> None:
         raise ValueError("a bug")
@@ -177,7 +175,7 @@ def test_a_bug_is_not_shown_as_wrong_usage(runs, monkeypatch) -> None:
 
 
 def test_best_of_an_empty_directory_exits_with_1(tmp_path) -> None:
-    """The path exists, and no checkpoint is there."""
+    """The path exists, but has no checkpoint."""
     assert "There is no checkpoint" in run("best", tmp_path, code=1)
 
 
@@ -196,8 +194,7 @@ def test_best_of_an_empty_directory_exits_with_1(tmp_path) -> None:
         ["nonsense"],
     ],
 )
-def test_wrong_usage_exits_with_2(runs, arguments) -> None:
-    """And removes nothing."""
+def test_wrong_usage_exits_with_2_and_removes_nothing(runs, arguments) -> None:
     run(*(str(argument).replace("{run}", runs.path) for argument in arguments), code=2)
 
     assert len(runs) == 4
@@ -205,15 +202,14 @@ def test_wrong_usage_exits_with_2(runs, arguments) -> None:
 
 @pytest.mark.parametrize("name", main.commands)
 def test_every_command_has_help_and_is_in_the_readme(name) -> None:
-    """None can be added without."""
+    """A new command needs both."""
     text = run(name, "--help")
 
     assert f"Example: keras-ckpt {name}" in text
     assert f"keras-ckpt {name}" in README.read_text()
 
 
-def test_the_module_is_the_command(runs) -> None:
-    """`python -m keras_ckpt` too."""
+def test_python_m_keras_ckpt_runs_the_command(runs) -> None:
     out = subprocess.run(
         [sys.executable, "-m", "keras_ckpt", "ls", runs.path, "--json"], capture_output=True, check=True, text=True
     ).stdout
@@ -221,8 +217,8 @@ def test_the_module_is_the_command(runs) -> None:
     assert len(json.loads(out)["checkpoints"]) == 4
 
 
-def test_the_demo_shows_what_it_says(tmp_path) -> None:
-    """It trains, shows the table with reasons, restores the best to the recorded value, and prunes."""
+def test_the_demo_trains_restores_the_best_and_prunes(tmp_path) -> None:
+    """It prints the table with reasons, and the restored metrics agree with the record."""
     out = subprocess.run(
         [sys.executable, "-m", "keras_ckpt", "demo", str(tmp_path / "demo")], capture_output=True, check=True, text=True
     ).stdout
@@ -233,8 +229,8 @@ def test_the_demo_shows_what_it_says(tmp_path) -> None:
     assert len(kc.CheckpointDirectory(tmp_path / "demo")) == 1
 
 
-def test_the_demo_leaves_another_run_alone(runs) -> None:
-    """It exits with 1, and says what to do."""
+def test_the_demo_refuses_a_directory_of_another_run(runs) -> None:
+    """It exits with 1, and the error has the advice."""
     result = subprocess.run(
         [sys.executable, "-m", "keras_ckpt", "demo", runs.path], capture_output=True, check=False, text=True
     )
@@ -245,8 +241,8 @@ def test_the_demo_leaves_another_run_alone(runs) -> None:
     assert len(runs) == 4
 
 
-def test_verify_reads_every_byte(runs) -> None:
-    """It exits with 1 if a byte is not what was written, says which checkpoint, and changes nothing."""
+def test_verify_finds_a_changed_byte(runs) -> None:
+    """It exits with 1, names the checkpoint, and changes nothing."""
     data = pathlib.Path(runs[20].prefix + ".data-00000-of-00001")
 
     assert "4 checkpoints whole" in run("verify", runs.path)
@@ -261,8 +257,8 @@ def test_verify_reads_every_byte(runs) -> None:
     assert sorted(pathlib.Path(runs.path).rglob("*")) == before
 
 
-def test_verify_shows_how_far_it_is_in_a_terminal(runs) -> None:
-    """A progress bar, on the terminal's error stream."""
+def test_verify_shows_a_progress_bar_in_a_terminal(runs) -> None:
+    """The bar is on the error stream."""
     script = "import sys, keras_ckpt.cli; keras_ckpt.cli.main(['verify', sys.argv[1]])"
     master, slave = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", script, runs.path], stdout=subprocess.PIPE, stderr=slave) as process:
