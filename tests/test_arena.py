@@ -1,4 +1,4 @@
-"""The memory that snapshots are copied into: what it holds, and what it knows of what is on disk."""
+"""The arena: the copies it holds, and the values it knows to be on disk."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def value(array: np.ndarray) -> Value:
 
 
 def filled(**arrays: np.ndarray) -> tuple[Arena, Saved]:
-    """An arena with values, all of which are in a checkpoint."""
+    """An arena with values, and a checkpoint that holds all of them."""
     memory = Arena()
     values = {name.encode(): value(array) for name, array in arrays.items()}
     memory.make_room({key: len(each.data) for key, each in values.items()})
@@ -30,8 +30,8 @@ def filled(**arrays: np.ndarray) -> tuple[Arena, Saved]:
     return memory, saved
 
 
-def test_what_is_taken_is_a_copy() -> None:
-    """It stays as it is when the one that was copied changes."""
+def test_take_returns_a_copy() -> None:
+    """A later change of the source does not change the copy."""
     memory = Arena()
     array = np.ones(5, np.float32)
     memory.make_room({b"a": 20})
@@ -43,8 +43,8 @@ def test_what_is_taken_is_a_copy() -> None:
     assert memory.has(b"a", copy)
 
 
-def test_the_same_memory_is_used_again() -> None:
-    """Memory that is new costs several times what a copy does."""
+def test_take_reuses_the_memory_of_a_value() -> None:
+    """New memory costs several times the copy."""
     memory, _ = filled(a=np.ones(5))
     first = memory.take(b"a", value(np.ones(5)))
 
@@ -55,8 +55,8 @@ def test_the_same_memory_is_used_again() -> None:
     assert first.data.view(np.float32).tolist() == [0] * 5
 
 
-def test_what_is_on_disk_is_known_until_it_changes() -> None:
-    """The one value, not the other."""
+def test_a_changed_value_is_no_longer_known_to_be_on_disk() -> None:
+    """The entries of other values stay."""
     memory, saved = filled(a=np.ones(5), b=np.ones(5))
 
     memory.take(b"a", value(np.ones(5)))
@@ -65,8 +65,8 @@ def test_what_is_on_disk_is_known_until_it_changes() -> None:
     assert saved.entries.keys() == {b"a"}
 
 
-def test_a_bit_is_a_change() -> None:
-    """Also where numbers are equal, or are none."""
+def test_values_are_compared_by_bits() -> None:
+    """-0.0 differs from 0.0, and a NaN equals the same NaN."""
     zeros = np.zeros(5, np.float32)
     memory, saved = filled(a=zeros, b=np.full(5, np.nan))
 
@@ -77,8 +77,8 @@ def test_a_bit_is_a_change() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (2048, 1024)], ids=str)
-def test_an_interrupted_copy_is_not_taken_for_what_is_on_disk(monkeypatch, shape) -> None:
-    """Ctrl-C comes while half of a value is copied, of a small value and of a large one."""
+def test_a_half_copied_value_is_not_known_to_be_on_disk(monkeypatch, shape) -> None:
+    """Ctrl-C comes while half of a small or a large value is copied."""
     memory, saved = filled(a=np.zeros(shape), b=np.ones(5))
 
     def interrupted(target: np.ndarray, source: np.ndarray) -> None:
@@ -93,7 +93,7 @@ def test_an_interrupted_copy_is_not_taken_for_what_is_on_disk(monkeypatch, shape
 
 
 def packed(**arrays: np.ndarray) -> tuple[list[Packed], np.ndarray]:
-    """Values one after another, and where each is."""
+    """Packs values one after another. Returns their places and the bytes."""
     values, end = [], 0
     for name, array in arrays.items():
         values.append(Packed(name.encode(), FLOAT, array.shape, end, array.size * 4))
@@ -102,10 +102,10 @@ def packed(**arrays: np.ndarray) -> tuple[list[Packed], np.ndarray]:
     return values, data.astype(np.float32).view(np.uint8)
 
 
-class TestPacked:
-    """Many values at once are taken as each alone is."""
+class TestTakePacked:
+    """`take_packed` takes many values as `take` takes each of them."""
 
-    def test_are_copies_of_their_own(self) -> None:
+    def test_take_packed_returns_copies(self) -> None:
         arrays = {"a": np.ones(5), "b": np.arange(6).reshape(2, 3), "scalar": np.array(7), "empty": np.ones((0, 2))}
         memory, _ = filled(**{name: np.zeros_like(array) for name, array in arrays.items()})
         values, data = packed(**arrays)
@@ -118,16 +118,16 @@ class TestPacked:
             assert copy.data.view(np.float32).reshape(copy.shape).tolist() == array.tolist()
             assert memory.has(name.encode(), copy)
 
-    def test_what_is_on_disk_is_known_until_it_changes(self) -> None:
-        """To the bit; the one value, not the others."""
+    def test_packed_values_that_changed_are_no_longer_known_to_be_on_disk(self) -> None:
+        """They are compared by bits. The entries of other values stay."""
         memory, saved = filled(a=np.ones(5), b=np.ones(5), c=np.zeros(5), d=np.full(5, np.nan))
 
         memory.take_packed(*packed(a=np.ones(5), b=np.arange(5), c=-np.zeros(5), d=np.full(5, np.nan)))
 
         assert saved.entries.keys() == {b"a", b"d"}
 
-    def test_an_interrupted_copy_is_not_taken_for_what_is_on_disk(self, monkeypatch) -> None:
-        """Ctrl-C comes while the first is copied."""
+    def test_interrupted_packed_copies_are_not_known_to_be_on_disk(self, monkeypatch) -> None:
+        """Ctrl-C comes while the first value is copied."""
         memory, saved = filled(a=np.zeros(5), b=np.ones(5), c=np.zeros(5))
         monkeypatch.setattr(arena.ctypes, "memmove", interrupted)
 
@@ -141,8 +141,8 @@ def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_what_is_to_be_written_yet_is_not_changed() -> None:
-    """What differs is copied elsewhere, what is new too; what is the same is there already."""
+def test_without_change_a_value_that_differs_is_copied_elsewhere() -> None:
+    """So is a new value. An equal value is in the arena already."""
     memory, saved = filled(a=np.ones(5), b=np.ones(5), c=np.ones(5))
 
     same, other, new, longer = (
@@ -158,8 +158,8 @@ def test_what_is_to_be_written_yet_is_not_changed() -> None:
     assert saved.entries.keys() == {b"a", b"b", b"c"}
 
 
-def test_room_beside_what_is_to_be_written_yet_is_not_filled() -> None:
-    """Its first bytes are in the page with the last ones that are written."""
+def test_without_change_an_unfilled_room_is_not_filled() -> None:
+    """Its first bytes are in a page with bytes that are being written."""
     memory, _ = filled(a=np.ones(5))
     memory.make_room({b"b": 20})
 
@@ -169,8 +169,7 @@ def test_room_beside_what_is_to_be_written_yet_is_not_filled() -> None:
     assert memory.has(b"b", memory.take(b"b", value(np.ones(5))))
 
 
-def test_a_value_of_another_size_gets_other_memory() -> None:
-    """And what was on disk of the one before is forgotten."""
+def test_a_value_of_another_size_gets_new_memory_and_loses_its_entry() -> None:
     memory, saved = filled(a=np.ones(5), b=np.ones(5))
 
     memory.make_room({b"a": 24, b"b": 20})
@@ -180,8 +179,8 @@ def test_a_value_of_another_size_gets_other_memory() -> None:
     assert saved.entries.keys() == {b"b"}
 
 
-def test_strings_are_nobody_elses_already() -> None:
-    """They are written anew each time."""
+def test_take_does_not_copy_strings() -> None:
+    """They are written in each save."""
     memory = Arena()
     text = string_value([b"text"], ())
 
@@ -189,8 +188,8 @@ def test_strings_are_nobody_elses_already() -> None:
     assert not memory.has(b"text", text)
 
 
-def test_a_model_has_one_arena_while_somebody_uses_it() -> None:
-    """The callbacks of a training share it; later ones get another."""
+def test_the_arena_of_a_model_lives_while_it_is_referenced() -> None:
+    """The callbacks of a fit share it, later callbacks get a new arena."""
 
     class Model:
         pass

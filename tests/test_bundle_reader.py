@@ -1,4 +1,4 @@
-"""What is read of a checkpoint is what TensorFlow reads, and nothing that was changed after it was written."""
+"""The reader of checkpoints: it reads the values that TensorFlow reads, and refuses changed bytes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SIZES = (0, 1, 100, 1 << 20, PORTION - 1, PORTION, 2 * PORTION + 3, 17)
 
 @pytest.fixture
 def tensors() -> dict[str, tf.Tensor]:
-    """Values of many sizes, with strings among them."""
+    """Values of many sizes, and strings."""
     found = {f"{number}": tf.constant(RNG.integers(0, 256, size, np.uint8)) for number, size in enumerate(SIZES)}
     return {"first": tf.constant(["some", "words"]), **found, "scalar": tf.constant(2.5, tf.bfloat16)}
 
 
 def read(path: pathlib.Path, names: list[str], digested: list[str] = (), name: str = "ckpt-1") -> dict[str, tf.Tensor]:
-    """Reads values, and compares the digests of some files with what they are at this moment."""
+    """Reads values, and compares the current digests of some files."""
     with Folder(path) as folder:
         files = [CheckpointFile(file, *folder.digest(file)) for file in digested]
         found = read_values(folder, read_index(folder, name), [each.encode() for each in names], allocate, files)
@@ -47,8 +47,8 @@ def same(found: dict[str, tf.Tensor], expected: dict[str, tf.Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0, 3), (3, 4, 5)], ids=str)
-def test_what_tensorflow_writes_is_read_as_it_was(tmp_path, dtype, shape) -> None:
-    """Bit for bit, of every type."""
+def test_numbers_that_tensorflow_writes_are_read_to_the_bit(tmp_path, dtype, shape) -> None:
+    """For every type and several shapes."""
     raw = RNG.integers(0, 2 if dtype == tf.bool else 8, int(np.prod(shape)), np.uint8)
     between = tf.int8 if dtype.name.endswith("int4") else tf.float32
     tensors = {"x": tf.cast(tf.cast(tf.reshape(tf.constant(raw), shape), between), dtype)}
@@ -58,8 +58,8 @@ def test_what_tensorflow_writes_is_read_as_it_was(tmp_path, dtype, shape) -> Non
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (4,), (2, 0), (2, 2)], ids=str)
-def test_strings_that_tensorflow_writes_are_read_as_they_were(tmp_path, shape) -> None:
-    """Empty, long, and with bytes that are no text."""
+def test_strings_that_tensorflow_writes_are_read_unchanged(tmp_path, shape) -> None:
+    """Empty and long strings, and bytes that are not UTF-8."""
     words = np.array([b"", b"x" * 70_000, b"\0\xff\0", "ü".encode()][: int(np.prod(shape))], object)
     tensors = {"x": tf.constant(words.reshape(shape))} if words.size else {"x": tf.zeros(shape, tf.string)}
     native(tmp_path, tensors)
@@ -81,7 +81,7 @@ def test_strings_in_parts_are_read_whole(tmp_path) -> None:
 
 @pytest.mark.parametrize("place", [0, 2, 8, -1])
 def test_a_changed_string_is_refused(tmp_path, place) -> None:
-    """A length, the checksum of the lengths, or a byte of a string."""
+    """A changed length, checksum of the lengths, or byte of a string."""
     data, _ = write(tmp_path, {"x": tf.constant(["some", "words"])})
     with Folder(tmp_path) as folder:
         index = read_index(folder, "ckpt-1")
@@ -95,8 +95,8 @@ def test_a_changed_string_is_refused(tmp_path, place) -> None:
 
 @pytest.mark.parametrize("writes", [write, write_pages])
 @pytest.mark.parametrize("checked", ["by digests", "by checksums"])
-def test_values_of_all_sizes_are_read(tmp_path, tensors, writes, checked) -> None:
-    """Together, in any order, and some of them."""
+def test_values_of_all_sizes_are_read_in_any_order(tmp_path, tensors, writes, checked) -> None:
+    """All values, and a part of them."""
     data, _ = writes(tmp_path, tensors)
     digested = [data] if checked == "by digests" else []
 
@@ -106,7 +106,7 @@ def test_values_of_all_sizes_are_read(tmp_path, tensors, writes, checked) -> Non
     assert read(tmp_path, [], digested) == {}
 
 
-def test_many_little_values_are_read(tmp_path) -> None:
+def test_many_small_values_are_read(tmp_path) -> None:
     """More than the kernel reads in one call."""
     tensors = {f"{number}": tf.constant(number) for number in range(3000)}
     data, _ = write(tmp_path, tensors)
@@ -118,7 +118,7 @@ def test_many_little_values_are_read(tmp_path) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("rest", ["-", "0,6"])
 def test_values_in_parts_are_read_whole(tmp_path, axis, rest) -> None:
-    """Ranges of rows, as version 0.1.0 wrote them too, and other parts."""
+    """Parts along either axis, as version 0.1.0 wrote them too."""
     whole = RNG.random((6, 6), np.float32)
     places = ["0,2", "2,4"]
     tf.raw_ops.SaveV2(
@@ -131,8 +131,8 @@ def test_values_in_parts_are_read_whole(tmp_path, axis, rest) -> None:
     assert same(read(tmp_path, ["x"]), {"x": tf.constant(whole)})
 
 
-def test_parts_that_leave_rows_out_are_refused(tmp_path) -> None:
-    """They have as many elements as the whole, but some twice; the rows that are missing would be anything."""
+def test_parts_that_overlap_are_refused(tmp_path) -> None:
+    """They have as many elements as the value, so some rows are missing."""
     tf.raw_ops.SaveV2(
         prefix=str(tmp_path / "ckpt-1"),
         tensor_names=["x", "x"],
@@ -144,8 +144,8 @@ def test_parts_that_leave_rows_out_are_refused(tmp_path) -> None:
         read(tmp_path, ["x"])
 
 
-def test_the_memory_is_of_the_tensor_alone(tmp_path) -> None:
-    """A variable that gets it is changed in place, and nothing else changes with it."""
+def test_a_read_tensor_does_not_share_its_memory(tmp_path) -> None:
+    """A variable that gets the tensor can be changed in place."""
     write(tmp_path, {"x": tf.ones(1000)})
     first, second = (read(tmp_path, ["x"])["x"] for _ in range(2))
     variable, other = tf.Variable(tf.zeros(1000)), tf.Variable(tf.zeros(1000))
@@ -159,12 +159,12 @@ def test_the_memory_is_of_the_tensor_alone(tmp_path) -> None:
 
 
 class TestDamage:
-    """Whatever is changed in the data is found before a value is given out."""
+    """The reader finds each change of the data before it returns a value."""
 
     @pytest.mark.parametrize("place", range(0, sum(SIZES), PORTION // 3))
     @pytest.mark.parametrize("checked", ["by digests", "by checksums"])
-    def test_a_changed_bit(self, tmp_path, tensors, place, checked) -> None:
-        """Wherever it is."""
+    def test_a_changed_bit_is_an_error(self, tmp_path, tensors, place, checked) -> None:
+        """At many offsets."""
         del tensors["first"]
         data, _ = write(tmp_path, tensors)
         with Folder(tmp_path) as folder:
@@ -179,8 +179,8 @@ class TestDamage:
         with Folder(tmp_path) as folder, pytest.raises(DamagedCheckpointError, match="was changed after it was"):
             read_values(folder, index, [name.encode() for name in tensors], allocate, digested)
 
-    def test_what_lies_between_the_values(self, tmp_path) -> None:
-        """The digest is of all bytes, also of those that nobody reads."""
+    def test_a_changed_bit_between_the_values_is_an_error_with_digests(self, tmp_path) -> None:
+        """The digest covers all bytes, also bytes that no value uses."""
         data, _ = write_pages(tmp_path, {"a": tf.zeros(PORTION + 5, tf.uint8), "b": tf.zeros(PORTION, tf.uint8)})
         with Folder(tmp_path) as folder:
             index, file = read_index(folder, "ckpt-1"), CheckpointFile(data, *folder.digest(data))
@@ -193,14 +193,14 @@ class TestDamage:
             read_values(folder, index, [b"a"], allocate, [file])
 
     @pytest.mark.parametrize("checked", ["by digests", "by checksums"])
-    def test_a_file_that_was_cut_since_its_index_was_read(self, tmp_path, tensors, checked) -> None:
-        """The error says so; no thread and no descriptor is left."""
+    def test_a_file_that_was_truncated_after_its_index_was_read_is_an_error(self, tmp_path, tensors, checked) -> None:
+        """No thread and no file descriptor leaks."""
         data, _ = write(tmp_path, tensors)
         with Folder(tmp_path) as folder:
             index = read_index(folder, "ckpt-1")
             digested = [CheckpointFile(data, *folder.digest(data))] if checked == "by digests" else []
         os.truncate(tmp_path / data, PORTION)
-        gc.collect()  # what other tests have left is closed before, not while it is counted
+        gc.collect()  # close the files of other tests before the count
         opened, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
 
         with (
@@ -212,8 +212,8 @@ class TestDamage:
         assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (opened, threads)
 
 
-def test_reads_that_are_cut_short_go_on(tmp_path, monkeypatch, tensors) -> None:
-    """As a signal may cut one."""
+def test_short_reads_are_continued(tmp_path, monkeypatch, tensors) -> None:
+    """A signal may cut a read short."""
     data, _ = write(tmp_path, tensors)
 
     class Cuts:
@@ -229,8 +229,8 @@ def test_reads_that_are_cut_short_go_on(tmp_path, monkeypatch, tensors) -> None:
         assert same(read(tmp_path, list(tensors), digested), tensors)
 
 
-def test_the_work_is_shared_among_the_threads(monkeypatch) -> None:
-    """By bytes; one thread is enough for little."""
+def test_threads_get_groups_of_about_equal_bytes(monkeypatch) -> None:
+    """One thread reads a small checkpoint."""
     monkeypatch.setattr(bundle_reader, "_THREADS", 3)
 
     def groups(*sizes: int) -> list[int]:

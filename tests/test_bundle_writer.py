@@ -1,4 +1,4 @@
-"""What is written here in TensorFlow's format, TensorFlow reads, as if it had written it itself."""
+"""The writer of checkpoints: TensorFlow reads its files like its own."""
 
 import concurrent.futures
 import errno
@@ -23,7 +23,7 @@ from support.bundles import NUMBERS, content, native, write, write_pages
 
 
 def read_together(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "ckpt-1") -> list[tf.Tensor]:
-    """What TensorFlow reads, all in one operation, as a restore does."""
+    """Reads values with TensorFlow in one operation, as a restore does."""
     return tf.raw_ops.RestoreV2(
         prefix=str(path / name),
         tensor_names=list(tensors),
@@ -34,11 +34,11 @@ def read_together(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str =
 
 @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0, 3), (3, 4, 5)], ids=str)
-def test_numbers_are_read_as_they_were(tmp_path, dtype, shape) -> None:
-    """Bit for bit, of every type, whatever the shape, and with the checksums that TensorFlow writes."""
+def test_numbers_and_their_data_file_are_as_tensorflow_writes_them(tmp_path, dtype, shape) -> None:
+    """To the bit, for every type and several shapes."""
     size = int(np.prod(shape))
     raw = np.random.default_rng(1).integers(0, 2 if dtype == tf.bool else 8, size, np.uint8)
-    # There is no cast from every type to every other.
+    # Not every type can be cast to every other type.
     between = tf.int8 if dtype.name.endswith("int4") else tf.float32
     tensors = {"x": tf.cast(tf.cast(tf.reshape(tf.constant(raw), shape), between), dtype)}
 
@@ -57,8 +57,8 @@ def test_numbers_are_read_as_they_were(tmp_path, dtype, shape) -> None:
     [b"", b"a", b"\0\xff", b"x" * 127, b"x" * 128, b"y" * 100_000, [], [b"", b"a"], [[b"1", b"22"], [b"", b"4" * 300]]],
     ids=lambda text: f"{np.shape(text)} {len(text)}",
 )
-def test_strings_are_read_as_they_were(tmp_path, text) -> None:
-    """Scalars and arrays of them, in the very bytes that TensorFlow writes."""
+def test_strings_and_their_data_file_are_as_tensorflow_writes_them(tmp_path, text) -> None:
+    """Scalars and arrays, to the bit."""
     tensors = {"text": tf.constant(text, tf.string)}
 
     write(tmp_path, tensors)
@@ -70,8 +70,8 @@ def test_strings_are_read_as_they_were(tmp_path, text) -> None:
     ).read_bytes()
 
 
-def test_an_array_of_negative_zeros_and_nans_keeps_its_bits(tmp_path) -> None:
-    """Also those of a NaN that nobody else makes."""
+def test_negative_zeros_and_nans_keep_their_bits(tmp_path) -> None:
+    """Also the bits of an unusual NaN."""
     bits = np.array([0x80000000, 0x7FC00001, 0xFFC12345, 0x7F800000, 1], np.uint32)
     tensors = {"x": tf.constant(bits.view(np.float32))}
 
@@ -80,8 +80,8 @@ def test_an_array_of_negative_zeros_and_nans_keeps_its_bits(tmp_path) -> None:
     assert content(read_together(tmp_path, tensors)[0]) == bits.tobytes()
 
 
-def test_ten_thousand_variables(tmp_path) -> None:
-    """The index has many blocks then."""
+def test_ten_thousand_variables_are_read(tmp_path) -> None:
+    """The index then has many blocks."""
     tensors = {f"layer_{number}/weight/.ATTRIBUTES/VARIABLE_VALUE": tf.constant(number) for number in range(10_000)}
 
     write(tmp_path, tensors)
@@ -91,8 +91,8 @@ def test_ten_thousand_variables(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("names", ["ä/ö", "x" * 4000, " ", "a\nb"])
-def test_names_of_any_kind(tmp_path, names) -> None:
-    """In UTF-8, long, and beside one that sorts before it."""
+def test_names_in_utf8_long_names_and_names_with_spaces_are_read(tmp_path, names) -> None:
+    """Another name sorts before them."""
     tensors = {names: tf.constant(1.0), "A": tf.constant(2.0)}
 
     write(tmp_path, tensors)
@@ -100,8 +100,8 @@ def test_names_of_any_kind(tmp_path, names) -> None:
     assert [float(each) for each in read_together(tmp_path, tensors)] == [1.0, 2.0]
 
 
-def test_a_name_that_nobody_would_read_is_refused(tmp_path) -> None:
-    """Before there is a checkpoint that cannot be restored."""
+def test_a_name_longer_than_the_reader_accepts_is_refused(tmp_path) -> None:
+    """Otherwise the checkpoint could not be restored."""
     longest, longer = "a" * 4096, "a" * 4097
     write(tmp_path, {longest: tf.constant(1.0)})
 
@@ -111,8 +111,8 @@ def test_a_name_that_nobody_would_read_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("writes", [write, write_pages])
 @pytest.mark.parametrize("size", [PORTION - 1, PORTION, PORTION + 1, 2 * PORTION, 3 * PORTION + 4095, 5 * PORTION + 7])
-def test_more_than_a_portion_is_written_whole(tmp_path, writes, size) -> None:
-    """What goes past the page cache, and what does not, is one file of the right bytes."""
+def test_values_around_multiples_of_a_portion_are_written_whole(tmp_path, writes, size) -> None:
+    """Past the page cache and through it."""
     raw = np.random.default_rng(size).integers(0, 256, size, np.uint8)
     tensors = {"a": tf.constant("text"), "x": tf.constant(raw), "y": tf.constant(1.5)}
 
@@ -123,8 +123,8 @@ def test_more_than_a_portion_is_written_whole(tmp_path, writes, size) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[PORTION, 5, PORTION // 2, 7, PORTION], [100, PORTION, 100], [PORTION // 3] * 10])
-def test_great_values_have_pages_and_small_ones_no_room_that_is_lost(tmp_path, sizes) -> None:
-    """So that each great one can be written past the page cache, without or with its neighbours."""
+def test_large_values_start_at_pages_and_small_values_waste_no_space(tmp_path, sizes) -> None:
+    """So each large value can be written past the page cache."""
     rng = np.random.default_rng(1)
     tensors = {f"{number}": tf.constant(rng.integers(0, 256, size, np.uint8)) for number, size in enumerate(sizes)}
 
@@ -138,7 +138,7 @@ def test_great_values_have_pages_and_small_ones_no_room_that_is_lost(tmp_path, s
 
 
 class Refuses:
-    """`os` for the module that writes; some calls of `write` fail, others write a part."""
+    """The `os` of the writing module: some calls of `write` fail, others write a part."""
 
     def __init__(self, number: int, calls: set[int]) -> None:
         self.number = number
@@ -156,8 +156,8 @@ class Refuses:
 
 
 @pytest.mark.parametrize("calls", [{1}, {3}])
-def test_a_file_system_that_cannot_go_past_the_cache_is_written_through_it(tmp_path, monkeypatch, calls) -> None:
-    """It says so at the first write, or after one that was cut."""
+def test_without_direct_io_the_file_is_written_through_the_page_cache(tmp_path, monkeypatch, calls) -> None:
+    """The file system refuses the first write, or a write after a partial write."""
     raw = np.random.default_rng(1).integers(0, 256, 3 * PORTION + 5, np.uint8)
     monkeypatch.setattr(streams, "os", Refuses(errno.EINVAL, calls))
 
@@ -167,10 +167,10 @@ def test_a_file_system_that_cannot_go_past_the_cache_is_written_through_it(tmp_p
 
 
 @pytest.mark.parametrize("call", range(1, 6))
-def test_an_error_of_the_disk_is_the_error_of_the_write(tmp_path, monkeypatch, call) -> None:
-    """Whichever part it hits, also the last; and no thread and no descriptor is left."""
+def test_an_error_of_the_disk_is_raised_by_the_write(tmp_path, monkeypatch, call) -> None:
+    """Whichever part fails. No thread and no file descriptor leaks."""
     monkeypatch.setattr(streams, "os", Refuses(errno.ENOSPC, {call}))
-    gc.collect()  # what other tests have left is closed before, not while it is counted
+    gc.collect()  # close the files of other tests before the count
     opened, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
 
     with pytest.raises(OSError, match="No space left"):
@@ -179,8 +179,8 @@ def test_an_error_of_the_disk_is_the_error_of_the_write(tmp_path, monkeypatch, c
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (opened, threads)
 
 
-def test_a_changed_bit_is_found_by_tensorflow(tmp_path) -> None:
-    """The checksums are those that it checks."""
+def test_tensorflow_finds_a_changed_bit(tmp_path) -> None:
+    """The checksums are the checksums that TensorFlow compares."""
     tensors = {"x": tf.range(1000)}
     data, index = write(tmp_path, tensors)
     for name in (data, index):
@@ -196,15 +196,15 @@ def test_a_changed_bit_is_found_by_tensorflow(tmp_path) -> None:
     assert content(read_together(tmp_path, tensors)[0]) == content(tensors["x"])
 
 
-def test_a_checksum_lets_other_threads_run() -> None:
-    """Training goes on while a save computes checksums."""
+def test_the_computation_of_a_checksum_releases_the_gil() -> None:
+    """Training continues while a save computes checksums."""
     gate, ran = threading.Lock(), threading.Event()
     gate.acquire()
     data = np.zeros(64 << 20, np.uint8)
     before = sys.getswitchinterval()
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         threads.submit(lambda: (gate.acquire(), ran.set()))
-        sys.setswitchinterval(1000)  # a thread runs only where another lets it
+        sys.setswitchinterval(1000)  # a thread runs only if another releases the GIL
         try:
             gate.release()
             assert any(bundle_writer.checksum_of(data) and ran.is_set() for _ in range(100))

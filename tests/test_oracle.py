@@ -1,7 +1,7 @@
-"""On random histories and policies, a brute-force oracle names the checkpoints that are left on disk.
+"""A brute-force oracle predicts the checkpoints on disk for random histories and policies.
 
-The oracle knows nothing of the package: it lists every save that was due, and applies the definition of each policy to
-all of them at once, record by record. Half of the histories go through real `fit` calls, half through the manager.
+The oracle does not use the package. It lists every save that was due, and applies the definition of each policy to all
+records at once. Half of the histories run through real `fit` calls, half through the manager.
 """
 
 import math
@@ -85,7 +85,7 @@ def _finite(save: Save) -> bool:
 
 
 def expected(rules: list[Rule], saves: list[Save]) -> list[int]:
-    """The steps that are left at the end, in the order of saving."""
+    """The steps on disk at the end, in the order of saving."""
     ranked = any(rule.kind == "best" for rule in rules)
     unknown = ranked and all(save.value is None for save in saves)
     return [
@@ -115,7 +115,7 @@ def union(rules: list[Rule]) -> kc.PreservationPolicy:
 
 @dataclass
 class Clock:
-    """A clock that stands still, jumps, and goes back."""
+    """A clock that stands still, jumps, and goes backwards."""
 
     dice: random.Random
     now: float = 1_000_000.0
@@ -142,7 +142,7 @@ class Scripted(keras.callbacks.Callback):
 
 
 def due_in_fit(rules, batches, save_freq, values, times) -> list[Save]:
-    """The saves of a fit: after every so many batches, and at the ends of epochs where one is due or still is."""
+    """The saves of a fit: by batches, and at epoch ends where a save is due or waiting."""
     ranked = any(rule.kind == "best" for rule in rules)
     saves: list[Save] = []
     step = 0
@@ -165,7 +165,7 @@ def due_in_fit(rules, batches, save_freq, values, times) -> list[Save]:
 @pytest.mark.filterwarnings("ignore:Two epochs have ended without")
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.usefixtures("part")
-def test_fits_leave_on_disk_the_checkpoints_that_the_oracle_names(tmp_path, monkeypatch, long, dice) -> None:
+def test_fits_leave_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, monkeypatch, long, dice) -> None:
     """Random histories through `fit`: 100 in the long form, 20 in the short form."""
     model = dense_model()
     for number in range(25 if long else 5):
@@ -187,7 +187,7 @@ def test_fits_leave_on_disk_the_checkpoints_that_the_oracle_names(tmp_path, monk
 
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.usefixtures("part")
-def test_the_manager_leaves_on_disk_the_checkpoints_that_the_oracle_names(tmp_path, monkeypatch, long, dice) -> None:
+def test_the_manager_leaves_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, monkeypatch, long, dice) -> None:
     """Random histories through `CheckpointManager`, with steps in any order and pins in between."""
     checkpoint = tf.train.Checkpoint(value=tf.Variable(0))
     for number in range(25 if long else 10):

@@ -1,4 +1,4 @@
-"""The package as a whole: its names, its layers, and what it does not load."""
+"""The package as a whole: its public names, its layers, and its imports."""
 
 import ast
 import graphlib
@@ -16,18 +16,18 @@ from keras_ckpt.store.files import Folder
 
 PACKAGE = pathlib.Path(kc.__file__).parent
 ROOMS = ["errors", "version", "store", "formats", "model", "training", "resume"]
-"""Each imports from itself and from those before it; `cli` from `store` and those before it."""
+"""Each room imports from itself and earlier rooms; `cli` from `store` and earlier rooms."""
 PURE = ["cli", "formats.bundle_index", "training.schedule", "training.backlog"]
 
 
 def modules(room: str = "") -> list[pathlib.Path]:
-    """The modules of a room, or all."""
+    """The modules of a room, or of the package."""
     place = PACKAGE / room
     return sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
 
 
 def imports(module: pathlib.Path) -> set[str]:
-    """What a module imports, by its whole name; but for what only the type checker imports."""
+    """The full names of a module's imports, without imports for the type checker."""
     tree = ast.parse(module.read_text())
     typing_only = {
         id(inner)
@@ -45,7 +45,7 @@ def imports(module: pathlib.Path) -> set[str]:
 
 
 def test_each_public_name_of_the_stub_can_be_imported_and_has_a_docstring() -> None:
-    """`__all__` and `dir()` have the names that a type checker knows."""
+    """`__all__` and `dir()` have the names of the stub."""
     stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
     typed = {alias.name for node in ast.walk(stub) if isinstance(node, ast.ImportFrom) for alias in node.names}
 
@@ -53,8 +53,7 @@ def test_each_public_name_of_the_stub_can_be_imported_and_has_a_docstring() -> N
     assert all(getattr(kc, name).__doc__ for name in kc.__all__)
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
-    """As of any module."""
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="KeepBest"):
         _ = kc.KeepBest
 
@@ -85,21 +84,20 @@ def imported(code: str) -> set[str]:
         "    assert CliRunner().invoke(main, [*command, {path!r}]).exit_code == 0\n",
     ],
 )
-def test_reading_choosing_and_pruning_load_no_tensorflow(filler, code) -> None:
-    """Nor Keras, nor NumPy: these take seconds."""
+def test_reading_choosing_and_pruning_load_no_framework_and_no_numpy(filler, code) -> None:
+    """Their imports take seconds."""
     runs = filler.save("10:0.5 20:0.4", monitor="loss", mode="min")
 
     assert not imported(code.replace("{path!r}", repr(runs.path))) & {"tensorflow", "keras", "numpy", "h5py"}
 
 
-def test_listing_as_json_loads_no_tables() -> None:
-    """Nor rich, which only tables need."""
+def test_the_import_of_the_command_line_does_not_load_rich() -> None:
+    """Only tables need it."""
     assert not imported("import keras_ckpt.cli") & {"rich"}
 
 
 @pytest.mark.parametrize("room", [*ROOMS, "cli"])
-def test_imports_run_one_way(room) -> None:
-    """From room to room, and never back."""
+def test_imports_between_rooms_run_one_way(room) -> None:
     below = [*ROOMS[: ROOMS.index(room) + 1]] if room in ROOMS else ["cli", "errors", "version", "store"]
     for path in modules(room):
         rooms = {name.split(".")[1] for name in imports(path) if name.startswith("keras_ckpt.")}
@@ -107,8 +105,8 @@ def test_imports_run_one_way(room) -> None:
         assert rooms <= {*below, *ROOMS[: 7 * (path.stem == "demo")]}, path
 
 
-def test_no_import_leads_back() -> None:
-    """Within a room, too, imports run one way."""
+def test_imports_between_modules_have_no_cycle() -> None:
+    """Within a room too."""
     modules_of_rooms = [path for path in modules() if path.stem != "__init__"]
     found = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): imports(path) for path in modules_of_rooms
@@ -121,8 +119,8 @@ def test_no_import_leads_back() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_loading_variables_loads_no_framework(tmp_path) -> None:
-    """A value is an array of NumPy."""
+def test_load_variables_loads_no_framework(tmp_path) -> None:
+    """A value is a NumPy array."""
     with Folder(tmp_path) as folder:
         write_bundle(folder, "ckpt-1", [{b"value": array_value(np.ones(3))}])
     code = f"import keras_ckpt as kc\nassert kc.load_variables({str(tmp_path)!r})['value'].sum() == 3"
@@ -130,7 +128,7 @@ def test_loading_variables_loads_no_framework(tmp_path) -> None:
     assert not imported(code) & {"tensorflow", "keras", "jax", "torch", "h5py"}
 
 
-def test_only_one_module_of_the_model_imports_tensorflow() -> None:
+def test_below_training_only_one_module_imports_tensorflow() -> None:
     """A module for another backend can stand beside it."""
     below = [path for room in ROOMS[: ROOMS.index("training")] for path in modules(room)]
     importing = {path for path in below if any(name.split(".")[0] == "tensorflow" for name in imports(path))}
@@ -139,15 +137,15 @@ def test_only_one_module_of_the_model_imports_tensorflow() -> None:
 
 
 @pytest.mark.parametrize("room", ["store", "formats"])
-def test_rooms_below_the_model_know_no_framework(room) -> None:
-    """And the lowest does not know NumPy."""
+def test_rooms_below_the_model_import_no_framework(room) -> None:
+    """`store` does not import NumPy either."""
     names = {name.split(".")[0] for path in modules(room) for name in imports(path)}
 
     assert not names & {"tensorflow", "keras", "jax", "torch"}
     assert room != "store" or "numpy" not in names
 
 
-def test_every_room_is_known() -> None:
+def test_the_package_has_only_the_known_rooms() -> None:
     """A new room is a decision."""
     rooms = {path.stem for path in PACKAGE.iterdir() if path.stem not in ("__init__", "__main__", "__pycache__", "py")}
 
@@ -155,7 +153,7 @@ def test_every_room_is_known() -> None:
 
 
 def test_only_one_module_touches_files() -> None:
-    """Opening, renaming, syncing and unlinking are in `files`, and nowhere else."""
+    """Only `files` opens, renames, syncs and unlinks."""
     touching = {
         "open",
         "rename",
@@ -181,7 +179,7 @@ def test_only_one_module_touches_files() -> None:
 
 
 def test_only_one_module_names_files() -> None:
-    """The endings of a checkpoint's files are in `layout`, and nowhere else but in documentation and messages."""
+    """Only `layout` has the suffixes of a checkpoint's files, except in docstrings and messages."""
     for path in set(modules()) - {PACKAGE / "store" / "layout.py"}:
         tree = ast.parse(path.read_text())
         told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -191,7 +189,7 @@ def test_only_one_module_names_files() -> None:
 
 
 def test_no_code_is_ever_loaded_from_a_checkpoint() -> None:
-    """JSON and bytes only: no pickle, no eval, no import by a name from disk."""
+    """No pickle, no eval, and no import by a name from disk."""
     forbidden = {"pickle", "marshal", "shelve", "dill", "joblib", "yaml", "runpy"}
     for path in modules():
         tree = ast.parse(path.read_text())

@@ -1,4 +1,4 @@
-"""A checkpoint shares files with older ones where it has the same values, and is none the less whole."""
+"""Deduplication: checkpoints share the files of unchanged values by hard links, and each checkpoint is whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Y = np.random.default_rng(1).random((8, 1), "float32")
 
 
 def frozen_model() -> keras.Model:
-    """Of 2 MB, of which two small layers are trained."""
+    """A model of 2 MB, of which two small layers are trained."""
     model = keras.Sequential(
         [keras.Input((700,)), keras.layers.Dense(700, name="frozen"), keras.layers.Dense(30), keras.layers.Dense(1)]
     )
@@ -38,14 +38,14 @@ def frozen_model() -> keras.Model:
 
 
 def train(model: keras.Model, *callbacks: keras.callbacks.Callback, epochs: int = 3, **options) -> None:
-    """Two batches an epoch."""
+    """Trains with two batches an epoch."""
     model.fit(
         X, Y, **{"batch_size": 4, "epochs": epochs, "verbose": 0, "shuffle": False, "callbacks": callbacks, **options}
     )
 
 
 class Copies(keras.callbacks.Callback):
-    """All values at the end of each epoch, by step."""
+    """Copies all values at the end of each epoch, by step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def now(model: keras.Model) -> dict[str, bytes]:
 
 
 def on_disk(prefix: str) -> dict[str, bytes]:
-    """What TensorFlow reads, with nothing of this package."""
+    """The values of a checkpoint, read by TensorFlow without this package."""
     reader = tf.train.load_checkpoint(prefix)
     suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
     keys = [key for key in reader.get_variable_to_shape_map() if key.endswith(suffix)]
@@ -73,20 +73,20 @@ def on_disk(prefix: str) -> dict[str, bytes]:
 
 
 def data_files(directory: pathlib.Path, step: int) -> dict[str, os.stat_result]:
-    """The data files of a checkpoint."""
+    """The data files of a checkpoint, by name."""
     return {path.name: path.stat() for path in sorted(directory.glob(f"ckpt-{step}.data-*"))}
 
 
 def taken(path: pathlib.Path) -> int:
-    """The bytes of all files below, those of several names once."""
+    """The bytes of all files below a path. A file with several names counts once."""
     stats = [each.lstat() for each in path.rglob("*") if each.is_file()]
     return sum({each.st_ino: each.st_size for each in stats}.values())
 
 
-class TestWhatStaysTheSame:
-    """The layer that is not trained."""
+class TestFrozenLayer:
+    """Four checkpoints of a model with a layer that is not trained."""
 
-    @pytest.fixture(params=["one after another", "with XLA", "with XLA, while all are yet to be written"])
+    @pytest.fixture(params=["one after another", "with XLA", "with XLA, while all saves wait"])
     def saved(self, tmp_path, request, monkeypatch) -> tuple[pathlib.Path, dict[int, dict[str, bytes]], keras.Model]:
         # On a loaded machine training would wait for the disk, which waits for the last epoch.
         monkeypatch.setattr("keras_ckpt.training.backlog._MAX_SECONDS", 600.0)
@@ -95,7 +95,7 @@ class TestWhatStaysTheSame:
 
         def begin(batch: int, logs: object) -> None:
             if batch == 1 and not copies.taken and "while" in request.param:
-                background.wait()  # until there is memory for copies
+                background.wait()  # until the memory of the copies is allocated
                 background.Job(freed.wait, ("another run", 1), 0)
 
         def end(epoch: int, logs: object) -> None:
@@ -106,8 +106,8 @@ class TestWhatStaysTheSame:
         train(model, kc.ModelCheckpoint(tmp_path / "run"), copies, waits, epochs=4)
         return tmp_path / "run", copies.taken, model
 
-    def test_it_is_written_once(self, saved) -> None:
-        """The first checkpoint is whole, so that it is the file that the others share."""
+    def test_a_frozen_layer_is_written_once(self, saved) -> None:
+        """The first checkpoint is one file, which the others share."""
         run, _, _ = saved
         names = [list(data_files(run, step)) for step in (2, 4, 6, 8)]
         assert names[0] == ["ckpt-2.data-00000-of-00001"]
@@ -115,8 +115,7 @@ class TestWhatStaysTheSame:
         assert len({data_files(run, step)[each[0]].st_ino for step, each in zip((2, 4, 6, 8), names, strict=True)}) == 1
         assert taken(run) < 1.5 * data_files(run, 2)[names[0][0]].st_size
 
-    def test_tensorflow_and_restore_read_each_to_the_bit(self, saved) -> None:
-        """As it was when it was saved."""
+    def test_tensorflow_and_restore_read_each_checkpoint_to_the_bit(self, saved) -> None:
         run, copies, model = saved
         for step, copy in copies.items():
             assert on_disk(str(run / f"ckpt-{step}")) == copy
@@ -125,8 +124,8 @@ class TestWhatStaysTheSame:
 
     @pytest.mark.sample(5)
     @pytest.mark.parametrize("gone", [[2], [2, 4, 6], [4], [8], [6, 8]], ids=str)
-    def test_whatever_is_removed_the_others_are_whole(self, saved, gone) -> None:
-        """A file is there as long as one checkpoint has it."""
+    def test_checkpoints_stay_whole_when_others_are_removed(self, saved, gone) -> None:
+        """A file exists as long as one checkpoint has it."""
         run, copies, _ = saved
         runs = kc.CheckpointDirectory(run)
         for step in copies.keys() - set(gone):
@@ -138,8 +137,7 @@ class TestWhatStaysTheSame:
         for record in runs:
             assert on_disk(record.prefix) == copies[record.step]
 
-    def test_a_changed_bit_is_found_in_each_that_has_the_file(self, saved) -> None:
-        """They are all damaged then, and each is told of."""
+    def test_verify_reports_a_damaged_shared_file_for_each_checkpoint(self, saved) -> None:
         run, _, _ = saved
         with open(run / "ckpt-4.data-00000-of-00002", "r+b") as file:
             file.seek(1000)
@@ -151,8 +149,8 @@ class TestWhatStaysTheSame:
 
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("place", ["model/frozen/kernel", "model/dense/kernel"])
-    def test_a_damaged_file_is_shared_no_more(self, saved, place) -> None:
-        """The next checkpoint is whole: it is written anew, even where the damage is in what it would not use."""
+    def test_a_damaged_file_is_not_shared_by_a_new_fit(self, saved, place) -> None:
+        """Even if the damage is in bytes that the new checkpoint would not use."""
         run, copies, model = saved
         damage(run / "ckpt-2.data-00000-of-00001", copies[2][place])
 
@@ -160,16 +158,15 @@ class TestWhatStaysTheSame:
 
         assert "ckpt-10" not in kc.CheckpointDirectory(run).verify().listing.damaged
 
-    def test_the_sidecar_tells_what_was_shared(self, saved) -> None:
-        """By file, and in sum."""
+    def test_the_sidecar_records_shared_files_and_their_size(self, saved) -> None:
         run, _, _ = saved
         first, second = list(kc.CheckpointDirectory(run))[:2]
         assert [file.shared for file in first.files] == [False, False]
         assert [file.shared for file in second.files] == [True, False, False]
         assert (first.size_shared, second.size_shared) == (0, second.files[0].size)
 
-    def test_a_plan_tells_what_removing_frees(self, saved) -> None:
-        """Not what others have too; and the directory takes what it takes."""
+    def test_a_plan_shows_the_bytes_that_a_removal_frees(self, saved) -> None:
+        """Without the bytes that other checkpoints share. The directory shows its real size."""
         run, _, _ = saved
         runs = kc.CheckpointDirectory(run)
         before = taken(run)
@@ -179,7 +176,7 @@ class TestWhatStaysTheSame:
         removed = runs.prune(plan)
 
         assert removed == [2, 4]
-        # The sidecars, of which a plan does not speak, and the state file.
+        # The rest is sidecars, which a plan does not count, and the state file.
         assert sum(frees) < before - taken(run) < sum(frees) + 10_000
         assert max(frees) < 300_000
         assert re.search(r"which frees \d+ kB", str(plan))
@@ -187,14 +184,14 @@ class TestWhatStaysTheSame:
 
 
 def damage(path: pathlib.Path, where: bytes) -> None:
-    """Changes a bit of a file, in the first of some bytes."""
+    """Flips a bit in a file, in the first occurrence of some bytes."""
     content = bytearray(path.read_bytes())
     content[content.index(where)] ^= 1
     path.write_bytes(content)
 
 
-def test_a_file_that_somebody_writes_to_is_shared_no_more(tmp_path) -> None:
-    """While the training goes on that has it from memory what is in the file."""
+def test_a_file_that_another_process_wrote_to_is_not_shared(tmp_path) -> None:
+    """The arena of the running training still has the values of the file."""
     model, copies = frozen_model(), Copies()
 
     def write(epoch: int, logs: object) -> None:
@@ -208,8 +205,8 @@ def test_a_file_that_somebody_writes_to_is_shared_no_more(tmp_path) -> None:
     assert on_disk(str(tmp_path / "ckpt-6")) == copies.taken[6]
 
 
-def test_a_file_that_somebody_writes_to_while_it_is_linked_is_shared_no_more(tmp_path, monkeypatch) -> None:
-    """It is known as it was when it was looked at."""
+def test_a_file_that_is_written_to_after_its_link_is_not_shared_again(tmp_path, monkeypatch) -> None:
+    """The stamp of a linked file is from before the link."""
     model, copies, save = frozen_model(), Copies(), Writer.save
 
     def damaging(writer: Writer, *arguments: object, **named: object) -> CheckpointRecord | None:
@@ -225,8 +222,8 @@ def test_a_file_that_somebody_writes_to_while_it_is_linked_is_shared_no_more(tmp
     assert on_disk(str(tmp_path / "ckpt-6")) == copies.taken[6]
 
 
-def test_a_checkpoint_that_lists_another_file_is_shared_too(tmp_path) -> None:
-    """A sidecar may name more than TensorFlow's files."""
+def test_a_checkpoint_with_an_additional_file_is_shared_too(tmp_path) -> None:
+    """A sidecar may list more than TensorFlow's files."""
     model = frozen_model()
     train(model, kc.ModelCheckpoint(tmp_path), epochs=1)
     record = kc.CheckpointDirectory(tmp_path).latest()
@@ -241,8 +238,8 @@ def test_a_checkpoint_that_lists_another_file_is_shared_too(tmp_path) -> None:
     assert any(file.shared for file in kc.CheckpointDirectory(tmp_path).latest().files)
 
 
-def test_another_training_shares_too(tmp_path) -> None:
-    """It finds what is there in the newest checkpoint, as another process does."""
+def test_a_new_fit_shares_with_the_newest_checkpoint(tmp_path) -> None:
+    """As in another process, it compares the files."""
     train(frozen_model(), kc.ModelCheckpoint(tmp_path), epochs=1)
     model = frozen_model()
     kc.restore(model, tmp_path)
@@ -253,8 +250,8 @@ def test_another_training_shares_too(tmp_path) -> None:
     assert on_disk(second.prefix) == now(model)
 
 
-def test_callbacks_that_save_the_same_step_share_all_but_what_one_has_alone(tmp_path) -> None:
-    """Of a model that is trained in all its parts, so that nothing of earlier steps is the same."""
+def test_callbacks_that_save_the_same_step_share_the_common_values(tmp_path) -> None:
+    """All layers are trained, so no value of an earlier step is the same."""
     model = keras.Sequential([keras.Input((700,)), keras.layers.Dense(700), keras.layers.Dense(1)])
     model.compile("adam", "mse")
     with kc.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False) as backup:
@@ -270,8 +267,8 @@ def test_callbacks_that_save_the_same_step_share_all_but_what_one_has_alone(tmp_
         assert on_disk(str(tmp_path / name / "ckpt-6")) == now(model)
 
 
-def test_what_is_written_while_another_callback_copies_is_as_its_digest_says(tmp_path, monkeypatch) -> None:
-    """With XLA, on a slow disk: one saves the weights alone, and the other finds no memory but in the same pages."""
+def test_a_copy_of_one_callback_does_not_change_bytes_that_another_writes(tmp_path, monkeypatch) -> None:
+    """With XLA on a slow disk, when both callbacks use the same memory pages."""
     write = streams._write_all
 
     def slowly(*arguments: object, **named: object) -> None:
@@ -294,8 +291,8 @@ def test_what_is_written_while_another_callback_copies_is_as_its_digest_says(tmp
         assert len(found.listing.records) == 1
 
 
-def test_a_file_that_is_mostly_dead_is_written_anew(tmp_path) -> None:
-    """Of five layers another one changes in each epoch, and from the fourth on the first file has less than a half."""
+def test_a_file_with_less_than_half_of_its_bytes_in_use_is_written_again(tmp_path) -> None:
+    """In each epoch another of five layers changes."""
     layers = [keras.layers.Dense(700, trainable=False) for _ in range(5)]
     model = keras.Sequential([keras.Input((700,)), *layers, keras.layers.Dense(1)])
     model.compile("sgd", "mse")
@@ -309,13 +306,13 @@ def test_a_file_that_is_mostly_dead_is_written_anew(tmp_path) -> None:
     inodes = [[each.st_ino for each in data_files(tmp_path, step).values()] for step in (2, 4, 6, 8)]
     first = inodes[0][0]
     assert [first in each for each in inodes] == [True, True, True, False]
-    assert inodes[2][1] in inodes[3]  # of which all is used
+    assert inodes[2][1] in inodes[3]  # all of its bytes are in use
     records = list(kc.CheckpointDirectory(tmp_path))
     assert max(record.size for record in records) < 2 * records[0].size
     assert on_disk(str(tmp_path / "ckpt-8")) == now(model)
 
 
-def test_a_little_model_is_written_anew(tmp_path) -> None:
+def test_a_small_model_is_never_shared(tmp_path) -> None:
     """A link has its costs too."""
     model = keras.Sequential([keras.Input((700,)), keras.layers.Dense(10, trainable=False), keras.layers.Dense(1)])
     model.compile("adam", "mse")
@@ -324,8 +321,8 @@ def test_a_little_model_is_written_anew(tmp_path) -> None:
     assert not any(record.size_shared for record in kc.CheckpointDirectory(tmp_path))
 
 
-def test_on_another_disk_everything_is_written(tmp_path) -> None:
-    """A link cannot leave its file system."""
+def test_checkpoints_share_files_only_within_a_file_system(tmp_path) -> None:
+    """A hard link cannot cross file systems."""
     elsewhere = pathlib.Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is one file system only")
@@ -339,8 +336,8 @@ def test_on_another_disk_everything_is_written(tmp_path) -> None:
         shutil.rmtree(other, ignore_errors=True)
 
 
-def test_at_the_limit_of_links_everything_is_written(tmp_path) -> None:
-    """Of ext4 it is 65,000."""
+def test_at_the_limit_of_hard_links_all_values_are_written(tmp_path) -> None:
+    """The limit of ext4 is 65,000."""
     model = frozen_model()
     train(model, kc.ModelCheckpoint(tmp_path / "run"), epochs=1)
     (tmp_path / "links").mkdir()
@@ -357,8 +354,8 @@ def test_at_the_limit_of_links_everything_is_written(tmp_path) -> None:
     assert kc.CheckpointDirectory(tmp_path / "run").verify().ok
 
 
-def test_a_full_disk_has_room_for_what_is_new(tmp_path, monkeypatch) -> None:
-    """What is shared needs none."""
+def test_shared_values_need_no_free_space(tmp_path, monkeypatch) -> None:
+    """The free space suffices only for the changed values."""
     model = frozen_model()
     monkeypatch.setattr(
         Folder, "free", lambda folder: 3_000_000 if not (tmp_path / "ckpt-2.json").exists() else 500_000
@@ -369,8 +366,8 @@ def test_a_full_disk_has_room_for_what_is_new(tmp_path, monkeypatch) -> None:
     assert len(kc.CheckpointDirectory(tmp_path)) == 2
 
 
-def test_a_step_that_is_saved_again_shares_with_the_one_before(tmp_path) -> None:
-    """Its files have the same names."""
+def test_a_step_that_is_saved_again_shares_with_its_superseded_checkpoint(tmp_path) -> None:
+    """Their files have the same names."""
     model = frozen_model()
     train(model, kc.ModelCheckpoint(tmp_path), epochs=2)
     kc.restore(model, kc.CheckpointDirectory(tmp_path)[2])
@@ -383,8 +380,8 @@ def test_a_step_that_is_saved_again_shares_with_the_one_before(tmp_path) -> None
     assert on_disk(again.prefix) == now(model)
 
 
-def test_what_has_not_changed_is_apart_from_what_has(tmp_path) -> None:
-    """Of a model less than a half of which is frozen, the first file is not worth a link, but the second."""
+def test_unchanged_values_are_written_into_a_separate_file(tmp_path) -> None:
+    """The first file is mostly changed and not worth a link, the second file is."""
     layers = [keras.layers.Dense(700, trainable=number > 0) for number in range(3)]
     model = keras.Sequential([keras.Input((700,)), *layers, keras.layers.Dense(1)])
     model.compile(keras.optimizers.SGD(1e-6), "mse")
@@ -398,8 +395,8 @@ def test_what_has_not_changed_is_apart_from_what_has(tmp_path) -> None:
         assert on_disk(record.prefix) == copies.taken[record.step]
 
 
-def test_a_table_of_which_few_rows_change_is_written_whole(tmp_path) -> None:
-    """No part of a value is shared: optimizers with momentum change every row that was ever used."""
+def test_an_embedding_with_few_changed_rows_is_written_whole(tmp_path) -> None:
+    """No part of a value is shared: optimizers with momentum change every used row."""
     model = keras.Sequential(
         [keras.Input((4,), dtype="int32"), keras.layers.Embedding(40_000, 32), keras.layers.Dense(1)]
     )
