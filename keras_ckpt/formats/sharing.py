@@ -102,7 +102,7 @@ class SharingWrite:
         """Compares the arena's values with a checkpoint that the arena does not know, such as another process's."""
         values = {key: value for key, value in self._values.items() if self._arena.has(key, value)}
         with contextlib.suppress(CheckpointError, OSError):
-            saved = _found(record, values)
+            saved = _saved_in(record, values)
             self._arena.remember(saved)
             return saved
         return None
@@ -116,7 +116,7 @@ class SharingWrite:
         return found
 
 
-def _found(record: CheckpointRecord, values: Mapping[bytes, Value]) -> Saved:
+def _saved_in(record: CheckpointRecord, values: Mapping[bytes, Value]) -> Saved:
     """Reads the files of a checkpoint to find which of the values it holds."""
     entries: dict[bytes, Entry] = {}
     stamps = {}
@@ -126,7 +126,7 @@ def _found(record: CheckpointRecord, values: Mapping[bytes, Value]) -> Saved:
             entry = index.entries.get(key)
             if entry is None or entry.slices or (entry.dtype, entry.shape) != (value.dtype, value.shape):
                 continue
-            if _is_at(files, index, entry, value):
+            if _holds(files, index, entry, value):
                 entries[key] = entry
         for file in record.files:
             stamp = files.stamp(file.name)
@@ -136,7 +136,7 @@ def _found(record: CheckpointRecord, values: Mapping[bytes, Value]) -> Saved:
     return Saved(record, stamps, frozenset(key.encode() for key in index.variables), entries)
 
 
-def _is_at(files: Folder, index: Index, entry: Entry, value: Value) -> bool:
+def _holds(files: Folder, index: Index, entry: Entry, value: Value) -> bool:
     return files.holds(index.files[entry.shard], entry.offset, value.data.data)
 
 

@@ -20,7 +20,7 @@ from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
-from keras_ckpt.training.monitor import metrics_in, mode_of, modes_of, no_such_metric
+from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
 from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 
@@ -60,10 +60,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             `save_best_only`. A save that the policy would remove at once is not written.
         metadata: A dict to put into each sidecar, or a function of `logs` that returns a dict.
         on_full_disk: Whether a full disk is a warning and training continues (`"warn"`), or an error (`"raise"`).
-        save_on_background: Whether training continues while a save is written. Training waits before the next save if
-            more than 64 MB would be queued. Instead, a save by batches or time in the middle of an epoch that nothing
-            ranks is skipped. The first skip is a warning. An error is raised at the next batch. `fit` ends when all is
-            written.
+        save_on_background: Whether training continues while a save is written. The next save waits if more than 64 MB
+            would be queued. If it is by batches or time, in the middle of an epoch, and nothing ranks it, it is skipped
+            instead. The first skip is a warning. An error is raised at the next batch. `fit` ends when all is written.
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch.
@@ -319,14 +318,14 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         metrics = metrics_in(logs)
         self._seen |= metrics.keys()
         absent = sorted(self._ranking.monitors - self._seen)
-        missing = [monitor for monitor in absent if any(map(_of_kind(monitor), metrics))]
+        missing = [monitor for monitor in absent if any(map(_same_phase_as(monitor), metrics))]
         missing += [monitor for monitor in sorted(self._ranking.monitors) if monitor in logs and monitor not in metrics]
         self._current().rank(not missing)
         if self._warned:
             return
         if missing:
             self._warned = True
-            warn(no_such_metric(missing[0], logs))
+            warn(missing_metric_warning(missing[0], logs))
         elif absent and self._epochs == 2:
             self._warned = True
             warn(
@@ -335,7 +334,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             )
 
 
-def _of_kind(monitor: str) -> Callable[[str], bool]:
+def _same_phase_as(monitor: str) -> Callable[[str], bool]:
     """Returns a test whether a metric is measured where the monitor is: in training, or in validation."""
     return lambda name: name.startswith("val_") == monitor.startswith("val_")
 

@@ -61,7 +61,7 @@ def modes_of(model: keras.Model, monitors: Iterable[str]) -> dict[str, Mode]:
     return found
 
 
-def no_such_metric(monitor: str, logs: Mapping[str, Any]) -> str:
+def missing_metric_warning(monitor: str, logs: Mapping[str, Any]) -> str:
     """The text of a warning that the monitored metric is missing in the logs or is not one number."""
     kept = "so nothing can be ranked by it: every checkpoint is saved and none is removed."
     if monitor in logs:

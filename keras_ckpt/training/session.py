@@ -256,7 +256,7 @@ class Session:
             values = snapshot.move(self._arena)
         sharing = SharingWrite(values, self._arena, self._writer.directory)
         newest = self._writer.latest() if amends else None
-        if newest and newest.step == request.step and sharing.is_in(newest, _is_of_model):
+        if newest and newest.step == request.step and sharing.is_in(newest, _is_model_variable):
             # The save of the epoch's last batch has the values. Only the metrics of the epoch's end are new.
             amended = self._writer.amend(newest, request.amended)
             if amended is not None:
@@ -320,7 +320,7 @@ class Session:
         Raises:
             SaveError: A save failed.
         """
-        while self._saves and (wait or self._saves[0].job.done() or self._is_too_far()):
+        while self._saves and (wait or self._saves[0].job.done() or self._is_too_far_ahead()):
             # Wait before the popleft: an interrupt must not lose the save.
             self._saves[0].job.wait()
             save = self._saves.popleft()
@@ -336,7 +336,7 @@ class Session:
             else:
                 save.handler(outcome)
 
-    def _is_too_far(self) -> bool:
+    def _is_too_far_ahead(self) -> bool:
         return len(self._saves) > MAX_WAITING or self._backlog.is_too_long()
 
     def close(self) -> None:
@@ -370,7 +370,7 @@ class Session:
         return self.progress.position.run_id, self.progress.position.step
 
 
-def _is_of_model(key: bytes) -> bool:
+def _is_model_variable(key: bytes) -> bool:
     """Whether a key names a variable of the model; the state of its metrics does not count."""
     return key.endswith(SUFFIX.encode()) and not key.startswith(b"metrics/")
 
