@@ -1,8 +1,8 @@
-"""Keras's saving protocol: what objects learned beyond variables, taken from a model and given to another.
+"""Keras's saving protocol: the learned state of objects beyond variables, collected from a model and restored.
 
-By `save_own_variables` and `save_assets` an object writes what a `.keras` file has of it, by `load_own_variables`,
-`load_assets` and `finalize_state` it reads that. Variables are saved by other means; the rest is saved as arrays and
-as files. Some layers of Keras learn what is in their config alone, so the config of a layer that adapts is saved too.
+An object writes its state to a `.keras` file with `save_own_variables` and `save_assets`. It reads the state with
+`load_own_variables`, `load_assets` and `finalize_state`. Variables are saved elsewhere. The rest is saved here as
+arrays and files. Some layers of Keras learn into their config alone, so the config of an adaptable layer is saved too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from keras_ckpt.formats.arrays import number_of
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description, Learned
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import unlock
-from keras_ckpt.model.matching import same_end, unsure
+from keras_ckpt.model.matching import ambiguous, same_end
 from keras_ckpt.model.naming import named_objects
 from keras_ckpt.store.files import files_below, temporary_directory, write_below
 
-_METHODS = (
+_PROTOCOL = (
     "save_own_variables",
     "load_own_variables",
     "save_assets",
@@ -39,33 +39,33 @@ _METHODS = (
 )
 _VARIABLES = keras.Variable | backend.Variable
 _LOOKUPS = keras.layers.StringLookup | keras.layers.IntegerLookup | keras.layers.TextVectorization
-_STEADY = (
+_STEADY_LAYERS = (
     keras.layers.Normalization,
     keras.layers.Discretization,
     keras.layers.StringLookup,
     keras.layers.IntegerLookup,
     keras.layers.TextVectorization,
 )
-"""Of these, what they learned is another as soon as an attribute is another object."""
-_GIVEN = {"name", "trainable", "dtype", "encoding", "epsilon", "vocabulary_size"}
-"""What the config of a layer of Keras says that decides nothing, or follows from the rest."""
-_LONG, _MOST = 1000, 100_000
-"""A list of more items is not searched for lists, and so many containers are at most."""
+"""Layers whose learned state changes only when an attribute becomes another object."""
+_IGNORED_SETTINGS = {"name", "trainable", "dtype", "encoding", "epsilon", "vocabulary_size"}
+"""Settings in the config of a layer of Keras that decide nothing, or follow from other settings."""
+_LONG_CONTAINER, _SEARCH_LIMIT = 1000, 100_000
+"""The most items of a container that is searched for containers, and the most containers found."""
 _VOCABULARY, _UTF_8 = "vocabulary.json", "utf-8"
-_TEXT = "vocabulary.txt"
-"""The vocabulary as Keras writes it, which is in older checkpoints."""
-_ADAPTED = {"bin_boundaries", "vocabulary", "idf_weights", "mean", "variance"}
-"""What such a layer learned, or was given in its place."""
+_OLD_VOCABULARY = "vocabulary.txt"
+"""The file in older checkpoints: the vocabulary as Keras writes it."""
+_ADAPTED_SETTINGS = {"bin_boundaries", "vocabulary", "idf_weights", "mean", "variance"}
+"""Settings that such a layer learned, or was given instead."""
 
 
-class Taken(NamedTuple):
-    """What the objects of a model learned, at one moment.
+class LearnedState(NamedTuple):
+    """The learned state of the objects of a model, at one moment.
 
     Attributes:
-        objects: Their descriptions, by name.
-        arrays: The arrays by the indexes in these.
-        assets: The bytes of files by the indexes in these.
-        failed: What could not be taken, each with the reason.
+        objects: The descriptions of the objects by name.
+        arrays: The arrays, by their indexes in the descriptions.
+        assets: The bytes of files, by their indexes in the descriptions.
+        failed: The calls that failed, each with the reason.
     """
 
     objects: Mapping[str, Learned]
@@ -79,61 +79,63 @@ class Learners:
 
     Args:
         model: A built model.
-        names: The names of its variables by their identities.
-        weights_only: Whether to leave out optimizers, losses and metrics.
+        names: The names of the model's variables by identity.
+        weights_only: Whether to skip optimizers, losses and metrics.
     """
 
     def __init__(self, model: keras.Model, names: Mapping[int, str], weights_only: bool = False) -> None:
         self._objects = learners(named_objects(model), weights_only)
         self._names = names
-        self._steady: dict[str, tuple[list[Any], _One]] = {}
-        self._last: tuple[list[_One], Taken] | None = None
+        self._steady: dict[str, tuple[list[Any], _ObjectState]] = {}
+        self._latest: tuple[list[_ObjectState], LearnedState] | None = None
 
     def __len__(self) -> int:
         return len(self._objects)
 
     def identities(self) -> set[int]:
-        """Theirs."""
+        """The identities of the objects."""
         return set(map(id, self._objects.values()))
 
-    def take(self) -> Taken:
-        """What they learned by now. The same object is returned until one of them changes."""
-        ones = [self._take(name, each) for name, each in self._objects.items()]
-        if self._last is None or list(map(id, ones)) != list(map(id, self._last[0])):
-            self._last = ones, self._taken(ones)
-        return self._last[1]
+    def collect(self) -> LearnedState:
+        """The learned state now. Returns the same `LearnedState` until an object changes."""
+        states = [self._collect(name, each) for name, each in self._objects.items()]
+        if self._latest is None or list(map(id, states)) != list(map(id, self._latest[0])):
+            self._latest = states, self._combine(states)
+        return self._latest[1]
 
-    def _taken(self, ones: Sequence[_One]) -> Taken:
+    def _combine(self, states: Sequence[_ObjectState]) -> LearnedState:
         objects: dict[str, Learned] = {}
         arrays: list[np.ndarray] = []
         assets: dict[str, tuple[int, bytes]] = {}
         failed: list[str] = []
-        for (name, each), one in zip(self._objects.items(), ones, strict=True):
-            failed += one.failed
+        for (name, each), state in zip(self._objects.items(), states, strict=True):
+            failed += state.failed
             files = {}
-            for path, data in one.files.items():
+            for path, data in state.files.items():
                 digest = f"blake3:{blake3(data).hexdigest()}"
                 index, _ = assets.setdefault(digest, (len(assets), data))
                 files[path] = Asset(index, len(data), digest)
-            values = {key: len(arrays) + place for place, key in enumerate(one.arrays)}
-            arrays += one.arrays.values()
-            objects[name] = Learned(type(each).__name__, one.variables, one.own, values, files, one.config, one.build)
-        return Taken(objects, arrays, [data for _, data in assets.values()], failed)
+            values = {key: len(arrays) + place for place, key in enumerate(state.arrays)}
+            arrays += state.arrays.values()
+            objects[name] = Learned(
+                type(each).__name__, state.variables, state.own, values, files, state.config, state.build
+            )
+        return LearnedState(objects, arrays, [data for _, data in assets.values()], failed)
 
-    def _take(self, name: str, each: Any) -> _One:
-        if type(each) not in _STEADY:
-            return _take(name, each, self._names)
-        # Those of before are held, so that no other object gets the identity of one of them.
+    def _collect(self, name: str, each: Any) -> _ObjectState:
+        if type(each) not in _STEADY_LAYERS:
+            return _collect(name, each, self._names)
+        # The old attributes are held, so that no new object gets the identity of an old one.
         attributes = [*vars(each).values(), *vars(getattr(each, "_lookup_layer", None) or object).values()]
-        before, one = self._steady.get(name, ([], None))
-        if one is None or list(map(id, before)) != list(map(id, attributes)):
-            one = _take(name, each, self._names)
-            self._steady[name] = attributes, one
-        return one
+        before, state = self._steady.get(name, ([], None))
+        if state is None or list(map(id, before)) != list(map(id, attributes)):
+            state = _collect(name, each, self._names)
+            self._steady[name] = attributes, state
+        return state
 
 
-class _One(NamedTuple):
-    """What one object learned."""
+class _ObjectState(NamedTuple):
+    """The learned state of one object."""
 
     variables: dict[str, str]
     own: list[str]
@@ -145,22 +147,22 @@ class _One(NamedTuple):
 
 
 def learners(objects: Mapping[str, Any], weights_only: bool = False) -> dict[str, Any]:
-    """The objects whose class has methods of its own in Keras's saving protocol, by name.
+    """The objects whose class overrides methods of Keras's saving protocol, by name.
 
     Args:
         objects: The objects of a model by name.
-        weights_only: Whether to leave out those beside the model's layers.
+        weights_only: Whether to skip objects other than the model's layers.
     """
     return {
         name: each
         for name, each in objects.items()
-        if any(_has_own(each, method) for method in _METHODS)
+        if any(_has_own(each, method) for method in _PROTOCOL)
         and not (weights_only and name.partition("/")[0] != "model")
     }
 
 
 def _has_own(each: Any, method: str) -> bool:
-    """Whether the class of an object has a method of its own, beside those of which variables are all there is."""
+    """Whether the class of an object overrides a method, other than the methods that save variables alone."""
     function = getattr(type(each), method, None)
     return callable(function) and function not in _plain_methods()
 
@@ -172,41 +174,41 @@ def _plain_methods() -> frozenset[Any]:
         keras.Layer, keras.Model, keras.Sequential, keras.optimizers.Optimizer, keras.utils.FeatureSpace,
         layers.Dense, layers.EinsumDense, layers.Embedding, layers.ReversibleEmbedding, layers.Conv1D,
     )  # fmt: skip
-    return frozenset(getattr(kind, method) for kind in plain for method in _METHODS if hasattr(kind, method))
+    return frozenset(getattr(kind, method) for kind in plain for method in _PROTOCOL if hasattr(kind, method))
 
 
-def _take(name: str, each: Any, names: Mapping[int, str]) -> _One:
+def _collect(name: str, each: Any, names: Mapping[int, str]) -> _ObjectState:
     failed: list[str] = []
 
-    def asked(method: str, ask: Callable[..., Any], *arguments: Any) -> Any:
+    def call(method: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return ask(*arguments)
-        except Exception as error:  # noqa: BLE001 - it is the user's, and no reason to end a training
+            return function(*arguments)
+        except Exception as error:  # noqa: BLE001 - an error in a user's method must not end training
             failed.append(f"{name}.{method}(), which raised {error!r:.200}")
             return None
 
     store: dict[str, Any] = {}
     if _has_own(each, "save_own_variables") or _has_own(each, "load_own_variables"):
-        asked("save_own_variables", each.save_own_variables, store)
+        call("save_own_variables", each.save_own_variables, store)
     variables = {str(key): names[id(value)] for key, value in store.items() if id(value) in names}
     arrays = {}
     for key, value in store.items():
-        array = None if id(value) in names else asked("save_own_variables", _as_array, value)
+        array = None if id(value) in names else call("save_own_variables", _as_array, value)
         if array is not None:
             arrays[str(key)] = array
     write = _vocabulary_of if isinstance(each, _LOOKUPS) else _files_of
-    files = asked("save_assets", write, each) if _has_own(each, "save_assets") else None
-    config = asked("get_config", lambda: _as_json(each.get_config())) if hasattr(each, "adapt") else None
+    files = call("save_assets", write, each) if _has_own(each, "save_assets") else None
+    config = call("get_config", lambda: _as_json(each.get_config())) if hasattr(each, "adapt") else None
     own_build = _has_own(each, "build_from_config") or _has_own(each, "get_build_config")
-    build = asked("get_build_config", lambda: _as_json(each.get_build_config())) if own_build else None
+    build = call("get_build_config", lambda: _as_json(each.get_build_config())) if own_build else None
     own = [names[id(value)] for value in vars(each).values() if isinstance(value, _VARIABLES) and id(value) in names]
-    return _One(variables, own, arrays, files or {}, config, build, failed)
+    return _ObjectState(variables, own, arrays, files or {}, config, build, failed)
 
 
 def _as_array(value: Any) -> np.ndarray:
     array = np.asarray(keras.ops.convert_to_numpy(value) if not isinstance(value, np.ndarray) else value)
     if array.dtype.kind in "OU":
-        raise TypeError(f"a value of type {type(value).__name__} is no array of numbers")
+        raise TypeError(f"a value of type {type(value).__name__} is not an array of numbers")
     number_of(array.dtype)
     return array
 
@@ -222,39 +224,39 @@ def _files_of(each: Any) -> dict[str, bytes]:
 
 
 def _vocabulary_of(each: Any) -> dict[str, bytes]:
-    """The vocabulary of a lookup as JSON. The text that Keras writes cannot have words with ends of lines in them."""
+    """The vocabulary of a lookup as JSON. Keras's own text file cannot hold words with line breaks."""
     if each.get_config()["vocabulary"] is not None:
-        return {}  # it is in the config
-    # A word of another encoding is given back as bytes, beside which Keras does not know its own words.
+        return {}  # the config has it
+    # In another encoding Keras returns words as bytes, and then does not recognize its special tokens.
     words = each.get_vocabulary(include_special_tokens=_encoding_of(each) == _UTF_8)
     words = [str(word) if isinstance(word, str) else int(word) for word in words]
     return {_VOCABULARY: json.dumps(words).encode()}
 
 
 class Pairing(NamedTuple):
-    """Which objects of a model get what of a checkpoint.
+    """The objects of a model, paired with the learned state in a checkpoint.
 
     Attributes:
-        given: The objects that get something, by name, each with what that is.
-        alone: The objects, by name, of which the checkpoint has variables alone.
-        unknown: The names of objects that learned more than the checkpoint tells.
-        matched: In names for a report, what the given objects get beyond variables.
-        missing: The objects that the checkpoint does not have.
-        unexpected: What the checkpoint has of objects that the model does not have.
-        mismatched: The objects that are others in the checkpoint; each with the reason.
+        paired: The objects to restore by name, each with its description in the checkpoint.
+        variables_only: By name, the objects of a checkpoint that describes no objects: it has variables alone.
+        unknown: The names of objects whose learned state beyond variables the checkpoint does not have.
+        matched: Report names of the state beyond variables that is restored.
+        missing: Report names of the objects that the checkpoint does not have.
+        unexpected: Report names of state in the checkpoint whose objects the model does not have.
+        mismatched: The reasons why objects in both differ, by report name.
     """
 
-    given: Mapping[str, tuple[Any, Learned]]
-    alone: Mapping[str, Any]
+    paired: Mapping[str, tuple[Any, Learned]]
+    variables_only: Mapping[str, Any]
     unknown: Sequence[str]
     matched: Sequence[str]
     missing: Sequence[str]
     unexpected: Sequence[str]
     mismatched: Mapping[str, str]
 
-    def read_by_themselves(self, names: Mapping[int, str]) -> set[str]:
-        """The variables that the given objects read by themselves, of those on disk and those in the model."""
-        given = [(each, learned) for each, learned in self.given.values() if _has_own(each, "load_own_variables")]
+    def self_read_variables(self, names: Mapping[int, str]) -> set[str]:
+        """The names, on disk and in the model, of the variables that paired objects read themselves."""
+        given = [(each, learned) for each, learned in self.paired.values() if _has_own(each, "load_own_variables")]
         here = (value for each, _ in given for value in vars(each).values() if isinstance(value, _VARIABLES))
         there = {name for _, learned in given for name in learned.own}
         return there | {names[id(value)] for value in here if id(value) in names}
@@ -267,41 +269,40 @@ def pair(
     assets: Sequence[bytes],
     automatic: Collection[str] | None,
 ) -> Pairing:
-    """Pairs the objects of a model with what a checkpoint says of objects.
+    """Pairs the objects of a model with the objects that a checkpoint describes.
 
     Args:
         objects: The objects by name.
-        description: What it says, `None` if it is of an older version, or not of this package.
-        names: The names of the model's variables by their identities.
+        description: The checkpoint's description, `None` if an older version or another program wrote it.
+        names: The names of the model's variables by identity.
         assets: The assets of the checkpoint.
-        automatic: For a partial restore, the names that Keras gave to layers by itself, with `{}` in the places of
-            their numbers.
+        automatic: For a partial restore, the automatic names of layers, with `{}` for their numbers.
     """
     if description is None:
-        unknown = [name for name, each in objects.items() if _learned_more(_take(name, each, names))]
+        unknown = [name for name, each in objects.items() if _learned_more(_collect(name, each, names))]
         return Pairing({}, objects, [name.removeprefix("model/") for name in unknown], (), (), (), {})
     there = _moved(description.objects, objects)
     mismatched = {name: difference(objects[name], there[name], assets) for name in objects if name in there}
     if automatic is not None:
-        why = "an automatic name, of another number of layers in the checkpoint: give them names"
-        mismatched |= dict.fromkeys(unsure(mismatched, there, automatic), why)
+        why = "an automatic name, and the checkpoint has another number of these layers: give them names"
+        mismatched |= dict.fromkeys(ambiguous(mismatched, there, automatic), why)
     reasons = {name: reason for name, reason in mismatched.items() if reason is not None}
     given = {name: (objects[name], there[name]) for name in mismatched if name not in reasons}
     return Pairing(
         given,
         {},
         (),
-        matched=[item for name, (each, learned) in given.items() for item in _items(name, learned, each)],
-        missing=[_shown(name) for name in objects if name not in there],
-        unexpected=[item for name in there if name not in objects for item in _items(name, there[name])],
-        mismatched={_shown(name): reason for name, reason in reasons.items()},
+        matched=[item for name, (each, learned) in given.items() for item in _report_items(name, learned, each)],
+        missing=[_report_name(name) for name in objects if name not in there],
+        unexpected=[item for name in there if name not in objects for item in _report_items(name, there[name])],
+        mismatched={_report_name(name): reason for name, reason in reasons.items()},
     )
 
 
 def _moved(there: Mapping[str, Learned], here: Mapping[str, Any]) -> dict[str, Learned]:
-    """The objects of a checkpoint by the names that they have in the model.
+    """The objects of a checkpoint by their names in the model.
 
-    An object that was built before it was in the model is called by a shorter path.
+    An object that was built before the model held it has a shorter path.
     """
     found = dict(there)
     waiting = [name for name in here if name not in there]
@@ -312,46 +313,48 @@ def _moved(there: Mapping[str, Learned], here: Mapping[str, Any]) -> dict[str, L
     return found
 
 
-def _shown(name: str) -> str:
+def _report_name(name: str) -> str:
     return f"learned/{name.removeprefix('model/')}"
 
 
-def _items(name: str, learned: Learned, each: Any = None) -> list[str]:
-    """What an object learned beyond variables, in names for a report; `each` is the one that is to have it."""
+def _report_items(name: str, learned: Learned, each: Any = None) -> list[str]:
+    """The report names of the learned state of an object beyond variables; `each` is the object in the model."""
     config = json.loads(learned.config) if learned.config else {}
-    in_config = [*_other_settings(each, config)] if each is not None else []
+    in_config = [*_learned_settings(each, config)] if each is not None else []
     if config.get("bin_boundaries") is not None and config.get("num_bins"):
         in_config = ["bin_boundaries"]
-    return [f"{_shown(name)}/{item}" for item in (*learned.assets, *learned.values, *in_config)]
+    return [f"{_report_name(name)}/{item}" for item in (*learned.assets, *learned.values, *in_config)]
 
 
-def _other_settings(each: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapted layer of a user's learned into its config, by the attributes that are to have it.
+def _learned_settings(each: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a user's layer learned into its config, by the attribute to set.
 
-    What differs is learned if it is missing in the layer, or a fraction or a collection. Anything else is the program's
-    choice.
+    A setting that differs counts as learned if the layer lacks it, or if it is a float, a list or a dict. Any other
+    setting is the program's choice.
     """
-    if type(each) in _STEADY or not hasattr(each, "adapt"):
+    if type(each) in _STEADY_LAYERS or not hasattr(each, "adapt"):
         return {}
     here = json.loads(_as_json(each.get_config()))
     other = {name: value for name, value in config.items() if value is not None and here.get(name, value) != value}
     return {
         name: keras.saving.deserialize_keras_object(value)
         for name, value in other.items()
-        if name in vars(each) and name not in _GIVEN and (here[name] is None or isinstance(value, float | list | dict))
+        if name in vars(each)
+        and name not in _IGNORED_SETTINGS
+        and (here[name] is None or isinstance(value, float | list | dict))
     }
 
 
-def _learned_more(one: _One) -> bool:
-    """Whether variables are not all that an object learned."""
-    config = json.loads(one.config) if one.config else {}
-    return bool(one.failed or one.arrays or one.files or config.get("bin_boundaries") is not None)
+def _learned_more(state: _ObjectState) -> bool:
+    """Whether an object learned more than variables."""
+    config = json.loads(state.config) if state.config else {}
+    return bool(state.failed or state.arrays or state.files or config.get("bin_boundaries") is not None)
 
 
-def build_otherwise(each: Any, learned: Learned) -> None:
-    """Builds an object that has its variables as it was built in the checkpoint, if that is another way.
+def rebuild(each: Any, learned: Learned) -> None:
+    """Builds a built object again as in the checkpoint, if its build config differs.
 
-    An object that makes variables again by that is left as it was.
+    An object that would make its variables again is left as it was.
     """
     if learned.build is None or _as_json(each.get_build_config()) == learned.build:
         return
@@ -362,23 +365,23 @@ def build_otherwise(each: Any, learned: Learned) -> None:
 
 
 def build(each: Any, learned: Learned) -> None:
-    """Builds an object that lacks variables as it was built in the checkpoint, if its class has a way of its own."""
+    """Builds an object that lacks variables as in the checkpoint, if its class overrides `build_from_config`."""
     if learned.build is None or not _has_own(each, "build_from_config"):
         return
-    # Keras locks a layer that is built. Here it gets variables that its first build could not know of.
+    # Keras locks a built layer. Here the layer gets variables that its first build did not make.
     unlock(each)
     each.build_from_config(keras.saving.deserialize_keras_object(json.loads(learned.build)))
 
 
 def difference(each: Any, learned: Learned, assets: Sequence[bytes]) -> str | None:
-    """Why an object cannot have what another learned, `None` if it can."""
+    """Why an object cannot take the learned state of a described object, `None` if it can."""
     kind = type(each).__name__
     if kind != learned.kind:
         return f"of class {kind} in the model, {learned.kind} in the checkpoint"
-    if type(each) not in _STEADY or learned.config is None:
+    if type(each) not in _STEADY_LAYERS or learned.config is None:
         return None
     here, there = json.loads(_as_json(each.get_config())), json.loads(learned.config)
-    for name in sorted(here.keys() & there.keys() - _GIVEN - _ADAPTED):
+    for name in sorted(here.keys() & there.keys() - _IGNORED_SETTINGS - _ADAPTED_SETTINGS):
         if here[name] != there[name]:
             return f"{name}={here[name]!r:.100} in the model, {there[name]!r:.100} in the checkpoint"
     if isinstance(each, _LOOKUPS):
@@ -386,28 +389,28 @@ def difference(each: Any, learned: Learned, assets: Sequence[bytes]) -> str | No
         files = {path: assets[asset.index] for path, asset in learned.assets.items()}
         other = given is not None and given != there["vocabulary"]
         if other and _words(each) != [str(word) for word in _words_in(each, files)]:
-            return "another vocabulary was given in the model than the checkpoint has"
+            return "the model was given another vocabulary than the checkpoint has"
     elif any(here.get(name) is not None and here[name] != there.get(name) for name in ("mean", "variance")):
-        return "another mean or variance was given in the model than the checkpoint has"
+        return "the model was given another mean or variance than the checkpoint has"
     return None
 
 
-def give(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Mapping[str, bytes]) -> None:
-    """Gives an object what another learned.
+def restore_state(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Mapping[str, bytes]) -> None:
+    """Restores the learned state of an object.
 
     Args:
         each: The object.
-        learned: The description.
-        store: What the other stored with `save_own_variables`.
-        files: What it wrote with `save_assets`.
+        learned: The object's description in the checkpoint.
+        store: The values that `save_own_variables` stored.
+        files: The files that `save_assets` wrote.
 
     Raises:
         DamagedCheckpointError: The path of a file leads out of its directory.
-        Exception: What the object raises.
+        Exception: Any error that the object raises.
     """
     config = json.loads(learned.config) if learned.config else {}
     if isinstance(each, _LOOKUPS):
-        _give_vocabulary(each, config, store, files)
+        _restore_vocabulary(each, config, store, files)
         return
     if _has_own(each, "load_own_variables") or _has_own(each, "save_own_variables"):
         each.load_own_variables(dict(store))
@@ -416,29 +419,29 @@ def give(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Ma
             try:
                 write_below(path, files)
             except ValueError as error:
-                raise DamagedCheckpointError(f"an asset of {learned.kind} is not its own: {error}") from error
+                raise DamagedCheckpointError(f"an asset of {learned.kind} leads elsewhere: {error}") from error
             each.load_assets(path)
-    _give_config(each, config)
+    _restore_config(each, config)
     finalize(each)
 
 
-def _give_vocabulary(
+def _restore_vocabulary(
     each: Any, config: Mapping[str, Any], store: Mapping[str, np.ndarray], files: Mapping[str, bytes]
 ) -> None:
-    """Gives a lookup its vocabulary. What Keras's own `load_assets` does fails with padded weights of terms."""
+    """Restores the vocabulary of a lookup. Keras's own `load_assets` fails with padded term weights."""
     weights = store.get("idf_weights")
     words: list[Any] | None = config.get("vocabulary")
     if words is not None and each.get_config()["vocabulary"] is not None:
-        return  # both were given the same
+        return  # the program gave both the same vocabulary
     if words is None:
         words = _words_in(each, files)
     if words:
         lookup = getattr(each, "_lookup_layer", each)
         if (encoding := _encoding_of(each)) != _UTF_8:
-            # TensorFlow would encode a string as UTF-8.
+            # TensorFlow would encode strings as UTF-8.
             words = [word.encode(encoding) if isinstance(word, str) else word for word in words]
         if weights is not None:
-            vars(lookup).pop("idf_weights", None)  # which has a length of its own
+            vars(lookup).pop("idf_weights", None)  # its length may differ
             weights = weights[: len(words)]
         each.set_vocabulary(words, weights)
 
@@ -447,40 +450,40 @@ def _encoding_of(lookup: Any) -> str:
     return getattr(getattr(lookup, "_lookup_layer", lookup), "encoding", None) or _UTF_8
 
 
-def has(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Mapping[str, bytes]) -> bool:
-    """Whether an object has what another learned, beyond variables."""
-    one = _take("", each, {})
-    mine = {key: one.arrays.get(key) for key in learned.values}
+def has_state(each: Any, learned: Learned, store: Mapping[str, np.ndarray], files: Mapping[str, bytes]) -> bool:
+    """Whether an object has the learned state of a described object, beyond variables."""
+    state = _collect("", each, {})
+    mine = {key: state.arrays.get(key) for key in learned.values}
     same = all(each is not None and np.array_equal(each, store[key]) for key, each in mine.items())
-    return same and one.files == files and one.config == learned.config
+    return same and state.files == files and state.config == learned.config
 
 
 def finalize(each: Any) -> None:
-    """Has an object finalize its state, if it does not do so by itself when it reads its variables."""
+    """Calls an object's `finalize_state`, unless its own `load_own_variables` does."""
     if _has_own(each, "finalize_state") and not _has_own(each, "load_own_variables"):
         each.finalize_state()
 
 
-def give_variables(each: Any, names: Mapping[int, str], values: Mapping[str, Any]) -> None:
-    """Has an object read its variables by itself, of a checkpoint that tells nothing else of it.
+def restore_variables(each: Any, names: Mapping[int, str], values: Mapping[str, Any]) -> None:
+    """Calls an object's own load methods with its variables alone, for a checkpoint that describes no objects.
 
     Args:
         each: The object.
-        names: The names of the model's variables by their identities.
-        values: The values that were restored, by name.
+        names: The names of the model's variables by identity.
+        values: The restored values by name.
     """
-    one = _take("", each, names)
-    if not one.failed and not one.arrays and set(one.variables.values()) <= values.keys():
-        store = {key: values[name] for key, name in one.variables.items()}
-        give(each, Learned(type(each).__name__), store, {})
+    state = _collect("", each, names)
+    if not state.failed and not state.arrays and set(state.variables.values()) <= values.keys():
+        store = {key: values[name] for key, name in state.variables.items()}
+        restore_state(each, Learned(type(each).__name__), store, {})
 
 
-def _give_config(each: Any, config: Mapping[str, Any]) -> None:
-    """Gives an object what it learned into its config alone."""
+def _restore_config(each: Any, config: Mapping[str, Any]) -> None:
+    """Restores the values that an object learned into its config alone."""
     if isinstance(each, keras.layers.Discretization):
         each.bin_boundaries = config.get("bin_boundaries", each.bin_boundaries)
     else:
-        for name, value in _other_settings(each, config).items():
+        for name, value in _learned_settings(each, config).items():
             setattr(each, name, value)
 
 
@@ -489,14 +492,14 @@ def _words(each: Any) -> list[str]:
 
 
 def _words_in(each: Any, files: Mapping[str, bytes]) -> list[Any]:
-    """The vocabulary in the files of a lookup; none if it could not be saved.
+    """The vocabulary in the files of a lookup, empty if there are no files because saving failed.
 
     Raises:
-        DamagedCheckpointError: The files have none.
+        DamagedCheckpointError: The files have no readable vocabulary.
     """
     kind: Any = int if isinstance(each, keras.layers.IntegerLookup) else str
     try:
-        if (text := files.get(_TEXT)) is not None:
+        if (text := files.get(_OLD_VOCABULARY)) is not None:
             return [kind(line) for line in text.decode().rstrip("\n").splitlines()]
         words: list[Any] = msgspec.json.decode(files[_VOCABULARY], type=list[kind]) if files else []
     except (KeyError, ValueError) as error:
@@ -505,7 +508,7 @@ def _words_in(each: Any, files: Mapping[str, bytes]) -> list[Any]:
 
 
 class Undo:
-    """Objects as they are now, for the case that one refuses what a checkpoint has for it.
+    """Remembers the attributes of objects, to undo a restore that an object refuses.
 
     Args:
         objects: The objects.
@@ -515,7 +518,7 @@ class Undo:
         self._before = [(each, dict(vars(each)), _contents(vars(each))) for each in objects]
 
     def undo(self) -> None:
-        """Makes them as they were: their attributes, and what is in the containers and arrays of these."""
+        """Resets the attributes of the objects, and the contents of containers and arrays in them."""
         for each, attributes, contents in self._before:
             vars(each).clear()
             vars(each).update(attributes)
@@ -528,19 +531,19 @@ def _contents(attributes: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     found: list[tuple[Any, Any]] = []
     seen: set[int] = set()
     waiting = [each for each in attributes.values() if isinstance(each, kinds)]
-    while waiting and len(found) < _MOST:
+    while waiting and len(found) < _SEARCH_LIMIT:
         each = waiting.pop()
         if id(each) not in seen:
             seen.add(id(each))
             found.append((each, each.copy()))
-            if not isinstance(each, np.ndarray) and len(each) <= _LONG:
+            if not isinstance(each, np.ndarray) and len(each) <= _LONG_CONTAINER:
                 inside = each.values() if isinstance(each, dict) else each
                 waiting += [other for other in inside if isinstance(other, kinds)]
     return found
 
 
 def _fill(container: Any, content: Any) -> None:
-    """Fills a container, past those methods of Keras's containers that track what is put in."""
+    """Replaces the contents of a container, without the tracking methods of Keras's containers."""
     if isinstance(container, np.ndarray):
         container[...] = content
     elif isinstance(container, collections.deque):

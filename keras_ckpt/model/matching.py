@@ -1,4 +1,4 @@
-"""Which variables of a checkpoint are which of a model, and what differs."""
+"""The matching of a model's variables with a checkpoint's variables, by name."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Shape = tuple[int | None, ...] | None
 
 
 class Kind(NamedTuple):
-    """The shape of a variable, `None` for a size that is not fixed, and its type."""
+    """The shape of a variable, with `None` for a size that is not fixed, and its dtype."""
 
     shape: Shape
     dtype: str
 
     def takes(self, other: Kind) -> bool:
-        """Whether a variable of this kind can have the value of another."""
+        """Whether a variable of this kind can take a value of another kind."""
         return self.dtype == other.dtype and self.fits(other.shape)
 
     def fits(self, shape: Shape) -> bool:
-        """Whether a variable of this kind can have a value of a shape."""
+        """Whether a variable of this kind can take a value of a shape."""
         if self.shape is None or shape is None:
             return True
         return len(self.shape) == len(shape) and all(
@@ -36,13 +36,13 @@ class Kind(NamedTuple):
 
 
 class Matching(NamedTuple):
-    """What of a checkpoint goes where.
+    """The matched variables of a model and a checkpoint, and their differences.
 
     Attributes:
-        matched: The names on disk of what is restored, by the names in the model.
-        missing: In the model, not in the checkpoint.
-        unexpected: In the checkpoint, not in the model.
-        mismatched: In both, and not restored; each with the reason.
+        matched: The names on disk of the variables to restore, by their names in the model.
+        missing: The names in the model that the checkpoint does not have.
+        unexpected: The names in the checkpoint that the model does not have.
+        mismatched: The names in both that are not restored, each with the reason.
     """
 
     matched: Mapping[str, str]
@@ -58,10 +58,9 @@ def match(
 
     Args:
         here: The kinds of the model's variables, by name.
-        there: The kinds of those in the checkpoint.
-        automatic: For a partial restore, the names that Keras gave to layers by itself, with `{}` in the places of
-            their numbers.
-        adapted: The names of variables of layers that may be adapted, and so built, before they are in the model.
+        there: The kinds of the checkpoint's variables, by name.
+        automatic: For a partial restore, the automatic names of layers, with `{}` for their numbers.
+        adapted: The names of variables of layers that a user may adapt, and so build, before the model holds them.
     """
     names = {name: name for name in here if name in there}
     missing = [name for name in here if name not in names]
@@ -76,10 +75,10 @@ def match(
         if not here[name].takes(there[other])
     }
     if automatic is not None:
-        doubtful = unsure(here, there, {*automatic, *_UNNAMED})
-        why = "an automatic name, of another number of layers in the checkpoint: give them names"
-        mismatched |= {name: why for name in names if name in doubtful}
-        # Half an optimizer is worse than none: counters of many steps beside slots of none.
+        uncertain = ambiguous(here, there, {*automatic, *_UNNAMED})
+        why = "an automatic name, and the checkpoint has another number of these layers: give them names"
+        mismatched |= {name: why for name in names if name in uncertain}
+        # A partly restored optimizer is worse than a new one: its counter is large, its slots are empty.
         if any(name.startswith("optimizer/") for name in (*mismatched, *missing, *unexpected)):
             why = "part of an optimizer that differs"
             mismatched |= {name: why for name in names if name.startswith("optimizer/") and name not in mismatched}
@@ -88,7 +87,7 @@ def match(
 
 
 def lora_in(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """The low-rank updates of kernels, as pairs of names, by the names of the kernels."""
+    """The low-rank updates (LoRA) of kernels, as pairs of names, by the names of the kernels."""
     found = {}
     for name in names:
         if pair := _LORA.fullmatch(name):
@@ -99,9 +98,9 @@ def lora_in(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 def _moved(
     missing: Sequence[str], unexpected: Sequence[str], here: Mapping[str, Kind], there: Mapping[str, Kind]
 ) -> dict[str, str]:
-    """The names on disk of layers that were built before they were in the model, by the names in the model.
+    """The names on disk of variables of layers that were built before the model held them, by the names in the model.
 
-    Such a layer is called by a shorter path.
+    These names have a shorter path.
     """
     found: dict[str, list[str]] = collections.defaultdict(list)
     for name in missing:
@@ -113,11 +112,11 @@ def _moved(
 
 
 def same_end(name: str, other: str, least: int) -> bool:
-    """Whether one of two names has more of a path in front than the other, with at least so many segments in both."""
+    """Whether two names differ only in the leading segments of one, and share at least `least` segments."""
     part, *path = name.split("/")
     other_part, *other_path = other.split("/")
     length = min(len(path), len(other_path))
-    # A slot has its name after that of its variable.
+    # A slot's name has one segment after its variable's name.
     least += part not in ("model", "losses", "metrics")
     return part == other_part and length >= least and path[-length:] == other_path[-length:]
 
@@ -127,8 +126,8 @@ def is_lora(name: str) -> bool:
     return name.rpartition("/")[2] in ("lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b")
 
 
-def unsure(model: Iterable[str], disk: Iterable[str], automatic: Collection[str]) -> set[str]:
-    """The names with a number of Keras's own in them that is counted among another number of layers on disk."""
+def ambiguous(model: Iterable[str], disk: Iterable[str], automatic: Collection[str]) -> set[str]:
+    """The names with an automatic number whose siblings on disk differ, so the number may mean another layer."""
     numbers = [re.escape(stem).replace(r"\{\}", r"(?:_\d+)?") for stem in automatic]
     pattern = re.compile("|".join(f"({each})" for each in numbers))
 

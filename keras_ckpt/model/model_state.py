@@ -18,7 +18,7 @@ from keras_ckpt.formats.variables import COUNTER, SUFFIX
 from keras_ckpt.model import compiled, naming, object_graph, parts
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import layers_of, trained_by, value_of
-from keras_ckpt.model.learned import Learners, Taken
+from keras_ckpt.model.learned import LearnedState, Learners
 from keras_ckpt.model.snapshot import Late, Snapshot
 from keras_ckpt.version import __version__
 
@@ -113,7 +113,7 @@ class ModelState:
         # A checkpoint of the weights alone leaves these out by intent.
         others = {} if self._weights_only else parts.owners_of(self.model, parts.tracked(self.model))
         untracked = parts.untracked(self.model, [*plan.variables, *plan.owners], others)
-        return [*untracked, *plan.learners.take().failed, *moved]
+        return [*untracked, *plan.learners.collect().failed, *moved]
 
     def _current_plan(self) -> _Plan:
         plan = self._plan
@@ -196,7 +196,7 @@ class _Plan(NamedTuple):
         """The values of now, with more to write beside them."""
         if not self.learners:
             return Snapshot(self.reader, others, self.constants, later)
-        taken = self.learners.take()
+        taken = self.learners.collect()
         arrays = {description.value_key(index): array for index, array in enumerate(taken.arrays)}
         constants = self.encoded.constants(self.described, taken)
         return Snapshot(self.reader, {**others, **arrays}, {**self.constants, **constants}, later)
@@ -211,10 +211,10 @@ class _Encoded:
     """What is written of objects that learned more than variables, encoded again when that has changed."""
 
     def __init__(self) -> None:
-        self._taken: Taken | None = None
+        self._taken: LearnedState | None = None
         self._constants: dict[bytes, Value] = {}
 
-    def constants(self, described: description.Description, taken: Taken) -> Mapping[bytes, Value]:
+    def constants(self, described: description.Description, taken: LearnedState) -> Mapping[bytes, Value]:
         """The description of a model with its objects, and their assets, as they are written."""
         if self._taken is not taken:
             whole = msgspec.structs.replace(described, objects=dict(taken.objects))

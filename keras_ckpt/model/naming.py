@@ -1,9 +1,9 @@
-"""The variables of a model's training state, under names that do not depend on the process.
+"""Names of the variables of a model's training state that do not depend on the process.
 
 A name is the variable's path: `model/conv/kernel`, `optimizer/conv/kernel/momentum`, `metrics/loss/total`.
-Keras numbers its automatic names per process, so `dense_7`, in a notebook's third try, is counted anew among the
-layers beside it, in the model's order; the top model's and the optimizer's own names are left out; a slot carries
-its variable's name; a path that is there already gets `~2`.
+Keras numbers its automatic names per process: a notebook's third try makes `dense_7`. So automatic names are
+renumbered among siblings, in the model's order. The names of the top model and of the optimizer are dropped.
+A slot has its variable's name. A duplicate path gets `~2`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from keras_ckpt.model.parts import (
     variables_in,
 )
 
-_OF_FEATURE_SPACE = re.compile(r"((?:float|integer|string)(?:_[a-z]+)?)(?:_\d+)?(_preprocessor)")
-"""The names that `FeatureSpace` gives to the layers of its features."""
+_FEATURE_SPACE_NAME = re.compile(r"((?:float|integer|string)(?:_[a-z]+)?)(?:_\d+)?(_preprocessor)")
+"""The automatic names of the layers in a `FeatureSpace`."""
 
 
 def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str, Any]:
@@ -36,13 +36,13 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
 
     Args:
         model: A built model.
-        weights_only: Whether to leave out the optimizers, the losses and the metrics.
+        weights_only: Whether to skip the optimizers, the losses and the metrics.
 
     Returns:
-        `keras.Variable`s, and `tf.Variable`s that a layer holds beside them.
+        The `keras.Variable`s, and the `tf.Variable`s that layers hold.
     """
     weights, layers, below = model.variables, layers_of(model), tracked(model)
-    own = _within(model, layers, map(_segments, weights))
+    own = _relative_paths(model, layers, map(_segments, weights))
     paths = _numbered(own, _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
     found += [(f"model/{path}", each) for path, each in below.items() if isinstance(each, backend.Variable)]
@@ -65,14 +65,14 @@ def build_optimizers(
     names_on_disk: Collection[str],
     built: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Builds each optimizer that was built in a checkpoint, for the variables that it was built for there.
+    """Builds the optimizers that were built in a checkpoint, for the same variables.
 
     Args:
         model: The model.
-        wanted: Its variables by name.
+        wanted: The model's variables by name.
         names_on_disk: The names of the variables in the checkpoint.
-        built: For each optimizer that was built there, by prefix, the names of the variables that it trained, in its
-            order. `None` if the checkpoint does not tell; then the slots on disk do.
+        built: The names of the variables that each optimizer trained, in its order, by the optimizer's prefix.
+            `None` if the checkpoint does not record them; then the slots on disk decide.
     """
     waiting = {prefix: each for prefix, each in optimizers_of(model).items() if not each.built}
     weights = {name: variable for name, variable in wanted.items() if name.startswith("model/")}
@@ -81,7 +81,7 @@ def build_optimizers(
         if built is not None:
             variables = [weights.get(name) for name in built.get(prefix, ())]
             complete = variables and all(variable is not None for variable in variables)
-            if complete and not optimizer.built:  # by one that runs it
+            if complete and not optimizer.built:  # building an outer optimizer builds its inner one
                 optimizer.build(variables)
             continue
         inner = tuple(f"{other}/" for other in waiting if other.startswith(f"{prefix}/"))
@@ -95,14 +95,14 @@ def build_optimizers(
 
 
 def automatic_stems(model: keras.Model) -> frozenset[str]:
-    """The names that Keras gave to layers of the model by itself, with `{}` in the places of their numbers."""
+    """The automatic names of the model's layers, with `{}` for their numbers."""
     return frozenset(_automatic_names(layers_of(model)).values())
 
 
 def named_objects(model: keras.Model) -> dict[str, Any]:
-    """The objects of a model that may hold more than variables, by name: layers, losses, metrics and optimizers."""
+    """The layers, losses, metrics and optimizers of a model by name: objects that may hold more than variables."""
     (top, *layers), below = layers_of(model), tracked(model)
-    own = _within(model, [top, *layers], (tuple((layer.path or layer.name).split("/")) for layer in layers))
+    own = _relative_paths(model, [top, *layers], (tuple((layer.path or layer.name).split("/")) for layer in layers))
     paths = _numbered(own, _automatic_names([top, *layers]))
     metrics = metrics_of(model)
     names = _numbered([(metric.name,) for metric in metrics], _automatic_names(metrics))
@@ -115,14 +115,16 @@ def named_objects(model: keras.Model) -> dict[str, Any]:
     }
 
 
-def _within(model: keras.Model, layers: Sequence[Any], paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Paths of what a model holds, from the outermost layer that belongs to it."""
+def _relative_paths(
+    model: keras.Model, layers: Sequence[Any], paths: Iterable[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """The paths of variables or layers of a model, cut to begin at the outermost layer of the model."""
     known = {layer.name for layer in layers}
-    # The model's own name leads the paths of what is built in its scope; a layer of that name is another thing.
+    # A path that was built in the model's scope begins with the model's name. A layer may have the same name.
     own = model.name if all(layer.name != model.name for layer in layers[1:]) else None
     found = []
     for path in paths:
-        # An error while a layer is built leaves its scope open, and Keras puts it before everything that comes later.
+        # An error in a layer's build leaves its scope open. Keras then prefixes all later paths with it.
         start = 0
         while start < len(path) - 1 and path[start] not in known and not _anonymous(path[start]):
             start += 1
@@ -131,7 +133,12 @@ def _within(model: keras.Model, layers: Sequence[Any], paths: Iterable[tuple[str
 
 
 def _by_reference(variables: Iterable[keras.Variable], names: Mapping[int, str]) -> dict[str, list[str]]:
-    """The names of weights, which are given by identity, by what optimizers make of their paths."""
+    """The names of weights by the reference that an optimizer derives from a weight's path.
+
+    Args:
+        variables: The weights.
+        names: The names of weights by identity.
+    """
     found: dict[str, list[str]] = collections.defaultdict(list)
     for variable in variables:
         if id(variable) in names:
@@ -142,8 +149,8 @@ def _by_reference(variables: Iterable[keras.Variable], names: Mapping[int, str])
 def _optimizer_variables(
     prefix: str, optimizer: Any, weights: Sequence[keras.Variable], names: Mapping[int, str]
 ) -> Iterable[tuple[str, keras.Variable]]:
-    """The variables of an optimizer, a slot under the name of its weight."""
-    owned = [("", *_owned(variable))[-2:] for variable in optimizer.variables]
+    """The named variables of an optimizer. A slot's name contains the name of its weight."""
+    owned = [("", *_owner_and_name(variable))[-2:] for variable in optimizer.variables]
     inner = list(dict.fromkeys(owner for owner, _ in owned if owner not in ("", optimizer.name)))
     automatic = _automatic_names(inner_optimizers(optimizer))
     owners = dict(zip(inner, _numbered([(each,) for each in inner], automatic), strict=True))
@@ -158,7 +165,7 @@ def _optimizer_variables(
         if reference is None:
             yield f"{place}/{numbered.get(name, name)}", variable
             continue
-        # Of weights that share a path, those that are trained have their slots in the order of the optimizer.
+        # Several weights may share a path. The slots of the trained ones are in the optimizer's order.
         sharing = trained.get(owner, {}).get(reference) or references[reference]
         which = min(used[owner, name], len(sharing) - 1)
         used[owner, name] += 1
@@ -166,7 +173,7 @@ def _optimizer_variables(
 
 
 def _reference(slot: str, references: Container[str]) -> str | None:
-    """The longest of the references that the name of a slot begins with."""
+    """The longest reference that is a prefix of a slot's name."""
     reference = slot
     while "_" in reference:
         reference = reference.rpartition("_")[0]
@@ -179,39 +186,39 @@ def _segments(variable: keras.Variable) -> tuple[str, ...]:
     return tuple(variable.path.split("/"))
 
 
-def _owned(variable: keras.Variable) -> tuple[str, ...]:
-    """The name of the optimizer or metric that a variable belongs to, if it has one, and its own."""
-    # The path has all the scopes that its owner happened to be built in; the last is the owner's.
+def _owner_and_name(variable: keras.Variable) -> tuple[str, ...]:
+    """The name of the optimizer or metric that owns a variable, if any, and the variable's name."""
+    # The path has all scopes that the owner was built in. The last scope is the owner's.
     return _segments(variable)[-2:]
 
 
 def _loss_variables(losses: Mapping[str, Any], known: Container[int]) -> Iterable[tuple[str, Any]]:
-    """The variables of losses that are not the model's too."""
+    """The named variables of losses, without variables that the model has too."""
     for path, loss in losses.items():
         place = f"losses/{path}" if path else "losses"
         yield from ((f"{place}/{name}", each) for name, each in variables_in(loss) if id(each) not in known)
 
 
 def _metric_variables(model: keras.Model) -> Iterable[tuple[str, Any]]:
-    """The variables of metrics; those of `compile` that Keras has not built yet come last."""
+    """The named variables of metrics. Metrics of `compile` that Keras has not built yet come last."""
     metrics = metrics_of(model)
     found = [*model.metrics_variables, *(each for metric in metrics for each in metric.variables)]
     measured = list({id(each): each for each in found}.values())
-    paths = _numbered([_owned(variable) for variable in measured], _automatic_names(metrics))
+    paths = _numbered([_owner_and_name(variable) for variable in measured], _automatic_names(metrics))
     return [(f"metrics/{path}", variable) for path, variable in zip(paths, measured, strict=True)]
 
 
 def _automatic_names(named: Iterable[Any]) -> dict[str, str]:
-    """The names that Keras made up, each with `{}` in the place of its number."""
+    """The automatic names among the names of objects, each with its stem: `{}` stands for the number."""
     stems = {each.name: _stem(each.name, type(each).__name__) for each in named}
     return {name: stem for name, stem in stems.items() if stem is not None}
 
 
 def _stem(name: str, kind: str) -> str | None:
-    """The name with `{}` in the place of its number, if Keras gives such names to objects of that class."""
-    if feature := _OF_FEATURE_SPACE.fullmatch(name):
+    """The stem of a name, with `{}` for the number, if the name is an automatic name of that class."""
+    if feature := _FEATURE_SPACE_NAME.fullmatch(name):
         return f"{feature[1]}{{}}{feature[2]}"
-    # Bidirectional puts a word before the automatic name of the layer that it runs.
+    # Bidirectional prefixes the automatic name of its inner layer with a word.
     word = next((word for word in ("forward_", "backward_") if name.startswith(word)), "")
     rest = name.removeprefix(word)
     for stem in (re.sub(r"_\d+\Z", "", rest), rest):
@@ -221,7 +228,7 @@ def _stem(name: str, kind: str) -> str | None:
 
 
 def _numbered(paths: Sequence[tuple[str, ...]], automatic: dict[str, str]) -> list[str]:
-    """Joins paths to names, with automatic numbers counted among siblings in the order of the paths."""
+    """Joins paths to names, and renumbers automatic names among siblings in the order of the paths."""
     siblings: dict[tuple[tuple[str, ...], str], dict[str, str]] = collections.defaultdict(dict)
     names = []
     for path in paths:
@@ -236,13 +243,13 @@ def _numbered(paths: Sequence[tuple[str, ...]], automatic: dict[str, str]) -> li
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    """The names, those that were there already with `~2`, `~3` and so on."""
+    """The names, with `~2`, `~3` and so on appended to duplicates."""
     counts: collections.Counter[str] = collections.Counter()
     unique: dict[str, None] = {}
     for name in names:
         counts[name] += 1
         new = name if counts[name] == 1 else f"{name}~{counts[name]}"
-        while new in unique:  # somebody has called another so
+        while new in unique:  # a user's name may end in ~2 too
             counts[name] += 1
             new = f"{name}~{counts[name]}"
         unique[new] = None
@@ -250,6 +257,6 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def _anonymous(segment: str) -> str | None:
-    """The stem of a variable or a seed generator that was given no name."""
+    """The stem of the name of an unnamed variable or seed generator, `None` for another name."""
     match = re.fullmatch(r"(variable|seed_generator)(_\d+)?", segment)
     return f"{match[1]}{{}}" if match else None

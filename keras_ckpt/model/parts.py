@@ -1,7 +1,7 @@
-"""The parts of a model that hold state: layers, optimizers, losses, metrics, and what no part tracks.
+"""The parts of a model that hold state: layers, optimizers, losses, metrics, and untracked objects.
 
-Keras tracks layers, and TensorFlow what an attribute holds. Optimizers in a list or a dict, and losses, are tracked by
-neither, so attributes are searched for them. The search also finds variables that neither tracks, for a warning.
+Keras tracks layers. TensorFlow tracks the objects in attributes. Neither tracks losses, or optimizers in a list or a
+dict, so attributes are searched for them. The search also finds untracked variables, for a warning.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from keras_ckpt.model.keras_internals import layers_of, metrics_given
 
 _VARIABLES = keras.Variable | backend.Variable
 _CONTAINERS = (list, tuple, dict, collections.deque)
-_MOST = 100_000
-"""A search looks at so many values at most."""
-_HASHED = 1 << 26
-"""A larger array is not searched for changes."""
-_LONG = 1000
-"""A list of more numbers or strings than this is not searched."""
+_SEARCH_LIMIT = 100_000
+"""The most values that a search looks at."""
+_FINGERPRINT_LIMIT = 1 << 26
+"""The most bytes of an array that is fingerprinted."""
+_LONG_CONTAINER = 1000
+"""The most items of a list of numbers or strings that is searched."""
 _FRAMEWORKS = {"builtins", "keras", "tensorflow", "numpy", "collections", "functools", "threading", "weakref"}
 
 
 def is_built(model: keras.Model) -> bool:
     """Whether a model has all its weights.
 
-    A model of built networks that is never called as a whole, such as a GAN, has them too.
+    A GAN, whose networks are built and which is never called as a whole, has them too.
     """
     top, *layers = layers_of(model)
     calls_nothing = bool(layers) and type(model).build is keras.Model.build and all(layer.built for layer in layers)
@@ -42,18 +42,18 @@ def is_built(model: keras.Model) -> bool:
 
 
 def states_of(layers: Iterable[Any]) -> list[Any]:
-    """The states of stateful recurrent layers, which Keras does not count among their variables."""
+    """The states of stateful recurrent layers. Keras does not list them as variables."""
     stateful = [layer for layer in layers if getattr(layer, "stateful", False)]
     found = [each for layer in stateful for each in keras.tree.flatten(getattr(layer, "states", None) or ())]
-    return list({id(each): each for each in found}.values())  # a layer and the one that runs it have the same
+    return list({id(each): each for each in found}.values())  # a wrapper and its layer have the same states
 
 
 def lora_scales(model: keras.Model, names: Mapping[int, str]) -> dict[str, float]:
-    """The factors of low-rank updates of kernels (LoRA), by the names of the first variables of these.
+    """The scale of each low-rank update (LoRA) of a kernel, by the name of the update's first variable.
 
     Args:
         model: The model.
-        names: The names of its variables, by their identities.
+        names: The names of the model's variables by identity.
     """
     updated = [layer for layer in layers_of(model) if getattr(layer, "lora_enabled", False)]
     firsts = [layer.lora_kernel_a if hasattr(layer, "lora_kernel_a") else layer.lora_embeddings_a for layer in updated]
@@ -62,7 +62,10 @@ def lora_scales(model: keras.Model, names: Mapping[int, str]) -> dict[str, float
 
 
 def tracked(root: Any) -> dict[str, Any]:
-    """The objects that TensorFlow tracks below another, except below optimizers, by the shortest path of attributes."""
+    """The objects that TensorFlow tracks below a root, by the shortest path of attributes.
+
+    The search does not enter optimizers.
+    """
     found: dict[str, Any] = {}
     queue: collections.deque[tuple[str, Any]] = collections.deque([("", root)])
     seen = {id(root)}
@@ -80,12 +83,12 @@ def tracked(root: Any) -> dict[str, Any]:
 def optimizers_of(model: keras.Model, below: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The optimizers of a model by the prefix of their variables' names.
 
-    The prefix of the optimizer of `compile` is `optimizer`. The prefix of another, such as one of the two of a GAN, has
-    the path of its attribute, and of its place in a list or a dict: `optimizer/d_optimizer`, `optimizer/optimizers/d`.
+    The prefix of the optimizer of `compile` is `optimizer`. The prefix of another optimizer, as in a GAN, has the path
+    of its attribute, and its place in a list or a dict: `optimizer/d_optimizer`, `optimizer/optimizers/d`.
 
     Args:
         model: The model.
-        below: What `tracked` gives for it, if the caller has it.
+        below: The result of `tracked(model)`, if the caller has it.
     """
     main = getattr(model, "optimizer", None)
     found = {} if main is None else {"optimizer": main}
@@ -104,7 +107,7 @@ def optimizers_of(model: keras.Model, below: Mapping[str, Any] | None = None) ->
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers whose variables are among those of an optimizer, such as of one that scales the loss."""
+    """The optimizers inside an optimizer, whose variables it lists as its own, as a `LossScaleOptimizer` does."""
     inner = getattr(optimizer, "inner_optimizer", None)
     found = [*([] if inner is None else [inner]), *getattr(optimizer, "optimizers", ())]
     own = {id(each) for each in getattr(optimizer, "variables", ())}
@@ -113,7 +116,7 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
 
 
 def _held_optimizers(optimizer: Any) -> list[tuple[str, Any]]:
-    """The optimizers that attributes of an optimizer of a user's class hold, by path."""
+    """The optimizers in attributes of an optimizer of a user's class, with their paths."""
     if optimizer is None or type(optimizer).__module__.startswith("keras."):
         return []
     inside = _search(vars(optimizer).items(), lambda each: False)
@@ -121,15 +124,15 @@ def _held_optimizers(optimizer: Any) -> list[tuple[str, Any]]:
 
 
 def losses_of(model: keras.Model, below: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The `Loss` objects of a model by path: those that `compile` was given, then those in attributes.
+    """The `Loss` objects of a model by path: first the losses of `compile`, then the losses in attributes.
 
     Args:
         model: The model.
-        below: What `tracked` gives for it, if the caller has it.
+        below: The result of `tracked(model)`, if the caller has it.
     """
     below = tracked(model) if below is None else below
     given = getattr(model, "loss", None)
-    # A model that was given none has a deprecated method of this name.
+    # Without a loss, `model.loss` is a deprecated method.
     places = [] if isinstance(given, types.MethodType) else [("", given)]
     found: dict[int, tuple[str, Any]] = {}
     for path, each in (*_search(places, lambda each: False), *_held(layers_of(model), below)):
@@ -139,7 +142,7 @@ def losses_of(model: keras.Model, below: Mapping[str, Any] | None = None) -> dic
 
 
 def metrics_of(model: keras.Model) -> list[Any]:
-    """The metrics of a model and those inside them, with those of `compile` before Keras builds them."""
+    """The metrics of a model, the metrics inside them, and the metrics of `compile` that Keras has not built yet."""
     metrics = [each for metric in model.metrics for each in _with_inner(metric)]
     given = [each for metric in metrics for each in metrics_given(metric)]
     metrics += [each for each in given if isinstance(each, keras.metrics.Metric)]
@@ -147,14 +150,14 @@ def metrics_of(model: keras.Model) -> list[Any]:
 
 
 def _with_inner(metric: Any) -> list[Any]:
-    """A metric and those that it holds."""
+    """A metric and the metrics inside it."""
     inside = _search(vars(metric).items(), lambda each: isinstance(each, keras.metrics.Metric))
     inner = [each for _, each in inside if isinstance(each, keras.metrics.Metric)]
     return list({id(each): each for each in (metric, *getattr(metric, "metrics", ()), *inner)}.values())
 
 
 def variables_in(loss: Any) -> list[tuple[str, Any]]:
-    """The variables that the attributes of a loss hold, also in layers, lists and dicts, each with its path."""
+    """The variables in attributes of a loss, also in layers, lists and dicts, with their paths."""
     found: dict[int, tuple[str, Any]] = {}
     inside = _search(vars(loss).items(), lambda each: isinstance(each, keras.losses.Loss | keras.random.SeedGenerator))
     for path, each in inside:
@@ -167,7 +170,7 @@ def variables_in(loss: Any) -> list[tuple[str, Any]]:
 
 
 def untracked(model: keras.Model, known: Iterable[Any], owners: Mapping[str, Any]) -> list[str]:
-    """The paths of variables, seeds, tables, layers and optimizers that are held where nothing tracks them.
+    """The paths of untracked variables, seeds, tables, layers and optimizers.
 
     Args:
         model: The model.
@@ -181,12 +184,14 @@ def untracked(model: keras.Model, known: Iterable[Any], owners: Mapping[str, Any
     tables = [
         (path, each)
         for path, each in below.items()
-        if isinstance(each, backend.Table) and _is_users_table(path, below, model)
+        if isinstance(each, backend.Table) and _is_user_table(path, below, model)
     ]
-    attributes = [*_attributes(layers, below), *_users_objects(layers, below)]
+    attributes = [*_attributes(layers, below), *_user_objects(layers, below)]
     held = [(f"{place}/{name}", each) for place, owner in owners.items() for name, each in vars(owner).items()]
-    attributes += [(path, each) for path, each in held if "/_self_" not in path]  # TensorFlow's own lists of the others
-    for path, each in (*tables, *_search(attributes, _is_users_object)):
+    attributes += [
+        (path, each) for path, each in held if "/_self_" not in path
+    ]  # TensorFlow's lists of other attributes
+    for path, each in (*tables, *_search(attributes, _is_user_object)):
         is_state = isinstance(each, _VARIABLES | keras.optimizers.Optimizer | backend.Table) or (
             isinstance(each, keras.Layer) and bool(each.variables)
         )
@@ -197,30 +202,33 @@ def untracked(model: keras.Model, known: Iterable[Any], owners: Mapping[str, Any
     return found
 
 
-def plain_attributes(model: keras.Model, but: Container[int]) -> dict[str, Any]:
-    """The plain state in attributes that a user gave to layers, optimizers, losses and metrics, by path.
+def plain_attributes(model: keras.Model, excluded: Container[int]) -> dict[str, Any]:
+    """The plain values in a user's attributes of layers, optimizers, losses and metrics, by path.
 
-    That are numbers, strings, fingerprints of arrays and lengths of containers, in objects of a user's own too.
+    Plain values are numbers, strings, fingerprints of arrays and lengths of containers. Objects of a user's classes are
+    searched too.
 
     Args:
         model: The model.
-        but: The identities of objects that are left out.
+        excluded: The identities of objects to skip.
     """
     layers, below = layers_of(model), tracked(model)
-    attributes = [*_attributes(layers, below, but), *_users_objects(layers, below, but)]
+    attributes = [*_attributes(layers, below, excluded), *_user_objects(layers, below, excluded)]
     for place, each in owners_of(model, below).items():
-        if id(each) not in but:
+        if id(each) not in excluded:
             own = _own_attributes(each).items() if _is_open(each) else vars(each).items()
             named = ((name, value) for name, value in own if name not in _attributes_of_keras())
-            attributes += [(f"{place}/{name}", value) for name, value in named if _is_open(each) or _is_users(value)]
+            attributes += [
+                (f"{place}/{name}", value) for name, value in named if _is_open(each) or _is_user_value(value)
+            ]
     found: dict[str, Any] = {}
     for path, value in attributes:
         if isinstance(value, (*_CONTAINERS, set)):
             found[f"{path}/"] = len(value)
-    for path, value in _search(attributes, _is_users_object):
+    for path, value in _search(attributes, _is_user_object):
         if value is None or isinstance(value, str | int | float):
             found[path] = value
-        elif isinstance(value, np.ndarray | np.generic) and value.nbytes <= _HASHED:
+        elif isinstance(value, np.ndarray | np.generic) and value.nbytes <= _FINGERPRINT_LIMIT:
             found[path] = zlib.crc32(value.tobytes())
     return found
 
@@ -230,7 +238,7 @@ def owners_of(model: keras.Model, below: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model: The model.
-        below: What `tracked` gives for it.
+        below: The result of `tracked(model)`.
     """
     losses = {f"losses/{path}".strip("/"): each for path, each in losses_of(model, below).items()}
     return {
@@ -241,15 +249,15 @@ def owners_of(model: keras.Model, below: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contents_of(layers: Iterable[Any]) -> list[Any]:
-    """The lists, tuples and dicts in attributes that a user gave to layers, and what short ones hold."""
+    """The lists, tuples and dicts in a user's attributes of layers, and the items of short ones."""
     found = [
         value
         for layer in filter(_is_open, layers)
         for name, value in vars(layer).items()
         if isinstance(value, _CONTAINERS) and name not in _attributes_of_keras()
     ]
-    for container in found:  # which grows by those inside
-        if isinstance(container, _CONTAINERS) and len(container) <= _LONG and len(found) <= _MOST:
+    for container in found:  # grows in the loop
+        if isinstance(container, _CONTAINERS) and len(container) <= _LONG_CONTAINER and len(found) <= _SEARCH_LIMIT:
             found.extend(container.values() if isinstance(container, dict) else container)
     return found
 
@@ -257,45 +265,47 @@ def contents_of(layers: Iterable[Any]) -> list[Any]:
 def _held(
     layers: Sequence[Any], below: Mapping[str, Any], enter: Callable[[Any], bool] = lambda each: False
 ) -> Iterator[tuple[str, Any]]:
-    """What attributes hold that a user gave to layers, by path.
+    """The values in a user's attributes of layers, with their paths.
 
     Args:
         layers: The layers, the model first.
-        below: What TensorFlow tracks below the model, by path.
-        enter: Says of an object whether its attributes are searched too.
+        below: The objects that TensorFlow tracks below the model, by path.
+        enter: Whether to search the attributes of an object too.
     """
     return _search(_attributes(layers, below), enter)
 
 
-def _attributes(layers: Sequence[Any], below: Mapping[str, Any], but: Container[int] = ()) -> Iterator[tuple[str, Any]]:
-    """The attributes that a user gave to layers, without those of some layers."""
-    for place, layer in _places(layers, below, but):
+def _attributes(
+    layers: Sequence[Any], below: Mapping[str, Any], excluded: Container[int] = ()
+) -> Iterator[tuple[str, Any]]:
+    """The attributes that a user gave to layers, except to the excluded layers."""
+    for place, layer in _places(layers, below, excluded):
         if _is_open(layer):
             for name, value in _own_attributes(layer).items():
                 if name not in _attributes_of_keras():
                     yield f"{place}{name}", value
 
 
-def _users_objects(
-    layers: Sequence[Any], below: Mapping[str, Any], but: Container[int] = ()
+def _user_objects(
+    layers: Sequence[Any], below: Mapping[str, Any], excluded: Container[int] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """The objects and functions of a user's own that layers of Keras were given, such as a regularizer."""
-    for place, layer in _places(layers, below, but):
+    """The user's objects and functions that layers of Keras hold, such as a regularizer."""
+    for place, layer in _places(layers, below, excluded):
         if not _is_open(layer):
-            yield from ((f"{place}{name}", value) for name, value in vars(layer).items() if _is_users(value))
+            yield from ((f"{place}{name}", value) for name, value in vars(layer).items() if _is_user_value(value))
 
 
-def _places(layers: Sequence[Any], below: Mapping[str, Any], but: Container[int]) -> Iterator[tuple[str, Any]]:
-    """Layers, each with the beginning of the paths of what it holds; the model comes first."""
-    # A path through Keras's own attributes tells a reader less than the layer's name.
+def _places(layers: Sequence[Any], below: Mapping[str, Any], excluded: Container[int]) -> Iterator[tuple[str, Any]]:
+    """The layers, each with the prefix of the paths of its attributes. The model comes first."""
+    # A layer's name tells a reader more than a path through Keras's own attributes.
     places = {id(each): f"{path}/" for path, each in below.items() if not path.startswith("_")}
     for index, layer in enumerate(layers):
-        if id(layer) not in but:
+        if id(layer) not in excluded:
             yield places.get(id(layer), f"{layer.name}/" if index else ""), layer
 
 
 def _own_attributes(each: Any) -> dict[str, Any]:
-    """The attributes of an object, with the numbers and strings that its class has in their place before."""
+    """The attributes of an object, and the numbers and strings of its class that they may replace."""
     kinds = [kind for kind in type(each).__mro__ if kind.__module__.partition(".")[0] not in _FRAMEWORKS]
     given = ((name, value) for kind in reversed(kinds) for name, value in vars(kind).items())
     plain = {name: value for name, value in given if isinstance(value, int | float | str) and not name.startswith("__")}
@@ -304,10 +314,10 @@ def _own_attributes(each: Any) -> dict[str, Any]:
 
 
 def _search(start: Iterable[tuple[str, Any]], enter: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
-    """Values by path, those in containers too, and those in attributes of the objects that are entered."""
+    """The values below a start, with their paths: in containers, and in attributes of entered objects."""
     stack = [*reversed(list(start))]
     entered: set[int] = set()
-    for _ in range(_MOST):
+    for _ in range(_SEARCH_LIMIT):
         if not stack:
             return
         path, value = stack.pop()
@@ -327,7 +337,7 @@ def _segment(key: Any) -> str:
 
 
 def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:
-    """What a container holds, or a function of a user's own; `None` of any other value."""
+    """The items of a container or of a user's function, `None` for any other value."""
     if isinstance(value, dict | types.MappingProxyType):
         return value.items()
     if isinstance(value, list | tuple | set | frozenset | collections.deque):
@@ -336,48 +346,48 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:
         return enumerate(value.flat)
     if isinstance(value, functools.partial):
         return [("func", value.func), *enumerate(value.args), *value.keywords.items()]
-    if _is_users_function(value):
+    if _is_user_function(value):
         return [(name, each) for name, each in _variables_of(value) if each is not value]
     return None
 
 
-def _is_users_function(value: Any) -> bool:
-    """Whether a value is a function of a user's own that remembers something."""
-    return isinstance(value, types.FunctionType) and bool(value.__closure__) and not _is_of_framework(value)
+def _is_user_function(value: Any) -> bool:
+    """Whether a value is a user's function with a closure."""
+    return isinstance(value, types.FunctionType) and bool(value.__closure__) and not _is_framework_code(value)
 
 
 def _variables_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # it has no value yet
+        with contextlib.suppress(ValueError):  # the cell is empty yet
             yield name, cell.cell_contents
 
 
-def _is_users(value: Any) -> bool:
-    """Whether a value is an object or a function of a user's own."""
-    return _is_users_function(value) or isinstance(value, functools.partial) or _is_users_object(value)
+def _is_user_value(value: Any) -> bool:
+    """Whether a value is a user's object or function."""
+    return _is_user_function(value) or isinstance(value, functools.partial) or _is_user_object(value)
 
 
-def _is_of_framework(value: Any) -> bool:
+def _is_framework_code(value: Any) -> bool:
     return (value.__module__ or "").partition(".")[0] in _FRAMEWORKS
 
 
 def _is_data(container: Any) -> bool:
-    """Whether a container is long and begins with a number or a string, so that a search is not worth its time."""
-    if not isinstance(container, (*_CONTAINERS, set, frozenset)) or len(container) <= _LONG:
+    """Whether a container is long and begins with a number or a string: too slow to search."""
+    if not isinstance(container, (*_CONTAINERS, set, frozenset)) or len(container) <= _LONG_CONTAINER:
         return False
     first = next(iter(container.values() if isinstance(container, dict) else container))
     return isinstance(first, str | bytes | int | float)
 
 
 def _is_open(layer: Any) -> bool:
-    """Whether a user may have given attributes to a layer, since it is a model or of a class that is not Keras's."""
+    """Whether a layer may have a user's attributes: a model, or a layer of a class that is not Keras's."""
     return isinstance(layer, keras.Model) or not type(layer).__module__.startswith("keras.")
 
 
 @functools.cache
 def _attributes_of_keras() -> frozenset[str]:
     """The attributes that Keras gives to models, layers, optimizers, losses and metrics."""
-    # Names of their own, so that the automatic names of the user's layers stay as they are.
+    # Explicit names keep the automatic numbers of the user's layers unchanged.
     first = keras.Input((1,), name="keras_ckpt_input")
     examples = [
         keras.Model(name="keras_ckpt_model"),
@@ -396,16 +406,16 @@ def _attributes_of_keras() -> frozenset[str]:
     return frozenset(names | {"history", "_eval_epoch_iterator"})
 
 
-def _is_users_table(path: str, below: Mapping[str, Any], model: keras.Model) -> bool:
-    """Whether a table is not one of a layer of Keras, which knows how to save it."""
+def _is_user_table(path: str, below: Mapping[str, Any], model: keras.Model) -> bool:
+    """Whether a table is a user's. A layer of Keras saves its own tables."""
     return not type(below.get(path.rpartition("/")[0], model)).__module__.startswith("keras.")
 
 
-def _is_users_object(value: Any) -> bool:
-    """Whether the attributes of an object are a user's: its class is neither Python's nor a framework's."""
+def _is_user_object(value: Any) -> bool:
+    """Whether an object is a user's: its class is neither Python's nor a framework's."""
     if isinstance(value, backend.Module):
-        return True  # TensorFlow tracks what it holds, but not in a list or a dict of Keras
-    if _is_of_framework(type(value)) or not hasattr(value, "__dict__"):
+        return True  # TensorFlow tracks its attributes, but not from a list or a dict of Keras
+    if _is_framework_code(type(value)) or not hasattr(value, "__dict__"):
         return False
     known = _VARIABLES | keras.Layer | keras.metrics.Metric | keras.optimizers.Optimizer | keras.losses.Loss
     return not isinstance(value, known | type | types.ModuleType | types.FunctionType | types.MethodType)

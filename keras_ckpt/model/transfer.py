@@ -123,9 +123,9 @@ class _Transfer:
     def _build(self) -> None:
         """Builds what was built for the checkpoint and is not in the model: layers, and the slots of optimizers."""
         unexpected = {name.rpartition("/")[0] for name in self._source.kinds() if name not in self._wanted}
-        lacking = {name: pair for name, pair in self._objects.given.items() if name in unexpected}
-        for name, (each, entry) in self._objects.given.items():
-            (learned.build if name in lacking else learned.build_otherwise)(each, entry)
+        lacking = {name: pair for name, pair in self._objects.paired.items() if name in unexpected}
+        for name, (each, entry) in self._objects.paired.items():
+            (learned.build if name in lacking else learned.rebuild)(each, entry)
         if lacking:
             self._wanted = self._names()
         if self._source.foreign:
@@ -167,7 +167,7 @@ class _Transfer:
         movable = {name for name, variable in self._wanted.items() if id(variable) in adapted}
         found = self._without_other_optimizers(matching.match(here, there, self._automatic, movable))
         names = {id(variable): name for name, variable in self._wanted.items()}
-        own = self._objects.read_by_themselves(names)
+        own = self._objects.self_read_variables(names)
         if self._request.weights_only:
             own |= {name for name in (*found.missing, *found.unexpected) if matching.is_lora(name)}
         scales = self._other_scales(names)
@@ -309,7 +309,7 @@ class _Transfer:
     def _read(self, found: Matching) -> dict[str, backend.Tensor]:
         """The values by their names on disk."""
         names = {*found.matched.values()}
-        for _, entry in self._objects.given.values():
+        for _, entry in self._objects.paired.values():
             names |= set(entry.variables.values())
         if self._request.weights_only:
             names |= {name for pair in self._lora().values() for name in pair}
@@ -400,19 +400,19 @@ class _Transfer:
         """Gives the model its values, and its objects what they learned; or leaves both as they were."""
         variables = {name: value_of(self._wanted[name]) for name in values}
         objects = self._objects
-        changes_objects = bool(objects.given or objects.alone)
+        changes_objects = bool(objects.paired or objects.variables_only)
         before = backend.Reader(variables).read() if changes_objects else {}
         for name, value in values.items():
             backend.assign(variables[name], value)
         if not changes_objects:
             return
         try:
-            for name, (each, entry) in objects.given.items():
+            for name, (each, entry) in objects.paired.items():
                 self._give_object(name, each, entry, read)
             names = {id(self._wanted[name]): name for name in values}
-            for name, each in objects.alone.items():
+            for name, each in objects.variables_only.items():
                 with self._refusal(name):
-                    learned.give_variables(each, names, values)
+                    learned.restore_variables(each, names, values)
         except BaseException:
             for name, value in before.items():
                 backend.assign(variables[name], value)
@@ -427,13 +427,13 @@ class _Transfer:
         undo = learned.Undo([each])
         with self._refusal(name):
             try:
-                learned.give(each, entry, store, files)
+                learned.restore_state(each, entry, store, files)
             except DamagedCheckpointError:
                 raise
             except Exception:
                 undo.undo()
                 # Some layers of Keras cannot read what they wrote. In a program that adapts them again it does no harm.
-                if not (type(each).__module__.startswith("keras.") and learned.has(each, entry, store, files)):
+                if not (type(each).__module__.startswith("keras.") and learned.has_state(each, entry, store, files)):
                     raise
 
     @contextlib.contextmanager
