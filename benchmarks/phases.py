@@ -50,7 +50,7 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     "restore: all else": [(kc, "restore")],
     "restore: the index": [(checkpoint_reader, "read_index")],
     "restore: the model's names": [(naming, "named_variables"), (naming, "build_optimizers")],
-    "restore: do the names and shapes fit": [(transfer._Transfer, "_match"), (transfer._Transfer, "_judge")],
+    "restore: do the names and shapes fit": [(transfer._Transfer, "_match"), (transfer._Transfer, "_check")],
     "restore: memory for the values": [(backend, "allocate")],
     "restore: reading, digests and checksums": [(checkpoint_reader, "read_values")],
     "restore: assigning": [(backend, "assign"), (backend, "is_finite")],

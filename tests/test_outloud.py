@@ -346,7 +346,9 @@ class TestLowRankUpdates:
         np.testing.assert_allclose(model(X), saved(X), atol=1e-5)
 
     def test_that_a_partial_restore_leaves_out_are_named(self, saved, tmp_path) -> None:
-        with pytest.warns(UserWarning, match=r"predicts otherwise: model/backbone .* weights_only=True\) merges them"):
+        with pytest.warns(
+            UserWarning, match=r"its predictions differ: model/backbone .* weights_only=True\) merges them"
+        ):
             kc.restore(phases(True, "adam"), tmp_path, strict=False)
 
     def test_of_another_scale_are_a_difference(self, saved, tmp_path) -> None:

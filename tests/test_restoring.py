@@ -109,7 +109,7 @@ def test_a_model_that_is_not_compiled_gets_weights_and_seeds(runs, model) -> Non
     assert "model 5 of 5" in str(report)
 
 
-@pytest.mark.filterwarnings("ignore:Compiled otherwise")  # the learning rates are made up like all variables
+@pytest.mark.filterwarnings("ignore:Compiled differently")  # the learning rates are made up like all variables
 @pytest.mark.parametrize("build", [convolutional, functional, subclassed, named, two_of_one_path, mixed])
 def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
     """Functional, sequential, subclassed, nested, sharing a path, frozen, mixed precision, averaged, accumulated."""

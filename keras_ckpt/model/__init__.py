@@ -1,4 +1,4 @@
-"""A Keras model's state: named, held at one moment, compared with a checkpoint, restored.
+"""The state of a Keras model: named, snapshotted, compared with a checkpoint, restored.
 
-This is the lowest room that knows TensorFlow and Keras.
+This is the lowest package that imports TensorFlow and Keras.
 """

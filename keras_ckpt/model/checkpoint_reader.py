@@ -1,4 +1,4 @@
-"""A checkpoint on disk as a source of variables: their kinds, their values, and what else it says of its model."""
+"""A checkpoint on disk as a source of variables: their kinds, their values, and the description of the model."""
 
 from __future__ import annotations
 
@@ -25,32 +25,31 @@ from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import unreadable
 from keras_ckpt.store.record import CheckpointFile
 
-_LONGEST = 32
-"""A string takes so many bytes more on disk, at most: its length and two checksums."""
+_STRING_OVERHEAD = 32
+"""The most bytes that a string takes on disk besides its content: its length and two checksums."""
 
 
 class Source:
     """An open checkpoint.
 
     Args:
-        folder: The directory of the checkpoint, open for as long as this is read from.
+        folder: The directory of the checkpoint, open as long as the source is read.
         name: The checkpoint's name.
-        digested: The files of which every byte is to be compared with what was written; the index at once, the others
-            when they are read.
+        digested: The files whose every byte is compared with the digests: the index at once, the others when read.
 
     Attributes:
         foreign: Whether TensorFlow named the variables, by its object graph.
-        description: What the checkpoint says of its model, `None` if it is foreign, or of an older version.
+        description: The description of the model, `None` if TensorFlow or an older version wrote the checkpoint.
 
     Raises:
-        DamagedCheckpointError: It cannot be read.
+        DamagedCheckpointError: The checkpoint cannot be read.
     """
 
     def __init__(self, folder: Folder, name: str, digested: Sequence[CheckpointFile] = ()) -> None:
         self._folder = folder
         self._name = name
         self._digested = [file for file in digested if file.name != layout.index(name)]
-        with what_fails_is_damaged():
+        with errors_as_damage():
             self._index = read_index(folder, name, digested)
         listed = self._index.variables
         self.foreign = model_state.NAMES_KEY not in listed
@@ -67,7 +66,7 @@ class Source:
         return self._kinds
 
     def build_optimizers(self, model: keras.Model, wanted: Mapping[str, Any]) -> None:
-        """Builds the optimizers of a model as they were built here. What they raise is no damage."""
+        """Builds the optimizers of a model as in this checkpoint. An error of an optimizer is not damage."""
         built = None if self.description is None else self.description.optimizers
         with backend.scope(model):
             naming.build_optimizers(model, wanted, self._keys, built)
@@ -78,9 +77,9 @@ class Source:
         Afterwards the variables have the names that they have in the model.
 
         Returns:
-            What is said of optimizers that are not like the model's.
+            Descriptions of the optimizers in the graph that do not fit the model's.
         """
-        with what_fails_is_damaged():
+        with errors_as_damage():
             graph = object_graph.ObjectGraph(self._text(object_graph.KEY))
         with backend.scope(model):
             found = graph.find(model, {key.decode(): entry.shape for key, entry in self._index.entries.items()})
@@ -89,26 +88,28 @@ class Source:
             raise DamagedCheckpointError(
                 f"it cannot be read: its object graph names {unknown[0]!r:.200}, which its index does not"
             )
-        return found.strangers
+        return found.unfit_optimizers
 
     def read(self, names: Sequence[str]) -> dict[str, backend.Tensor]:
-        """Reads variables, all before any is used, and checks what was to be checked."""
+        """Reads the values of variables, all before any is used, and checks digests and checksums."""
         keys = {name: self._keys[name].encode() for name in names}
-        with what_fails_is_damaged():
+        with errors_as_damage():
             values = read_values(self._folder, self._index, set(keys.values()), backend.allocate, self._digested)
         tensors = {key: backend.tensor_of(value) for key, value in values.items()}
         return {name: tensors[key] for name, key in keys.items()}
 
     def read_learned(self) -> tuple[list[np.ndarray], list[bytes]]:
-        """Reads the arrays and the assets of what the objects of the model learned, and checks them."""
+        """Reads and checks the arrays and the assets of the learned state of the model's objects."""
         objects = () if self.description is None else self.description.objects.values()
         assets = {asset.index: asset for each in objects for asset in each.assets.values()}
         numbers = {index for each in objects for index in each.values.values()}
         if assets.keys() != set(range(len(assets))) or numbers != set(range(len(numbers))):
-            raise DamagedCheckpointError("its description of the model refers to what is not there")
+            raise DamagedCheckpointError(
+                "its description of the model refers to arrays or assets that it does not have"
+            )
         texts = [self._text(description.asset_key(index), assets[index]) for index in range(len(assets))]
         keys = [description.value_key(index).encode() for index in range(len(numbers))]
-        with what_fails_is_damaged():
+        with errors_as_damage():
             values = read_values(self._folder, self._index, keys, arrays.empty)
         return [_as_array(values[key]) for key in keys], texts
 
@@ -117,17 +118,17 @@ class Source:
         return Kind(entry.shape, NAMES[entry.dtype])
 
     def _text(self, key: str, asset: Asset | None = None) -> bytes:
-        """A string, which is compared with what is said of it. One that is too long is not read."""
+        """Reads a string and compares it with its asset's size and digest. A string that is too long is not read."""
         name = key.encode()
-        with what_fails_is_damaged():
+        with errors_as_damage():
             entry = self._index.entries[name]
             if entry.dtype != STRING or entry.shape:
-                raise DamagedCheckpointError(f"{key} is no string")
-            if entry.size > _LONGEST + (ASSET_LIMIT if asset is None else asset.size):
+                raise DamagedCheckpointError(f"{key} is not a string")
+            if entry.size > _STRING_OVERHEAD + (ASSET_LIMIT if asset is None else asset.size):
                 raise DamagedCheckpointError(f"{key} has {entry.size} bytes, which are too many")
             text = bytes(read_values(self._folder, self._index, [name], arrays.empty)[name].item())
             if asset and (len(text), f"blake3:{blake3(text).hexdigest()}") != (asset.size, asset.digest):
-                raise DamagedCheckpointError(f"{key} is not what was written")
+                raise DamagedCheckpointError(f"{key} differs from its size or digest")
             return text
 
 
@@ -137,8 +138,8 @@ def _as_array(array: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def what_fails_is_damaged() -> Iterator[None]:
-    """Readers raise almost anything where a file is not what they expect. What the process lacks is no damage."""
+def errors_as_damage() -> Iterator[None]:
+    """Turns the many errors of readers of a damaged file into `DamagedCheckpointError`; lack of memory is no damage."""
     try:
         yield
     except (CheckpointError, MemoryError, backend.OutOfMemory):

@@ -13,13 +13,13 @@ from typing import Any
 
 import keras
 
-# Keras has no public names for the generator of unseeded functions of keras.random, and for a look whether it is there.
+# Keras has no public name for the generator of unseeded keras.random functions, nor for a check whether it exists.
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 
 def layers_of(model: keras.Model) -> list[Any]:
-    """The model and all layers in it, those in layers that are no models too."""
+    """The model and all layers in it, nested layers too."""
     return list(model._flatten_layers(include_self=True, recursive=True))  # noqa: SLF001
 
 
@@ -29,30 +29,30 @@ def trained_by(optimizer: Any) -> list[Any]:
 
 
 def value_of(variable: Any) -> Any:
-    """A variable's value as TensorFlow's functions take it."""
-    # The public property looks for scopes first, which takes longer than to read the variable.
+    """The TensorFlow value of a variable."""
+    # The public property looks for scopes first, which is slower than reading the variable.
     return variable._value if isinstance(variable, keras.Variable) else variable  # noqa: SLF001
 
 
 def unlock(layer: Any) -> None:
-    """Lets a layer that is built get more variables."""
+    """Lets a built layer add variables."""
     layer._tracker.unlock()  # noqa: SLF001
 
 
 def metrics_given(metric: Any) -> list[Any]:
-    """The metrics that `compile` was given, which the metric of `compile` holds before Keras builds them."""
+    """The metrics given to `compile`, from the compile metric that holds them before Keras builds them."""
     given = getattr(metric, "_user_metrics", None), getattr(metric, "_user_weighted_metrics", None)
     return [each for each in keras.tree.flatten(given) if each is not None]
 
 
 def direction_of(metric: Any) -> str | None:
-    """Whether more of a metric is better, `"up"`, or less, `"down"`; `None` if Keras does not know."""
+    """The better direction of a metric: `"up"` or `"down"`, `None` if Keras does not know."""
     direction: str | None = getattr(metric, "_direction", None)
     return direction
 
 
 def loss_weights(model: keras.Model) -> Any:
-    """The weights of losses that `compile` was given. Keras's public way serializes all that it was given."""
+    """The loss weights given to `compile`. Keras's public way would serialize all arguments of `compile`."""
     return getattr(getattr(model, "_compile_loss", None), "_user_loss_weights", None)
 
 
@@ -63,19 +63,19 @@ def arguments_of(loss: Any) -> Mapping[str, Any]:
 
 
 def begin_with_epoch(model: keras.Model, epoch: int | None) -> None:
-    """Has the next `fit` begin with an epoch; `None` undoes it. Keras's BackupAndRestore uses the same attribute."""
+    """Makes the next `fit` begin with an epoch; `None` undoes it. Keras's BackupAndRestore uses the same attribute."""
     model._initial_epoch = epoch  # noqa: SLF001
 
 
 def seed_of_random() -> Any:
     """The state of the generator of unseeded functions of `keras.random`, `None` if there is no such generator yet."""
-    # A look makes no generator: Keras would draw the seed of a new one from Python's.
+    # Read it without creating a generator: Keras would draw the seed of a new generator from Python's.
     generator = get_global_attribute(GLOBAL_SEED_GENERATOR)
     return None if generator is None else generator.state
 
 
 def set_seed_of_random(state: Any) -> None:
-    """Puts that generator where it was; `None` removes it."""
+    """Sets the state of that generator; `None` removes the generator."""
     if state is None:
         set_global_attribute(GLOBAL_SEED_GENERATOR, None)
     else:
@@ -84,14 +84,14 @@ def set_seed_of_random(state: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FitInProgress:
-    """What a `fit` in progress works with. Keras tells a callback nothing of it.
+    """The arguments and data of a `fit` in progress, which Keras does not pass to callbacks.
 
     Attributes:
         callbacks: The list of callbacks that calls the callback; `None` if the user calls the callback directly.
         steps_per_epoch: The number of batches after which an epoch ends; `None` if an epoch ends with the data.
         batches: The number of batches of the data; `None` if it is endless or not known.
-        dataset: The `tf.data.Dataset` that `fit` reads; `None` if the data is no dataset of TensorFlow.
-        is_known: Whether Keras's `fit` is in progress, and not a loop of the user's own.
+        dataset: The `tf.data.Dataset` that `fit` reads; `None` if the data is not a dataset of TensorFlow.
+        is_known: Whether Keras's `fit` is in progress, and not a user's training loop.
     """
 
     callbacks: keras.callbacks.CallbackList | None = None
@@ -105,11 +105,11 @@ def fit_in_progress(callback: keras.callbacks.Callback | None = None) -> FitInPr
     """Finds the `fit` that calls, by one walk up the stack.
 
     Args:
-        callback: The callback whose list of callbacks is wanted as well.
+        callback: The callback whose list of callbacks to find too.
     """
     callbacks, frame = None, inspect.currentframe()
     while frame is not None:
-        # A frame keeps the values of all its variables once f_locals was read, so few frames are asked.
+        # Reading f_locals makes a frame keep the values of all its variables, so few frames are read.
         if callback is not None and callbacks is None and frame.f_code.co_varnames[:1] == ("self",):
             callbacks = _list_in(frame, callback)
         if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= frame.f_locals.keys():

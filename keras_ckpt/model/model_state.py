@@ -1,4 +1,4 @@
-"""The training state of a model as a checkpoint: what is to be written of it, found out once."""
+"""The training state of a model, as a checkpoint has it. The variables and constants to write are planned once."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from keras_ckpt.model.snapshot import Late, Snapshot
 from keras_ckpt.version import __version__
 
 NAMES_KEY = "_KERAS_CKPT_NAMES"
-"""The key of a string that marks a checkpoint whose names are those of this module."""
+"""The key of a string that marks a checkpoint with the names of `naming`."""
 TRAINING_KEY = "_KERAS_CKPT_TRAINING"
-"""The key of what a backup holds beside the model: a string of JSON, and with `/0`, `/1` and so on the arrays in it."""
+"""The key of the fit's state in a backup: a string of JSON. Its arrays have the key with `/0`, `/1` and so on."""
 _OVERHEAD = 1 << 10
-"""About so many bytes of objects there are for each value of a snapshot."""
+"""The approximate bytes of Python objects for each value of a snapshot."""
 
 _PARTS_OF_KERAS = keras.layers.Layer, keras.Variable
 
 
 class ModelState:
-    """A model's training state, as a checkpoint has it.
+    """The training state of a model, as a checkpoint has it.
 
     The checkpoint is a plain TensorFlow checkpoint: `tf.train.Checkpoint(model=model).restore(prefix)` restores every
     weight and slot from it.
@@ -46,7 +46,7 @@ class ModelState:
 
     Args:
         model: A built model.
-        weights_only: Whether to leave out the optimizer and the metrics.
+        weights_only: Whether to skip the optimizer and the metrics.
 
     Raises:
         ValueError: Keras runs on another backend than TensorFlow.
@@ -64,12 +64,12 @@ class ModelState:
         self._plan: _Plan | None = None
 
     def names(self) -> dict[str, Any]:
-        """The variables that it writes, by name."""
+        """The variables that a snapshot has, by name."""
         return naming.named_variables(self.model, self._weights_only)
 
     @property
     def size(self) -> int:
-        """The bytes of a snapshot, when the variables were looked at last; 0 before the first time."""
+        """The bytes of a snapshot, by the latest plan; 0 before the first plan."""
         plan = self._plan
         return sum(plan.sizes.values()) + _OVERHEAD * len(plan.sizes) if plan else 0
 
@@ -83,14 +83,14 @@ class ModelState:
         return self._current_plan().sizes
 
     def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
-        """The values that the variables have now.
+        """Takes a snapshot of the present values of the variables.
 
         Args:
-            others: More to write, by key; arrays and texts.
-            later: More to write: arrays that are known when the snapshot is moved.
+            others: Arrays and texts to write too, by key.
+            later: Arrays to write too, which are known when the snapshot is moved.
         """
         if (plan := self._plan) is not None:
-            # While TensorFlow reads, other threads may run Python: one sees whether these are the right things to read.
+            # Other threads may run Python while TensorFlow reads, so a thread checks meanwhile whether the plan holds.
             holds = begin(functools.partial(plan.holds, self.model))
             snapshot = plan.snapshot(others, later)
             if holds():
@@ -99,18 +99,18 @@ class ModelState:
         return plan.snapshot(others, later)
 
     def attributes(self) -> dict[str, Any]:
-        """The plain attributes of layers that no checkpoint has, by place, for `unsaved`."""
+        """The plain attributes of layers, which no checkpoint has, by place, for `unsaved`."""
         return parts.plain_attributes(self.model, self._current_plan().learners.identities())
 
     def unsaved(self, before: Mapping[str, Any]) -> list[str]:
         """The places of state that a checkpoint of the model does not have.
 
         Args:
-            before: What `attributes` gave when training began. Those that changed since are state.
+            before: The result of `attributes` when training began. Attributes that changed since are state.
         """
         plan = self._current_plan()
         moved = [name.rstrip("/") for name, value in self.attributes().items() if before.get(name, value) != value]
-        # A checkpoint of the weights alone leaves these out by intent.
+        # A checkpoint of the weights alone skips these on purpose.
         others = {} if self._weights_only else parts.owners_of(self.model, parts.tracked(self.model))
         untracked = parts.untracked(self.model, [*plan.variables, *plan.owners], others)
         return [*untracked, *plan.learners.collect().failed, *moved]
@@ -149,9 +149,9 @@ class ModelState:
         )
 
     def _described(self, optimizers: Mapping[str, Any], names: Mapping[int, str]) -> description.Description:
-        """What a checkpoint says of the model, but for what its objects learned.
+        """The description of the model in a checkpoint, without the learned state of its objects.
 
-        A variable that an optimizer trains and that is not the model's has the empty name.
+        A variable that an optimizer trains and the model does not have gets the empty name.
         """
         lora = parts.lora_scales(self.model, names)
         if self._weights_only:
@@ -159,25 +159,25 @@ class ModelState:
         built = {prefix: optimizer for prefix, optimizer in optimizers.items() if optimizer.built}
         trained = {prefix: [names.get(id(v), "") for v in trained_by(built[prefix])] for prefix in built}
         return description.Description(
-            optimizers=trained, compiled=compiled.encoded(compiled.note(self.model, optimizers)), lora=lora
+            optimizers=trained, compiled=compiled.encoded(compiled.settings_of(self.model, optimizers)), lora=lora
         )
 
 
 class _Plan(NamedTuple):
-    """What is written of a model, which takes longer to find out than to read, and seldom changes.
+    """The content of a model's checkpoint. A plan seldom changes, and takes longer to make than values to read.
 
     Attributes:
-        variables: The model's, in the order of the reader's.
-        reader: Reads their values.
-        constants: The object graph, the mark of these names, and what is said of the model, as they are written.
-        sizes: The bytes of the variables, by their keys.
-        described: What is said of the model, but for what its objects learned.
+        variables: The model's variables, in the reader's order.
+        reader: The reader of the variables' values.
+        constants: The encoded object graph, mark of the names, and description of the model.
+        sizes: The bytes of the variables by key.
+        described: The description of the model, without the learned state of its objects.
         learners: The objects that hold more than variables.
-        encoded: What is written of these.
+        encoded: The encoder of the learned state of these objects.
         owners: The model's optimizers and losses.
-        made_of: What the model was made of. It is held, so that no other thing gets the identity of one of them.
-        identities: Theirs.
-        built: Which of the owners are built.
+        made_of: The parts that the model was made of, held so that no new object gets the identity of a part.
+        identities: The identities of these parts.
+        built: Whether each owner is built.
     """
 
     variables: Sequence[Any]
@@ -193,50 +193,50 @@ class _Plan(NamedTuple):
     built: Sequence[bool]
 
     def snapshot(self, others: Mapping[str, Any], later: Late | None) -> Snapshot:
-        """The values of now, with more to write beside them."""
+        """Takes a snapshot of the present values, with other values to write."""
         if not self.learners:
             return Snapshot(self.reader, others, self.constants, later)
-        taken = self.learners.collect()
-        arrays = {description.value_key(index): array for index, array in enumerate(taken.arrays)}
-        constants = self.encoded.constants(self.described, taken)
+        learned = self.learners.collect()
+        arrays = {description.value_key(index): array for index, array in enumerate(learned.arrays)}
+        constants = self.encoded.constants(self.described, learned)
         return Snapshot(self.reader, {**others, **arrays}, {**self.constants, **constants}, later)
 
     def holds(self, model: keras.Model) -> bool:
-        """Whether the model is made of the same things still, and the reader reads their values."""
+        """Whether the model still has the same parts, and the reader reads their values."""
         same = list(map(id, _made_of(model, self.owners))) == self.identities and _built(self.owners) == self.built
         return same and all(map(operator.is_, map(value_of, self.variables), self.reader.variables))
 
 
 class _Encoded:
-    """What is written of objects that learned more than variables, encoded again when that has changed."""
+    """The encoder of the objects' learned state, which encodes again only after a change."""
 
     def __init__(self) -> None:
-        self._taken: LearnedState | None = None
+        self._latest: LearnedState | None = None
         self._constants: dict[bytes, Value] = {}
 
-    def constants(self, described: description.Description, taken: LearnedState) -> Mapping[bytes, Value]:
-        """The description of a model with its objects, and their assets, as they are written."""
-        if self._taken is not taken:
-            whole = msgspec.structs.replace(described, objects=dict(taken.objects))
+    def constants(self, described: description.Description, learned: LearnedState) -> Mapping[bytes, Value]:
+        """The encoded description of a model with its objects, and the objects' encoded assets."""
+        if self._latest is not learned:
+            whole = msgspec.structs.replace(described, objects=dict(learned.objects))
             texts = {description.KEY: description.encode(whole)}
-            texts |= {description.asset_key(index): data for index, data in enumerate(taken.assets)}
+            texts |= {description.asset_key(index): data for index, data in enumerate(learned.assets)}
             self._constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
-            self._taken = taken
+            self._latest = learned
         return self._constants
 
 
 def _built(owners: Iterable[Any]) -> list[bool]:
-    """Which optimizers are built. Some get no variable by that."""
+    """Whether each optimizer is built. A build may make no variable, so variables do not tell."""
     return [bool(getattr(each, "built", False)) for each in owners]
 
 
 def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:
-    """The variables of a model, of its optimizers and of its losses, and what would show that there are more."""
+    """The variables of a model, its optimizers and its losses, and the objects whose change may mean new variables."""
     layers = layers_of(model)
     attributes = [each for layer in layers for each in vars(layer).values()]
-    # Asked once for each class, because TensorFlow's answer takes long.
+    # Checked once for each class, because TensorFlow's check is slow.
     kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, backend.Tracked)}
-    others = {kind for kind in kinds if not issubclass(kind, _PARTS_OF_KERAS)}  # which the model does not list
+    others = {kind for kind in kinds if not issubclass(kind, _PARTS_OF_KERAS)}  # the model does not list them
     found = [each for each in attributes if type(each) in others]
     holders = [each for each in found if not isinstance(each, backend.Variable | keras.optimizers.Optimizer)]
     found += [each for holder in holders for each in parts.tracked(holder).values()]
@@ -247,7 +247,7 @@ def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a checkpoint is written with."""
+    """The versions of the packages and of Python that write a checkpoint."""
     return {
         "keras_ckpt": __version__,
         "keras": keras.__version__,

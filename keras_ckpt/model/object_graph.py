@@ -1,6 +1,6 @@
 """TensorFlow's object graph of a checkpoint, searched for a model.
 
-The graph says which object held which, by the names of attributes. `tf.train.Checkpoint` restores by it alone.
+The graph records the attributes that hold each object. `tf.train.Checkpoint` restores by the graph alone.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
 class Found(NamedTuple):
-    """Where a graph has a model.
+    """The variables of a model in a graph.
 
     Attributes:
         keys: The keys of the model's variables, by name.
         unexpected: The keys of other variables below the model, by a name that tells their place.
-        strangers: What is said of optimizers in the graph that are not like the model's.
+        unfit_optimizers: Descriptions of the optimizers in the graph that do not fit the model's.
     """
 
     keys: Mapping[str, str]
     unexpected: Mapping[str, str]
-    strangers: list[str]
+    unfit_optimizers: list[str]
 
 
 class Comparison(NamedTuple):
-    """What a restore of a graph into objects leaves out.
+    """The objects that a restore of a graph skips.
 
     Attributes:
-        unbuilt: Layers that the graph has variables of, and whose parts Keras makes where TensorFlow cannot restore.
-        unused: The places in the graph of variables that no object takes, each with the number of variables below.
+        unbuilt: Layers with variables in the graph, whose parts Keras makes where TensorFlow cannot restore them.
+        unused: The places in the graph that no object takes, each with the number of variables below.
         missing: The places of variables that the graph does not have.
     """
 
@@ -49,16 +49,16 @@ class Comparison(NamedTuple):
 
 
 def hidden(root: Any) -> list[str]:
-    """The places of weights of layers that TensorFlow does not see, as it does not see Keras's lists and dicts.
+    """The places of weights of layers that TensorFlow does not track: layers in Keras's lists and dicts.
 
-    A layer that is not built stands for the weights that it will have.
+    An unbuilt layer is listed for the weights that it will have.
     """
     objects = _Objects().places(root)
     layers = [(place, each) for place, each in objects.values() if isinstance(each, keras.Layer)]
     found = {id(weight): f"{place}: {weight.path}" for place, layer in layers for weight in layer.weights}
     inner = [(place, each) for place, layer in layers for each in layers_of(layer)]
     found |= {id(each): f"{place}: {each.name} (not built)" for place, each in inner if _will_have_weights(each)}
-    # A Sequential holds its layers where TensorFlow sees them as soon as it is built.
+    # TensorFlow tracks the layers of a Sequential once it is built.
     waiting = [layer for _, layer in layers if isinstance(layer, keras.Sequential) and not layer.built]
     seen = {*objects, *(id(each) for layer in waiting for each in layers_of(layer))}
     return [place for number, place in found.items() if number not in seen]
@@ -68,10 +68,10 @@ class ObjectGraph:
     """The object graph of a checkpoint.
 
     Args:
-        data: Its bytes.
+        data: The bytes of the graph.
 
     Raises:
-        DamagedCheckpointError: It is none, or it is not whole.
+        DamagedCheckpointError: The bytes are no graph, or the graph is incomplete.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -79,12 +79,12 @@ class ObjectGraph:
         self._children = [node.children for node in nodes]
         self._keys = {number: node.key for number, node in enumerate(nodes) if node.key is not None}
         named = [number for node in nodes for number in (*node.children.values(), *node.slots)]
-        # TensorFlow takes a number below zero for one from the end, and would restore another thing.
+        # TensorFlow counts a negative number from the end, and would restore another object.
         if not all(0 <= number < len(nodes) for number in (0, *named)):
-            raise DamagedCheckpointError("its object graph is not whole: it names an object that it does not have")
+            raise DamagedCheckpointError("its object graph is incomplete: it names an object that it does not have")
 
     def find(self, model: keras.Model, shapes: Mapping[str, Any]) -> Found:
-        """Finds a model, whatever it is called, and its optimizers, which are built as they were built there.
+        """Finds a model under any name, and its optimizers, and builds the optimizers as in the checkpoint.
 
         Args:
             model: The model.
@@ -96,7 +96,7 @@ class ObjectGraph:
         best = self._best(model, shapes)
         inside = self._below(best)
         unfit: dict[str, str] = {}
-        strangers = []
+        unfit_optimizers = []
         for prefix, optimizer in optimizers_of(model).items():
             place = self._node_of(optimizer, best)
             if place is None:
@@ -107,15 +107,15 @@ class ObjectGraph:
                 slots = self._slots(place).items()
                 unfit |= {f"{prefix}/{name}": self._keys[number] for name, number in slots if number in self._keys}
             elif not pairs:
-                strangers.append(f"an optimizer that is not like the model's ({prefix})")
+                unfit_optimizers.append(f"an optimizer that does not fit the model's ({prefix})")
         names = {id(variable): name for name, variable in named_variables(model).items()}
         keys = {names[id(each)]: self._keys[n] for n, each in best.items() if n in self._keys and id(each) in names}
         known = {*keys.values(), *unfit.values()}
         others = [self._keys[node] for node in inside if node in self._keys and self._keys[node] not in known]
-        return Found(keys, {_place(key): key for key in others} | unfit, strangers)
+        return Found(keys, {_place(key): key for key in others} | unfit, unfit_optimizers)
 
     def _best(self, model: keras.Model, shapes: Mapping[str, Any]) -> dict[int, Any]:
-        """The objects of a model by the nodes of the object in the graph that fits it best."""
+        """The objects of a model by their nodes, below the node in the graph that fits the model best."""
         objects = _Objects()
         weights = {id(each): backend.kind_of(each) for each in named_variables(model, weights_only=True).values()}
         found = []
@@ -136,9 +136,9 @@ class ObjectGraph:
         return best.pairs
 
     def compare(self, root: Any) -> Comparison:
-        """Compares the graph with the objects that it is to be restored into, as TensorFlow pairs them.
+        """Compares the graph with the objects to restore it into, as TensorFlow pairs them.
 
-        A variable is not unused while its object may still make it: while that is not built, or has no variable yet.
+        A variable is not unused while its object may still make it: an unbuilt object, or an object without variables.
         """
         objects = _Objects()
         places = objects.places(root)
@@ -163,11 +163,11 @@ class ObjectGraph:
         return Comparison(unbuilt, unused, [*missing, *hidden(root)])
 
     def _variables(self, node: int, without: Container[int]) -> int:
-        """How many variables there are below a node."""
+        """The number of variables below a node."""
         return len(self._reach(node, without) & self._keys.keys())
 
     def _reach(self, node: int, without: Container[int]) -> set[int]:
-        """A node and those below it, by ways that lead through no others."""
+        """A node and the nodes below it, by paths that avoid the nodes in `without`."""
         seen, queue = {node}, collections.deque([node])
         while queue:
             for child in self._children[queue.popleft()].values():
@@ -177,7 +177,7 @@ class ObjectGraph:
         return seen
 
     def _candidates(self, children: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-        """The nodes that may be a model with these children, the nearest to the root first; each with its place."""
+        """The nodes that may be a model with these children, with their places; the nearest to the root come first."""
         places, queue = {0: ""}, collections.deque([0])
         while queue:
             node = queue.popleft()
@@ -185,17 +185,19 @@ class ObjectGraph:
                 yield node, places[node]
             for name, child in self._children[node].items():
                 if child not in places:
-                    own = name.startswith("_")  # Keras's own, such as the functional model in a Sequential
-                    places[child] = places[node] if own else f"{places[node]}/{name}".strip("/")
+                    private = name.startswith(
+                        "_"
+                    )  # a private attribute of Keras: a Sequential holds a functional model
+                    places[child] = places[node] if private else f"{places[node]}/{name}".strip("/")
                     queue.append(child)
 
     def _pair(self, node: int, root: Any, objects: _Objects, optimizers: bool = False) -> dict[int, Any]:
-        """The objects below another by the nodes that have the same attributes.
+        """The objects below a root, by the nodes that are reached by the same attributes.
 
         Args:
-            node: The node of the other.
-            root: The other.
-            objects: Its children.
+            node: The node of the root.
+            root: The root.
+            objects: The children of objects.
             optimizers: Whether to look below optimizers too.
         """
         pairs, queue = {node: root}, collections.deque([node])
@@ -211,7 +213,7 @@ class ObjectGraph:
         return pairs
 
     def _node_of(self, optimizer: Any, pairs: Mapping[int, Any]) -> int | None:
-        """The node of an optimizer: below the model, or elsewhere one that trained variables of the model alone."""
+        """The node of an optimizer: below the model, or elsewhere if it trained only variables of the model."""
         for node, each in pairs.items():
             if each is optimizer:
                 return node
@@ -222,14 +224,14 @@ class ObjectGraph:
         return None
 
     def _trained(self, node: int) -> list[int]:
-        """The nodes of the variables that an optimizer was built for, in its order; none of another object."""
+        """The nodes of the variables that an optimizer was built for, in its order; empty for another object."""
         children = self._children[node]
         if not {"_trainable_variables", "_iterations"} <= children.keys():
             return []
         return list(self._children[children["_trainable_variables"]].values())
 
     def _pair_optimizer(self, node: int, optimizer: Any, pairs: Mapping[int, Any]) -> dict[int, Any]:
-        """The objects of an optimizer by their nodes; none if it is not like the node's. It is built if it is not."""
+        """Builds an optimizer if needed, and pairs its objects with their nodes; empty if it does not fit the node."""
         trained = self._trained(node)
         if not all(number in pairs for number in trained):
             return {}
@@ -247,9 +249,9 @@ class ObjectGraph:
         return self._children[self._children[node]["_variables"]] if "_variables" in self._children[node] else {}
 
     def _below(self, pairs: Mapping[int, Any]) -> set[int]:
-        """The nodes of a model, and those below it that are not those of an optimizer.
+        """The nodes of a model and the nodes below it, except below optimizers.
 
-        Below the root there may be anything, so only its nodes that are the model's count.
+        The root may hold other objects too, so of its children only the model's nodes count.
         """
         seen = set(pairs)
         queue = collections.deque(node for node in pairs if node)
@@ -270,7 +272,15 @@ def _will_have_weights(layer: keras.Layer) -> bool:
 
 
 class _Candidate(NamedTuple):
-    """A node that may be a model: how many variables fit it, how many are paired, which fit, its place, the pairs."""
+    """A node that may be a model.
+
+    Attributes:
+        fits: The number of variables that fit.
+        paired: The number of variables that are paired.
+        fitting: The nodes of the variables that fit.
+        place: The place of the node.
+        pairs: The objects by node.
+    """
 
     fits: int
     paired: int
@@ -280,10 +290,10 @@ class _Candidate(NamedTuple):
 
 
 def _choice(places: list[str]) -> str:
-    """How to restore one of several objects."""
+    """The advice for a checkpoint with several objects that fit."""
     simple = [place for place in places if all(part.isidentifier() for part in place.split("/"))]
     if not simple:
-        return "Restore the whole checkpoint with tf.train.Checkpoint into the objects that it was saved of."
+        return "Restore the whole checkpoint with tf.train.Checkpoint into objects like the saved ones."
     way = "model"
     for part in reversed(simple[0].split("/")):
         way = f"tf.train.Checkpoint({part}={way})"
@@ -291,7 +301,7 @@ def _choice(places: list[str]) -> str:
 
 
 _FIRST = ("", "model")
-"""The places where `tf.train.Checkpoint(model)` and `tf.train.Checkpoint(model=model)` have a model."""
+"""The places of the model in `tf.train.Checkpoint(model)` and `tf.train.Checkpoint(model=model)`."""
 
 
 def _rank(candidate: _Candidate) -> tuple[int, bool, int]:
@@ -307,19 +317,19 @@ def _may_make_more(each: Any, objects: _Objects, root: Any) -> bool:
 
 
 def _unbuilt_parts(each: Any) -> list[keras.Layer]:
-    """The layers in an object that make other layers' variables when they are called first."""
+    """The layers in an object that make variables of other layers in their first call."""
     layers = layers_of(each) if isinstance(each, keras.Layer) else []
     makers = [layer for layer in layers if not layer.built and not isinstance(layer, keras.Sequential)]
     return [layer for layer in makers if len(layers_of(layer)) > 1]
 
 
 def _place(key: str) -> str:
-    """A name for the variable of a key, below the model."""
+    """A name below the model for the variable of a key."""
     return f"model/{key.partition('/')[2].partition('/.ATTRIBUTES')[0]}"
 
 
 class _Objects:
-    """The children of objects, as TensorFlow tracks them; asked once for each, because the answer takes long."""
+    """The children of objects, as TensorFlow tracks them, cached because TensorFlow is slow to list them."""
 
     def __init__(self) -> None:
         self._children: dict[int, tuple[Any, Mapping[str, Any]]] = {}
@@ -330,7 +340,7 @@ class _Objects:
         return self._children[id(each)][1]
 
     def places(self, root: Any) -> dict[int, tuple[str, Any]]:
-        """An object and those below it, by identity, each with its place below the first."""
+        """A root and the objects below it by identity, each with its place below the root."""
         places, queue = {id(root): ("", root)}, collections.deque([root])
         while queue:
             each = queue.popleft()

@@ -30,7 +30,7 @@ class Position:
     batch: int = 0
 
 
-# Each position with the optimizer of the model at the time, or `None` if any optimizer fits. A new one has no state.
+# Each position with the model's optimizer at that time, or `None` if any optimizer fits. A new optimizer has no state.
 _positions: weakref.WeakKeyDictionary[keras.Model, tuple[Position, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -55,7 +55,7 @@ def set_position(model: keras.Model, position: Position | None, with_optimizer: 
 class Progress:
     """Counts the steps and epochs of one `fit`. A model without a run begins a run.
 
-    Each callback of a fit counts by itself, and all come to the same numbers.
+    Each callback of a fit counts separately, and all reach the same numbers.
 
     Args:
         model: The model that is trained.
@@ -72,11 +72,11 @@ class Progress:
         if model in _positions and _positions[model][1] not in (None, _optimizer(model)):
             warn(
                 f"The model was compiled again since step {self.position.step} of its run, so its optimizer has no "
-                "state. To resume exactly, compile the model first, and restore it then. To begin a phase with a new "
+                "state. To resume exactly, compile the model first, then restore it. To begin a phase with a new "
                 "optimizer, restore it with weights_only=True."
             )
         if self.position.batch:
-            # fit begins the epoch again, so its batches do not count as a part of it.
+            # fit begins the epoch again, so its earlier batches do not count.
             self.position = dataclasses.replace(self.position, batch=0)
         self._last_batch = -1
         self._iterations = _iterations(model)
@@ -121,8 +121,8 @@ class Progress:
     def _ran(self, batch: int) -> int:
         """The number of batches of the execution that ended with this index.
 
-        Keras tells the index at which a whole execution of `steps_per_execution` batches would have ended. If the data
-        ends earlier at an unknown place, the count of the compiled optimizer is the best.
+        Keras reports the index at which a whole execution of `steps_per_execution` batches would have ended. If the
+        data ends earlier, at an unknown place, the count of the compiled optimizer is the best estimate.
         """
         whole = batch - self._last_batch
         if self.model.steps_per_execution == 1:
@@ -138,7 +138,7 @@ class Progress:
 
 
 def _iterations(model: keras.Model) -> int:
-    """How often the optimizer was applied, by the variable: gradient accumulation divides the property `iterations`."""
+    """The number of updates of the optimizer, from its variable: gradient accumulation divides `iterations`."""
     optimizer = _optimizer(model)
     variables: list[Any] = optimizer.variables if optimizer is not None else []
     return max((int(variable.numpy()) for variable in variables if variable.name == "iteration"), default=0)

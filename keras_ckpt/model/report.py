@@ -1,4 +1,4 @@
-"""The report of a restore: what went where, in names of variables, short enough for a screen."""
+"""The report of a restore: restored and differing variables by name, short enough for a screen."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _LINES = 12
 
 @dataclasses.dataclass(frozen=True)
 class RestoreReport:
-    """What `restore` did, by the names of variables.
+    """The result of `restore`, by the names of variables.
 
-    A name that begins with `learned/` is that of something a layer learned beyond its variables: a vocabulary, the
-    boundaries of bins.
+    A name that begins with `learned/` names the state of a layer beyond its variables: a vocabulary, the boundaries of
+    bins.
 
     Attributes:
-        prefix: The checkpoint.
-        step: Its step, `None` if it has no sidecar.
-        epoch: Epochs completed there, for `fit(initial_epoch=...)`; `None` if it is not known.
-        matched: Restored.
-        missing: In the model, not in the checkpoint; left as they were.
-        unexpected: In the checkpoint, not in the model.
-        mismatched: In both, and left as they were; each with the reason.
+        prefix: The prefix of the checkpoint.
+        step: The step of the checkpoint, `None` if it has no sidecar.
+        epoch: The epochs completed in the checkpoint, for `fit(initial_epoch=...)`; `None` if not known.
+        matched: The names that were restored.
+        missing: The names in the model, not in the checkpoint; left as they were.
+        unexpected: The names in the checkpoint, not in the model.
+        mismatched: The names in both that were left as they were; each with the reason.
     """
 
     prefix: str
@@ -51,13 +51,13 @@ class RestoreReport:
 
 
 def by_layer(names: Iterable[str]) -> list[str]:
-    """Layers with the numbers of their variables. Metrics are left out: nobody misses what they counted."""
+    """The layers with the numbers of their variables. Metrics are skipped, because each epoch resets them."""
     counts = collections.Counter(name.rpartition("/")[0] for name in names if not name.startswith("metrics/"))
     return [f"{layer} ({count})" for layer, count in counts.items()]
 
 
 def shortened(lines: list[str]) -> list[str]:
-    """Lines, of many only the first."""
+    """The lines, cut to the first ones if there are many."""
     return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"    and {len(lines) - _LINES + 1} more"]
 
 
@@ -70,7 +70,7 @@ def _count(names: Iterable[str], part: str) -> int:
 
 
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """The reasons, those that hold for several variables once with their layers."""
+    """The reasons with their variables. A reason of several variables is given once, with their layers."""
     names = collections.defaultdict(list)
     for name, reason in reasons.items():
         names[reason].append(name)

@@ -1,4 +1,4 @@
-"""Restoring a checkpoint into a model: all of it or nothing, and a report of what went where."""
+"""Restores a checkpoint into a model, all or nothing, and reports the restored variables."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def restore(
 ) -> RestoreReport:
     """Restores a checkpoint into a model: weights, seeds, and the optimizer if the model is compiled.
 
-    Variables are matched by the names that `tf.train.list_variables` shows. What layers learned beyond variables, such
+    Variables are matched by the names that `tf.train.list_variables` shows. The state of layers beyond variables, such
     as a vocabulary, is restored too. Everything is checked and read before the first variable changes. Afterwards `fit`
-    continues the run of the checkpoint. A warning names weights with NaN or infinity in them, and another what the
-    model is compiled with otherwise than the one that was saved.
+    continues the run of the checkpoint. A warning names weights that have NaN or infinity. Another names the settings
+    of `compile` that differ from the saved model's.
 
     Example:
 
@@ -41,24 +41,24 @@ def restore(
     ```
 
     Args:
-        model: A built model. Compile it before, if training is to go on.
-        checkpoint: A record, a directory (its newest), or the path of a directory or a checkpoint. One that
-            TensorFlow wrote does as well.
-        strict: Whether a difference in weights, seeds or optimizer is an error. If not, what matches is restored, with
-            a warning that names the rest, and the model belongs to no run unless it all did. An optimizer that differs
-            is left as it is. That nothing of the model matches is an error in any case.
-        check_digests: Whether to compare every byte with what was written. If not, the sizes of the files are compared,
-            and TensorFlow's checksums of the values that it reads.
-        weights_only: Whether to restore weights and seeds alone, and to leave the optimizer as it is compiled. The
-            model continues the run: in the next phase of a fine-tuning, with other layers unfrozen and another
-            optimizer. Low-rank updates of kernels (LoRA) are merged into these if the model has none.
+        model: A built model. To continue training, compile it before.
+        checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint.
+            Checkpoints of TensorFlow are restored too.
+        strict: Whether a difference in weights, seeds or optimizer is an error. If not, the matching variables are
+            restored, and a warning names the rest. After a difference the model belongs to no run. An optimizer that
+            differs is left as it is. If nothing of the model matches, that is always an error.
+        check_digests: Whether to compare every byte with the digests. If not, the sizes of the files are compared, and
+            TensorFlow's checksums of the values that are read.
+        weights_only: Whether to restore weights and seeds alone, and to leave the optimizer as compiled. The model
+            continues the run: the next phase of a fine-tuning may unfreeze layers and use another optimizer. Low-rank
+            updates (LoRA) are merged into their kernels if the model has none.
 
     Returns:
-        What was restored and what was not.
+        The names that were restored, and the names that were not.
 
     Raises:
-        MismatchError: The checkpoint does not fit the model, or a layer refuses what it learned; nothing was changed.
-        DamagedCheckpointError: It is not what was written; nothing was changed.
+        MismatchError: The checkpoint does not fit the model, or a layer refuses its state; nothing was changed.
+        DamagedCheckpointError: The checkpoint differs from its digests or cannot be read; nothing was changed.
         CheckpointNotFoundError: There is no such checkpoint.
         ValueError: The model is not built.
     """
@@ -67,7 +67,7 @@ def restore(
     if not is_built(model):
         raise ValueError(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "
-            "call it on a batch of data, or, if it has a build() of its own, model.build(input_shape)."
+            "call it on a batch of data, or call model.build(input_shape) if its class defines build()."
         )
     if not (model.variables or named_variables(model, weights_only=True) or learners(named_objects(model))):
         raise ValueError(f"The model {model.name!r} is built and has no variables, so there is nothing to restore.")

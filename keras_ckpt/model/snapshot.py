@@ -1,4 +1,4 @@
-"""The values of variables at one moment, held while training goes on, and written later."""
+"""Snapshots: the values of variables at one moment, held while training continues, and written later."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Late(Protocol):
 
     @property
     def size(self) -> int:
-        """Their bytes."""
+        """The bytes of the arrays."""
 
     @property
     def is_true(self) -> bool:
-        """Whether all that was assumed of them is so."""
+        """Whether all assumptions about the arrays hold."""
 
     @property
     def arrays(self) -> Mapping[str, np.ndarray]:
@@ -33,10 +33,9 @@ class Late(Protocol):
 
 
 class Snapshot:
-    """The present values of variables. They cost memory only where a variable changes while this is held.
+    """The present values of variables. A value costs memory only if its variable changes while the snapshot is held.
 
-    The backend gives no copy of a variable's value but the value itself, and copies the value before it changes a
-    variable whose value somebody holds.
+    The backend returns a variable's value itself, not a copy. It copies a held value before it changes the variable.
 
     Example:
 
@@ -46,14 +45,14 @@ class Snapshot:
     ```
 
     Args:
-        reader: Reads the variables.
-        others: More to write, by key: arrays and texts.
-        constants: More, by key: values that are encoded already.
-        later: More, by key: arrays that are known when the snapshot is moved.
+        reader: The reader of the variables.
+        others: Arrays and texts to write too, by key.
+        constants: Encoded values to write too, by key.
+        later: Arrays to write too, which are known when the snapshot is moved.
 
     Attributes:
         values: The tensors by key.
-        others_size: The bytes of the others.
+        others_size: The bytes of `others` and `later`.
     """
 
     def __init__(
@@ -76,60 +75,60 @@ class Snapshot:
 
     @property
     def is_true(self) -> bool:
-        """Whether all that was assumed of the arrays that are known later is so. Reads them: it takes its time."""
+        """Whether all assumptions about the later arrays hold. This reads the arrays, which takes time."""
         return self._later is None or self._later.is_true
 
     @property
     def is_copied(self) -> bool:
-        """Whether the values are copies, which training does not change."""
+        """Whether the values are copies, which training cannot affect."""
         return self._aside is not None
 
     def detach(self, arena: Arena, change: bool) -> None:
-        """Copies the values at once, for training with XLA would have to copy before its next batch what is held.
+        """Copies the values at once: training with XLA would have to copy held values before its next batch.
 
         Args:
-            arena: Where to.
-            change: Whether it may be changed now.
+            arena: The memory for the copies.
+            change: Whether the arena may be changed now.
         """
         if self.is_copied:
             return
-        self._aside = self._put_aside(arena)
+        self._aside = self._copy_small(arena)
         self._copies = self._encoded()
         self.values.clear()
         _copy(self._copies, arena, change)
 
     def move(self, arena: Arena) -> dict[bytes, Value]:
-        """Copies the values, and lets go of TensorFlow's, which training would have to copy, into memory that is cold.
+        """Copies the values into an arena and releases TensorFlow's, which training would copy into cold memory.
 
         Args:
-            arena: Where to. Until it is changed the next time, the copies are there.
+            arena: The memory for the copies, which are valid until the arena is changed next.
 
         Returns:
-            The values as they are written, by key.
+            The encoded values by key.
         """
         if self._is_moved:
             raise RuntimeError("A snapshot is saved once: another snapshot may use the memory of its copies by now.")
         self._is_moved = True
-        aside = self._aside or self._put_aside(arena)
+        aside = self._aside or self._copy_small(arena)
         late = self._late()
         values = {**self._encoded(), **late, **self._constants}
         self.values.clear()
         _copy(values, arena)
-        values |= self._copies | self._bring_back(arena, aside)
-        # In the order of the arena, whatever was copied first.
+        values |= self._copies | self._place_small(arena, aside)
+        # The order of the arena, whichever value was copied first.
         order = [*(name.encode() for name in self._names), *late, *self._constants]
         self._copies = {}
         return {key: values[key] for key in order}
 
-    def _put_aside(self, arena: Arena) -> io.BytesIO:
-        """Copies the little values in one call, for by itself each costs more than its bytes do."""
+    def _copy_small(self, arena: Arena) -> io.BytesIO:
+        """Copies the small values in one call: a call for each would cost more than its bytes."""
         aside = arena.aside.pop() if arena.aside else io.BytesIO()
         aside.seek(0)
         aside.writelines([self.values.pop(key) for key in self._small])
         return aside
 
-    def _bring_back(self, arena: Arena, aside: io.BytesIO) -> dict[bytes, Value]:
-        """Copies what was put aside to its places."""
+    def _place_small(self, arena: Arena, aside: io.BytesIO) -> dict[bytes, Value]:
+        """Copies the small values to their places in the arena."""
         arena.make_room({packed.key: packed.size for packed in self._small.values()})
         values = arena.take_packed(self._small.values(), np.frombuffer(aside.getbuffer(), np.uint8))
         arena.aside.append(aside)
@@ -144,12 +143,12 @@ class Snapshot:
 
 
 def _value(content: np.ndarray | str) -> Value:
-    """An encoded copy, because the owner of an array may change it."""
+    """An encoded copy. The owner of an array may change the original."""
     return string_value([content.encode()], ()) if isinstance(content, str) else array_value(content.copy())
 
 
 def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None:
-    """Copies values into an arena, and lets go of each as soon as it is copied."""
+    """Copies values into an arena, and releases each as soon as it is copied."""
     if change:
         arena.make_room({key: len(value.data) for key, value in values.items() if value.dtype != STRING})
 
@@ -157,9 +156,9 @@ def _copy(values: dict[bytes, Value], arena: Arena, change: bool = True) -> None
         for key in keys:
             values[key] = arena.take(key, values[key], change)
 
-    # Training changes the last ones first.
+    # Training changes the last values first.
     keys = [*reversed(values)]
     large = [key for key in keys if len(values[key].data) >= LARGE]
     share_out(copy, sorted(large, key=lambda key: -len(values[key].data)))
-    # Of little ones, threads would rather wait for each other than copy.
+    # With small values, threads would mostly wait for each other.
     copy(key for key in keys if len(values[key].data) < LARGE)

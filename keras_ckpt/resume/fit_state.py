@@ -16,7 +16,7 @@ from tensorflow.python.framework.config import is_op_determinism_enabled
 from keras_ckpt.formats import arrays
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_reader import read_values
-from keras_ckpt.model.checkpoint_reader import what_fails_is_damaged
+from keras_ckpt.model.checkpoint_reader import errors_as_damage
 from keras_ckpt.model.keras_internals import FitInProgress
 from keras_ckpt.model.model_state import TRAINING_KEY
 from keras_ckpt.resume import random_state
@@ -170,7 +170,7 @@ class FitState:
 
 def read_document(files: Folder, name: str) -> Any:
     """Reads the document of a backup, `None` if a version without documents has saved the backup."""
-    with what_fails_is_damaged():
+    with errors_as_damage():
         index = read_index(files, name)
         text, prefix = TRAINING_KEY.encode(), f"{TRAINING_KEY}/".encode()
         if text not in index.entries:
