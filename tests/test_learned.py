@@ -1,4 +1,4 @@
-"""What layers learned beyond variables is saved, compared and restored by Keras's saving protocol."""
+"""The learned state of layers beyond variables: saved, compared and restored by Keras's saving protocol."""
 
 import collections
 import json
@@ -25,7 +25,7 @@ registered = keras.saving.register_keras_serializable("tests")
 
 @registered
 class InStore(keras.layers.Layer):
-    """Learns an array that is no variable, and stores it beside its variables."""
+    """Learns an array that is not a variable, and stores it with its variables."""
 
     mean = None
 
@@ -46,7 +46,7 @@ class InStore(keras.layers.Layer):
 
 @registered
 class InAssets(keras.layers.Layer):
-    """Learns a dict, and writes it into a file in a folder, beside an empty file."""
+    """Learns a dict, and writes it into a file in a folder, and an empty file."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -70,7 +70,7 @@ class InAssets(keras.layers.Layer):
 
 @registered
 class Finalized(keras.layers.Layer):
-    """Computes a constant from its variable when that has changed."""
+    """Computes a constant from its variable after each change."""
 
     def build(self, shape) -> None:
         self.mean = self.add_weight(shape=(shape[-1],), name="mean", trainable=False)
@@ -91,7 +91,7 @@ class Finalized(keras.layers.Layer):
 
 @registered
 class BuiltByConfig(keras.layers.Layer):
-    """Has a variable whose size it learns, which its build config tells."""
+    """Learns the size of its variable, and has the size in its build config."""
 
     size = None
 
@@ -116,7 +116,7 @@ class BuiltByConfig(keras.layers.Layer):
 
 @registered
 class InConfig(keras.layers.Layer):
-    """Learns what its config has alone."""
+    """Learns a value that only its config has."""
 
     def __init__(self, center=None, **options) -> None:
         super().__init__(**options)
@@ -134,7 +134,7 @@ class InConfig(keras.layers.Layer):
 
 @registered
 class Parts(keras.layers.Layer):
-    """Holds layers that learn: in a list, in an attribute."""
+    """Holds adaptable layers in a list and in an attribute."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -161,7 +161,7 @@ LAYERS = [InStore, InAssets, Finalized, BuiltByConfig, InConfig, Parts]
 
 
 def model_of(layer: keras.layers.Layer) -> keras.Model:
-    """A model of a layer and a layer to train."""
+    """A model of a layer and a trainable head."""
     inputs = keras.Input((4,))
     model = keras.Model(inputs, keras.layers.Dense(2, name="head")(layer(inputs)))
     model.compile("sgd", "mse")
@@ -169,7 +169,7 @@ def model_of(layer: keras.layers.Layer) -> keras.Model:
 
 
 def saved(path: pathlib.Path, layer: keras.layers.Layer) -> keras.Model:
-    """A model of an adapted layer, which was saved."""
+    """Adapts a layer, saves a model of it, and returns the model."""
     layer.adapt(DATA)
     model = model_of(layer)
     zoo.save(model, path)
@@ -203,7 +203,7 @@ def test_a_restored_layer_predicts_as_a_layer_of_a_keras_file(tmp_path, make) ->
 
 
 def featured() -> keras.Model:
-    """A model of a `FeatureSpace`, which Keras names by what the process made before."""
+    """A model of a `FeatureSpace`, whose names depend on earlier layers of the process."""
     kinds = keras.utils.FeatureSpace
     space = kinds(
         {
@@ -231,7 +231,7 @@ def featured() -> keras.Model:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_feature_space_is_restored_into_another_of_the_same_process(tmp_path, strict, recwarn) -> None:
-    """The numbers in its automatic names stand in the middle: `float_normalized_2_preprocessor`."""
+    """Its automatic names have their number in the middle: `float_normalized_2_preprocessor`."""
     model = featured()
     zoo.save(model, tmp_path)
 
@@ -244,7 +244,7 @@ def test_a_feature_space_is_restored_into_another_of_the_same_process(tmp_path, 
 
 
 @pytest.mark.parametrize("make", LAYERS)
-def test_a_training_resumes_with_what_a_layer_learned(tmp_path, make) -> None:
+def test_a_resumed_training_has_the_learned_state_of_a_layer(tmp_path, make) -> None:
     """The script of the second process does not adapt the layer."""
     layer = make()
     layer.adapt(DATA)
@@ -269,8 +269,8 @@ def test_a_training_resumes_with_what_a_layer_learned(tmp_path, make) -> None:
         (lambda: keras.layers.Discretization(num_bins=3), ["learned/discretization/bin_boundaries"]),
     ],
 )
-def test_the_report_names_what_a_layer_learned(tmp_path, make, learned) -> None:
-    """Beside the variables of the model."""
+def test_the_report_names_the_learned_state_of_a_layer(tmp_path, make, learned) -> None:
+    """The names begin with `learned/`."""
     saved(tmp_path, make())
 
     report = kc.restore(model_of(make()), tmp_path)
@@ -279,7 +279,7 @@ def test_the_report_names_what_a_layer_learned(tmp_path, make, learned) -> None:
 
 
 def test_plain_tensorflow_reads_a_checkpoint_with_assets(tmp_path) -> None:
-    """The variables stay plain, and what layers learned has reserved names."""
+    """Variables have plain names, and learned state has reserved names."""
     model = saved(tmp_path, Parts())
     (record,) = kc.CheckpointDirectory(tmp_path)
     restored = model_of(Parts())
@@ -315,7 +315,7 @@ def words() -> keras.layers.Layer:
     ],
 )
 def test_another_layer_of_the_same_name_is_a_difference(tmp_path, there, here, message) -> None:
-    """Nothing is restored then."""
+    """Nothing is restored."""
 
     def made(make):
         layer = make()
@@ -339,7 +339,7 @@ def lookup_model(vocabulary) -> keras.Model:
 
 
 def test_another_vocabulary_of_the_program_is_a_difference(tmp_path) -> None:
-    """A program that gives the vocabulary means it. The same vocabulary is none."""
+    """A vocabulary that the program gives is not replaced. The same vocabulary is not a difference."""
     zoo.save(lookup_model(["a", "b"]), tmp_path)
 
     kc.restore(lookup_model(["a", "b"]), tmp_path)
@@ -349,7 +349,7 @@ def test_another_vocabulary_of_the_program_is_a_difference(tmp_path) -> None:
 
 @registered
 class Refuses(InAssets):
-    """Raises when it has read a part of its assets."""
+    """Raises after it has read a part of its assets."""
 
     def load_assets(self, directory) -> None:
         self.table["scale"] = -1.0
@@ -358,7 +358,7 @@ class Refuses(InAssets):
 
 
 class TestALayerThatRaises:
-    """The model is as it was: its variables, and what its other layers had learned."""
+    """A layer that raises in a restore leaves the model's variables and learned state as they were."""
 
     def model(self, last: type) -> keras.Model:
         inputs = keras.Input((4,))
@@ -406,7 +406,7 @@ class TestALayerThatRaises:
 
 
 def entries(prefix: str) -> dict[str, np.ndarray]:
-    """All that a checkpoint has, by key."""
+    """The values of a checkpoint by key."""
     reader = tf.train.load_checkpoint(prefix)
     return {key: reader.get_tensor(key) for key in reader.get_variable_to_dtype_map()}
 
@@ -489,8 +489,8 @@ class OneAsset(InAssets):
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-def test_an_asset_that_is_not_what_was_written_is_damaged(tmp_path, harm) -> None:
-    """Nothing of the model changes, and no file is written outside of the place of the layer."""
+def test_a_changed_asset_or_description_is_damaged(tmp_path, harm) -> None:
+    """The model does not change, and no file is written outside of the layer's directory."""
     saved(tmp_path / "run", OneAsset(name="one"))
     prefix = str(tmp_path / "plain")
     (record,) = kc.CheckpointDirectory(tmp_path / "run")
@@ -505,8 +505,8 @@ def test_an_asset_that_is_not_what_was_written_is_damaged(tmp_path, harm) -> Non
     assert not os.path.exists("/tmp/evil")
 
 
-def test_an_array_that_is_not_there_is_damaged(tmp_path) -> None:
-    """As an asset."""
+def test_a_checkpoint_that_lacks_a_described_array_is_damaged(tmp_path) -> None:
+    """The description names an array that the index does not have."""
     saved(tmp_path / "run", InStore(name="one"))
     prefix = str(tmp_path / "plain")
     (record,) = kc.CheckpointDirectory(tmp_path / "run")
@@ -517,7 +517,7 @@ def test_an_array_that_is_not_there_is_damaged(tmp_path) -> None:
 
 
 def test_a_description_of_a_newer_format_is_refused(tmp_path) -> None:
-    """The error says what to do."""
+    """The error advises to upgrade."""
     saved(tmp_path / "run", OneAsset(name="one"))
     prefix = str(tmp_path / "plain")
     (record,) = kc.CheckpointDirectory(tmp_path / "run")
@@ -528,7 +528,7 @@ def test_a_description_of_a_newer_format_is_refused(tmp_path) -> None:
 
 
 def older(path: pathlib.Path, model: keras.Model) -> str:
-    """A checkpoint of a model as an older version of this package wrote it, without a description."""
+    """Writes a checkpoint without a description, as an older version of this package did, and returns its prefix."""
     prefix = str(path / "older")
     found = entries(save(model, path / "run").prefix)
     values = {key: value for key, value in found.items() if not key.startswith(description.KEY)}
@@ -537,7 +537,7 @@ def older(path: pathlib.Path, model: keras.Model) -> str:
 
 
 class TestACheckpointOfAnOlderVersion:
-    """It has the variables, and nothing of what layers learned beyond."""
+    """A checkpoint of an older version has variables, and no other learned state."""
 
     @pytest.mark.parametrize(
         "make", [InStore, InAssets, lambda **options: keras.layers.Discretization(num_bins=2, **options)]
@@ -553,8 +553,8 @@ class TestACheckpointOfAnOlderVersion:
             kc.restore(model_of(restored), prefix)
         assert [each.filename for each in seen] == [__file__]
 
-    def test_gives_layers_that_read_variables_by_themselves_their_variables(self, tmp_path) -> None:
-        """`Normalization` computes constants of its variables when it reads them."""
+    def test_calls_load_own_variables_of_layers_that_define_it(self, tmp_path) -> None:
+        """`Normalization` computes constants from its variables when it loads them."""
         layer = keras.layers.Normalization()
         layer.adapt(DATA)
         model, restored = model_of(layer), model_of(keras.layers.Normalization())
@@ -577,13 +577,13 @@ class TestACheckpointOfAnOlderVersion:
         np.testing.assert_array_equal(model(DATA), before)
 
 
-def test_a_large_vocabulary_is_taken_once(tmp_path, monkeypatch) -> None:
-    """A save of a layer that was not adapted since reads nothing of it."""
+def test_an_unchanged_vocabulary_is_collected_once(tmp_path, monkeypatch) -> None:
+    """A later save of a layer that was not adapted again does not call `save_assets`."""
     layer = keras.layers.StringLookup(vocabulary=[str(number) for number in range(1000)])
     model = keras.Sequential([keras.Input((1,), dtype="string"), layer])
     state = ModelState(model)
     first = state.snapshot()
-    monkeypatch.setattr(keras.layers.StringLookup, "save_assets", lambda *arguments: pytest.fail("taken again"))
+    monkeypatch.setattr(keras.layers.StringLookup, "save_assets", lambda *arguments: pytest.fail("collected again"))
 
     state.snapshot()
 
@@ -595,7 +595,7 @@ def test_a_large_vocabulary_is_taken_once(tmp_path, monkeypatch) -> None:
     [["x\r", "y"], ["a\u2028b", "c"], ["p\x0bq", "r"], ["a", "b", ""], ["a\nb", "c"], ["ä", "日本"], ["1", "01"]],
 )
 def test_a_vocabulary_may_have_any_words(tmp_path, words) -> None:
-    """Also words with ends of lines, which the text that Keras writes does not tell apart."""
+    """Words may have line breaks, which Keras's own text file cannot hold."""
     layer, fresh = keras.layers.StringLookup(), keras.layers.StringLookup()
     layer.adapt(np.array([[word] for word in words]))
     zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), tmp_path)
@@ -606,7 +606,7 @@ def test_a_vocabulary_may_have_any_words(tmp_path, words) -> None:
 
 
 def test_a_vocabulary_of_another_encoding_is_restored(tmp_path) -> None:
-    """Its words are other bytes than in UTF-8."""
+    """The bytes of the words differ from UTF-8."""
     words = tf.constant([["é".encode("latin-1")], [b"b"]])
     layer, fresh = (keras.layers.StringLookup(encoding="latin-1") for _ in "12")
     layer.adapt(words)
@@ -618,7 +618,7 @@ def test_a_vocabulary_of_another_encoding_is_restored(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["path", "config"])
-def test_a_description_of_a_lookup_that_no_program_wrote_is_damaged(tmp_path, harm) -> None:
+def test_a_forged_description_of_a_lookup_is_damaged(tmp_path, harm) -> None:
     """The path of an asset leaves its folder, or a config is not an object. The vocabulary stays as it was."""
     layer = keras.layers.StringLookup(name="words")
     layer.adapt(np.array([["a"]]))
@@ -641,7 +641,7 @@ def test_a_description_of_a_lookup_that_no_program_wrote_is_damaged(tmp_path, ha
 
 
 def looked_up(path: pathlib.Path, change) -> str:
-    """A checkpoint of a lookup that learned `b` and `a`, whose only asset was changed: its path and its bytes."""
+    """The prefix of a checkpoint of a lookup that learned `b` and `a`, with the path and bytes of its asset changed."""
     layer = keras.layers.StringLookup(name="words")
     layer.adapt(np.array([["b"], ["b"], ["a"]]))
     zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), path / "run")
@@ -659,7 +659,7 @@ def looked_up(path: pathlib.Path, change) -> str:
 
 
 def test_a_vocabulary_of_an_older_checkpoint_is_restored(tmp_path) -> None:
-    """It is the text that Keras writes."""
+    """Older checkpoints have the vocabulary as the text that Keras writes."""
     prefix = looked_up(tmp_path, lambda name, data: ("vocabulary.txt", "\n".join(json.loads(data)).encode()))
     fresh = keras.layers.StringLookup(name="words")
 
@@ -679,7 +679,7 @@ def test_a_vocabulary_of_an_older_checkpoint_is_restored(tmp_path) -> None:
     ],
 )
 def test_a_lookup_without_a_vocabulary_is_damaged(tmp_path, change) -> None:
-    """Its file is that of another layer, is cut, or has no words."""
+    """Its file belongs to another layer, is cut, or has no words."""
     fresh = keras.layers.StringLookup(name="words")
 
     with pytest.raises(kc.DamagedCheckpointError):
@@ -697,7 +697,7 @@ class HoldsANumber(InStore):
 
 
 def test_a_layer_may_hold_an_array_without_dimensions(tmp_path) -> None:
-    """A restore notes how the arrays of a layer were, for the case that another layer refuses."""
+    """A restore copies the arrays of a layer, to undo the restore if another layer refuses."""
     model, restored = saved(tmp_path, HoldsANumber()), model_of(HoldsANumber())
 
     kc.restore(restored, tmp_path)
@@ -707,7 +707,7 @@ def test_a_layer_may_hold_an_array_without_dimensions(tmp_path) -> None:
 
 @registered
 class Multiplied(keras.layers.Layer):
-    """Has a factor that its build config tells."""
+    """Has a factor in its build config."""
 
     factor = 1
 
@@ -727,7 +727,7 @@ class Multiplied(keras.layers.Layer):
 
 
 def test_a_build_config_that_differs_is_restored(tmp_path) -> None:
-    """Though no variable is missing."""
+    """No variable is missing in the model."""
     layer, fresh = Multiplied(), Multiplied()
     model, restored = model_of(layer), model_of(fresh)
     layer.factor = 7
@@ -739,7 +739,7 @@ def test_a_build_config_that_differs_is_restored(tmp_path) -> None:
 
 
 class Spoils(keras.layers.Layer):
-    """Changes all that it has while it reads, and raises."""
+    """Changes its state while it loads, and raises."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -758,8 +758,8 @@ class Spoils(keras.layers.Layer):
         return x * self.scale
 
 
-def test_a_layer_that_raises_while_it_reads_variables_is_an_error(tmp_path) -> None:
-    """The variables are as they were, and so is what is in containers of containers."""
+def test_a_layer_that_raises_while_it_loads_variables_is_reset(tmp_path) -> None:
+    """The variables and the contents of nested containers are as they were."""
     zoo.save(model_of(Spoils(name="one")), tmp_path)
     layer = Spoils(name="one")
     model = model_of(layer)
@@ -772,7 +772,7 @@ def test_a_layer_that_raises_while_it_reads_variables_is_an_error(tmp_path) -> N
 
 
 def test_a_model_without_variables_gets_its_vocabulary(tmp_path) -> None:
-    """The vocabulary is all that the model has."""
+    """The vocabulary is the model's only state."""
     layer, fresh = keras.layers.StringLookup(), keras.layers.StringLookup()
     layer.adapt(np.array([["a"], ["b"]]))
     zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), tmp_path)
@@ -782,8 +782,8 @@ def test_a_model_without_variables_gets_its_vocabulary(tmp_path) -> None:
     assert fresh.get_vocabulary() == layer.get_vocabulary()
 
 
-def test_a_layer_that_is_adapted_again_is_taken_again(tmp_path) -> None:
-    """Each save has the vocabulary of its moment."""
+def test_each_save_has_the_present_vocabulary_of_a_layer(tmp_path) -> None:
+    """A layer that is adapted again is collected again."""
     layer = keras.layers.StringLookup()
     model = keras.Sequential([keras.Input((1,), dtype="string"), layer])
     model.compile("sgd")
@@ -798,8 +798,8 @@ def test_a_layer_that_is_adapted_again_is_taken_again(tmp_path) -> None:
         assert sorted(fresh.get_vocabulary()) == sorted(words)
 
 
-def test_what_a_layer_cannot_save_is_named_at_the_first_save(tmp_path) -> None:
-    """The training goes on, and other layers are saved."""
+def test_a_warning_at_the_first_save_names_a_layer_that_cannot_save_its_state(tmp_path) -> None:
+    """The training continues, and the checkpoint is saved."""
 
     class Fails(InStore):
         def save_own_variables(self, store) -> None:

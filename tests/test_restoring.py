@@ -1,4 +1,4 @@
-"""Restoring: everything or nothing, into the right layer, with a report that fits on a screen."""
+"""`restore`: all or nothing, into the right layer, with a report that fits on a screen."""
 
 import pathlib
 
@@ -34,7 +34,7 @@ def model(runs) -> keras.Model:
 
 @pytest.mark.parametrize("path", ["no run", "no run/ckpt-10"])
 def test_a_missing_path_is_a_file_not_found_error(tmp_path, path) -> None:
-    """As for every function that takes a path; the package's own error is a KeyError too."""
+    """The package's own error is a `KeyError` too."""
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint .*no run") as caught:
         kc.restore(dense_model(), tmp_path / path)
 
@@ -44,8 +44,8 @@ def test_a_missing_path_is_a_file_not_found_error(tmp_path, path) -> None:
 @pytest.mark.parametrize(
     "form", ["record", "directory", "path of the directory", "prefix", "index", "sidecar", "relative"]
 )
-def test_takes_a_record_a_directory_or_a_path(runs, model, monkeypatch, form) -> None:
-    """Whichever a user has at hand."""
+def test_restore_takes_a_record_a_directory_or_a_path(runs, model, monkeypatch, form) -> None:
+    """A path may be absolute or relative, a prefix, or a file of the checkpoint."""
     record = runs.latest()
     monkeypatch.chdir(pathlib.Path(runs.path).parent)
     checkpoint = {
@@ -65,8 +65,8 @@ def test_takes_a_record_a_directory_or_a_path(runs, model, monkeypatch, form) ->
 
 
 @pytest.mark.parametrize("restore", ["ours", "TensorFlow's"])
-def test_a_model_that_looks_strings_up_predicts_the_same(runs, restore) -> None:
-    """Its vocabulary is in the script, its table of embeddings in the checkpoint."""
+def test_a_restored_model_with_a_string_lookup_predicts_the_same(runs, restore) -> None:
+    """The script has the vocabulary, the checkpoint has the embeddings."""
 
     def make() -> keras.Model:
         lookup = keras.layers.StringLookup(vocabulary=["low", "middle", "high"])
@@ -87,8 +87,8 @@ def test_a_model_that_looks_strings_up_predicts_the_same(runs, restore) -> None:
     np.testing.assert_array_equal(other.predict(words, verbose=0), model.predict(words, verbose=0))
 
 
-def test_an_optimizer_that_is_not_built_is_built(runs, model) -> None:
-    """A compiled model gets its slots back before its first batch."""
+def test_restore_builds_an_unbuilt_optimizer(runs, model) -> None:
+    """A compiled model has its slots before its first batch."""
     other = dense_model()
     assert not other.optimizer.built
 
@@ -98,8 +98,8 @@ def test_an_optimizer_that_is_not_built_is_built(runs, model) -> None:
     assert not report.missing
 
 
-def test_a_model_that_is_not_compiled_gets_weights_and_seeds(runs, model) -> None:
-    """It has no optimizer to restore, which is no difference."""
+def test_restore_gives_an_uncompiled_model_weights_and_seeds(runs, model) -> None:
+    """The missing optimizer is not a difference."""
     other = dense_model(compiled=False)
 
     report = kc.restore(other, runs)
@@ -109,10 +109,12 @@ def test_a_model_that_is_not_compiled_gets_weights_and_seeds(runs, model) -> Non
     assert "model 5 of 5" in str(report)
 
 
-@pytest.mark.filterwarnings("ignore:Compiled differently")  # the learning rates are made up like all variables
+@pytest.mark.filterwarnings(
+    "ignore:Compiled differently"
+)  # the test gives all variables random values, learning rates too
 @pytest.mark.parametrize("build", [convolutional, functional, subclassed, named, two_of_one_path, mixed])
-def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
-    """Functional, sequential, subclassed, nested, sharing a path, frozen, mixed precision, averaged, accumulated."""
+def test_restore_is_bit_exact_for_all_kinds_of_models(tmp_path, build) -> None:
+    """Functional, sequential, subclassed, nested, shared path, frozen, mixed precision, averaged, accumulated."""
     model, other = build(), build()
     if not model.compiled:
         for each in (model, other):
@@ -134,7 +136,7 @@ def test_models_of_all_kinds_come_back_to_the_bit(tmp_path, build) -> None:
 
 
 class Remembers(keras.layers.Layer):
-    """Has variables of any number of rows, and of any shape."""
+    """A layer with a variable of any number of rows, and a variable of any shape."""
 
     def __init__(self, columns: int = 2) -> None:
         super().__init__()
@@ -151,8 +153,8 @@ def remembering(columns: int = 2) -> keras.Model:
     return model
 
 
-def test_variables_without_a_fixed_shape_come_back_in_the_one_that_they_had(tmp_path) -> None:
-    """Whatever it was when the fit began, or is in the model that is restored."""
+def test_restore_gives_a_variable_without_a_fixed_shape_its_saved_shape(tmp_path) -> None:
+    """The shape at the beginning of the fit and the shape in the other model do not matter."""
 
     class Grows(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None) -> None:
@@ -169,20 +171,20 @@ def test_variables_without_a_fixed_shape_come_back_in_the_one_that_they_had(tmp_
 
 
 class Fussy(keras.optimizers.SGD):
-    """Does not want to be built."""
+    """An optimizer that raises an error in its build."""
 
     def build(self, variables) -> None:
         raise LookupError("not today")
 
 
-def test_an_error_of_the_optimizer_is_no_damage(runs, model) -> None:
-    """Nor is an older checkpoint restored in its place."""
+def test_an_error_of_the_optimizer_is_not_damage(runs, model) -> None:
+    """Restore raises the optimizer's own error, and does not fall back to an older checkpoint."""
     with pytest.raises(LookupError, match="not today"):
         kc.restore(dense_model(optimizer=Fussy(momentum=0.9)), runs)
 
 
-def test_a_model_of_a_strategy_is_restored_in_its_scope(runs, model) -> None:
-    """Whoever restores it need not think of that, as with fit()."""
+def test_restore_enters_the_scope_of_a_models_strategy(runs, model) -> None:
+    """The caller need not enter the scope, as with `fit`."""
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         other = dense_model(run_eagerly=False)
 
@@ -192,8 +194,8 @@ def test_a_model_of_a_strategy_is_restored_in_its_scope(runs, model) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM")], ids=repr)
-def test_a_lack_of_memory_is_no_damage(runs, model, monkeypatch, error) -> None:
-    """An older checkpoint would want as much."""
+def test_a_lack_of_memory_is_not_damage(runs, model, monkeypatch, error) -> None:
+    """Restore does not fall back: an older checkpoint would need as much memory."""
 
     def fail(*_: object) -> None:
         raise error
@@ -204,8 +206,8 @@ def test_a_lack_of_memory_is_no_damage(runs, model, monkeypatch, error) -> None:
         kc.restore(dense_model(), runs)
 
 
-def test_a_shape_that_a_variable_cannot_have_is_a_difference(tmp_path) -> None:
-    """Though it may have many."""
+def test_a_saved_shape_that_a_flexible_variable_cannot_have_is_a_difference(tmp_path) -> None:
+    """The variable may have any number of rows, but only 3 columns."""
     fit(remembering(), kc.ModelCheckpoint(tmp_path))
 
     with pytest.raises(kc.MismatchError, match=r"rows: shape \(None, 3\) float32 in the model, shape \(1, 2\) float32"):
@@ -224,8 +226,8 @@ def test_a_shape_that_a_variable_cannot_have_is_a_difference(tmp_path) -> None:
         {"optimizer": "muon"},
     ],
 )
-def test_training_goes_on_from_a_restored_model_to_the_same_bits(runs, options) -> None:
-    """Two more epochs after a restore end where four epochs end."""
+def test_training_of_a_restored_model_ends_like_an_unbroken_training(runs, options) -> None:
+    """Two epochs, a restore and two more epochs give the same bits as four epochs."""
     make = options["optimizer"]
     options = lambda: {"optimizer": make() if callable(make) else make}  # noqa: E731
     whole = dense_model(**options())
@@ -245,7 +247,7 @@ def test_training_goes_on_from_a_restored_model_to_the_same_bits(runs, options) 
     assert same(whole, second)
 
 
-def test_mixed_precision_goes_on_to_the_same_bits(runs) -> None:
+def test_mixed_precision_training_of_a_restored_model_gives_the_same_bits(runs) -> None:
     """The loss scale and its counter are state too."""
     keras.mixed_precision.set_dtype_policy("mixed_float16")
     try:
@@ -259,8 +261,8 @@ def test_mixed_precision_goes_on_to_the_same_bits(runs) -> None:
     assert same(model, other)
 
 
-def test_the_position_is_the_checkpoints(runs, model) -> None:
-    """Restoring says where in its run a model is."""
+def test_restore_gives_the_model_the_position_of_the_checkpoint(runs, model) -> None:
+    """The position is run, step, epoch and batch."""
     other = dense_model()
     kc.restore(other, runs)
 
@@ -269,7 +271,7 @@ def test_the_position_is_the_checkpoints(runs, model) -> None:
 
 
 def wider(name: str) -> keras.Model:
-    """Models that the checkpoint does not fit."""
+    """A model that the checkpoint does not fit."""
     layers = {
         "another shape": [keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(2)],
         "a layer more": [
@@ -305,7 +307,7 @@ def wider(name: str) -> keras.Model:
     ],
 )
 def test_a_difference_is_an_error_before_anything_changes(runs, model, case, line) -> None:
-    """It names the variables with their shapes, and how to mend it."""
+    """The error names the variables with their shapes, and the option that helps."""
     other = wider(case)
     other.optimizer.build(other.trainable_variables)
     before = values(other)
@@ -318,8 +320,8 @@ def test_a_difference_is_an_error_before_anything_changes(runs, model, case, lin
     assert all(np.array_equal(a, b) for a, b in zip(before, values(other), strict=True))
 
 
-def test_metrics_are_only_reported(runs) -> None:
-    """Another metric is no reason not to restore a model."""
+def test_a_difference_in_metrics_is_only_reported(runs) -> None:
+    """A strict restore succeeds with other metrics."""
     fit(dense_model(metrics=["mae"]), kc.ModelCheckpoint(runs.path))
     other = dense_model(metrics=["mse"])
     fit(other)
@@ -330,7 +332,7 @@ def test_metrics_are_only_reported(runs) -> None:
     assert set(report.missing) == {f"metrics/mean_squared_error/{part}" for part in ("total", "count")}
 
 
-def test_what_matches_is_restored_if_asked_for(runs, model) -> None:
+def test_restore_without_strict_restores_the_matching_variables(runs, model) -> None:
     """A head of another size keeps its weights, the rest is restored, and the model belongs to no run."""
     other = wider("another shape")
     head = other.layers[-1].get_weights()
@@ -345,8 +347,8 @@ def test_what_matches_is_restored_if_asked_for(runs, model) -> None:
 
 
 @pytest.mark.parametrize("case", ["a layer more", "a layer less"])
-def test_equal_shapes_are_not_restored_into_another_layer(tmp_path, case) -> None:
-    """With more or fewer layers of an automatic name, nobody knows which is which: none of them is restored."""
+def test_restore_without_strict_skips_automatic_names_if_their_number_differs(tmp_path, case) -> None:
+    """With more or fewer layers of an automatic name, a name may mean another layer: none of them is restored."""
 
     def build(count: int) -> keras.Model:
         model = keras.Sequential(
@@ -367,8 +369,8 @@ def test_equal_shapes_are_not_restored_into_another_layer(tmp_path, case) -> Non
     assert all(np.array_equal(a, layer.get_weights()[0]) for (a, _), layer in zip(before, other.layers, strict=False))
 
 
-def test_named_layers_are_restored_wherever_they_are(tmp_path) -> None:
-    """A name that a user gave says which is which."""
+def test_layers_named_by_the_user_are_restored_at_any_place(tmp_path) -> None:
+    """A user's name identifies the layer."""
 
     def build(*layers: str) -> keras.Model:
         model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(4, name=name) for name in layers)])
@@ -385,8 +387,8 @@ def test_named_layers_are_restored_wherever_they_are(tmp_path) -> None:
         assert np.array_equal(first.get_layer(name).kernel.numpy(), other.get_layer(name).kernel.numpy())
 
 
-def test_a_model_built_for_the_third_time_gets_its_own_layers(tmp_path) -> None:
-    """With other layers made in between, and equal shapes throughout."""
+def test_a_model_built_three_times_in_a_process_gets_its_own_layers(tmp_path) -> None:
+    """Other layers are made in between, and all shapes are equal."""
 
     def build() -> keras.Model:
         model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(4) for _ in range(6))])
@@ -406,7 +408,7 @@ def test_a_model_built_for_the_third_time_gets_its_own_layers(tmp_path) -> None:
 
 
 def test_the_report_fits_on_a_screen(tmp_path) -> None:
-    """Even for a hundred layers that do not fit; it counts by layer."""
+    """A report of a hundred layers that do not fit counts variables by layer."""
 
     def build(prefix: str) -> keras.Model:
         layers = [keras.layers.Dense(2, name=f"{prefix}{n}") for n in range(100)]
@@ -433,14 +435,14 @@ def test_the_report_fits_on_a_screen(tmp_path) -> None:
 @pytest.mark.parametrize(
     "unbuilt", [lambda: keras.Sequential([keras.layers.Dense(3)]), subclassed.__globals__["Subclassed"]]
 )
-def test_a_model_that_is_not_built_says_how_to_build_it(runs, model, unbuilt) -> None:
-    """Without variables there is nothing to restore into."""
+def test_the_error_of_an_unbuilt_model_says_how_to_build_it(runs, model, unbuilt) -> None:
+    """An unbuilt model has no variables to restore."""
     with pytest.raises(ValueError, match=r"not built.*model\.build\(input_shape\)"):
         kc.restore(unbuilt(), runs)
 
 
 class OneVariable(keras.layers.Layer):
-    """Holds a variable of TensorFlow alone."""
+    """A layer whose only variable is a `tf.Variable`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -450,8 +452,8 @@ class OneVariable(keras.layers.Layer):
         return x * self.variable
 
 
-def test_a_model_of_tensorflows_variables_alone_is_restored(tmp_path) -> None:
-    """Keras counts none of them."""
+def test_a_model_with_only_tf_variables_is_restored(tmp_path) -> None:
+    """Keras does not list these variables."""
     saved, restored = (keras.Sequential([keras.Input((4,)), OneVariable()]) for _ in range(2))
     saved.layers[0].variable.assign(3.0)
     zoo.save(saved, tmp_path)
@@ -469,8 +471,8 @@ def test_a_model_without_variables_has_nothing_to_restore(runs) -> None:
 
 @pytest.mark.parametrize(("kind", "older"), [("data", 10), ("sidecar", 10), ("both", 5)])
 @pytest.mark.filterwarnings("ignore:.*ckpt-10.*Going back to ckpt-5")
-def test_a_damaged_newest_falls_back_to_the_next_older(runs, kind, older) -> None:
-    """With a warning that says which and why."""
+def test_restore_falls_back_from_a_damaged_newest_checkpoint_to_the_next_older(runs, kind, older) -> None:
+    """A warning names the damaged checkpoint and the older checkpoint."""
     fit(dense_model(), kc.ModelCheckpoint(runs.path), epochs=3)
     damaged = {
         "data": ["ckpt-15.data-00000-of-00001"],
@@ -487,15 +489,15 @@ def test_a_damaged_newest_falls_back_to_the_next_older(runs, kind, older) -> Non
     assert report.step == older
 
 
-def test_the_report_has_the_epoch_to_go_on_with(runs, model) -> None:
-    """For `fit(initial_epoch=...)`."""
+def test_the_report_has_the_epoch_for_initial_epoch(runs, model) -> None:
+    """The report has the completed steps and epochs of the checkpoint."""
     report = kc.restore(dense_model(), runs)
 
     assert (report.step, report.epoch) == (10, 2)
 
 
-def test_a_good_restore_reports_one_line(runs) -> None:
-    """Metrics that are not built yet are no fault."""
+def test_the_report_of_a_complete_restore_is_one_line(runs) -> None:
+    """Metrics that are not built yet are not a difference."""
     fit(dense_model(metrics=["mae"]), kc.ModelCheckpoint(runs.path))
 
     report = kc.restore(dense_model(metrics=["mae"]), runs)
@@ -503,8 +505,8 @@ def test_a_good_restore_reports_one_line(runs) -> None:
     assert str(report) == (f"restored {runs.path}/ckpt-5 at step 5: model 5 of 5, optimizer 10 of 10, metrics 2 of 2")
 
 
-def test_an_optimizer_that_differs_is_left_as_it_is(runs, model) -> None:
-    """Not even its learning rate and its counter are taken, which mean nothing in another."""
+def test_restore_without_strict_skips_an_optimizer_of_another_class(runs, model) -> None:
+    """The learning rate and the counter are skipped too: they mean nothing in another optimizer."""
     other = dense_model(optimizer=keras.optimizers.SGD(1e-5, momentum=0.9))
 
     with pytest.warns(UserWarning, match="optimizer is 'SGD' as in the program, not 'Adam' as saved"):
@@ -516,15 +518,15 @@ def test_an_optimizer_that_differs_is_left_as_it_is(runs, model) -> None:
     assert np.array_equal(other.get_weights()[0], model.get_weights()[0])
 
 
-def test_arguments_in_the_wrong_order_are_pointed_out(runs, model) -> None:
-    """restore(path, model) is an easy slip."""
+def test_arguments_in_the_wrong_order_are_an_error_with_the_right_order(runs, model) -> None:
+    """`restore(path, model)` is an easy mistake."""
     with pytest.raises(TypeError, match=r"restore\(model, checkpoint\) expected a Keras model first"):
         kc.restore(runs.path, model)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras's writing of HDF5
-def test_a_file_of_keras_is_pointed_out(runs, model, tmp_path) -> None:
-    """It is another thing."""
+def test_the_error_of_a_keras_file_names_load_model(runs, model, tmp_path) -> None:
+    """A `.keras` file is not a checkpoint of this package."""
     model.save(tmp_path / "model.keras")
 
     with pytest.raises(ValueError, match=r"keras\.models\.load_model"):
@@ -542,16 +544,16 @@ def test_a_file_of_keras_is_pointed_out(runs, model, tmp_path) -> None:
         ("", TypeError, "Received: ''"),
     ],
 )
-def test_what_is_not_there_is_named(runs, model, tmp_path, monkeypatch, checkpoint, error, text) -> None:
-    """With what was received."""
+def test_the_error_of_a_wrong_checkpoint_names_it(runs, model, tmp_path, monkeypatch, checkpoint, error, text) -> None:
+    """The error shows the missing name, or the value that was received."""
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises((error, kc.CheckpointNotFoundError), match=text):
         kc.restore(dense_model(), checkpoint)
 
 
-def test_an_empty_directory_is_named(tmp_path) -> None:
-    """There is nothing to restore, which is not nothing to do."""
+def test_restore_from_an_empty_directory_is_an_error(tmp_path) -> None:
+    """Restore never returns without having restored anything."""
     with pytest.raises(kc.CheckpointNotFoundError, match="There is no checkpoint in"):
         kc.restore(dense_model(), tmp_path)
 
@@ -560,7 +562,7 @@ def test_an_empty_directory_is_named(tmp_path) -> None:
     "harm", ["data cut", "data flipped", "index flipped", "data of another", "data missing", "sidecar cut"]
 )
 def test_a_damaged_checkpoint_changes_nothing(runs, model, harm) -> None:
-    """Sizes and digests are compared before anything is read."""
+    """Sizes and digests are compared before a variable changes."""
     record = runs.latest()
     data, index, sidecar = (pathlib.Path(f"{record.prefix}.{end}") for end in ("data-00000-of-00001", "index", "json"))
     content = data.read_bytes()
@@ -592,7 +594,7 @@ def test_a_damaged_checkpoint_changes_nothing(runs, model, harm) -> None:
 
 
 class TestCheckpointsOfTensorFlow:
-    """What `tf.train.Checkpoint` wrote is restored through its object graph."""
+    """Restore of checkpoints that `tf.train.Checkpoint` wrote, through their object graph."""
 
     @pytest.mark.parametrize(
         "root",
@@ -604,8 +606,8 @@ class TestCheckpointsOfTensorFlow:
         ],
     )
     @pytest.mark.parametrize("build", [convolutional, subclassed])
-    def test_are_restored_whatever_they_call_the_model(self, tmp_path, root, build) -> None:
-        """All but the seeds, which TensorFlow does not save."""
+    def test_restore_finds_the_model_under_any_name(self, tmp_path, root, build) -> None:
+        """All variables are restored but seeds, which TensorFlow does not save."""
         model, other = build(), build()
         for each in (model, other):
             each.compile("adam", "mse")
@@ -623,8 +625,8 @@ class TestCheckpointsOfTensorFlow:
         assert all("seed_generator" in name or name.startswith("metrics/") for name in report.missing)
         assert report.step is None
 
-    def test_the_newest_of_a_directory_is_what_its_state_file_says(self, tmp_path) -> None:
-        """As `tf.train.latest_checkpoint` finds it."""
+    def test_the_newest_of_a_directory_is_the_latest_of_its_state_file(self, tmp_path) -> None:
+        """`tf.train.latest_checkpoint` finds the same checkpoint."""
         model = dense_model()
         fit(model)
         manager = tf.train.CheckpointManager(tf.train.Checkpoint(model=model), tmp_path, 3)
@@ -635,8 +637,8 @@ class TestCheckpointsOfTensorFlow:
 
         assert report.prefix == str(tmp_path / "ckpt-3")
 
-    def test_one_that_does_not_fit_is_refused(self, tmp_path) -> None:
-        """By the same rules."""
+    def test_a_checkpoint_that_does_not_fit_is_refused(self, tmp_path) -> None:
+        """The model stays as it was."""
         prefix = tf.train.Checkpoint(model=convolutional()).write(tmp_path / "ckpt")
         other = dense_model()
         before = other.get_weights()
@@ -647,7 +649,7 @@ class TestCheckpointsOfTensorFlow:
         assert all(np.array_equal(a, b) for a, b in zip(before, other.get_weights(), strict=True))
 
     def test_a_file_that_is_no_checkpoint_is_damaged(self, tmp_path) -> None:
-        """It is no accident inside of TensorFlow."""
+        """The error is the package's, not TensorFlow's."""
         (tmp_path / "ckpt-1.index").write_bytes(b"not a table" * 20)
 
         with pytest.raises(kc.DamagedCheckpointError, match="does not end as an index does"):
@@ -658,7 +660,7 @@ class TestCheckpointsOfTensorFlow:
     "name", ["run[1]", "lr*", "a b", "ü", "what?", "back\\slash", "new\nline", "$(x)", "~", "-rf", "😀"]
 )
 def test_a_directory_may_have_any_name(tmp_path, name) -> None:
-    """TensorFlow itself takes some of these for patterns and fails to read."""
+    """TensorFlow itself reads some of these names as patterns and fails."""
     (tmp_path / "run1").mkdir()
     model, other = dense_model(), dense_model()
     runs = kc.CheckpointDirectory(tmp_path / name)
@@ -670,8 +672,8 @@ def test_a_directory_may_have_any_name(tmp_path, name) -> None:
     assert [record.step for record in runs] == [10]
 
 
-def test_what_is_about_to_be_removed_is_not_restored_unchecked(runs, model) -> None:
-    """Its sidecar is withdrawn and its files are there yet; that makes it no checkpoint of TensorFlow's."""
+def test_a_checkpoint_that_is_being_removed_is_not_restored(runs, model) -> None:
+    """Its sidecar is in the trash and its files are still there, but it is not a checkpoint of TensorFlow."""
     record = runs.latest()
     pathlib.Path(f"{record.prefix}.json").rename(pathlib.Path(runs.path, ".keras_ckpt", "trash", f"{record.name}.json"))
 
@@ -679,8 +681,8 @@ def test_what_is_about_to_be_removed_is_not_restored_unchecked(runs, model) -> N
         kc.restore(dense_model(), record.prefix)
 
 
-def test_a_record_of_what_was_saved_anew_since_is_refused(runs, model) -> None:
-    """Another checkpoint is no answer to a question for this one."""
+def test_a_record_is_refused_if_its_checkpoint_was_saved_again(runs, model) -> None:
+    """The new checkpoint is not restored in place of the old one."""
     record = runs.latest()
     save(model, runs.path, step=record.step, run_id=record.run_id)
 
@@ -688,8 +690,8 @@ def test_a_record_of_what_was_saved_anew_since_is_refused(runs, model) -> None:
         kc.restore(dense_model(), record)
 
 
-def test_digests_need_not_be_checked(runs, model) -> None:
-    """Then the sizes are, and TensorFlow checks the values that it reads; what it does not read may be anything."""
+def test_check_digests_false_checks_only_the_values_that_are_read(runs, model) -> None:
+    """Sizes are compared, and TensorFlow's checksums of the values. A wrong digest is not noticed."""
     record, other = runs.latest(), dense_model()
     sidecar = pathlib.Path(f"{record.prefix}.json")
     files = tuple(
@@ -711,8 +713,8 @@ def test_digests_need_not_be_checked(runs, model) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "float64", "int8"])
-def test_weights_of_any_type_come_back(tmp_path, dtype) -> None:
-    """TensorFlow cannot add up float8, which is no reason not to restore it."""
+def test_restore_takes_weights_of_any_dtype(tmp_path, dtype) -> None:
+    """TensorFlow cannot sum float8, so the check for NaN must not sum it."""
 
     class Scaled(keras.layers.Layer):
         def build(self, shape) -> None:
@@ -733,9 +735,9 @@ def test_weights_of_any_type_come_back(tmp_path, dtype) -> None:
     assert tf.cast(other.layers[0].scale.value, "float32").numpy().tolist() == [1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["some of its variables small", "two great ones"])
-def test_a_great_model_comes_back_bit_for_bit(tmp_path, bias) -> None:
-    """It is read by several threads, each a part of the variables."""
+@pytest.mark.parametrize("bias", [True, False], ids=["large and small variables", "two large variables"])
+def test_restore_of_a_large_model_is_bit_exact(tmp_path, bias) -> None:
+    """Several threads read it, each a part of the variables."""
 
     def build() -> keras.Model:
         layers = [keras.layers.Dense(1500, use_bias=bias), keras.layers.Dense(1500, use_bias=bias)]
