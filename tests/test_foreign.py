@@ -13,7 +13,7 @@ layers = keras.layers
 
 
 class Block(layers.Layer):
-    """Has its layers in attributes."""
+    """A layer with layers in attributes."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -28,7 +28,7 @@ class Block(layers.Layer):
 
 
 class Subclassed(keras.Model):
-    """Is called to be built."""
+    """A model that is built by a call."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -67,7 +67,7 @@ MODELS = {
 
 
 class Module(tf.Module):
-    """A program's own object that holds a model."""
+    """A user's module that holds a model."""
 
     def __init__(self, model) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def compiled(model: keras.Model, is_compiled: bool) -> keras.Model:
 
 
 def filled(model: keras.Model, optimizer) -> None:
-    """Values of their own for all variables."""
+    """Gives all variables distinct values."""
     optimizer.build(model.trainable_variables)
     for number, variable in enumerate([*model.weights, *optimizer.variables]):
         if variable.dtype != "uint32":
@@ -112,15 +112,15 @@ def filled(model: keras.Model, optimizer) -> None:
 
 
 def weights(model: keras.Model) -> list[np.ndarray]:
-    """But for the states of random generators."""
+    """The weights of a model, without the states of random generators."""
     return [each.numpy() for each in model.weights if "seed" not in each.path]
 
 
 @pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "not compiled"])
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_model_is_found_wherever_it_is(tmp_path, name, root, is_compiled) -> None:
-    """All weights are restored; the rest of the checkpoint is no difference."""
+def test_restore_finds_the_model_at_any_place(tmp_path, name, root, is_compiled) -> None:
+    """All weights are restored. The rest of the checkpoint is not a difference."""
     saved, optimizer = MODELS[name](), keras.optimizers.Adam()
     filled(saved, optimizer)
     parts = ROOTS[root](saved, optimizer, tf.Variable(1))
@@ -140,8 +140,8 @@ def test_the_model_is_found_wherever_it_is(tmp_path, name, root, is_compiled) ->
 
 @pytest.mark.parametrize("inner", [keras.optimizers.Adam, lambda: keras.optimizers.SGD(momentum=0.9)])
 @pytest.mark.parametrize("root", ["model", "beside"])
-def test_an_optimizer_that_scales_the_loss_is_found_with_the_one_inside(tmp_path, inner, root) -> None:
-    """As compile makes one for mixed precision."""
+def test_restore_finds_a_loss_scale_optimizer_and_its_inner_optimizer(tmp_path, inner, root) -> None:
+    """`compile` makes a `LossScaleOptimizer` for mixed precision."""
     models = [sequential(), sequential()]
     for model in models:
         model.compile(keras.optimizers.LossScaleOptimizer(inner()), "mse")
@@ -158,8 +158,8 @@ def test_an_optimizer_that_scales_the_loss_is_found_with_the_one_inside(tmp_path
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_of_a_manager_is_found_as_well(tmp_path, name) -> None:
-    """As the documentation of TensorFlow saves."""
+def test_restore_finds_the_model_in_a_checkpoint_of_a_manager(tmp_path, name) -> None:
+    """The checkpoint has the form that TensorFlow's documentation saves."""
     saved, optimizer = MODELS[name](), keras.optimizers.Adam()
     filled(saved, optimizer)
     root = tf.train.Checkpoint(step=tf.Variable(1), optimizer=optimizer, net=saved, iterator=iterator())
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_a_manager_is_found_as_well(tmp_path, name) -> None:
 
 
 @pytest.mark.parametrize("root", ROOTS)
-def test_a_part_is_found_wherever_it_is(tmp_path, root) -> None:
+def test_restore_without_strict_finds_a_part_of_the_model_at_any_place(tmp_path, root) -> None:
     """The model has a layer more than the checkpoint: all others are restored, and the warning names the layer."""
     saved, optimizer = sequential(layers.BatchNormalization()), keras.optimizers.Adam()
     filled(saved, optimizer)
@@ -212,8 +212,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, make) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_of_several_models_that_fit_none_is_restored(tmp_path, strict) -> None:
-    """A generator and its average have the same layers: the error names both, and the way that it names works."""
+def test_a_checkpoint_with_several_models_that_fit_is_refused(tmp_path, strict) -> None:
+    """A generator and its average have the same layers. The error names both, and its advice works."""
     first, second = sequential(), sequential()
     filled(second, keras.optimizers.SGD())
     prefix = tf.train.Checkpoint(generator=first, average=second).save(str(tmp_path / "ckpt"))

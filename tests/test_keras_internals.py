@@ -18,8 +18,8 @@ def model() -> keras.Model:
     return model
 
 
-def test_layers_of_has_layers_in_layers() -> None:
-    """`Bidirectional` is no model."""
+def test_layers_of_has_the_layers_inside_layers() -> None:
+    """`Bidirectional` is a layer of layers, and not a model."""
     layer = keras.layers.Bidirectional(keras.layers.LSTM(2))
     model = keras.Sequential([keras.Input((3, 2)), layer])
 
@@ -34,13 +34,13 @@ def test_trained_by_has_the_variables_in_the_order_of_the_optimizer(model) -> No
     assert internals.trained_by(keras.optimizers.SGD()) == []
 
 
-def test_value_of_is_the_value(model) -> None:
+def test_value_of_is_the_tensorflow_value_of_a_variable(model) -> None:
     assert all(internals.value_of(variable) is variable.value for variable in model.variables)
     variable = tf.Variable(1.0)
     assert internals.value_of(variable) is variable
 
 
-def test_unlock_lets_a_layer_get_variables(model) -> None:
+def test_unlock_lets_a_built_layer_add_variables(model) -> None:
     layer = model.layers[0]
     with pytest.raises(ValueError, match="cannot add new elements"):
         layer.more = keras.Variable(1.0)
@@ -51,7 +51,7 @@ def test_unlock_lets_a_layer_get_variables(model) -> None:
     assert any(each is layer.more for each in layer.variables)
 
 
-def test_metrics_given_are_those_of_compile(model) -> None:
+def test_metrics_given_are_the_metrics_of_compile(model) -> None:
     given = [each for metric in model.metrics for each in internals.metrics_given(metric)]
 
     assert [getattr(each, "name", each) for each in given] == ["mae", "auc", "mse"]
@@ -65,26 +65,26 @@ def test_direction_of_a_metric(metric, direction) -> None:
     assert internals.direction_of(metric) == direction
 
 
-def test_loss_weights_are_those_of_compile(model) -> None:
+def test_loss_weights_are_the_loss_weights_of_compile(model) -> None:
     assert internals.loss_weights(model) == [2.0]
     assert internals.loss_weights(dense_model()) is None
 
 
-def test_arguments_of_a_loss_are_those_of_its_function() -> None:
+def test_arguments_of_a_loss_are_the_arguments_of_its_function() -> None:
     assert internals.arguments_of(keras.losses.Huber(delta=2.0)) == {"delta": 2.0}
     assert internals.arguments_of(keras.losses.Loss()) == {}
 
 
-def test_begin_with_epoch_has_fit_begin_there() -> None:
-    """A callback says so when training begins."""
+def test_begin_with_epoch_makes_fit_begin_with_that_epoch() -> None:
+    """A callback calls it in `on_train_begin`."""
     model = dense_model()
     says = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: internals.begin_with_epoch(model, 2))
 
     assert fit(model, says, epochs=4).epoch == [2, 3]
 
 
-def test_seed_of_random_goes_back() -> None:
-    """To a state, and to none."""
+def test_set_seed_of_random_restores_a_state_or_removes_it() -> None:
+    """The generator of unseeded functions draws the same numbers after the state is set."""
     before = internals.seed_of_random()
     state = None if before is None else np.asarray(before)
     try:
@@ -104,7 +104,7 @@ def test_seed_of_random_goes_back() -> None:
 
 
 def test_fit_in_progress_finds_the_data_and_the_callbacks_of_fit() -> None:
-    """One walk up the stack finds all that a callback needs of the `fit` that calls it."""
+    """One walk up the stack finds the arguments and data of the `fit` that calls a callback."""
     seen = []
 
     class Looks(keras.callbacks.Callback):
@@ -152,8 +152,8 @@ def test_is_running_says_whether_a_caller_uses_the_list_of_callbacks() -> None:
     assert seen == [True, False]
 
 
-def test_an_optimizer_has_its_own_variables_first(model) -> None:
-    """Names of slots are read off the rest."""
+def test_the_variables_of_an_optimizer_begin_with_iteration_and_learning_rate(model) -> None:
+    """The rest are slots, whose names `naming` parses."""
     names = [variable.path.split("/")[-1] for variable in model.optimizer.variables[:2]]
 
     assert names == ["iteration", "learning_rate"]

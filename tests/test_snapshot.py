@@ -1,4 +1,4 @@
-"""A snapshot is of one moment, whatever training does afterwards."""
+"""Snapshots: the values of one moment, unaffected by later training."""
 
 import concurrent.futures
 import operator
@@ -34,7 +34,7 @@ OPTIMIZERS = {
 
 
 def embedding_model(optimizer: keras.optimizers.Optimizer, **options) -> keras.Model:
-    """A table of which a batch touches few rows, normalization, dropout."""
+    """A model with an embedding of which a batch changes few rows, normalization and dropout."""
     model = keras.Sequential(
         [
             keras.Input((6,), dtype="int32"),
@@ -51,7 +51,7 @@ def embedding_model(optimizer: keras.optimizers.Optimizer, **options) -> keras.M
 
 
 class Snapshots(keras.callbacks.Callback):
-    """Takes one after each batch, beside copies of all values, and looks at it again steps later."""
+    """Takes a snapshot and copies of all values after each batch, and compares them steps later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,15 +89,15 @@ class Snapshots(keras.callbacks.Callback):
     ids=["as it is", "four batches an execution", "XLA", "XLA, four batches an execution"],
 )
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_no_later_step_shows_in_it(optimizer, options) -> None:
-    """In a real training, of weights, slots, averages, seeds and metrics alike."""
+def test_later_steps_do_not_change_a_snapshot(optimizer, options) -> None:
+    """Weights, slots, averages, seeds and metrics of a real training keep their values."""
     model = embedding_model(OPTIMIZERS[optimizer](), **options)
     snapshots = Snapshots()
 
     model.fit(ROWS, Y, batch_size=8, epochs=2, verbose=0, callbacks=[snapshots])
 
     assert snapshots.compared > 100
-    # Each kind changes meanwhile, so that a torn one would show.
+    # Each kind of variable changes meanwhile, so a torn snapshot would show.
     assert {
         "model/embedding/embeddings",
         "model/dense/kernel",
@@ -108,8 +108,8 @@ def test_no_later_step_shows_in_it(optimizer, options) -> None:
     } <= snapshots.moved
 
 
-def test_it_shares_the_memory_of_the_variables() -> None:
-    """That is why it costs no copy."""
+def test_a_read_shares_the_memory_of_the_variables() -> None:
+    """A read makes no copy."""
     variables = [tf.Variable(tf.ones(1000)) for _ in range(3)]
 
     reader = Reader(dict(zip("abc", variables, strict=True)))
@@ -120,8 +120,8 @@ def test_it_shares_the_memory_of_the_variables() -> None:
         assert np.shares_memory(np.asarray(first[key]), np.asarray(second[key]))
 
 
-def test_one_of_a_table_of_which_rows_are_changed_in_place_is_a_copy() -> None:
-    """TensorFlow changes such a variable without a look at who holds its value."""
+def test_a_read_of_a_table_whose_rows_change_in_place_is_a_copy() -> None:
+    """TensorFlow changes the rows of such a variable even if its value is held."""
     table = tf.Variable(tf.zeros((4, 2)))
     table.scatter_nd_update([[0]], [[1.0, 1.0]])
     before = Reader({"table": table}).read()["table"]
@@ -132,8 +132,8 @@ def test_one_of_a_table_of_which_rows_are_changed_in_place_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize("change", [True, False])
-def test_several_threads_copy_the_same(monkeypatch, change) -> None:
-    """Great values and little ones, where the copies of the one before are yet to be written and where not."""
+def test_several_threads_copy_the_values_of_the_variables(monkeypatch, change) -> None:
+    """Values are large and small, and the previous copies are already written or not."""
     variables = {f"{number}": tf.Variable(tf.fill((1 + number % 2 * 600_000,), float(number))) for number in range(9)}
     monkeypatch.setattr(threads, "_THREADS", 3)
     threads._threads.cache_clear()
@@ -152,11 +152,11 @@ def test_several_threads_copy_the_same(monkeypatch, change) -> None:
 
 
 class TestDetached:
-    """As for XLA: when training goes on, nothing of a variable's memory is held."""
+    """A detached snapshot holds no memory of a variable, which XLA would have to copy."""
 
-    VARIABLES = ("great", "little", "another little", "the greatest")
+    VARIABLES = ("large", "small", "another small", "largest")
 
-    def test_is_of_its_moment(self) -> None:
+    def test_has_the_values_of_its_moment(self) -> None:
         arena, variables = Arena(), self.variables()
         taken = Snapshot(Reader(variables), {"other": np.ones(2, np.float32)})
         before = {key: variable.numpy().tobytes() for key, variable in variables.items()}
@@ -169,7 +169,7 @@ class TestDetached:
         assert {key: copies[key.encode()].data.tobytes() for key in variables} == before
         assert copies[b"other"].data.tobytes() == np.ones(2, np.float32).tobytes()
 
-    def test_holds_nothing(self) -> None:
+    def test_holds_no_memory_of_variables(self) -> None:
         variables = self.variables()
         taken = Snapshot(Reader(variables), {})
 
@@ -179,10 +179,10 @@ class TestDetached:
         for variable in variables.values():
             place = address(variable)
             variable.assign_add(tf.ones_like(variable))
-            assert address(variable) == place  # it was changed where it is
+            assert address(variable) == place  # it was changed in place
 
     def test_is_in_the_order_of_the_variables(self) -> None:
-        """In which the memory for them is; so they are written in long runs."""
+        """The arena has the same order, so the values are written in long runs."""
         arena, variables = Arena(), self.variables()
         taken = Snapshot(Reader(variables), {})
 
@@ -190,8 +190,8 @@ class TestDetached:
 
         assert [*taken.move(arena)] == [key.encode() for key in variables]
 
-    def test_of_another_one_before_it_is_written(self) -> None:
-        """Two callbacks save the same step, and then one of them the next."""
+    def test_does_not_change_a_detached_snapshot_that_is_not_written_yet(self) -> None:
+        """Two callbacks save the same step, and one of them saves the next step."""
         arena, variables = Arena(), self.variables()
         taken = []
         for _ in range(3):
@@ -203,10 +203,10 @@ class TestDetached:
 
         for each, values in taken:
             assert [copy.data.tobytes() for copy in each.move(arena).values()] == values
-            assert len(arena.aside) == 1  # kept for the next, not for as many as ever waited
+            assert len(arena.aside) == 1  # one buffer is kept for the next snapshot, not one for each
 
     @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
-    def test_little_values_are_as_they_were(self, dtype) -> None:
+    def test_keeps_small_values_of_every_dtype(self, dtype) -> None:
         between = tf.int8 if dtype.name.endswith("int4") else tf.float32
         tensors = {
             key: tf.cast(tf.cast(value, between), dtype) for key, value in {"x": [[0, 1]], "": 1, "no": [[]]}.items()
@@ -232,16 +232,16 @@ def address(variable: tf.Variable) -> int:
 
 
 class TestSeveralThreads:
-    """They copy great values together, one looks at the model while it is read, and they stay for the next save."""
+    """Threads copy large values together, one checks the model during a read, and all stay for the next save."""
 
     @pytest.fixture(autouse=True)
-    def one_other(self, monkeypatch) -> None:
-        """Whatever tests before have left."""
+    def two_threads(self, monkeypatch) -> None:
+        """Replaces the threads of earlier tests."""
         monkeypatch.setattr(threads, "_THREADS", 2)
         threads._threads.cache_clear()
 
-    def test_an_error_of_another_thread_is_an_error(self, monkeypatch) -> None:
-        """What was not copied would be written as it was before."""
+    def test_an_error_of_another_thread_is_raised(self, monkeypatch) -> None:
+        """Otherwise a value that was not copied would be written with its old bytes."""
         failed = threading.Event()
 
         def take(arena: Arena, key: bytes, value: Value, change: bool) -> Value:
@@ -254,21 +254,21 @@ class TestSeveralThreads:
         monkeypatch.setattr(Arena, "take", take)
 
         with pytest.raises(MemoryError):
-            self.great().move(Arena())
+            self.large().move(Arena())
 
-    def test_those_that_are_busy_are_not_waited_for(self) -> None:
-        """Training may copy at once while what was held before is copied."""
+    def test_a_copy_does_not_wait_for_busy_threads(self) -> None:
+        """Training may detach a snapshot while the previous snapshot is copied."""
         freed = threading.Event()
         busy = threads._threads().submit(freed.wait, 20)
 
-        copies = self.great().move(Arena())
+        copies = self.large().move(Arena())
         waited = busy.done()
         freed.set()
 
         assert not waited
         assert all(value.data.any() for value in copies.values())
 
-    def test_a_model_is_looked_at_without_them_if_they_are_busy(self) -> None:
+    def test_the_check_of_a_model_does_not_wait_for_busy_threads(self) -> None:
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
         state = ModelState(model)
         state.snapshot()
@@ -284,9 +284,9 @@ class TestSeveralThreads:
         assert not waited
         assert "optimizer/dense/kernel/momentum/.ATTRIBUTES/VARIABLE_VALUE" in keys
 
-    def test_a_forked_child_has_its_own(self) -> None:
-        self.great().move(Arena())
-        taken = self.great()
+    def test_a_forked_child_has_its_own_threads(self) -> None:
+        self.large().move(Arena())
+        taken = self.large()
 
         child = os.fork()
         if not child:  # pragma: no cover - another process
@@ -295,16 +295,16 @@ class TestSeveralThreads:
                 done, _ = concurrent.futures.wait([threads._threads().submit(all, whole)], 10)
                 os._exit(5 if done and done.pop().result() else 1)
             finally:
-                os._exit(2)  # an error must not make it a second run of the tests
+                os._exit(2)  # after an error the child must not run the other tests
 
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
-    def great(self) -> Snapshot:
+    def large(self) -> Snapshot:
         return Snapshot(Reader({key: tf.Variable(tf.fill(1 << 20, np.uint8(1))) for key in "ab"}), {})
 
 
-def test_variables_of_a_strategy_are_read_too() -> None:
-    """One copy of those that each device has."""
+def test_a_read_of_a_variable_of_a_strategy_has_one_copy() -> None:
+    """Each device has a copy of the variable."""
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     with strategy.scope():
         mirrored = tf.Variable([1.0, 2.0])
@@ -331,8 +331,8 @@ class Late(keras.Model):
         return self.dense(x)
 
 
-def test_what_a_model_is_given_later_is_in_the_next_one() -> None:
-    """Slots, metrics, and what is assigned to an attribute. Keras itself refuses layers that come so late."""
+def test_the_next_snapshot_has_variables_that_a_model_got_later() -> None:
+    """These are slots, metrics, and variables in new attributes. Keras itself refuses new layers so late."""
     model = Late()
     model.compile("adam", "mse", metrics=["mae"])
     model.build((None, 2))
@@ -356,7 +356,7 @@ def test_what_a_model_is_given_later_is_in_the_next_one() -> None:
 
 
 class Holds(tf.Module):
-    """As a layer of Sonnet's or of TensorFlow's own."""
+    """A module as in Sonnet or in TensorFlow itself."""
 
     def __init__(self, number: float) -> None:
         super().__init__()
@@ -378,8 +378,8 @@ class Holds(tf.Module):
         "of_two.second.number",
     ],
 )
-def test_what_is_put_in_the_place_of_another_thing_is_read_from_then_on(where) -> None:
-    """Also in what is no Keras layer: the one before would be saved again and again, without a word."""
+def test_the_next_snapshot_reads_an_object_that_replaced_another(where) -> None:
+    """This holds outside of Keras layers too. Otherwise every save would silently have the old object."""
 
     def holder(number: int) -> keras.Model:
         model = Late()
@@ -407,14 +407,14 @@ def test_what_is_put_in_the_place_of_another_thing_is_read_from_then_on(where) -
 
 
 class Two(NamedTuple):
-    """A tuple whose items have names."""
+    """A named tuple."""
 
     first: tf.Module
     second: tf.Module
 
 
-def test_a_variable_that_keeps_its_values_elsewhere_from_now_on_is_read_there() -> None:
-    """As where Keras makes it anew: the one before would be saved again and again, without a word."""
+def test_the_next_snapshot_reads_a_variable_whose_tf_variable_was_replaced() -> None:
+    """Keras may make it again. Otherwise every save would silently have the old value."""
     model = Late()
     model.build((None, 2))
     state = ModelState(model)

@@ -1,4 +1,4 @@
-"""Names on disk: they read like the model, and are the same in every process."""
+"""Names of variables on disk: they read like the model, and are the same in every process."""
 
 import keras
 import numpy as np
@@ -73,7 +73,7 @@ def subclassed() -> keras.Model:
 
 
 def named() -> keras.Model:
-    """Names that a user gave stay."""
+    """A model with a user's names, which stay unchanged."""
     inputs = keras.Input((4,), name="image")
     hidden = keras.layers.Dense(4, name="encoder")(inputs)
     return keras.Model(inputs, keras.layers.Dense(4, name="head")(hidden), name="net")
@@ -93,7 +93,7 @@ def two_of_one_path() -> keras.Model:
 
 
 def towers(frozen: int) -> keras.Model:
-    """Two inner models whose layers have the same name; one is not trained."""
+    """Two inner models whose layers have the same name; one model is frozen."""
     inputs = values = keras.Input((4,))
     for number in range(2):
         inner = keras.Input((4,))
@@ -166,7 +166,7 @@ MODELS = {
 
 @pytest.mark.parametrize("build", MODELS)
 def test_names_read_like_the_model(build) -> None:
-    """Paths without the names of the model and the optimizer, slots under their variable."""
+    """Names omit the model's and the optimizer's own names. A slot's name follows its variable's."""
     keras.backend.clear_session()
 
     assert sorted(named_variables(build())) == sorted(MODELS[build].split())
@@ -174,7 +174,7 @@ def test_names_read_like_the_model(build) -> None:
 
 @pytest.mark.parametrize("build", MODELS)
 def test_names_are_the_same_in_a_notebooks_third_try(build) -> None:
-    """Whatever Keras has counted before: nine layers, so that the numbers go from one digit to two."""
+    """Keras's counters do not matter: nine more layers take the numbers from one digit to two."""
     keras.backend.clear_session()
     first = {name: variable.shape for name, variable in named_variables(build()).items()}
     for _ in range(9):
@@ -184,7 +184,7 @@ def test_names_are_the_same_in_a_notebooks_third_try(build) -> None:
 
 
 def test_names_do_not_depend_on_the_order_in_which_layers_were_made() -> None:
-    """The model's order counts: a layer that an earlier cell made again keeps its place."""
+    """The model's order decides: a layer that a notebook cell made again keeps its place."""
 
     def build(backbone, head) -> keras.Model:
         inputs = keras.Input((4,))
@@ -201,8 +201,8 @@ def test_names_do_not_depend_on_the_order_in_which_layers_were_made() -> None:
         assert of["model/dense_1/kernel"] is layers[1].kernel
 
 
-def test_names_do_not_depend_on_how_a_model_came_to_be() -> None:
-    """Built at once, by its shape, by a call, by a fit, as a copy, from JSON, or from a file of Keras."""
+def test_names_do_not_depend_on_how_a_model_was_built() -> None:
+    """A model is built at once, by its shape, by a call, by a fit, as a copy, or from JSON."""
 
     def layers() -> list[keras.layers.Layer]:
         return [keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)]
@@ -222,7 +222,7 @@ def test_names_do_not_depend_on_how_a_model_came_to_be() -> None:
 
 @pytest.mark.parametrize(("frozen", "trained"), [(0, "same/kernel~2"), (1, "same/kernel")])
 def test_a_slot_has_the_name_of_its_own_variable(frozen, trained) -> None:
-    """Of two with one path, that of the one that is trained."""
+    """If two variables share a path, the slot has the name of the trained one."""
     model = towers(frozen)
     named = named_variables(model)
     kernel, slot = model.trainable_variables[0], model.optimizer.variables[2]
@@ -231,8 +231,8 @@ def test_a_slot_has_the_name_of_its_own_variable(frozen, trained) -> None:
     assert slot is named[f"optimizer/{trained}/momentum"]
 
 
-def test_a_name_that_another_would_get_is_its_own() -> None:
-    """No variable is left out."""
+def test_a_name_that_ends_in_a_number_of_duplicates_stays_unique() -> None:
+    """No variable is lost if a user's name is `weight~2`."""
 
     class Marked(keras.layers.Layer):
         def build(self, shape) -> None:
@@ -249,8 +249,8 @@ def test_a_name_that_another_would_get_is_its_own() -> None:
     assert len(named_variables(keras.Model(inputs, values))) == 4
 
 
-def test_names_do_not_depend_on_an_error_before() -> None:
-    """A call that TensorFlow refuses leaves its scope open in Keras, in front of every later path."""
+def test_names_do_not_depend_on_an_earlier_error() -> None:
+    """A call that TensorFlow refuses leaves its scope open in Keras, which prefixes every later path."""
     models = [dense_model()]
     fit(models[0])
     broken = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="a space")])
@@ -268,8 +268,8 @@ def test_names_do_not_depend_on_an_error_before() -> None:
         keras.backend.clear_session()
 
 
-def test_names_do_not_depend_on_who_built_the_optimizer() -> None:
-    """Built by a fit or by hand, in the scope of another optimizer or not."""
+def test_names_do_not_depend_on_how_the_optimizer_was_built() -> None:
+    """A fit or the user builds the optimizer, in the scope of another optimizer or not."""
     keras.mixed_precision.set_dtype_policy("mixed_float16")
     try:
         models = [dense_model(name=name, optimizer=keras.optimizers.Adam()) for name in ("a", "b")]
@@ -286,8 +286,8 @@ def test_names_do_not_depend_on_who_built_the_optimizer() -> None:
 @pytest.mark.parametrize(
     "optimizer", ["SGD", "RMSprop", "Adagrad", "Adadelta", "Adafactor", "Nadam", "Ftrl", "Lion", "Lamb", "Muon"]
 )
-def test_every_variable_has_a_name_of_its_own(optimizer) -> None:
-    """Whatever slots an optimizer has."""
+def test_every_variable_has_a_unique_name(optimizer) -> None:
+    """Slots of every kind of optimizer have names too."""
     model = dense_model(optimizer=getattr(keras.optimizers, optimizer)())
     fit(model)
 
@@ -298,8 +298,8 @@ def test_every_variable_has_a_name_of_its_own(optimizer) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["Nadam", "Adafactor", "Muon"])
-def test_variables_of_an_optimizer_without_a_name_have_the_same_in_each_process(optimizer) -> None:
-    """Keras numbers them through all that it makes."""
+def test_unnamed_variables_of_an_optimizer_have_the_same_names_in_each_process(optimizer) -> None:
+    """Keras numbers unnamed variables across the whole process."""
     first, second = (dense_model(optimizer=getattr(keras.optimizers, optimizer)()) for _ in range(2))
     for model in (first, second):
         fit(model)
@@ -308,7 +308,7 @@ def test_variables_of_an_optimizer_without_a_name_have_the_same_in_each_process(
 
 
 def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) -> None:
-    """`tf.train.list_variables` shows them, and the values are the model's."""
+    """`tf.train.list_variables` shows the names, and the values are the model's."""
     model = convolutional()
 
     prefix = save(model, tmp_path).prefix
@@ -323,7 +323,7 @@ def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) ->
 @pytest.mark.parametrize("build", [convolutional, functional, subclassed, named, two_of_one_path, mixed])
 @pytest.mark.parametrize("method", ["read", "restore"])
 def test_tensorflow_restores_every_weight_and_slot(tmp_path, build, method) -> None:
-    """Through its own object graph, into a model of another process."""
+    """`tf.train.Checkpoint` restores them by its object graph, into a model that was built again."""
     model, other = build(), build()
     for index, variable in enumerate(model.weights):
         variable.assign(keras.ops.full(variable.shape, index + 1))
@@ -340,7 +340,7 @@ def test_tensorflow_restores_every_weight_and_slot(tmp_path, build, method) -> N
 
 
 def test_tensorflow_restores_layers_that_are_built_later(tmp_path) -> None:
-    """Its deferred restoration works too."""
+    """TensorFlow's deferred restoration works."""
     model = dense_model()
     fit(model)
     prefix = save(model, tmp_path).prefix
@@ -353,8 +353,8 @@ def test_tensorflow_restores_layers_that_are_built_later(tmp_path) -> None:
         assert np.array_equal(mine.numpy(), theirs.numpy())
 
 
-def test_layers_in_a_list_have_names_though_tensorflow_does_not_see_them() -> None:
-    """The object graph of TensorFlow leaves out what Keras 3 holds in a list; the names here do not."""
+def test_layers_in_a_list_have_names_though_tensorflow_does_not_track_them() -> None:
+    """TensorFlow's object graph lacks the layers that Keras 3 holds in a list."""
 
     class Listed(keras.Model):
         def __init__(self) -> None:
@@ -376,8 +376,8 @@ def test_layers_in_a_list_have_names_though_tensorflow_does_not_see_them() -> No
     assert not any("dense" in type(each).__name__.lower() for each in tf.train.TrackableView(model).descendants())
 
 
-def test_another_backend_is_refused_in_plain_words(monkeypatch) -> None:
-    """Before anything is written."""
+def test_another_backend_is_refused_with_advice(monkeypatch) -> None:
+    """The error comes before anything is written."""
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
 
     with pytest.raises(ValueError, match=r"Received: torch\. Set KERAS_BACKEND=tensorflow"):

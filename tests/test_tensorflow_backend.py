@@ -1,4 +1,4 @@
-"""The names outside TensorFlow's public interface: each test names the function that a change in TensorFlow breaks."""
+"""Private names of TensorFlow: each test names the function that a change in TensorFlow breaks."""
 
 import gc
 
@@ -32,15 +32,15 @@ def test_a_value_that_was_read_does_not_change_with_its_variable() -> None:
     assert not value.numpy().any()
 
 
-def test_tracked_is_the_class_of_all_that_tensorflow_tracks() -> None:
-    """`Tracked` is the base of `tf.Module` below `object`, of which no public name tells."""
+def test_tracked_is_the_class_of_all_objects_that_tensorflow_tracks() -> None:
+    """`Tracked` is the base class of `tf.Module` below `object`, which has no public name."""
     tracked = (keras.layers.Dense(2), tf.Module(), tf.train.Checkpoint(), tf.Variable(1.0))
 
     assert all(isinstance(each, backend.Tracked) for each in tracked)
     assert not any(isinstance(each, backend.Tracked) for each in ([1], object(), np.ones(1)))
 
 
-def test_nodes_are_those_of_the_graph_that_tensorflow_writes(tmp_path) -> None:
+def test_nodes_reads_the_graph_that_tensorflow_writes(tmp_path) -> None:
     """`nodes` and `Root.graph` use `trackable_object_graph_pb2`."""
     model = dense_model()
     prefix = tf.train.Checkpoint(model=model).write(str(tmp_path / "plain"))
@@ -57,7 +57,7 @@ def test_nodes_are_those_of_the_graph_that_tensorflow_writes(tmp_path) -> None:
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.bool, tf.dtypes.experimental.float8_e5m2])
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
 def test_a_variable_takes_over_allocated_memory(dtype, shape) -> None:
-    """`allocate` gives the memory of the very tensor; a type without memory is copied."""
+    """`allocate` returns a tensor and its memory. A dtype without a buffer is copied."""
     value, memory = backend.allocate(dtype.as_datatype_enum, shape)
     memory[:] = bytes(len(memory))
     variable = tf.Variable(tf.cast(tf.ones(shape), dtype))
@@ -79,5 +79,5 @@ def test_kind_and_size_of_a_variable() -> None:
 
 
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float64, tf.int64, tf.complex64, tf.uint8, tf.string])
-def test_numbers_of_types_are_those_of_tensorflow(dtype) -> None:
+def test_numbers_of_dtypes_are_tensorflows(dtype) -> None:
     assert number_of(np.dtype(dtype.as_numpy_dtype)) == dtype.as_datatype_enum

@@ -1,4 +1,4 @@
-"""State of a model that no checkpoint can have is named by a warning, once, with the first save after a batch."""
+"""A warning names the state of a model that no checkpoint has, once, at the first save after a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.models import dense_model, fit
 
 
 class Passes(keras.layers.Layer):
-    """Gives its input on, and holds something."""
+    """Passes its input through, and holds state."""
 
     def __init__(self) -> None:
         super().__init__(name="passes")
@@ -44,14 +44,14 @@ class InADict(Passes):
 
 
 class InATuple(Passes):
-    """TensorFlow tracks this."""
+    """TensorFlow tracks the tuple."""
 
     def hold(self) -> None:
         self.state = (tf.Variable(0.0), 1)
 
 
 class Holder:
-    """An object of a program's own."""
+    """An object of a user's class."""
 
     def __init__(self) -> None:
         self.value = tf.Variable(0.0)
@@ -138,7 +138,7 @@ class AnArray(Passes):
 
 
 class Counter:
-    """An object of a program's own that counts."""
+    """A counting object of a user's class."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -169,7 +169,7 @@ class NumbersInAList(Passes):
 
 
 class KerassInAList(Passes):
-    """Keras tracks these."""
+    """Keras tracks the list and the dict."""
 
     def hold(self) -> None:
         self.state = [keras.Variable(0.0), keras.layers.Dense(1)]
@@ -184,7 +184,7 @@ class KerassInAList(Passes):
 
 
 class Constants(Passes):
-    """A layer has these from its constructor, and training leaves them alone."""
+    """Values from the constructor of a layer, which training does not change."""
 
     def hold(self) -> None:
         self.state, self.names, self.table = np.arange(3), ["a", "b"], {"rate": 0.5}
@@ -206,7 +206,7 @@ def model_of(layer: keras.layers.Layer) -> keras.Model:
     ],
 )  # fmt: skip
 def test_state_that_no_checkpoint_has_is_named_once(tmp_path, make, callback) -> None:
-    """By the path of its attribute, at the line of the user that calls `fit`."""
+    """The warning has the path of the attribute, and the user's line that calls `fit`."""
     model = model_of(make())
 
     with pytest.warns(UserWarning, match=r"do not have this state of it: [^ ]*/state") as caught:
@@ -217,8 +217,8 @@ def test_state_that_no_checkpoint_has_is_named_once(tmp_path, make, callback) ->
 
 
 @pytest.mark.parametrize("make", [InATuple, KerassInAList, Constants, lambda: keras.layers.LSTM(3, name="passes")])
-def test_nothing_is_said_of_other_models(tmp_path, make, recwarn) -> None:
-    """Their checkpoints are complete."""
+def test_a_model_whose_checkpoints_are_complete_gives_no_warning(tmp_path, make, recwarn) -> None:
+    """Keras or TensorFlow tracks the state, or training does not change it."""
     layer = make()
     shape = (5, 4) if isinstance(layer, keras.layers.LSTM) else (4,)
     model = keras.Sequential([keras.Input(shape), layer, keras.layers.Dense(1)])
@@ -263,8 +263,8 @@ class CountingMetric(keras.metrics.Mean):
         ({"metrics": CountingMetric}, "metrics/counting/calls"),
     ],
 )
-def test_state_of_what_compile_was_given_is_named(tmp_path, options, place) -> None:
-    """A number that an optimizer, a loss or a metric of a program's own counts."""
+def test_plain_state_of_the_arguments_of_compile_is_named(tmp_path, options, place) -> None:
+    """An optimizer, a loss or a metric of a user's class counts its calls."""
     made = {name: [make()] if name == "metrics" else make() for name, make in options.items()}
     for each in keras.tree.flatten(made):
         each.calls = 0
@@ -276,7 +276,7 @@ def test_state_of_what_compile_was_given_is_named(tmp_path, options, place) -> N
 
 
 class WithVariable:
-    """Has a variable that it counts its calls in."""
+    """Counts its calls in a variable."""
 
     def note(self) -> None:
         if not hasattr(self, "seen"):
@@ -338,8 +338,8 @@ def in_a_function():
     ],
     ids=["optimizer", "schedule", "metric", "regularizer", "constraint", "activation", "function"],
 )
-def test_variables_in_objects_of_a_program_are_named(tmp_path, options, place) -> None:
-    """Keras tracks no variable in an object that an optimizer, a metric or a layer was given."""
+def test_variables_in_a_users_objects_are_named(tmp_path, options, place) -> None:
+    """Keras tracks no variable in an object that an optimizer, a metric or a layer holds."""
     given = {name: each() if callable(each) and name == "optimizer" else each for name, each in options.items()}
     of_compile = {"optimizer": "sgd", "loss": "mse", "run_eagerly": True}
     of_compile |= {name: given.pop(name) for name in ("optimizer", "metrics") if name in given}
@@ -351,7 +351,7 @@ def test_variables_in_objects_of_a_program_are_named(tmp_path, options, place) -
 
 
 def test_an_attribute_that_changes_when_an_epoch_ends_is_named(tmp_path) -> None:
-    """At the first save of the second epoch, after the change."""
+    """The first save of the second epoch, after the change, warns."""
     model = dense_model()
     model.counter = 0
 
@@ -364,7 +364,7 @@ def test_an_attribute_that_changes_when_an_epoch_ends_is_named(tmp_path) -> None
 
 
 class Trains(keras.Model):
-    """Has an optimizer where nobody looks for it."""
+    """Has an optimizer in an untracked object."""
 
     def __init__(self) -> None:
         super().__init__()

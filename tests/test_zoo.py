@@ -17,7 +17,7 @@ from support import zoo
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Where another process has saved all models, and what they computed there. The workers of a run share it."""
+    """The directory where another process saved all models, and their outputs there. Test workers share it."""
     path = tmp_path_factory.getbasetemp()
     path = (path.parent if os.environ.get("PYTEST_XDIST_WORKER") else path) / "zoo"
     path.mkdir(exist_ok=True)
@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("name", zoo.LAYERS)
 def test_a_restored_layer_computes_what_the_saved_layer_computed(saved, name) -> None:
-    """The restored layer is freshly built, and not adapted. The numbers that it draws in training are the same too."""
+    """The restored layer is newly built, and not adapted. It draws the same random numbers in training too."""
     path, found = saved
     model = zoo.model_of(name)
 
@@ -60,7 +60,7 @@ def test_a_restored_optimizer_continues_as_the_saved_optimizer(saved, name) -> N
 
 @pytest.mark.parametrize("name", zoo.metric_classes())
 def test_a_restored_metric_has_the_result_of_the_saved_metric(saved, name) -> None:
-    """Nothing is measured before the result is asked for."""
+    """The result is read before anything is measured."""
     path, found = saved
     model = zoo.measured(name)
     model.evaluate(zoo.X[:4], zoo.Y[:4].argmax(1) if name.startswith("Sparse") else zoo.Y[:4], verbose=0)
@@ -71,8 +71,8 @@ def test_a_restored_metric_has_the_result_of_the_saved_metric(saved, name) -> No
     keras.tree.map_structure(np.testing.assert_array_equal, zoo.results(model), found[f"metric {name}"])
 
 
-def test_every_layer_of_keras_has_its_place_in_the_zoo() -> None:
-    """A layer that Keras adds is a decision: it has state, or it has none."""
+def test_every_layer_of_keras_is_in_the_zoo() -> None:
+    """A layer that Keras adds must be listed as a layer with state or without."""
     with_state = {name.split()[0] for name in zoo.LAYERS}
 
     assert with_state | zoo.STATELESS | zoo.ABSTRACT | zoo.OF_OTHER_FRAMEWORKS == zoo.layer_classes().keys()
@@ -80,12 +80,12 @@ def test_every_layer_of_keras_has_its_place_in_the_zoo() -> None:
 
 
 def test_every_optimizer_of_keras_is_in_the_zoo() -> None:
-    """An optimizer that Keras adds needs a place."""
+    """An optimizer that Keras adds must be listed."""
     assert {name.split()[0] for name in zoo.OPTIMIZERS} == zoo.optimizer_classes().keys() - {"Optimizer"}
 
 
 def test_losses_of_keras_have_no_state() -> None:
-    """So a table of them would show nothing. Losses of a user's own may have variables."""
+    """So the zoo needs no losses. A user's losses may have variables."""
     for kind in vars(keras.losses).values():
         if isinstance(kind, type) and issubclass(kind, keras.losses.Loss) and kind is not keras.losses.Loss:
             loss = kind()

@@ -1,6 +1,6 @@
-"""Every layer of Keras that has state, every optimizer and every metric, each in a small model that saves itself.
+"""Every stateful layer of Keras, every optimizer and every metric, each in a small model.
 
-Run as a program, `python zoo.py DIRECTORY`, it makes, trains and saves each model, and leaves what the model computes.
+The program `python zoo.py DIRECTORY` makes, trains and saves each model, and writes the outputs of the models.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CUBES = np.random.default_rng(0).normal(size=(4, 2, 3, 3, 3, 2)).astype("float32
 
 
 class Specimen(NamedTuple):
-    """A layer, and the data that it is called on and adapted to."""
+    """A layer, the data of its call, and the data to adapt it to."""
 
     make: Callable[[], Any]
     x: np.ndarray
@@ -148,7 +148,7 @@ LAYERS: dict[str, Specimen] = {
     "TextVectorization weighed": Specimen(lambda: layers.TextVectorization(output_mode="tf_idf"), WORDS),
     "TimeDistributed": Specimen(lambda: layers.TimeDistributed(layers.Dense(3)), SERIES),
 }
-"""By the name of a class of `keras.layers`, and what is special."""
+"""Layers, by the name of their class in `keras.layers`, and a note on the variant."""
 
 STATELESS = {
     "Activation", "ActivityRegularization", "AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D",
@@ -195,13 +195,13 @@ CLASSES = {"BinaryIoU", "IoU", "MeanIoU", "OneHotIoU", "OneHotMeanIoU"}
 
 
 def metric_classes() -> dict[str, type]:
-    """The metrics of Keras that can be given to `compile`."""
+    """The metrics of Keras that `compile` takes."""
     found = _classes(metrics, metrics.Metric)
     return {name: kind for name, kind in found.items() if name not in ("Metric", "Mean", "Sum", "MeanMetricWrapper")}
 
 
 def metric(name: str) -> Any:
-    """A metric of Keras. Keras numbers the names that it gives by itself."""
+    """A metric of Keras with an explicit name, because Keras numbers automatic names."""
     arguments: dict[str, Any] = {"name": "measured"}
     if name in THRESHOLDS:
         return metric_classes()[name](0.5, **arguments)
@@ -228,7 +228,7 @@ def _classes(module: Any, base: type) -> dict[str, type]:
 
 
 def model_of(name: str) -> keras.Model:
-    """A model of a layer, freshly built and not adapted."""
+    """A model of a layer, newly built and not adapted."""
     specimen = LAYERS[name]
     x = specimen.x
     inputs = keras.Input(batch_shape=x.shape, dtype="string" if x.dtype.kind == "U" else x.dtype.name)
@@ -238,14 +238,14 @@ def model_of(name: str) -> keras.Model:
 
 
 def outputs_of(name: str, model: keras.Model) -> list[np.ndarray]:
-    """What a model computes, first as in a prediction and then as in training, which draws random numbers."""
+    """The outputs of a model: first of a prediction, then of training, which draws random numbers."""
     x = tf.constant(LAYERS[name].x)
     random.seed(1)  # AugMix draws from Python's generator too
     return [np.asarray(model(x, training=training)) for training in (False, True)]
 
 
 def trained(name: str) -> keras.Model:
-    """A model of a layer, adapted where it can be, with values of its own."""
+    """A model of a layer with distinct values, adapted if the layer is adaptable."""
     model = model_of(name)
     for layer in model.layers:
         if hasattr(layer, "adapt") and getattr(layer, "input_vocabulary", None) is None:
@@ -255,12 +255,12 @@ def trained(name: str) -> keras.Model:
     for variable in model.weights:
         if id(variable) not in adapted:
             variable.assign(abs(generator.normal(size=variable.shape)) + 0.1)
-    outputs_of(name, model)  # moves what moves in training
+    outputs_of(name, model)  # changes the state that training changes
     return model
 
 
 def small(optimizer: Any = "sgd", **compiled: Any) -> keras.Model:
-    """Two dense layers, which train eagerly."""
+    """A model of two dense layers, which trains eagerly."""
     inputs = keras.Input((4,))
     hidden = keras.layers.Dense(3, activation="sigmoid", name="hidden")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(2, activation="softmax", name="head")(hidden))
@@ -273,13 +273,13 @@ Y = keras.utils.to_categorical(np.arange(12) % 2, 2)
 
 
 def measured(name: str) -> keras.Model:
-    """A model that is compiled with a metric."""
+    """A model compiled with a metric."""
     sparse = {"loss": "sparse_categorical_crossentropy"} if name.startswith("Sparse") else {}
     return small(metrics=[metric(name)], **sparse)
 
 
 def train(model: keras.Model, *callbacks: Any, epochs: int = 1) -> dict[str, list[float]]:
-    """Epochs of three batches."""
+    """Trains a model for epochs of three batches."""
     y = Y.argmax(1) if model.loss == "sparse_categorical_crossentropy" else Y
     options = {"batch_size": 4, "epochs": epochs, "shuffle": False, "verbose": 0}
     return model.fit(X, y, callbacks=list(callbacks), **options).history
@@ -291,7 +291,7 @@ def results(model: keras.Model) -> Any:
 
 
 def save(model: keras.Model, path: pathlib.Path) -> None:
-    """Saves a model that nobody trains, as a training loop of one's own does."""
+    """Saves an untrained model, as a user's training loop does."""
     checkpoint = kc.ModelCheckpoint(path)
     checkpoint.set_model(model)
     checkpoint.on_train_begin()
@@ -300,7 +300,7 @@ def save(model: keras.Model, path: pathlib.Path) -> None:
 
 
 def main(path: pathlib.Path) -> None:
-    """Makes, trains and saves each model in a directory of its own, and leaves what it computes."""
+    """Makes, trains and saves each model in its own directory, and writes its outputs."""
     keras.utils.set_random_seed(1)
     found: dict[str, Any] = {}
     for name in LAYERS:
