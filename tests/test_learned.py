@@ -376,7 +376,7 @@ class TestALayerThatRaises:
         zoo.save(model, tmp_path)
         return tmp_path
 
-    def test_leaves_the_model_as_it_was(self, path) -> None:
+    def test_a_layer_that_raises_leaves_the_model_as_it_was(self, path) -> None:
         model = self.model(Refuses)
         before = np.asarray(model(DATA))
         entry = next(iter(kc.CheckpointDirectory(path)))
@@ -389,7 +389,7 @@ class TestALayerThatRaises:
         np.testing.assert_array_equal(model(DATA), before)
         assert model.get_layer("store").mean is None
 
-    def test_leaves_the_model_as_it_was_when_a_training_restarts(self, tmp_path) -> None:
+    def test_a_layer_that_raises_at_a_restart_leaves_the_model_as_it_was(self, tmp_path) -> None:
         """The error of the restart names the layer and the backup."""
         model = model_of(InAssets(name="last"))
         model.get_layer("last").adapt(DATA)
@@ -542,7 +542,7 @@ class TestACheckpointOfAnOlderVersion:
     @pytest.mark.parametrize(
         "make", [InStore, InAssets, lambda **options: keras.layers.Discretization(num_bins=2, **options)]
     )
-    def test_is_restored_with_a_warning_that_names_the_layers(self, tmp_path, make) -> None:
+    def test_an_older_checkpoint_is_restored_with_a_warning_that_names_the_layers(self, tmp_path, make) -> None:
         layer = make(name="one")
         layer.adapt(DATA)
         prefix = older(tmp_path, model_of(layer))
@@ -553,7 +553,7 @@ class TestACheckpointOfAnOlderVersion:
             kc.restore(model_of(restored), prefix)
         assert [each.filename for each in seen] == [__file__]
 
-    def test_calls_load_own_variables_of_layers_that_define_it(self, tmp_path) -> None:
+    def test_a_restore_of_an_older_checkpoint_calls_load_own_variables(self, tmp_path) -> None:
         """`Normalization` computes constants from its variables when it loads them."""
         layer = keras.layers.Normalization()
         layer.adapt(DATA)
@@ -563,7 +563,7 @@ class TestACheckpointOfAnOlderVersion:
 
         np.testing.assert_array_equal(restored(DATA), model(DATA))
 
-    def test_leaves_the_model_as_it_was_where_a_layer_raises(self, tmp_path) -> None:
+    def test_a_layer_that_raises_for_an_older_checkpoint_leaves_the_model_as_it_was(self, tmp_path) -> None:
         class Reads(keras.layers.Dense):
             def load_own_variables(self, store) -> None:
                 raise ValueError("not mine")

@@ -156,7 +156,7 @@ class TestDetached:
 
     VARIABLES = ("large", "small", "another small", "largest")
 
-    def test_has_the_values_of_its_moment(self) -> None:
+    def test_a_detached_snapshot_has_the_values_of_its_moment(self) -> None:
         arena, variables = Arena(), self.variables()
         taken = Snapshot(Reader(variables), {"other": np.ones(2, np.float32)})
         before = {key: variable.numpy().tobytes() for key, variable in variables.items()}
@@ -169,7 +169,7 @@ class TestDetached:
         assert {key: copies[key.encode()].data.tobytes() for key in variables} == before
         assert copies[b"other"].data.tobytes() == np.ones(2, np.float32).tobytes()
 
-    def test_holds_no_memory_of_variables(self) -> None:
+    def test_a_detached_snapshot_holds_no_memory_of_variables(self) -> None:
         variables = self.variables()
         taken = Snapshot(Reader(variables), {})
 
@@ -181,7 +181,7 @@ class TestDetached:
             variable.assign_add(tf.ones_like(variable))
             assert address(variable) == place  # it was changed in place
 
-    def test_is_in_the_order_of_the_variables(self) -> None:
+    def test_a_detached_snapshot_is_in_the_order_of_the_variables(self) -> None:
         """The arena has the same order, so the values are written in long runs."""
         arena, variables = Arena(), self.variables()
         taken = Snapshot(Reader(variables), {})
@@ -190,7 +190,7 @@ class TestDetached:
 
         assert [*taken.move(arena)] == [key.encode() for key in variables]
 
-    def test_does_not_change_a_detached_snapshot_that_is_not_written_yet(self) -> None:
+    def test_a_detached_snapshot_does_not_change_an_earlier_unwritten_snapshot(self) -> None:
         """Two callbacks save the same step, and one of them saves the next step."""
         arena, variables = Arena(), self.variables()
         taken = []
@@ -206,7 +206,7 @@ class TestDetached:
             assert len(arena.aside) == 1  # one buffer is kept for the next snapshot, not one for each
 
     @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
-    def test_keeps_small_values_of_every_dtype(self, dtype) -> None:
+    def test_a_detached_snapshot_keeps_small_values_of_every_dtype(self, dtype) -> None:
         between = tf.int8 if dtype.name.endswith("int4") else tf.float32
         tensors = {
             key: tf.cast(tf.cast(value, between), dtype) for key, value in {"x": [[0, 1]], "": 1, "no": [[]]}.items()

@@ -54,7 +54,7 @@ class Matching(NamedTuple):
 def match(
     here: Mapping[str, Kind], there: Mapping[str, Kind], automatic: Collection[str] | None, adapted: Container[str]
 ) -> Matching:
-    """Matches the variables of a model with those of a checkpoint.
+    """Matches the variables of a model with the variables of a checkpoint.
 
     Args:
         here: The kinds of the model's variables, by name.
