@@ -244,6 +244,7 @@ def test_a_batch_that_is_never_the_same_is_refused() -> None:
         ({"x": slices().filter(lambda *batch: True).batch(3)}, "is not known"),
         ({"x": slices().filter(lambda x, y: y > 3)}, "is not known"),
         ({"x": lambda epoch: 3}, "returns a tf.data.Dataset"),
+        ({"x": kc.ResumableDataset(X)}, "Received: a ResumableDataset"),
         ({"x": X, "y": Y, "class_weight": {"a": 1.0}}, "numbers of classes"),
     ],
 )
