@@ -1,4 +1,4 @@
-"""`ResumableDataset`: each pass has its order, and can be entered anywhere, in another process too."""
+"""`ResumableDataset`: each epoch has its order, and resumes at any batch, in another process too."""
 
 import random
 
@@ -17,7 +17,7 @@ BATCHES = 4
 
 
 class Noisy(keras.utils.PyDataset):
-    """Draws from the global generators, and shuffles itself at the ends of epochs."""
+    """A PyDataset that draws from the global generators, and shuffles itself at the end of each epoch."""
 
     draws = True
 
@@ -38,7 +38,7 @@ class Noisy(keras.utils.PyDataset):
 
 
 class Quiet(Noisy):
-    """Draws nothing, so that its workers may be threads."""
+    """A PyDataset that draws nothing in a batch, so that its workers may be threads."""
 
     draws = False
 
@@ -62,31 +62,31 @@ MAKERS = {
 
 
 def batches(data: tf.data.Dataset) -> list[list[float]]:
-    """A pass."""
+    """The inputs of the batches of one epoch."""
     return [x.numpy().tolist() for x, *_ in data]
 
 
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_another_process_enters_any_pass_at_any_batch(make) -> None:
-    """From there on it has the batches that the first has."""
+def test_another_process_resumes_any_epoch_at_any_batch(make) -> None:
+    """The batches from there on are the batches of the first process."""
     first = make()
-    states, passes = [], []
+    states, epochs = [], []
     for _ in range(3):
         states.append(first.get_state())
-        passes.append(batches(first))
+        epochs.append(batches(first))
 
     for number, state in enumerate(states):
         for batch in (0, 1, BATCHES - 1):
             other = make()
             other.set_state(state, batch)
             rest = [batches(other) for _ in range(number, 3)]
-            assert rest == [passes[number][batch:], *passes[number + 1 :]]
+            assert rest == [epochs[number][batch:], *epochs[number + 1 :]]
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_a_pass_has_each_sample_once(make) -> None:
-    """Whatever its order."""
+def test_an_epoch_has_each_sample_once(make) -> None:
+    """Every kind of source gives each sample once in an epoch, in any order."""
     data = make()
 
     for _ in range(2):
@@ -94,22 +94,22 @@ def test_a_pass_has_each_sample_once(make) -> None:
 
 
 @pytest.mark.parametrize("name", ["arrays", "pipeline", "function", "PyDataset", "Grain"])
-def test_each_pass_has_an_order_of_its_own(name) -> None:
-    """As with fit's shuffle=True."""
+def test_each_epoch_has_another_order(name) -> None:
+    """A shuffled source changes its order from epoch to epoch, as `fit(shuffle=True)` does."""
     data = MAKERS[name]()
 
     assert batches(data) != batches(data)
 
 
 def test_the_order_is_a_function_of_the_seed() -> None:
-    """The same for the same, another for another."""
+    """Equal seeds give equal orders, and different seeds give different orders."""
     orders = [batches(kc.ResumableDataset(X, Y, batch_size=3, shuffle=True, seed=seed)) for seed in (1, 1, 2)]
 
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_it_is_an_ordinary_data_set() -> None:
-    """Of tensorflow, with a length; it fits, evaluates and predicts without any callback."""
+def test_a_resumable_dataset_is_an_ordinary_tf_data_dataset() -> None:
+    """It has a length, and a model fits, evaluates and predicts with it without any callback."""
     x, y = np.random.rand(40, 4), np.random.rand(40, 1)
     data = kc.ResumableDataset(x, y, batch_size=16, shuffle=True)
     model = dense_model()
@@ -123,8 +123,8 @@ def test_it_is_an_ordinary_data_set() -> None:
     assert model.predict(data, verbose=0).shape == (40, 1)
 
 
-def test_samples_are_weighed_as_fit_weighs_them() -> None:
-    """By sample_weight, and by class_weight for numbers and for one-hot targets."""
+def test_samples_are_weighted_as_fit_weights_them() -> None:
+    """The weights come from sample_weight, or from class_weight for numbers and for one-hot targets."""
     x, y = np.random.rand(20, 4).astype("float32"), np.arange(20) % 3
     weights = {0: 2.0, 1: 0.5}
     by_sample = np.array([weights.get(each, 1.0) for each in y], "float32")
@@ -137,12 +137,12 @@ def test_samples_are_weighed_as_fit_weighs_them() -> None:
         kc.ResumableDataset(x, y[:, None].astype("float32"), class_weight=weights, batch_size=20),
         kc.ResumableDataset(tf.data.Dataset.from_tensor_slices((x, y)).batch(20), class_weight=weights),
     ):
-        ((_, _, weighed),) = data
-        assert np.allclose(weighed, by_sample)
+        ((_, _, found),) = data
+        assert np.allclose(found, by_sample)
 
 
 def test_structures_of_arrays_keep_their_form() -> None:
-    """A dict of inputs, several targets; floats become Keras's."""
+    """Dicts of inputs and lists of targets keep their structure, and floats get Keras's float type."""
     data = kc.ResumableDataset({"a": X.astype("float64"), "b": np.arange(20).reshape(10, 2)}, [Y, Y + 1], batch_size=4)
 
     x, (first, second) = next(iter(data))
@@ -152,12 +152,12 @@ def test_structures_of_arrays_keep_their_form() -> None:
     assert (second - first).numpy().tolist() == [1, 1, 1, 1]
 
 
-def test_an_unseeded_pipeline_is_named() -> None:
-    """It is never gone on with in another order."""
+def test_an_unseeded_pipeline_is_refused_at_a_restart() -> None:
+    """The error asks for seeds, and the training never resumes in another order."""
     first, second = (kc.ResumableDataset(tf.data.Dataset.range(999).shuffle(999).batch(99)) for _ in range(2))
     state = first.get_state()
 
-    with pytest.raises(kc.MismatchError, match=r"do not come in the same order each time: give each shuffle\(\)"):
+    with pytest.raises(kc.MismatchError, match=r"its order differs between processes\. Give each shuffle\(\)"):
         second.set_state(state)
 
 
@@ -170,16 +170,16 @@ def test_an_unseeded_pipeline_is_named() -> None:
         (lambda: kc.ResumableDataset(slices().batch(3)), "kind 'tf.data.Dataset' here, 'arrays' there"),
     ],
 )
-def test_other_data_are_refused(other, message) -> None:
-    """With what differs."""
+def test_other_data_is_refused_at_a_restart(other, message) -> None:
+    """The error names the first property that differs."""
     state = kc.ResumableDataset(X, Y, batch_size=3, seed=3).get_state()
 
     with pytest.raises(kc.MismatchError, match=message):
         other().set_state(state)
 
 
-def test_a_seed_that_was_drawn_is_taken_over() -> None:
-    """So that a script needs none."""
+def test_a_restart_takes_the_seed_that_the_first_process_drew() -> None:
+    """A script that gives no seed resumes in the same order."""
     first, second = (kc.ResumableDataset(X, Y, batch_size=3, shuffle=True) for _ in range(2))
 
     second.set_state(first.get_state())
@@ -188,20 +188,20 @@ def test_a_seed_that_was_drawn_is_taken_over() -> None:
 
 
 @pytest.mark.parametrize("name", ["pipeline", "PyDataset"])
-def test_what_moves_on_by_itself_cannot_go_back(name) -> None:
-    """It is an error instead of another order."""
+def test_a_source_that_cannot_rewind_refuses_an_earlier_epoch(name) -> None:
+    """Pipelines and PyDatasets with epoch methods raise an error instead of another order."""
     data = MAKERS[name]()
     state = data.get_state()
     for _ in range(3):
         batches(data)
 
-    with pytest.raises(ValueError, match="cannot go back"):
+    with pytest.raises(ValueError, match="cannot rewind"):
         data.set_state(state)
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_global_generators_are_left_as_they_are(name) -> None:
-    """What a PyDataset draws from them is drawn from copies."""
+def test_reading_data_leaves_the_global_generators_unchanged(name) -> None:
+    """A PyDataset that draws from Python's and NumPy's generators does not move them."""
     data = MAKERS[name]()
     random.seed(1)
     np.random.seed(1)
@@ -212,27 +212,27 @@ def test_the_global_generators_are_left_as_they_are(name) -> None:
     assert (random.random(), np.random.rand()) == expected
 
 
-def test_threads_that_share_a_generator_are_refused() -> None:
-    """Their order, and so the batches, would be another each time."""
-    with pytest.raises(ValueError, match="its workers are threads"):
+def test_worker_threads_that_share_a_global_generator_are_refused() -> None:
+    """The order of the threads, and so the batches, would differ each time."""
+    with pytest.raises(ValueError, match="Its workers are threads"):
         kc.ResumableDataset(Noisy(workers=2))
 
 
-def test_a_batch_that_is_never_the_same_is_refused() -> None:
-    """A generator of the dataset's own cannot be put back."""
+def test_a_pydataset_whose_batches_differ_at_each_reading_is_refused() -> None:
+    """A private generator of the dataset cannot be restored."""
 
     class Own(Quiet):
         def __getitem__(self, index):
             return np.random.default_rng().random((3, 1)), Y[:3]
 
-    with pytest.raises(ValueError, match="another each time that it is read"):
+    with pytest.raises(ValueError, match="differs each time that it is read"):
         kc.ResumableDataset(Own()).get_state()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x": X, "y": Y[:5]}, r"one number of samples. Received: \[5, 10\]"),
+        ({"x": X, "y": Y[:5]}, r"the same number of samples. Received: \[5, 10\]"),
         ({"x": X, "batch_size": 0}, "batch_size"),
         ({"x": X, "shuffle": "batch"}, "shuffle='batch'"),
         ({"x": X, "seed": -1}, "seed=-1"),
@@ -248,14 +248,14 @@ def test_a_batch_that_is_never_the_same_is_refused() -> None:
         ({"x": X, "y": Y, "class_weight": {"a": 1.0}}, "numbers of classes"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments, message) -> None:
-    """With what was received, and how to mend it."""
+def test_wrong_arguments_of_a_resumable_dataset_are_refused(arguments, message) -> None:
+    """The error tells the received argument, or how to mend it."""
     with pytest.raises((ValueError, TypeError), match=message):
         kc.ResumableDataset(**arguments)
 
 
-def test_fit_on_other_data_than_the_callback_has_is_refused(tmp_path) -> None:
-    """Before the first batch by the number of batches, else after it."""
+def test_fit_is_refused_if_it_trains_on_other_data_than_the_callback_has(tmp_path) -> None:
+    """Another number of batches is refused before the first batch, and other data with this number after it."""
     data = kc.ResumableDataset(np.zeros((5, 4)), np.zeros((5, 1)), batch_size=1)
     backup = kc.BackupAndRestore(tmp_path / "backup", data=data)
 

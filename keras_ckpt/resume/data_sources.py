@@ -1,4 +1,4 @@
-"""Sources of the batches of a `ResumableDataset`: arrays, pipelines, functions, and datasets that are read by index."""
+"""The sources of a `ResumableDataset`'s batches: arrays, pipelines, functions, and datasets that are read by index."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def untranslated(function: F) -> F:
 
 
 class Source(abc.ABC):
-    """Where the batches come from.
+    """A source of batches.
 
     Attributes:
-        kind: Its name.
-        count: The number of batches of a pass, `None` if it has no end.
-        batch_size: Samples a batch, `None` if it is not known.
-        repeatable: Whether a pass can be gone back to.
+        kind: The name of the kind of source.
+        count: The number of batches in an epoch, `None` if it is endless.
+        batch_size: The samples in a batch, `None` if the number is not known.
+        repeatable: Whether the source can rewind to an earlier epoch.
         ahead: Whether batches may be read while the model trains.
     """
 
@@ -49,21 +49,22 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def batches(self, number: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
-        """The batches of a pass, from one on, or what `loaded` makes them of."""
+        """The batches of the epoch with this number, from batch `start` on, or the input of `loaded`."""
 
     def loaded(self, batches: tf.data.Dataset) -> tf.data.Dataset:
-        """The batches themselves, of what `batches` gives for them."""
+        """The batches that belong to the results of `batches`."""
         return batches
 
-    def go_to(self, now: int, number: int) -> None:  # noqa: B027 - most need not do anything
-        """Makes ready for a pass that is not the next one."""
+    def seek(self, now: int, number: int) -> None:  # noqa: B027 - most sources have nothing to do
+        """Prepares the epoch with this number, where the next epoch would be `now`."""
 
     @abc.abstractmethod
     def fingerprint(self) -> int | ValueError:
-        """A checksum of something that is the same whenever the data are, or why there is none."""
+        """A checksum that identifies the data, or the error that tells why there is none."""
 
 
 def source_of(x: Any, y: Any, sample_weight: Any, batch_size: int | None, shuffle: bool, seed: tf.Variable) -> Source:
+    """The source for the arguments of a `ResumableDataset`."""
     others = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
     given = [name for name, value in others.items() if value is not None]
     if isinstance(x, tf.data.Dataset) or callable(x):
@@ -72,8 +73,8 @@ def source_of(x: Any, y: Any, sample_weight: Any, batch_size: int | None, shuffl
         return _Arrays(keras.utils.pack_x_y_sample_weight(x, y, sample_weight), batch_size, shuffle, seed)
     if given:
         raise ValueError(
-            f"{', '.join(given)}: for arrays only. Received beside them: x={x!r:.200}. Let it yield whole batches, "
-            "of (x, y) or (x, y, sample_weight), in the order that is wanted."
+            f"{', '.join(given)}: for arrays only. Received with x={x!r:.200}. Let x yield whole batches of (x, y) or "
+            "(x, y, sample_weight), in the order for the training."
         )
     if isinstance(x, tf.data.Dataset):
         return _Pipeline(x)
@@ -86,13 +87,17 @@ def source_of(x: Any, y: Any, sample_weight: Any, batch_size: int | None, shuffl
 
 
 class _Arrays(Source):
+    """Arrays with samples along the first axis."""
+
     kind = "arrays"
 
     def __init__(self, arrays: Any, batch_size: Any, shuffle: bool, seed: tf.Variable) -> None:
         self._arrays = keras.tree.map_structure(_as_tensor, keras.tree.lists_to_tuples(arrays))
         sizes = {each.shape[0] for each in keras.tree.flatten(self._arrays)}
         if len(sizes) != 1:
-            raise ValueError(f"ResumableDataset expected arrays of one number of samples. Received: {sorted(sizes)}")
+            raise ValueError(
+                f"ResumableDataset expected arrays with the same number of samples. Received: {sorted(sizes)}"
+            )
         self._samples = sizes.pop()
         batch_size = 32 if batch_size is None else batch_size
         if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
@@ -109,7 +114,7 @@ class _Arrays(Source):
         if self._shuffle:
             seed = tf.stack([self._seed.read_value(), number])
             order = tf.random.experimental.stateless_shuffle(order, seed, alg="philox")
-        # Rows of a matrix are faster to hand out than pieces of a list, but for the rest that fills no row.
+        # TensorFlow reads the rows of a matrix faster than slices of a vector. The last batch may not fill a row.
         full = self._samples // self.batch_size
         rows = tf.reshape(order[: full * self.batch_size], [full, self.batch_size])
         batches = tf.data.Dataset.from_tensor_slices(rows[start:])
@@ -125,12 +130,12 @@ class _Arrays(Source):
         return batches.map(load, num_parallel_calls=tf.data.AUTOTUNE)
 
     def fingerprint(self) -> int:
-        # Not of a batch, which depends on the seed.
+        # The first samples, not the first batch, which depends on the seed.
         return _checksum((keras.tree.map_structure(lambda each: each[: self.batch_size], self._arrays), self._samples))
 
 
 class _Pipeline(Source):
-    """A `tf.data.Dataset`. Its iterators have their orders by the order in which they are made."""
+    """A `tf.data.Dataset`. Each new iterator reads the next epoch."""
 
     kind = "tf.data.Dataset"
     repeatable = False
@@ -140,9 +145,9 @@ class _Pipeline(Source):
         self.count = _known_length(dataset)
         if step := keeps_a_shuffled_epoch(dataset):
             warn(
-                f"The pipeline has shuffle() before {step}(). Its order in an epoch depends on what was read of the "
-                f"epochs before, so a restart reads another order. Give {step}() before the one shuffle(), or give "
-                "ResumableDataset a function of the number of the epoch that returns the pipeline."
+                f"The pipeline has shuffle() before {step}(). The order of an epoch depends on how much of earlier "
+                f"epochs was read, so a restart reads another order. Put {step}() before a single shuffle(), or give "
+                "ResumableDataset a function that takes the number of an epoch and returns the pipeline."
             )
 
     def batches(self, number: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
@@ -151,18 +156,18 @@ class _Pipeline(Source):
     def fingerprint(self) -> int:
         return _checksum(next(iter(self._dataset)))
 
-    def go_to(self, now: int, number: int) -> None:
+    def seek(self, now: int, number: int) -> None:
         if number < now:
             raise ValueError(
-                f"A tf.data.Dataset cannot go back from its pass {now} to {number}. Make the ResumableDataset anew "
-                "before this fit, or give it a function of the number of the pass that returns the pipeline."
+                f"A tf.data.Dataset cannot rewind from epoch {now} to epoch {number}. Make a new ResumableDataset "
+                "before this fit, or give it a function that takes the number of an epoch and returns the pipeline."
             )
         for _ in range(now, number):
             iter(self._dataset)
 
 
 class _Function(Source):
-    """A function that makes the pipeline of each pass."""
+    """A function that makes the pipeline of each epoch."""
 
     kind = "function"
 
@@ -171,7 +176,7 @@ class _Function(Source):
         self._first = self._made(0)
         self.count = _known_length(self._first)
         self._spec = self._first.element_spec
-        # What TensorFlow reads from must not be taken away by Python.
+        # Python must not collect a pipeline while TensorFlow reads from it.
         self._recent: collections.deque[tf.data.Dataset] = collections.deque(maxlen=4)
 
     def batches(self, number: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
@@ -179,8 +184,8 @@ class _Function(Source):
             made = self._made(int(number))
             if _known_length(made) != self.count:
                 raise ValueError(
-                    f"Each pass expected {self.count} batches, as the first has. Received: {_known_length(made)} in "
-                    f"pass {int(number)}"
+                    f"Each epoch expected {self.count} batches, as the first has. Received: {_known_length(made)} in "
+                    f"epoch {int(number)}"
                 )
             self._recent.append(made)
             return tf.data.experimental.to_variant(made)
@@ -196,14 +201,14 @@ class _Function(Source):
         made = self._function(number)
         if not isinstance(made, tf.data.Dataset):
             raise TypeError(
-                "ResumableDataset expected a function of the number of a pass that returns a tf.data.Dataset. "
+                "ResumableDataset expected a function that takes the number of an epoch and returns a tf.data.Dataset. "
                 f"It returned: {made!r:.200}"
             )
         return made
 
 
 class _Indexed(Source):
-    """Batches that Python fetches by their numbers."""
+    """Batches that Python fetches by index."""
 
     def __init__(
         self, kind: str, fetch: Callable[[int, int], Any], count: int | None, shuffle: bool, seed: tf.Variable
@@ -213,38 +218,38 @@ class _Indexed(Source):
         self._fetch = fetch
         self._shuffle = shuffle
         self._seed = seed
-        # As Keras: where the first two differ, any size will do.
+        # As in Keras: where the first two batches differ in size, the spec allows any size.
         first, second = (self._batch(0, index) for index in (0, 0 if count == 1 else 1))
         self._spec = keras.tree.map_structure(_spec, first, second)
 
     @untranslated
     def batches(self, number: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
-        return tf.data.Dataset.from_generator(self._pass, args=(number, start), output_signature=self._spec)
+        return tf.data.Dataset.from_generator(self._epoch, args=(number, start), output_signature=self._spec)
 
     def fingerprint(self) -> int | ValueError:
         first = _checksum(self._sample())
         if first != _checksum(self._sample()):
             return ValueError(
-                f"A batch of this {self.kind} is another each time that it is read, so no pass can be gone on with. "
-                "Draw its random numbers from a generator that is made of the number of the batch."
+                f"A batch of this {self.kind} differs each time that it is read, so no epoch can be resumed. Draw its "
+                "random numbers from a generator that is seeded with the number of the batch."
             )
         return first
 
-    def _pass(self, number: int, start: int) -> Iterator[Any]:
+    def _epoch(self, number: int, start: int) -> Iterator[Any]:
         yield from (self._batch(int(number), index) for index in self._order(number, int(start)))
 
     def _order(self, number: int, start: int) -> Iterable[int]:
-        """The numbers of the batches of a pass, from one on."""
+        """The indices of the batches of an epoch, in their order, from batch `start` on."""
         if self.count is None:
             return itertools.count(start)
         if not self._shuffle:
             return range(start, self.count)
-        # The raw stream is what NumPy promises to keep.
+        # NumPy guarantees the raw stream in all versions.
         raw = np.random.Philox(key=[int(self._seed), int(number)]).random_raw(self.count)
         return list(map(int, np.argsort(raw, kind="stable")))[start:]
 
     def _sample(self) -> Any:
-        """The first batch, whatever the seed."""
+        """The batch with index 0, which does not depend on the seed."""
         return self._batch(0, 0)
 
     def _batch(self, number: int, index: int) -> Any:
@@ -252,14 +257,14 @@ class _Indexed(Source):
 
 
 class _PyDataset(_Indexed):
-    """A `PyDataset`; what it draws from the global generators is a function of the seed, the pass and the batch."""
+    """A `PyDataset`. Its draws from the global generators are a function of the seed, the epoch and the batch."""
 
     def __init__(self, dataset: keras.utils.PyDataset, shuffle: bool, seed: tf.Variable) -> None:
         count = dataset.num_batches
         if count is None and shuffle:
             raise ValueError(
-                f"An endless PyDataset has no order to shuffle. Received: shuffle=True beside {dataset!r:.200}. Let it "
-                "shuffle by itself, by the number of the batch."
+                f"An endless PyDataset has no order to shuffle. Received: shuffle=True with {dataset!r:.200}. Let the "
+                "dataset shuffle itself, by the number of the batch."
             )
         kind, base = type(dataset), keras.utils.PyDataset
         self.repeatable = (kind.on_epoch_begin, kind.on_epoch_end) == (base.on_epoch_begin, base.on_epoch_end)
@@ -270,19 +275,19 @@ class _PyDataset(_Indexed):
         if self._draws and not processes:
             if dataset.workers > 1:
                 raise ValueError(
-                    "This PyDataset draws from Python's or NumPy's global generator, and its workers are threads, "
-                    "which share these, so its batches are others each time. Give it use_multiprocessing=True, or let "
-                    "it draw from a generator that it makes of the number of the batch."
+                    "This PyDataset draws from Python's or NumPy's global generator. Its workers are threads, which "
+                    "share the generator, so its batches differ each time. Give it use_multiprocessing=True, or let it "
+                    "draw from a generator that is seeded with the number of the batch."
                 )
-            # What else runs draws from them too, and must not meanwhile.
+            # While a batch is read, other code must not draw from the global generators.
             self.ahead = False
         super().__init__("PyDataset", self._item, count, shuffle, seed)
 
-    def go_to(self, now: int, number: int) -> None:
+    def seek(self, now: int, number: int) -> None:
         if number < self._begun and not self.repeatable:
             raise ValueError(
-                f"This PyDataset cannot go back to pass {number}: its on_epoch_end() may have changed it since. Make "
-                "it anew before this fit."
+                f"This PyDataset cannot rewind to epoch {number}, because its on_epoch_end() may have changed it. Make "
+                "a new PyDataset before this fit."
             )
 
     def _sample(self) -> Any:
@@ -295,7 +300,7 @@ class _PyDataset(_Indexed):
         with _seeded(int(self._seed), number, index):
             return self._dataset[index]
 
-    def _pass(self, number: int, start: int) -> Iterator[Any]:
+    def _epoch(self, number: int, start: int) -> Iterator[Any]:
         self._begin(int(number))
         order = self._order(number, int(start))
         pool = self._pool()
@@ -307,14 +312,14 @@ class _PyDataset(_Indexed):
             yield from _ahead(lambda index: pool.submit(fetch, int(number), index), order, self._dataset.max_queue_size)
 
     def _pool(self) -> concurrent.futures.Executor | None:
-        """The dataset's workers, `None` if it has none."""
+        """A pool of the dataset's workers, `None` if it has none."""
         workers = self._dataset.workers
         if self._dataset.use_multiprocessing and workers > 0:
             return concurrent.futures.ProcessPoolExecutor(workers, initializer=_adopt, initargs=(self._batch,))
         return concurrent.futures.ThreadPoolExecutor(workers) if workers > 1 else None
 
     def _begin(self, number: int) -> None:
-        """Ends and begins the passes until then, so that what the dataset shuffles itself is as it was."""
+        """Calls the dataset's epoch methods up to the begin of an epoch, so that its own shuffling is repeated."""
         for each in range(self._begun, number):
             if each >= 0:
                 with _seeded(int(self._seed), each, -2):
@@ -325,6 +330,7 @@ class _PyDataset(_Indexed):
 
 
 def _draws_from_globals(dataset: keras.utils.PyDataset) -> bool:
+    """Whether a batch of a dataset draws from Python's or NumPy's global generator."""
     with _seeded(0, 0, 0):
         before = random.getstate(), repr(np.random.get_state(legacy=False))
         _ = dataset[0], dataset[0 if dataset.num_batches == 1 else 1]
@@ -335,9 +341,9 @@ _adopted: list[Callable[[int, int], Any]] = []
 
 
 def _adopt(fetch: Callable[[int, int], Any]) -> None:
-    """Lets a worker process have what fetches a batch, which came with its birth and is not sent for each batch."""
-    global _one_at_a_time  # noqa: PLW0603
-    _one_at_a_time = threading.RLock()  # the parent's may have been held when this process was born
+    """Stores the function that fetches a batch in a new worker process, so that it is not sent for each batch."""
+    global _generators_lock  # noqa: PLW0603
+    _generators_lock = threading.RLock()  # the parent may have held its lock when it forked this process
     _adopted[:] = [fetch]
 
 
@@ -346,7 +352,7 @@ def _fetch_adopted(number: int, index: int) -> Any:
 
 
 def _ahead(fetch: Callable[[int], Any], order: Iterable[int], most: int) -> Iterator[Any]:
-    """What is fetched in the background, in order, so many at a time at most."""
+    """Yields the results of background fetches in order, with at most so many results waiting."""
     waiting: collections.deque[Any] = collections.deque()
     for index in order:
         waiting.append(fetch(index))
@@ -356,13 +362,13 @@ def _ahead(fetch: Callable[[int], Any], order: Iterable[int], most: int) -> Iter
         yield waiting.popleft().result()
 
 
-_one_at_a_time = threading.RLock()
+_generators_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def _seeded(seed: int, number: int, index: int) -> Iterator[None]:
-    """Python's and NumPy's global generators as a function of three numbers, and afterwards as they were."""
-    with _one_at_a_time:
+    """Seeds Python's and NumPy's global generators with three numbers, and restores the generators afterwards."""
+    with _generators_lock:
         before = random.getstate(), np.random.get_state()
         random.seed(f"{seed} {number} {index}")
         np.random.seed([seed % 2**32, seed >> 32, number % 2**32, index % 2**32])
@@ -378,15 +384,15 @@ def _is_grain(x: Any) -> bool:
 
 
 def _known_length(dataset: tf.data.Dataset) -> int | None:
-    """The number of batches of a pipeline, `None` if it has no end."""
+    """The number of batches of a pipeline, `None` if it is endless."""
     count = int(dataset.cardinality())
     if count == tf.data.INFINITE_CARDINALITY:
         return None
     if count <= 0:
-        what = "is not known" if count == tf.data.UNKNOWN_CARDINALITY else "is 0"
+        found = "is not known" if count == tf.data.UNKNOWN_CARDINALITY else "is 0"
         raise ValueError(
-            f"ResumableDataset expected a pipeline of a known number of batches. Received one whose number {what}: end "
-            "it with .take(n), or say what it is with .apply(tf.data.experimental.assert_cardinality(n))."
+            f"ResumableDataset expected a pipeline with a known number of batches. Received one whose number {found}. "
+            "End it with .take(n), or give the number with .apply(tf.data.experimental.assert_cardinality(n))."
         )
     return count
 
@@ -401,8 +407,8 @@ def _as_tensor(array: Any) -> tf.Tensor:
         tensor = tf.convert_to_tensor(array)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            "ResumableDataset expected arrays, a tf.data.Dataset, a PyDataset, a Grain MapDataset, or a function of "
-            f"the number of a pass. Received: {array!r:.200}"
+            "ResumableDataset expected arrays, a tf.data.Dataset, a PyDataset, a Grain MapDataset, or a function that "
+            f"takes the number of an epoch. Received: {array!r:.200}"
         ) from error
     if tensor.shape.rank in (0, None):
         raise ValueError(

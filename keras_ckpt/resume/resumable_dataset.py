@@ -1,4 +1,4 @@
-"""`ResumableDataset`: training data that can be entered at any batch of any pass."""
+"""`ResumableDataset`: training data that resumes at any batch of any epoch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from keras_ckpt.store.notices import warn
 
 
 class ResumableDataset(tf.data.Dataset):
-    """Dataset for training that resumes after a restart at the next batch, in the same order.
+    """Training data that resumes after a restart at the same batch, in the same order.
 
-    It is a `tf.data.Dataset` of batches. Each pass over it has an order of its own, a function of the seed and the
-    number of the pass. Give it to `fit` and to `BackupAndRestore`.
+    It is a `tf.data.Dataset` of batches. The order of an epoch is a function of the seed and the number of the epoch.
+    An epoch here is a whole reading of the data. Give the dataset both to `fit` and to `BackupAndRestore`.
 
-    A restart enters arrays, a `PyDataset` or a Grain `MapDataset` at once at any batch, because they are read by index.
-    It reads the earlier batches of a `tf.data.Dataset` again, without training on them. The order of a pass over a
-    `tf.data.Dataset` must not depend on earlier passes, as it does after `shuffle().cache()` or `shuffle().shuffle()`.
-    A function that returns the pipeline of a pass has no such limits.
+    Sources that are read by index (arrays, a `PyDataset`, a Grain `MapDataset`) resume within an epoch at once. A
+    `tf.data.Dataset` reads the earlier batches again, and does not train on them. The order of its epochs must not
+    depend on how much of earlier epochs was read, as it does after `shuffle().cache()` or `shuffle().shuffle()`. A
+    function from the number of an epoch to its pipeline does not have this limit.
 
     Example:
 
@@ -34,28 +34,28 @@ class ResumableDataset(tf.data.Dataset):
     model.fit(data, epochs=30, shuffle=False, callbacks=[backup])
     ```
 
-    With `steps_per_epoch`, an epoch ends within the data. Then the data has to be endless: give
-    `BackupAndRestore` the dataset, and `fit(data.repeat(), steps_per_epoch=100)` the dataset repeated.
+    With `steps_per_epoch`, an epoch of `fit` ends in the middle of the data, so the data must be endless. Give
+    `BackupAndRestore` the dataset, and `fit(data.repeat(), steps_per_epoch=100)` the repeated dataset.
 
     Args:
         x: One of these:
-            arrays: NumPy arrays or tensors with samples along the first axis, or a dict, list or tuple of them;
-            a `tf.data.Dataset` of batches, with a seed for each shuffle, endless or with a known number of batches;
-            a `keras.utils.PyDataset`. Its draws from the global generators of Python and NumPy become a function of
-            the seed, the pass and the batch. Training waits while it is read, unless its workers are processes;
+            arrays: NumPy arrays or tensors with samples along the first axis, or a dict, list or tuple of these;
+            a `tf.data.Dataset` of batches with seeded shuffles, whose number of batches is known or infinite;
+            a `keras.utils.PyDataset`; its draws from Python's and NumPy's global generators become a function of the
+            seed, the epoch and the batch, and then its batches are not read ahead, unless its workers are processes;
             a Grain `MapDataset` of batches;
-            a function of the number of a pass, from 0, that returns a `tf.data.Dataset` of batches.
-            The first batch is read at once, to recognize the data after a restart.
+            a function that takes the number of an epoch, from 0, and returns a `tf.data.Dataset` of batches.
+            The first batch is read at once, as a fingerprint of the data.
         y: The targets, if `x` is arrays.
         sample_weight: A weight for each sample, if `x` is arrays.
-        class_weight: A dict from the index of a class to a weight, as in `fit`. It gives each sample a weight, and
-            does not change the targets.
-        batch_size: Number of samples of a batch, if `x` is arrays; defaults to 32.
-        shuffle: Whether each pass has another order: of the samples of arrays, of the batches of a `PyDataset`.
-        seed: Seed of the order, an int. By default it is drawn from Python's `random`, and kept in the backup.
+        class_weight: A dict of weights by the number of the class, as in `fit`. It gives samples a weight, and leaves
+            the targets unchanged.
+        batch_size: The samples in a batch, if `x` is arrays. Defaults to 32.
+        shuffle: Whether each epoch has another order: of the samples of arrays, of the batches of a `PyDataset`.
+        seed: An int that determines the order. Without a seed, Python's `random` draws it, and the backup holds it.
 
     Raises:
-        ValueError, TypeError: A wrong argument.
+        ValueError, TypeError: An argument is wrong.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ResumableDataset(tf.data.Dataset):
         if seed is not None and (not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63):
             raise ValueError(f"ResumableDataset expected a seed of 0 or more. Received: seed={seed!r}")
         if isinstance(x, ResumableDataset):
-            raise TypeError("ResumableDataset expected what is to be wrapped. Received: a ResumableDataset")
+            raise TypeError("ResumableDataset expected data to wrap. Received: a ResumableDataset")
         self._own_seed = seed is None
         self._seed = tf.Variable(random.getrandbits(31) if seed is None else seed, dtype=tf.int64, trainable=False)
         self._next = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
@@ -84,43 +84,43 @@ class ResumableDataset(tf.data.Dataset):
         self._weights = _shown(class_weight) if class_weight else None
 
         @untranslated
-        def one_pass(_: tf.Tensor) -> tf.data.Dataset:
+        def epoch(_: tf.Tensor) -> tf.data.Dataset:
             number, start = tf.unstack(self._next.read_value())
             with tf.control_dependencies([self._next.assign([number + 1, 0])]):
                 return self._source.batches(tf.identity(number), tf.identity(start))
 
-        passes = self._source.loaded(tf.data.Dataset.range(1).flat_map(one_pass))
+        epochs = self._source.loaded(tf.data.Dataset.range(1).flat_map(epoch))
         if weigh is not None:
-            passes = passes.map(weigh, num_parallel_calls=tf.data.AUTOTUNE)
-        passes = passes.with_options(_options())
-        passes = passes.prefetch(tf.data.AUTOTUNE) if self._source.ahead else passes
-        self._passes = _of_known_length(passes, self._source.count)
-        super().__init__(tf.data.experimental.to_variant(self._passes))
-        # Here, not when it is asked for: of what cannot go back it takes the first pass, with a backup or without.
+            epochs = epochs.map(weigh, num_parallel_calls=tf.data.AUTOTUNE)
+        epochs = epochs.with_options(_options())
+        epochs = epochs.prefetch(tf.data.AUTOTUNE) if self._source.ahead else epochs
+        self._epochs = _of_known_length(epochs, self._source.count)
+        super().__init__(tf.data.experimental.to_variant(self._epochs))
+        # Computed here, because it begins the first epoch of a source that cannot rewind, with a backup or without.
         self._fingerprint = self._source.fingerprint()
         if not self._source.repeatable:
             self._next.assign([1, 0])
 
     @property
     def element_spec(self) -> Any:
-        """The types of a batch."""
-        return self._passes.element_spec
+        """The types and shapes of a batch."""
+        return self._epochs.element_spec
 
     @property
     def batches(self) -> int | None:
-        """The number of batches of a pass, `None` if it has no end."""
+        """The number of batches in an epoch, `None` if it is endless."""
         return self._source.count
 
     @property
     def passes(self) -> int:
-        """The number of passes that were begun, which is the number of the next pass."""
+        """The number of epochs that have begun, which is the number of the next epoch."""
         return int(self._next[0])
 
     def get_state(self) -> dict[str, Any]:
-        """The state for a process that resumes: plain numbers and strings.
+        """The state that another process needs to resume: plain numbers and strings.
 
         Raises:
-            ValueError: The data differs each time that it is read.
+            ValueError: Each reading of the data gives other values.
         """
         if isinstance(self._fingerprint, ValueError):
             raise self._fingerprint
@@ -136,11 +136,11 @@ class ResumableDataset(tf.data.Dataset):
         }
 
     def set_state(self, state: Mapping[str, Any], batch: int = 0) -> None:
-        """Resumes at the place of another process.
+        """Resumes from the state of another process.
 
         Args:
             state: The result of `get_state` in the other process.
-            batch: The index of the batch that the next pass begins with.
+            batch: The batch with which the next epoch begins.
 
         Raises:
             MismatchError: The data differs, or its order does.
@@ -149,53 +149,53 @@ class ResumableDataset(tf.data.Dataset):
             self._seed.assign(state["seed"])
         mine = self.get_state()
         for name, mend in _MENDS.items():
-            if state.get(name, mine[name]) != mine[name]:  # an older backup does not have each
+            if state.get(name, mine[name]) != mine[name]:  # older backups do not have every value
                 raise MismatchError(
-                    f"The data are not those of the backup: {name.replace('_', ' ')} {mine[name]!r} here, "
+                    f"The data differs from the data of the backup: {name.replace('_', ' ')} {mine[name]!r} here, "
                     f"{state[name]!r} there. {mend}"
                 )
         if state.get("class_weight", self._weights) != self._weights:
             warn(
-                f"The samples are weighed by class_weight {self._weights} as in the program, not "
+                f"The samples are weighted by class_weight {self._weights} as in the program, not "
                 f"{state['class_weight']} as saved."
             )
         self.seek(state["pass"], batch)
 
     def seek(self, number: int, batch: int) -> None:
-        """Sets the number of the next pass, and the index of the batch that it begins with."""
-        self._source.go_to(self.passes, number)
+        """Sets the number of the next epoch, and the batch with which it begins."""
+        self._source.seek(self.passes, number)
         self._next.assign([number, batch])
 
     def _inputs(self) -> list[tf.data.Dataset]:
-        return [self._passes]
+        return [self._epochs]
 
 
-_SAME = "Give the same data as before, or remove the backup to begin again."
+_SAME = "Give the same data as before, or remove the backup to start again."
 _MENDS = {
     "kind": _SAME,
     "batches": _SAME,
     "batch_size": _SAME,
     "shuffle": _SAME,
     "seed": "Give the same seed, or none: the backup holds it.",
-    "first_batch": "If the data are the same, they do not come in the same order each time: give each shuffle() of a "
-    "pipeline a seed, and the program the same tf.random.set_seed(); random numbers in a map() need seeds too. "
-    "A function of the number of the pass that returns the pipeline is the surest form.",
+    "first_batch": "If the data is the same, its order differs between processes. Give each shuffle() of a pipeline a "
+    "seed, and the program the same tf.random.set_seed(). Random numbers in a map() need seeds too. A function from "
+    "the number of an epoch to its pipeline is the safest form.",
 }
 
 
-def _of_known_length(passes: tf.data.Dataset, count: int | None) -> tf.data.Dataset:
-    """The same dataset, of which TensorFlow knows the number of batches, though the first pass may be shorter.
+def _of_known_length(epochs: tf.data.Dataset, count: int | None) -> tf.data.Dataset:
+    """The same dataset with a number of batches that TensorFlow knows, though a resumed epoch may be shorter.
 
-    `assert_cardinality` would raise at the end of a shorter one. The nothing that follows here has no end, for all that
-    TensorFlow knows.
+    `assert_cardinality` would raise at the end of a shorter epoch. TensorFlow takes the empty dataset that follows here
+    for an endless dataset.
     """
-    endless = passes.concatenate(passes.take(0).repeat())
+    endless = epochs.concatenate(epochs.take(0).repeat())
     return endless if count is None else endless.take(count)
 
 
 def _options() -> tf.data.Options:
     options = tf.data.Options()
-    # As Keras's own pipelines: writing the graph out to improve it costs more than it gains.
+    # As in Keras's own pipelines: the optimizer of the graph costs more time than it saves.
     options.experimental_optimization.apply_default_optimizations = False
     return options
 
@@ -216,7 +216,7 @@ def _weigher(class_weight: Mapping[int, float]) -> Callable[..., Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         if sample_weight is not None or not isinstance(y, tf.Tensor):
             raise ValueError(
-                "class_weight needs batches of (x, y), y one tensor of classes, without sample_weight. "
+                "class_weight expected batches of (x, y) without sample_weight, where y is one tensor of classes. "
                 f"Received: {keras.tree.map_structure(lambda each: each.shape, batch)}"
             )
         classes = _classes(y)
@@ -230,9 +230,9 @@ def _weigher(class_weight: Mapping[int, float]) -> Callable[..., Any]:
 
 
 def _classes(y: tf.Tensor) -> tf.Tensor:
-    """The numbers of the classes in targets: given as such, with an axis of one, or as vectors of probabilities."""
+    """The class numbers of targets, which are numbers, numbers with an axis of length 1, or probability vectors."""
     if y.shape.rank is None:
-        raise ValueError(f"class_weight needs targets whose number of axes is known. Received: {y}")
+        raise ValueError(f"class_weight expected targets with a known number of axes. Received: {y}")
     if y.shape.rank < 2:
         numbered = y
     elif y.shape[-1] is None:
