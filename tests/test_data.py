@@ -259,7 +259,7 @@ def test_fit_is_refused_if_it_trains_on_other_data_than_the_callback_has(tmp_pat
     data = kc.ResumableDataset(np.zeros((5, 4)), np.zeros((5, 1)), batch_size=1)
     backup = kc.BackupAndRestore(tmp_path / "backup", data=data)
 
-    with pytest.raises(ValueError, match=r"has 4 batches an epoch; the ResumableDataset .* has 5"):
+    with pytest.raises(ValueError, match=r"has 4 batches in an epoch; the ResumableDataset .* has 5"):
         fit(dense_model(), backup, batches=4)
     with pytest.raises(ValueError, match="does not train on the ResumableDataset"):
         fit(dense_model(), kc.BackupAndRestore(tmp_path / "other", data=data), batches=5)

@@ -1,4 +1,4 @@
-"""The steps that a `tf.data` pipeline is made of. TensorFlow has no public names for these."""
+"""The steps of a `tf.data` pipeline. TensorFlow has no public names for them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import tensorflow as tf
 
 _KEEPING = {"map", "parallelmap", "prefetch", "repeat", "options", "take", "assertcardinality"}
-"""The steps whose batches are those that they read, one by one and in their order."""
+"""The steps that give a batch for each batch that they read, in the same order."""
 _DRAWING = {"Multinomial", "TruncatedNormal", "ParameterizedTruncatedNormal"}
-"""The operations of TensorFlow that draw random numbers and whose names do not begin with `Random` or `Stateful`."""
+"""The operations of TensorFlow that draw random numbers, with names that begin neither with `Random` nor `Stateful`."""
 
 
 def steps_between(dataset: Any, source: tf.data.Dataset) -> list[tf.data.Dataset]:
-    """The datasets by which one dataset reads another; none if it does not read it."""
+    """The steps through which a dataset reads a source, from the dataset on; none if it does not read the source."""
     if dataset is source or not isinstance(dataset, tf.data.Dataset):
         return []
     for each in _inputs(dataset):
@@ -30,22 +30,22 @@ def name_of(step: tf.data.Dataset) -> str:
 
 
 def keeps_batches(step: tf.data.Dataset) -> bool:
-    """Whether the batches of a step are those that it reads, in their order."""
+    """Whether a step gives a batch for each batch that it reads, in the same order."""
     return name_of(step) in _KEEPING
 
 
 def draws(step: tf.data.Dataset) -> bool:
-    """Whether functions of a step draw random numbers that continue from batch to batch, or change variables."""
+    """Whether the functions of a step draw stateful random numbers, or change variables."""
     operations = {*_operations(step)}
     return any(name.startswith(("Random", "Stateful", "Assign")) or name in _DRAWING for name in operations)
 
 
 def keeps_a_shuffled_epoch(dataset: tf.data.Dataset, after: str | None = None) -> str | None:
-    """The name of the step, `cache` or `shuffle`, that reads a `shuffle` of another order in each epoch.
+    """The name of the step, `cache` or `shuffle`, that reads a `shuffle` with another order in each epoch.
 
     Args:
         dataset: The pipeline.
-        after: The name of such a step that reads the pipeline.
+        after: The name of a `cache` or `shuffle` that reads the pipeline.
     """
     step = name_of(dataset)
     if step == "shuffle" and after and _reshuffles(dataset):

@@ -1,4 +1,4 @@
-"""Plain Python values as JSON and arrays, to the bit and without pickle."""
+"""Plain Python values as JSON and arrays, exact to the bit and without pickle."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import tensorflow as tf
 
 _PLAIN = (type(None), bool, int, float, str)
 LONG = 1000
-"""The items of a collection of more than this may be one array on disk."""
+"""A collection with more items may have them in one array on disk."""
 
 Wrap = Callable[[Any], Any]
-"""Makes of an array, or of `Items`, what stands for it in a structure; `None` has each item encoded by itself."""
+"""Returns a placeholder for an array or for `Items`; `None` has each item encoded separately."""
 
 
 class UnplainError(TypeError):
-    """A value has no plain form."""
+    """A value that has no plain form."""
 
 
 class Items(NamedTuple):
@@ -28,7 +28,7 @@ class Items(NamedTuple):
 
     Attributes:
         owner: The collection.
-        items: Its items; of a dict, its keys, or its values.
+        items: The items of the collection, or the keys or the values of a dict.
     """
 
     owner: Any
@@ -36,21 +36,21 @@ class Items(NamedTuple):
 
 
 def structure_of(value: Any, wrap: Wrap) -> Any:
-    """A value as `json` writes it, but for what stands for arrays.
+    """A value as `json` writes it, with placeholders for arrays.
 
     Args:
         value: None, booleans, numbers, strings, NumPy's arrays and scalars, generators of random numbers, and lists,
             tuples, sets, deques and dicts of these.
-        wrap: Called with each array, and with the items of each collection that is long and begins with a flat item.
-            Returns what stands for them; `None` has each item encoded by itself.
+        wrap: Called with each array, and with the items of each long collection whose first item is flat. Returns a
+            placeholder; `None` has each item encoded separately.
 
     Raises:
-        UnplainError: There is something else in it; the place is named.
+        UnplainError: The value contains another type. The error names the place.
     """
     try:
         return _encoded(value, "", wrap)
     except RecursionError as error:
-        raise UnplainError(" is too deep, or in itself") from error
+        raise UnplainError(" is nested too deeply, or contains itself") from error
 
 
 def dict_of(structures: Mapping[str, Any]) -> Any:
@@ -59,7 +59,7 @@ def dict_of(structures: Mapping[str, Any]) -> Any:
 
 
 def dumped(structure: Any) -> tuple[str, list[Any]]:
-    """A structure as JSON, and what stands for arrays in it, by the numbers that the text has for them."""
+    """A structure as JSON, and its placeholders, in the order of their numbers in the JSON text."""
     leaves: list[Any] = []
 
     def number(leaf: Any) -> int:
@@ -70,17 +70,17 @@ def dumped(structure: Any) -> tuple[str, list[Any]]:
 
 
 def decode(text: str, arrays: Mapping[int, Any]) -> Any:
-    """The value of a text that `dumped` made.
+    """The value of a JSON text that `dumped` made.
 
     Args:
         text: The text.
-        arrays: The arrays by the numbers that the text has for them.
+        arrays: The arrays by their numbers in the text.
     """
     return _decoded(json.loads(text), arrays)
 
 
 def _encoded(value: Any, where: str, wrap: Wrap) -> Any:
-    # Of the very type: a subclass may hold more than its base shows.
+    # Only the exact type is plain, because a subclass may hold more than its base class.
     kind = type(value)
     if kind in _PLAIN:
         return value
@@ -107,7 +107,7 @@ def _encoded(value: Any, where: str, wrap: Wrap) -> Any:
 
 
 def _items(collection: Items, where: str, wrap: Wrap) -> Any:
-    """The items of a collection; those of a long one together, if they are flat."""
+    """The items of a collection, in one placeholder if they are many and flat."""
     items = collection.items
     if len(items) > LONG and is_flat(items[0]) and (leaf := wrap(collection)) is not None:
         return {"texts" if leaf.is_text else "list": leaf, "more": []}
@@ -123,27 +123,27 @@ def _pairs(value: Mapping[Any, Any], where: str, wrap: Wrap) -> Any:
 
 
 def _more(value: Any, where: str) -> list[Any]:
-    """What makes a collection beside its items."""
+    """The arguments of a collection's constructor besides its items."""
     if isinstance(value, collections.deque):
         return [value.maxlen]
     if not isinstance(value, collections.defaultdict):
         return []
     known = [name for name, factory in _FACTORIES.items() if factory is value.default_factory]
-    if where and not known:  # elsewhere the callback has a dict that keeps its own
+    if where and not known:  # where it is a callback's attribute, the next process's dict keeps its factory
         factory = value.default_factory
         raise UnplainError(f"{where} is a defaultdict of {factory!r:.100}, which is not one of {', '.join(_FACTORIES)}")
     return known
 
 
 def is_fixed(value: Any) -> bool:
-    """Whether a value is plain and immutable: a number, a string, or a tuple of these."""
+    """Whether a value is plain and immutable: None, a number, a string, or a tuple of these."""
     if type(value) is tuple:
         return all(map(is_fixed, value))
     return type(value) in _PLAIN or isinstance(value, np.generic)
 
 
 def is_flat(value: Any) -> bool:
-    """Whether a value is fixed, or a list or a dict whose items are."""
+    """Whether a value is fixed, or is a list or a dict of fixed items."""
     if type(value) is dict:
         return all(map(is_fixed, value)) and all(map(is_fixed, value.values()))
     return all(map(is_fixed, value)) if type(value) is list else is_fixed(value)
@@ -166,7 +166,7 @@ def _decoded(value: Any, arrays: Mapping[int, Any]) -> Any:
         name, data = content
         return np.frombuffer(bytes.fromhex(data), tf.as_dtype(name).as_numpy_dtype)[0]
     if kind in ("ndarray", "scalar"):  # older checkpoints have scalars as arrays
-        # A copy, because what a callback holds, it may change.
+        # A copy, because a callback may change its array.
         array = np.array(arrays[content])
         return array if kind == "ndarray" else array[()]
     return _NAMED[kind](_decoded(content, arrays), *more)
@@ -184,14 +184,14 @@ def _python_generator(state: Any) -> random.Random:
 
 def _numpy_generator(state: Any) -> np.random.Generator:
     kind = getattr(np.random, state["bit_generator"])
-    if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):  # a file must not choose what runs
-        raise TypeError(f"{kind!r} is no generator of NumPy's")
+    if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):  # a file must not choose code to run
+        raise TypeError(f"{kind!r} is not a bit generator of NumPy")
     generator = np.random.Generator(kind())
     generator.bit_generator.state = state
     return generator
 
 
-def _old_numpy_generator(state: Any) -> np.random.RandomState:
+def _legacy_numpy_generator(state: Any) -> np.random.RandomState:
     generator = np.random.RandomState()
     generator.set_state(state)
     return generator
@@ -213,7 +213,7 @@ _FACTORIES: dict[str, Callable[[], Any] | None] = {
 _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     random.Random: (lambda generator: generator.getstate(), _python_generator),
     np.random.Generator: (lambda generator: generator.bit_generator.state, _numpy_generator),
-    np.random.RandomState: (lambda generator: generator.get_state(legacy=False), _old_numpy_generator),
+    np.random.RandomState: (lambda generator: generator.get_state(legacy=False), _legacy_numpy_generator),
 }
 _NAMED = {kind.__name__: build for kind, build in _BUILDERS.items()}
 _NAMED |= {kind.__name__: build for kind, (_, build) in _GENERATORS.items()}

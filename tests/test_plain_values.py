@@ -1,4 +1,4 @@
-"""Plain values become JSON and arrays, and come back as they were."""
+"""Plain values are encoded as JSON and arrays, and decode to equal values."""
 
 import collections
 import math
@@ -37,19 +37,19 @@ def round_trip(value):
 
 
 @given(values)
-def test_values_come_back_as_they_were(value) -> None:
-    """Types, order, and NaN among them."""
+def test_plain_values_decode_to_equal_values(value) -> None:
+    """Types, the order of items, and NaN are kept."""
     assert repr(round_trip(value)) == repr(value)
 
 
-def test_sets_come_back() -> None:
-    """In whatever order."""
+def test_a_set_decodes_to_an_equal_set() -> None:
+    """The order of the items may differ."""
     assert round_trip({3, 19, "a"}) == {3, 19, "a"}
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8", "uint32", "bool", "complex64", ml_dtypes.bfloat16])
-def test_arrays_come_back_to_the_bit(kind) -> None:
-    """Of any type that a variable may have, and may be changed."""
+def test_arrays_decode_to_the_same_bits(kind) -> None:
+    """An array has any type that a variable may have. The decoded array can be changed."""
     array = np.arange(6).reshape(2, 3).astype(kind)
 
     (back,) = round_trip([array])
@@ -58,8 +58,8 @@ def test_arrays_come_back_to_the_bit(kind) -> None:
     back[0] = 1
 
 
-def test_scalars_of_numpy_stay_such() -> None:
-    """A best value that is one is compared as one."""
+def test_scalars_of_numpy_keep_their_type() -> None:
+    """A best value of type float32 is compared as float32 after a restart."""
     back = round_trip({"best": np.float32(0.1), "none": np.float64(math.nan)})
 
     assert type(back["best"]) is np.float32
@@ -69,7 +69,7 @@ def test_scalars_of_numpy_stay_such() -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8", "uint64", "bool", "complex64", ml_dtypes.bfloat16])
 def test_scalars_of_numpy_have_no_arrays(kind) -> None:
-    """A list of many costs no file entry for each."""
+    """A list of many scalars costs no entry in the file for each scalar."""
     value = np.asarray(3).astype(kind)[()]
     text, arrays = encode([value])
 
@@ -81,7 +81,7 @@ def test_scalars_of_numpy_have_no_arrays(kind) -> None:
 
 
 def test_scalars_of_older_checkpoints_are_read() -> None:
-    """They were arrays."""
+    """Older versions saved a scalar as an array."""
     assert decode('{"scalar": 0, "more": []}', {0: np.asarray(2.5)}) == 2.5
 
 
@@ -94,32 +94,32 @@ def test_a_default_dict_keeps_its_factory(factory) -> None:
     assert back.default_factory is factory
 
 
-def test_a_default_dict_of_another_factory_is_named() -> None:
-    """A dict in its place would raise where the program asks for a missing key."""
+def test_a_default_dict_inside_a_value_with_an_unknown_factory_is_refused() -> None:
+    """A plain dict instead of it would raise an error for a missing key. The error names the place."""
     with pytest.raises(UnplainError, match=r"\[1\] is a defaultdict of <function .*not one of None, int, float"):
         encode([0, collections.defaultdict(lambda: 3)])
 
 
-def test_what_is_in_itself_is_not_plain() -> None:
-    """It has no end."""
+def test_a_list_that_contains_itself_is_refused() -> None:
+    """Its JSON text would be endless."""
     value = []
     value.append(value)
 
-    with pytest.raises(UnplainError, match="in itself"):
+    with pytest.raises(UnplainError, match="contains itself"):
         encode(value)
 
 
-def test_a_file_does_not_choose_what_runs() -> None:
-    """A name in it is of a generator, or refused."""
+def test_a_file_cannot_choose_the_code_that_runs() -> None:
+    """A name in the file is the name of a bit generator, or it is refused."""
     text, arrays = encode(np.random.default_rng(1))
 
-    with pytest.raises(TypeError, match="no generator"):
+    with pytest.raises(TypeError, match="is not a bit generator"):
         decode(text.replace('"PCG64"', '"seed"'), dict(enumerate(arrays)))
 
 
 @pytest.mark.parametrize("make", [np.random.default_rng, np.random.RandomState, random.Random])
-def test_generators_go_on_where_they_were(make) -> None:
-    """Each kind, with what it draws next."""
+def test_a_generator_of_random_numbers_keeps_its_state(make) -> None:
+    """The decoded generator draws the same numbers as the original."""
     generator = make(1)
     generator.random()
     back = round_trip(generator)
@@ -128,11 +128,11 @@ def test_generators_go_on_where_they_were(make) -> None:
 
 
 class Sub(dict):
-    """May hold more than a dict."""
+    """A subclass of dict, which may hold more than a dict."""
 
 
 @pytest.mark.parametrize("value", [object(), print, Sub(), np.array(["a"]), np.array([object()]), b"bytes"])
-def test_what_is_not_plain_is_named(value) -> None:
-    """With its place."""
+def test_a_value_that_is_not_plain_is_refused(value) -> None:
+    """The error names its place and its type."""
     with pytest.raises(UnplainError, match=r"\[1\] is of type"):
         encode([0, value])
