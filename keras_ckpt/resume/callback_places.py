@@ -1,4 +1,4 @@
-"""The places where a callback may hold state: its attributes, keys of dicts in them, attributes of its class, slots."""
+"""The places of a callback's state: attributes, keys of dicts in attributes, attributes of its class, and slots."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-_OF_KERAS = {"params", "_model", "model"}
+_SET_BY_KERAS = {"params", "_model", "model"}
 """The attributes that Keras sets in each callback."""
-_AGAIN = {
+_SET_AGAIN = {
     keras.callbacks.EarlyStopping: {"monitor_op", "min_delta"},
     keras.callbacks.ReduceLROnPlateau: {"monitor_op", "min_delta"},
     keras.callbacks.ModelCheckpoint: {"monitor_op"},
     keras.callbacks.CSVLogger: {"csv_file", "writer", "keys", "append", "append_header"},
 }
-"""The attributes that Keras sets in each process again. It would turn the sign of a stored `min_delta` once more."""
+"""The attributes that Keras sets again in each process. It would flip the sign of a restored `min_delta`."""
 _KEYS = 100
-"""The keys of a dict of more are not followed by themselves."""
+"""A dict with more keys is one place."""
 _CLASS, _REMOVED = "class ", "del "
 
 
 def values(callback: Any, before: Collection[str]) -> dict[str, Any]:
-    """The values that may be state of a callback, by place.
+    """The values of a callback that may be state, by place.
 
     A place is an attribute, such as `losses`, a key in dicts, such as `stats[best][loss]`, or an attribute of a class,
-    such as `class Tracker.seen`. The place `del stats` has the places of keys that were removed from `stats`.
+    such as `class Tracker.seen`. The value at `del stats` lists the places of keys that were removed from `stats`.
 
     Args:
         callback: The callback.
-        before: The places that it had when the training began.
+        before: The places of the callback when the training began.
     """
-    again = {name for kind, names in _AGAIN.items() if isinstance(callback, kind) for name in names}
+    again = {name for kind, names in _SET_AGAIN.items() if isinstance(callback, kind) for name in names}
     found: dict[str, Any] = {}
     for attribute, value in _attributes(callback).items():
-        if attribute not in _OF_KERAS | again:
+        if attribute not in _SET_BY_KERAS | again:
             places = keyed(attribute, value, before)
             found |= places or {attribute: value}
             if removed := _removed(attribute, value, before):
@@ -47,11 +47,11 @@ def values(callback: Any, before: Collection[str]) -> dict[str, Any]:
 
 
 def keyed(place: str, value: Any, before: Collection[str] = ()) -> dict[str, Any]:
-    """The values in a dict, and in dicts in it, by place.
+    """The values in a dict and its inner dicts, by place.
 
-    None if the dict is empty or large, has keys other than strings, or has its keys in another order than before.
+    There are no values if the dict is empty or large, has keys other than strings, or has its keys in another order.
     """
-    if not _has_places(value) or _is_sorted_anew(place, value, before):
+    if not _has_places(value) or _is_reordered(place, value, before):
         return {}
     found: dict[str, Any] = {}
     for key, each in value.items():
@@ -59,8 +59,8 @@ def keyed(place: str, value: Any, before: Collection[str] = ()) -> dict[str, Any
     return found
 
 
-def put(callback: Any, place: str, value: Any) -> None:
-    """Puts a value back in its place."""
+def restore(callback: Any, place: str, value: Any) -> None:
+    """Restores the value of a place."""
     if place.startswith(_REMOVED):
         for each in value:
             _remove(callback, each)
@@ -72,12 +72,12 @@ def put(callback: Any, place: str, value: Any) -> None:
     else:
         attribute, *keys = _parsed(place)
     if keys:
-        _put_key(callback, attribute, keys, value)
+        _restore_key(callback, attribute, keys, value)
     elif not _fill(getattr(holder, attribute, None), value):
         setattr(holder, attribute, value)
 
 
-def _put_key(callback: Any, attribute: str, keys: list[str], value: Any) -> None:
+def _restore_key(callback: Any, attribute: str, keys: list[str], value: Any) -> None:
     if not isinstance(getattr(callback, attribute, None), dict):
         setattr(callback, attribute, {})
     inner = getattr(callback, attribute)
@@ -95,7 +95,7 @@ def is_of_class(place: str) -> bool:
 
 
 def _attributes(callback: Any) -> dict[str, Any]:
-    """The attributes of a callback, those in slots and those of its class too."""
+    """The attributes of a callback, of its slots and of its class."""
     kinds = [kind for kind in type(callback).__mro__ if not kind.__module__.startswith(("keras.", "builtins"))]
     slots = {slot for kind in kinds for slot in _slots(kind) if hasattr(callback, slot)}
     of_kinds = {
@@ -108,7 +108,7 @@ def _attributes(callback: Any) -> dict[str, Any]:
 
 
 def _slots(kind: type) -> list[str]:
-    """The names of the slots of a class, as Python mangles private ones."""
+    """The names of the slots of a class, with private names mangled."""
     slots = vars(kind).get("__slots__", ())
     names = [slots] if isinstance(slots, str) else [*slots]
     own = kind.__name__.lstrip("_")
@@ -123,22 +123,22 @@ def _is_key(key: Any) -> bool:
     return type(key) is str and not {*"[]"} & {*key}
 
 
-def _is_sorted_anew(place: str, value: dict[str, Any], before: Collection[str]) -> bool:
-    """Whether the keys of a dict that were there before have another order now."""
+def _is_reordered(place: str, value: dict[str, Any], before: Collection[str]) -> bool:
+    """Whether the earlier keys of a dict have another order now."""
     depth = len(_parsed(place))
     old = dict.fromkeys(_parsed(each)[depth] for each in before if each.startswith(f"{place}["))
     return [key for key in old if key in value] != [key for key in value if key in old]
 
 
 def _removed(attribute: str, value: Any, before: Collection[str]) -> list[str]:
-    """The places of keys that a dict has no more."""
+    """The places of keys that were removed from a dict."""
     found = []
     for place in before:
         if place.startswith(f"{attribute}["):
             inner = value
             for key in _parsed(place)[1:]:
                 if type(inner) is not dict:
-                    break  # there is another thing now, which is saved whole
+                    break  # another object replaced the dict, and is saved whole
                 if key not in inner:
                     found.append(place)
                     break
@@ -156,15 +156,15 @@ def _remove(callback: Any, place: str) -> None:
 
 
 def _parsed(place: str) -> list[str]:
-    """The attribute of a place, and the keys in it."""
+    """The attribute of a place, and the keys inside the attribute."""
     return place.replace("]", "").split("[")
 
 
 def _fill(target: Any, value: Any) -> bool:
-    """Changes an object that is there into what was saved of it, because the script may hold it too.
+    """Changes an existing object to the saved value in place, because the script may hold the object too.
 
     Returns:
-        Whether it is one that can be changed.
+        Whether the object could be changed.
     """
     if isinstance(target, keras.Variable | tf.Variable):
         target.assign(value)
@@ -173,7 +173,7 @@ def _fill(target: Any, value: Any) -> bool:
         for variable, each in zip(target.variables, value, strict=True):
             variable.assign(each)
         return True
-    # A default dict whose factory has no name is saved as a dict; the one that is there has the factory.
+    # A default dict whose factory has no name is saved as a dict. The existing default dict has the factory.
     same = type(target) is type(value) or (type(target) is collections.defaultdict and type(value) is dict)
     return same and (_fill_container(target, value) or _fill_generator(target, value))
 
@@ -203,5 +203,5 @@ def _fill_generator(target: Any, value: Any) -> bool:
 
 
 def _can_hold(target: np.ndarray, value: np.ndarray) -> bool:
-    """Whether an array can have the values of another."""
+    """Whether an array can be assigned the values of another array."""
     return target.flags.writeable and (target.shape, target.dtype) == (value.shape, value.dtype)

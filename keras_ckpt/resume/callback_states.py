@@ -108,19 +108,19 @@ class CallbackStates:
     def __init__(self, callbacks: Iterable[keras.callbacks.Callback]) -> None:
         self._callbacks = _named(callbacks)
         self._captures = Captures()
-        self._begun = {
+        self._initial = {
             name: self._looks(name, callback, first=True)
             for name, callback in self._callbacks.items()
             if not _has_own_state(callback)
         }
-        self._moved: dict[str, set[str]] = {name: set() for name in self._begun}
+        self._changed: dict[str, set[str]] = {name: set() for name in self._initial}
         self._known: list[Any] = []
         self.unsaved: list[str] = []
 
     def look(self) -> None:
         """Notes which attributes have changed by now."""
-        for name in self._begun:
-            self._note_moved(name, self._looks(name, self._callbacks[name], without=self._moved[name]))
+        for name in self._initial:
+            self._note_changed(name, self._looks(name, self._callbacks[name], without=self._changed[name]))
 
     def take(self) -> Taken:
         """Takes the states as they are now, by the names of the callbacks."""
@@ -132,12 +132,12 @@ class CallbackStates:
                 states[name] = self._own_state(name, callback)
                 continue
             looks = self._looks(name, callback)
-            self._note_moved(name, looks)
+            self._note_changed(name, looks)
             self._note_unsaved(name, looks)
             plain = {place: look for place, look in looks.items() if isinstance(look, Look)}
-            moved = {place: look.structure for place, look in plain.items() if place in self._moved[name]}
-            states[name] = dict_of(moved) if moved else None
-            assumed += [leaf for place in plain.keys() - moved.keys() for leaf in plain[place].leaves]
+            changed = {place: look.structure for place, look in plain.items() if place in self._changed[name]}
+            states[name] = dict_of(changed) if changed else None
+            assumed += [leaf for place in plain.keys() - changed.keys() for leaf in plain[place].leaves]
         return Taken(dict_of({name: state for name, state in states.items() if state is not None}), assumed)
 
     def restore(self, states: Mapping[str, Any]) -> list[str]:
@@ -154,8 +154,8 @@ class CallbackStates:
                 callback.set_state(state)
                 continue
             for place, value in state.items():
-                self._moved[name].update([place, *callback_places.keyed(place, value)])
-                callback_places.put(callback, place, value)
+                self._changed[name].update([place, *callback_places.keyed(place, value)])
+                callback_places.restore(callback, place, value)
         return known
 
     def strangers(self, states: Mapping[str, Any]) -> list[str]:
@@ -165,7 +165,7 @@ class CallbackStates:
     def _looks(self, name: str, callback: Any, first: bool = False, without: Iterable[str] = ()) -> dict[str, Any]:
         """The places of a callback: a look at each plain value, or the value itself."""
         looks: dict[str, Any] = {}
-        for place, value in callback_places.values(callback, [] if first else self._begun[name]).items():
+        for place, value in callback_places.values(callback, [] if first else self._initial[name]).items():
             if place not in without:
                 try:
                     looks[place] = self._look(value, f"{name}.{place}", first)
@@ -180,28 +180,28 @@ class CallbackStates:
             return self._captures.look_at_copies([_value(each) for each in value.variables])
         return self._captures.look(value, name, fingerprints=first)
 
-    def _note_moved(self, name: str, looks: Mapping[str, Any]) -> None:
-        begun, moved = self._begun[name], self._moved[name]
+    def _note_changed(self, name: str, looks: Mapping[str, Any]) -> None:
+        initial, changed = self._initial[name], self._changed[name]
         for place, look in looks.items():
-            before = begun.get(place)
+            before = initial.get(place)
             if isinstance(look, Look) and not (isinstance(before, Look) and before.mark == look.mark):
-                moved.add(place)
+                changed.add(place)
 
     def _note_unsaved(self, name: str, looks: Mapping[str, Any]) -> None:
         if not _is_of_keras(self._callbacks[name]):
-            begun = self._begun[name]
+            initial = self._initial[name]
             unplain = {place: value for place, value in looks.items() if not isinstance(value, Look)}
             for place, value in unplain.items():
-                same = begun.get(place) is value
+                same = initial.get(place) is value
                 fixed = same and (isinstance(value, _FIXED) or callback_places.is_of_class(place))
                 if not fixed and not isinstance(value, _OF_THE_PROCESS) and not self._is_known(value):
                     self.unsaved.append(f"{name}.{place}")
 
     def _is_known(self, value: Any) -> bool:
-        """Whether a value is a part of the model, or a callback of this fit, so that it is saved as such."""
+        """Whether a value is part of the model or a callback of this fit, so that the backup holds it already."""
         if not isinstance(value, _OF_A_FIT):
             return False
-        if not any(value is each for each in self._known):  # a look at the model takes long
+        if not any(value is each for each in self._known):  # a search of the model is slow
             self._known += [each for each in self._parts_of_fit() if each is value][:1]
         return any(value is each for each in self._known)
 
@@ -234,7 +234,7 @@ def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:
         name = kind if counts[kind] == 1 else f"{kind} {counts[kind]}"
         named[name] = callback
         if isinstance(callback, keras.callbacks.CSVLogger):
-            # A subclass has other attributes as well.
+            # A subclass has other attributes too.
             own = "" if type(callback) is keras.callbacks.CSVLogger else ", its file"
             named[f"{name}{own}"] = _CsvLog(callback)
     return named
@@ -250,7 +250,7 @@ class _CsvLog:
         return {"keys": self._logger.keys, "size": self._size()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        # The lines beyond belong to epochs that will be trained again.
+        # The later lines belong to epochs that will be trained again.
         files.cut(self._logger.filename, state["size"])
         self._logger.keys = state["keys"]
         self._logger.append_header = not self._size()

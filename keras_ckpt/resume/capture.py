@@ -1,8 +1,8 @@
-"""The values of other callbacks at one moment: taken by a look where they are large, and written later.
+"""The values of callbacks at one moment: a look captures them, and the background writes them later.
 
-An array that is the same object as before is assumed to be unchanged. The assumption is checked before the values are
-written, in the background. A wrong assumption costs one save. From then on the array is copied where some samples of it
-have changed, and after another wrong assumption for each save.
+A look copies small arrays. It assumes that a large array is unchanged if it is the same object as before. The
+background checks the assumption before it writes. A wrong assumption costs one save. After it, the array is copied if a
+sample of its bytes has changed. After a second wrong assumption, it is copied for each save.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from keras_ckpt.formats.threads import copy_together
 from keras_ckpt.resume.plain_values import Items, dumped, is_flat, structure_of
 
 _SMALL = 1 << 16
-_LITTLE = 1 << 20
-"""An array of fewer bytes is copied at each look, until a look has copied so many."""
+_COPIED = 1 << 20
+"""A look copies arrays of fewer than `_SMALL` bytes, until it has copied `_COPIED` bytes."""
 _SAMPLED = 1 << 20
 _SAMPLES, _SAMPLE = 64, 64
-"""An array of so many bytes is sampled: so many places, and the bytes of each."""
+"""An array of at least `_SAMPLED` bytes is sampled in `_SAMPLES` places, `_SAMPLE` bytes each."""
 _PIECE = 1 << 14
 _PAUSE = 1e-4
-"""So many items of a list are converted at once, while other threads wait. Then they get so many seconds."""
+"""The items of a list that are converted at once, while other threads wait, and the seconds of the pause after them."""
 
 _compare = ctypes.CDLL(None).memcmp
 _compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -39,7 +39,7 @@ class Leaf(abc.ABC):
     """An array, or the items of a long collection, inside a value.
 
     Attributes:
-        mark: Equal marks of two looks mean: the content is the same, as far as a look can tell.
+        mark: Two looks with equal marks have found the same content, as far as a look can tell.
         size: The bytes of the array.
     """
 
@@ -48,29 +48,29 @@ class Leaf(abc.ABC):
 
     @abc.abstractmethod
     def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        """Decides that the content will be written. Returns the copies to make now: targets and sources."""
+        """Prepares the content to be written. Returns the copies to make now, as pairs of target and source."""
 
     @abc.abstractmethod
     def is_true(self) -> bool:
-        """Whether the content is known for the moment of the look."""
+        """Whether the content at the moment of the look is known."""
 
     @abc.abstractmethod
     def array(self) -> np.ndarray:
-        """The content, after `keep`, if it is known."""
+        """The content, if `keep` was called and the content is known."""
 
     @abc.abstractmethod
     def doubt(self, doubts: bool) -> None:
-        """Has later looks assume nothing of the content, or again what is likely."""
+        """Sets whether later looks assume nothing about the content."""
 
 
 class _Known(Leaf):
-    """A leaf whose content a look knows, because nothing of it is assumed."""
+    """A leaf with known content, for which a look assumes nothing."""
 
     def is_true(self) -> bool:
         return True
 
     def doubt(self, doubts: bool) -> None:
-        """There is nothing to doubt."""
+        """Does nothing, because nothing is assumed."""
 
 
 class Look:
@@ -79,7 +79,7 @@ class Look:
     Attributes:
         structure: The value as `json` writes it, with leaves in the places of arrays.
         leaves: The leaves.
-        mark: Equal marks of two looks mean: the value is the same, as far as a look can tell.
+        mark: Two looks with equal marks have found the same value, as far as a look can tell.
     """
 
     def __init__(self, structure: Any) -> None:
@@ -89,7 +89,7 @@ class Look:
 
 
 class Captures:
-    """Looks at values of one owner, again and again.
+    """Looks repeatedly at the values of one owner.
 
     Example:
 
@@ -110,10 +110,10 @@ class Captures:
         """Looks at a value.
 
         Args:
-            value: A plain value, as `document.structure_of` takes it.
+            value: A plain value, as `plain_values.structure_of` takes it.
             name: A name for the value, the same at each look.
-            fingerprints: Whether to fingerprint large arrays that were not seen before. Without a fingerprint, a
-                change of such an array is noticed only after a copy was kept.
+            fingerprints: Whether to fingerprint large arrays that are new to this object. Without a fingerprint, a
+                change of the array is noticed only after a copy was kept.
 
         Raises:
             UnplainError: The value is not plain.
@@ -125,7 +125,7 @@ class Captures:
             count += 1
             if isinstance(each, Items):
                 return self._items_leaf(each, (name, count))
-            if each.nbytes < _SMALL and copied < _LITTLE:
+            if each.nbytes < _SMALL and copied < _COPIED:
                 copied += each.nbytes
                 return Copy(each)
             return self._array_leaf(each, (name, count), fingerprints)
@@ -133,8 +133,10 @@ class Captures:
         return Look(structure_of(value, leaf))
 
     def look_at_copies(self, value: Any) -> Look:
-        """Looks at a value whose arrays were made for this look. Large ones always count as changed."""
-        return Look(structure_of(value, lambda each: Copy(each) if each.nbytes < _SMALL else _Own(each, self._memory)))
+        """Looks at a value whose arrays were made for this look. Its large arrays always count as changed."""
+        return Look(
+            structure_of(value, lambda each: Copy(each) if each.nbytes < _SMALL else _Fresh(each, self._memory))
+        )
 
     def _array_leaf(self, array: np.ndarray, place: tuple[str, int], fingerprints: bool) -> Leaf:
         known = self._arrays.get(place)
@@ -150,7 +152,7 @@ class Captures:
 
 
 def copied(value: Any) -> Any:
-    """The structure of a plain value with copies of its arrays, which are small.
+    """The structure of a plain value, with copies of its arrays, which are small.
 
     Raises:
         UnplainError: The value is not plain.
@@ -159,11 +161,11 @@ def copied(value: Any) -> Any:
 
 
 class Later:
-    """The arrays of one backup that are known when it is written.
+    """The arrays of one backup, whose content is known when the backup is written.
 
     Args:
         leaves: The leaves to write, by key.
-        assumed: More leaves, which are not written because they are assumed to be unchanged.
+        assumed: The leaves that are not written, because they are assumed to be unchanged.
     """
 
     def __init__(self, leaves: Mapping[str, Leaf], assumed: Iterable[Leaf] = ()) -> None:
@@ -178,11 +180,11 @@ class Later:
 
     @property
     def is_true(self) -> bool:
-        """Whether all content is known, and all that was assumed is so."""
-        # Each leaf is asked, because each learns from a wrong assumption.
+        """Whether all content is known, and all assumptions were right."""
+        # Every leaf is checked, because each leaf learns from a wrong assumption.
         wrong = [leaf for leaf in self._all if not leaf.is_true()]
-        # After a wrong assumption nothing is assumed until a save is true. Otherwise arrays that change one after
-        # another would keep all saves from the disk.
+        # After a wrong assumption nothing is assumed until a save succeeds. Otherwise arrays that change one after
+        # another would void every save.
         for leaf in self._all:
             leaf.doubt(bool(wrong))
         return not wrong
@@ -194,7 +196,7 @@ class Later:
 
 
 class Copy(_Known):
-    """A small array, copied by the look."""
+    """A small array that the look copies."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array.copy()
@@ -209,7 +211,7 @@ class Copy(_Known):
 
 
 class _Memory:
-    """Memory for copies, used again after a copy is released. New memory costs several times a copy."""
+    """Memory for copies, which is reused after a copy is released. New memory costs several times a copy."""
 
     def __init__(self) -> None:
         self._free: collections.defaultdict[Any, list[np.ndarray]] = collections.defaultdict(list)
@@ -222,18 +224,18 @@ class _Memory:
         return held
 
     def prepare(self, like: np.ndarray) -> None:
-        """Gets memory for two copies, the one that is written and the next."""
+        """Allocates memory for two copies: one that is being written, and the next."""
         self._free[like.shape, like.dtype] += [np.full(like.shape, 0, like.dtype) for _ in range(2)]
 
 
 class _Held:
-    """A copy. Its memory is used again when this object is gone."""
+    """A copy. Its memory is reused when this object is deleted."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
 
-class _Own(_Known):
+class _Fresh(_Known):
     """A large array that was made for one look. While it is held, TensorFlow copies the variable before a change."""
 
     _copy: _Held
@@ -260,9 +262,9 @@ class _Array:
 
     Attributes:
         live: The array.
-        copy: Its content when it was copied last.
-        is_doubted: Whether it is to be copied until a save is true.
-        surprises: How often it was found to be changed where a look had assumed that it is not.
+        copy: The last copy of its content.
+        is_doubted: Whether the array is copied until a save succeeds.
+        surprises: The number of wrong assumptions that the array was unchanged.
     """
 
     def __init__(self, array: np.ndarray, memory: _Memory, fingerprints: bool) -> None:
@@ -278,19 +280,19 @@ class _Array:
         return self.live is array and self._interface == _interface(array)
 
     def may_be_changed(self) -> bool:
-        """Whether it may be another than when it was copied last, as far as a look can tell."""
+        """Whether the array may have changed since its last copy, as far as a look can tell."""
         if self.is_doubted or self.surprises > 1:
             return True
         return self.surprises > 0 and (self.copy is None or not _same_samples(self.live, self.copy.array))
 
     def is_unchanged(self) -> bool:
-        """Whether it is as it was when it was copied, or else when it was fingerprinted."""
+        """Whether the array equals its last copy, or its fingerprint if there is no copy."""
         if self.copy is not None:
             return _same(self.live, self.copy.array)
         return self._fingerprint is None or _fingerprint(self.live) == self._fingerprint
 
     def note_surprise(self) -> None:
-        """It was found to be changed. From now on it may be copied: gets memory, because new memory takes long."""
+        """Notes a wrong assumption. Allocates memory for later copies, because new memory takes long."""
         if not self.surprises:
             self._memory.prepare(self.live)
         self.surprises += 1
@@ -322,7 +324,7 @@ class _ArrayLeaf(Leaf):
     def is_true(self) -> bool:
         if self._is_exact or self._owner.is_unchanged():
             return True
-        if self._owner.surprises == self._surprises:  # else a look before learned it
+        if self._owner.surprises == self._surprises:  # otherwise an earlier look has noted the change
             self._owner.note_surprise()
         return False
 
@@ -338,7 +340,7 @@ class _Collection:
 
     Attributes:
         owner: The collection.
-        form: What its items are written as, as far as is known. `None`: they cannot be written together.
+        form: The form in which the items are written, as far as is known. `None` if they cannot be written together.
     """
 
     def __init__(self, items: Items) -> None:
@@ -347,19 +349,19 @@ class _Collection:
         self._items: _Items | None = None
 
     def items(self, now: list[Any]) -> _Items:
-        """A copy that begins with the items of now. The same copy is returned while the collection only grows."""
+        """A copy that begins with the current items. The same copy is returned while the collection only grows."""
         if self._items is None or type(self._items) is not self.form or not self._items.follow(now):
             self._items = cast(type[_Items], self.form)(now)
         return self._items
 
     def give_up(self) -> None:
-        """Chooses another form, because the items are not of this one."""
+        """Chooses another form, because the items do not have the current form."""
         is_text = self._items is not None and self.form is _Numbers and self._items.are_flat()
         self.form = _Texts if is_text else None
 
 
 class _Items(abc.ABC):
-    """The items of a collection, to which more are appended."""
+    """A growing copy of the items of a collection."""
 
     is_text: bool
 
@@ -369,15 +371,15 @@ class _Items(abc.ABC):
         self._take(items)
 
     def follow(self, items: list[Any]) -> bool:
-        """Appends what was appended to a list. Says whether the other items are the same still."""
+        """Appends the items that were appended to a list. Returns whether the other items are unchanged."""
         self._take(items[len(self._items) :])
         try:
-            return items == self._items  # Python compares the same numbers in the same places fastest
-        except ValueError:  # NumPy's arrays among them have no truth value
+            return items == self._items  # fast, because Python compares identical objects by identity
+        except ValueError:  # comparisons with NumPy's arrays have no truth value
             return False
 
     def are_flat(self) -> bool:
-        """Whether a copy of each item holds nothing that can be changed."""
+        """Whether each copied item holds only immutable values."""
         return all(map(is_flat, self._items))
 
     def _take(self, items: list[Any]) -> None:
@@ -386,7 +388,7 @@ class _Items(abc.ABC):
 
     @abc.abstractmethod
     def array(self, count: int) -> np.ndarray | None:
-        """So many of the items as an array, `None` if they are not of this form. Other threads run meanwhile."""
+        """The first `count` items as an array, `None` if they do not have this form. Other threads run meanwhile."""
 
 
 class _Numbers(_Items):
@@ -450,7 +452,7 @@ class _ItemsLeaf(Leaf):
     """The items of a long collection at one moment.
 
     Attributes:
-        is_text: Whether they are written as JSON, not as an array of numbers.
+        is_text: Whether the items are written as JSON, not as an array of numbers.
     """
 
     def __init__(self, collection: _Collection, now: list[Any]) -> None:
@@ -471,7 +473,7 @@ class _ItemsLeaf(Leaf):
         return is_known
 
     def doubt(self, doubts: bool) -> None:
-        """A copy of the items is compared at each look, so nothing is assumed."""
+        """Does nothing, because each look compares the items with their copy."""
 
     def array(self) -> np.ndarray:
         return cast(np.ndarray, self._items.array(self._count))
@@ -482,7 +484,7 @@ def _interface(array: np.ndarray) -> Any:
 
 
 def _bytes_of(array: np.ndarray) -> np.ndarray:
-    """The bytes of an array, without a copy where they lie in one piece."""
+    """The bytes of an array, without a copy if they are contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
@@ -494,7 +496,7 @@ def _same(array: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _same_samples(array: np.ndarray, other: np.ndarray) -> bool:
-    """Whether a large array has the same bytes as another in some places, as far as that can be told quickly."""
+    """Whether two large arrays have the same bytes in some places. `False` if the check would be slow."""
     if array.nbytes < _SAMPLED or not array.flags.c_contiguous:
         return False
     step = array.nbytes // _SAMPLES
