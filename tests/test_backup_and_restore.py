@@ -1,4 +1,4 @@
-"""`BackupAndRestore`: the same script, run again, goes on; and only its own files are removed at the end."""
+"""`BackupAndRestore`: the same script resumes when it is run again, and removes only its own files at the end."""
 
 import inspect
 import pathlib
@@ -19,7 +19,7 @@ def backup(tmp_path) -> pathlib.Path:
 
 
 class Counts(keras.callbacks.Callback):
-    """Notes the epochs that were run."""
+    """Records the numbers of the epochs that begin."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,15 +30,15 @@ class Counts(keras.callbacks.Callback):
 
 
 def interrupted(backup: pathlib.Path, batches: int, **options) -> keras.Model:
-    """A training of ten epochs of five batches that ends with an error."""
+    """Interrupts a training of ten epochs of five batches by an error. Returns the model."""
     model = dense_model()
     with pytest.raises(RuntimeError):
         fit(model, kc.BackupAndRestore(backup, **options), Interrupts(batches, RuntimeError()), epochs=10)
     return model
 
 
-def test_a_training_that_was_interrupted_goes_on(backup) -> None:
-    """Interrupted in its fifth epoch, it is restored and runs the other six; the history is of all ten."""
+def test_an_interrupted_training_resumes(backup) -> None:
+    """A training of ten epochs, interrupted in the fifth, runs the last six. The history has all ten epochs."""
     interrupted(backup, 22)
     counts = Counts()
 
@@ -49,8 +49,8 @@ def test_a_training_that_was_interrupted_goes_on(backup) -> None:
     assert len(history.history["loss"]) == 10
 
 
-def test_the_model_is_what_it_was_when_it_was_backed_up(backup) -> None:
-    """Weights, seeds and optimizer, before the first batch."""
+def test_a_restart_restores_the_model_as_it_was_backed_up(backup) -> None:
+    """Weights, seeds and optimizer are equal before the first batch."""
     saved = {}
 
     class Keeps(keras.callbacks.Callback):
@@ -72,7 +72,7 @@ def test_the_model_is_what_it_was_when_it_was_backed_up(backup) -> None:
 
 
 def test_a_restart_ends_where_the_uninterrupted_run_ends(backup) -> None:
-    """With the data in order, killed at an epoch's end: to the bit."""
+    """With data in order and an interruption after an epoch, the models are equal to the bit."""
     whole = dense_model()
     start = [variable.numpy() for variable in whole.variables]
     fit(whole, epochs=4)
@@ -92,14 +92,14 @@ def test_a_restart_ends_where_the_uninterrupted_run_ends(backup) -> None:
 
 
 def test_the_backup_is_removed_at_the_end(backup) -> None:
-    """With its directory, if nothing else is in it."""
+    """The directory is removed with the backup, if it holds nothing else."""
     fit(dense_model(), kc.BackupAndRestore(backup), epochs=2)
 
     assert not backup.exists()
 
 
-def test_nothing_of_anybody_elses_is_removed(backup) -> None:
-    """Keras removes the whole directory."""
+def test_files_of_others_in_the_backup_directory_are_not_removed(backup) -> None:
+    """Keras's BackupAndRestore removes the whole directory."""
     backup.mkdir()
     (backup / "thesis.tex").write_text("mine")
 
@@ -109,8 +109,8 @@ def test_nothing_of_anybody_elses_is_removed(backup) -> None:
     assert [path.name for path in backup.iterdir() if path.name != ".keras_ckpt"] == ["thesis.tex"]
 
 
-def test_the_backup_stays_if_asked_for(backup) -> None:
-    """And a finished training that is started again trains nothing."""
+def test_the_backup_stays_with_delete_checkpoint_false(backup) -> None:
+    """A finished training that is started again trains nothing."""
     fit(dense_model(), kc.BackupAndRestore(backup, delete_checkpoint=False), epochs=2)
     counts = Counts()
 
@@ -121,15 +121,15 @@ def test_the_backup_stays_if_asked_for(backup) -> None:
 
 
 @pytest.mark.parametrize(("double", "kept"), [(False, [15]), (True, [10, 15])])
-def test_one_backup_is_kept_or_two(backup, double, kept) -> None:
-    """double_checkpoint keeps the one before, too."""
+def test_one_backup_is_kept_or_two_with_double_checkpoint(backup, double, kept) -> None:
+    """`double_checkpoint=True` keeps the previous backup as well."""
     interrupted(backup, 17, double_checkpoint=double)
 
     assert [record.step for record in kc.CheckpointDirectory(backup)] == kept
 
 
-def test_the_epoch_to_begin_with_does_not_leak_into_the_next_fit(backup) -> None:
-    """In Keras it does: a later fit of fewer epochs would train nothing."""
+def test_the_initial_epoch_of_a_restart_does_not_leak_into_the_next_fit(backup) -> None:
+    """In Keras it does leak, and a later fit of fewer epochs would train nothing."""
     interrupted(backup, 17)
     model = dense_model()
     fit(model, kc.BackupAndRestore(backup), epochs=5)
@@ -140,8 +140,8 @@ def test_the_epoch_to_begin_with_does_not_leak_into_the_next_fit(backup) -> None
     assert counts.epochs == [0, 1]
 
 
-def test_the_epoch_to_begin_with_does_not_leak_from_an_interrupted_fit(backup) -> None:
-    """Nor after Ctrl-C."""
+def test_the_initial_epoch_of_a_restart_does_not_leak_from_a_fit_that_ctrl_c_ended(backup) -> None:
+    """The next fit begins at its own first epoch."""
     interrupted(backup, 17)
     model = dense_model()
     with pytest.raises(KeyboardInterrupt):
@@ -153,8 +153,8 @@ def test_the_epoch_to_begin_with_does_not_leak_from_an_interrupted_fit(backup) -
     assert counts.epochs == [0, 1]
 
 
-def test_backups_within_an_epoch(backup) -> None:
-    """The epoch under way begins again, on the newest weights, as with Keras."""
+def test_a_backup_within_an_epoch_repeats_the_epoch_without_a_resumable_dataset(backup) -> None:
+    """The epoch in progress begins again on the newest weights, as in Keras, with a warning."""
     interrupted(backup, 13, save_freq=4)
     record = kc.CheckpointDirectory(backup).latest()
     assert (record.step, record.epoch, record.batch) == (12, 2, 2)
@@ -166,8 +166,8 @@ def test_backups_within_an_epoch(backup) -> None:
     assert counts.epochs == [2, 3]
 
 
-def test_a_second_fit_has_its_own_epochs(backup) -> None:
-    """The backup tells fit's own epoch, not that of the run."""
+def test_a_second_fit_resumes_at_its_own_epoch(backup) -> None:
+    """The backup holds the epoch of the fit, not the epoch of the run."""
     model = dense_model()
     fit(model, kc.BackupAndRestore(backup), epochs=3)
     with pytest.raises(RuntimeError):
@@ -179,8 +179,8 @@ def test_a_second_fit_has_its_own_epochs(backup) -> None:
     assert counts.epochs == [1, 2]
 
 
-def test_with_model_checkpoint_beside_it(backup, tmp_path) -> None:
-    """The restored model goes on with its run: what is best and what is newest is as without the interruption."""
+def test_a_model_checkpoint_keeps_the_same_checkpoints_after_a_restart(backup, tmp_path) -> None:
+    """The restored model continues its run. The best and the newest checkpoints are as without the interruption."""
     runs = {name: kc.CheckpointDirectory(tmp_path / name) for name in ("whole", "interrupted")}
     losses = [0.5, 0.2, 0.4, 0.3, 0.6, 0.7]
 
@@ -203,8 +203,8 @@ def test_with_model_checkpoint_beside_it(backup, tmp_path) -> None:
     assert position_of(model).step == 30
 
 
-def test_a_backup_that_does_not_fit_is_an_error(backup) -> None:
-    """Never a silent start from the beginning."""
+def test_a_backup_of_another_model_is_an_error(backup) -> None:
+    """The training does not silently start from the beginning, and the backup stays."""
     interrupted(backup, 8)
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     other.compile("adam", "mse")
@@ -216,7 +216,7 @@ def test_a_backup_that_does_not_fit_is_an_error(backup) -> None:
 
 
 def test_a_damaged_backup_is_an_error(backup) -> None:
-    """Nor here."""
+    """The training does not silently start from the beginning."""
     interrupted(backup, 8)
     record = kc.CheckpointDirectory(backup).latest()
     pathlib.Path(f"{record.prefix}.index").write_bytes(b"")
@@ -226,7 +226,7 @@ def test_a_damaged_backup_is_an_error(backup) -> None:
 
 
 def test_a_model_that_is_not_built_is_refused(backup) -> None:
-    """It could not be restored after a crash."""
+    """An unbuilt model could not be restored after a crash."""
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("adam", "mse", run_eagerly=True)
 
@@ -234,8 +234,8 @@ def test_a_model_that_is_not_built_is_refused(backup) -> None:
         fit(model, kc.BackupAndRestore(backup))
 
 
-def test_its_directory_is_not_that_of_another_callback(tmp_path) -> None:
-    """Each would remove what the other keeps."""
+def test_a_directory_of_another_callback_is_refused(tmp_path) -> None:
+    """Each callback would remove the checkpoints of the other."""
     with pytest.raises(kc.DirectoryNotEmptyError, match="Two callbacks"):
         fit(dense_model(), kc.ModelCheckpoint(tmp_path / "run"), kc.BackupAndRestore(tmp_path / "run"))
 
@@ -248,14 +248,14 @@ def test_its_directory_is_not_that_of_another_callback(tmp_path) -> None:
         ({"backup_dir": "b", "on_full_disk": "ignore"}, ValueError),
     ],
 )
-def test_wrong_arguments_are_refused(arguments, error) -> None:
-    """With what was received. (In Keras save_freq=False saves on every batch.)"""
+def test_wrong_arguments_of_backup_and_restore_are_refused(arguments, error) -> None:
+    """The error tells the received value. (In Keras, save_freq=False saves on every batch.)"""
     with pytest.raises(error, match="Received"):
         kc.BackupAndRestore(**arguments)
 
 
-def test_a_directory_that_is_no_backup_is_refused(backup) -> None:
-    """A run is not restored from, and above all not removed at the end."""
+def test_a_directory_of_checkpoints_that_are_no_backup_is_refused(backup) -> None:
+    """A run of ModelCheckpoint is not restored, and not removed at the end."""
     fit(dense_model(), kc.ModelCheckpoint(backup), epochs=2)
 
     with pytest.raises(kc.DirectoryNotEmptyError, match="holds checkpoints that are no backup: ckpt-5, ckpt-10"):
@@ -265,8 +265,8 @@ def test_a_directory_that_is_no_backup_is_refused(backup) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras's writing of HDF5
-def test_a_backup_of_keras_is_not_ignored(backup) -> None:
-    """One who switched in the middle of a run is told, instead of beginning again."""
+def test_a_backup_of_keras_is_refused(backup) -> None:
+    """A user who switched from Keras's callback within a run gets an error instead of a new start."""
     with pytest.raises(RuntimeError):
         fit(dense_model(), keras.callbacks.BackupAndRestore(backup), Interrupts(8, RuntimeError()), epochs=3)
 
@@ -274,8 +274,8 @@ def test_a_backup_of_keras_is_not_ignored(backup) -> None:
         fit(dense_model(), kc.BackupAndRestore(backup), epochs=3)
 
 
-def test_a_backup_that_was_pinned_stays(backup) -> None:
-    """With a warning, and the fit ends well."""
+def test_a_pinned_backup_stays_at_the_end(backup) -> None:
+    """The fit ends normally, with a warning."""
 
     class Pins(keras.callbacks.Callback):
         def on_train_end(self, logs=None) -> None:
@@ -287,8 +287,8 @@ def test_a_backup_that_was_pinned_stays(backup) -> None:
     assert [record.step for record in kc.CheckpointDirectory(backup)] == [10]
 
 
-def test_a_crash_before_the_first_save_goes_on_with_the_same_run(backup, tmp_path) -> None:
-    """The state at the beginning is backed up, so another callback's checkpoints are not without their run."""
+def test_a_crash_before_the_first_save_resumes_the_same_run(backup, tmp_path) -> None:
+    """The initial state is backed up, so that checkpoints of another callback continue their run."""
     runs = kc.CheckpointDirectory(tmp_path / "run")
     first = dense_model()
     start = first.get_weights()
@@ -311,8 +311,8 @@ def test_a_crash_before_the_first_save_goes_on_with_the_same_run(backup, tmp_pat
     assert [record.step for record in runs] == [2, 4, 6, 8, 10]
 
 
-def test_a_damaged_backup_falls_back_to_the_one_before(backup) -> None:
-    """With double_checkpoint there is one, and a warning says which."""
+def test_a_damaged_backup_falls_back_to_the_previous_backup(backup) -> None:
+    """`double_checkpoint=True` keeps a previous backup. A warning names it."""
     interrupted(backup, 17, double_checkpoint=True)
     data = pathlib.Path(f"{kc.CheckpointDirectory(backup)[15].prefix}.data-00000-of-00001")
     data.write_bytes(bytes(len(data.read_bytes())))
@@ -325,7 +325,7 @@ def test_a_damaged_backup_falls_back_to_the_one_before(backup) -> None:
 
 
 class TwoOptimizers(keras.Model):
-    """A model as that of a GAN: what compile() makes is not used, and two others train half of it each."""
+    """A model like a GAN: each of two optimizers trains one half, and the optimizer of compile() is unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -357,7 +357,7 @@ def two_optimizers() -> TwoOptimizers:
 
 
 def test_every_optimizer_that_a_model_holds_is_backed_up(backup) -> None:
-    """Not that of compile() alone; and a restart ends where the uninterrupted run ends."""
+    """A restart of a model with two optimizers ends where the uninterrupted run ends."""
     whole = two_optimizers()
     start = whole.get_weights()
     fit(whole, epochs=4)
@@ -375,8 +375,8 @@ def test_every_optimizer_that_a_model_holds_is_backed_up(backup) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(whole.get_weights(), again.get_weights(), strict=True))
 
 
-def test_takes_keras_arguments_in_their_order(backup) -> None:
-    """And is a callback of Keras's class."""
+def test_backup_and_restore_takes_the_arguments_of_keras_in_order(backup) -> None:
+    """It is also an instance of Keras's BackupAndRestore."""
     ours, theirs = (
         list(inspect.signature(each).parameters) for each in (kc.BackupAndRestore, keras.callbacks.BackupAndRestore)
     )
@@ -386,7 +386,7 @@ def test_takes_keras_arguments_in_their_order(backup) -> None:
 
 
 def test_a_backup_that_was_complete_when_its_process_died_is_restored(backup) -> None:
-    """It is not yet in its place, and the script that runs again goes on from it all the same."""
+    """The complete backup was not yet published. The script that runs again resumes from it."""
     model, other = dense_model(), dense_model()
     fit(model, kc.BackupAndRestore(backup, delete_checkpoint=False))
     into_a_stage(backup)

@@ -1,4 +1,4 @@
-"""A training with the callbacks ends bit for bit as the same training without them, and so does a resumed training."""
+"""A training with the callbacks, also a resumed training, ends bit for bit as the same training without them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from keras_ckpt.model.parts import optimizers_of
 from support import trainings, zoo
 from support.models import Interrupts
 
-pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # by the default of `fit`
+pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # the default of `fit`
 OPTIMIZERS = {**zoo.OPTIMIZERS, **trainings.optimizer_options()}
 
 
 def state(model: keras.Model) -> dict[str, np.ndarray]:
-    """The variables of a model, its optimizers and its loss, and what the generators draw next."""
+    """The variables of a model, its optimizers and its loss, and the next draws of the global generators."""
     optimizers = optimizers_of(model).values()
     variables = [*model.variables, *(each for optimizer in optimizers for each in optimizer.variables)]
     if isinstance(getattr(model, "loss", None), trainings.OwnLoss):
@@ -34,7 +34,7 @@ def state(model: keras.Model) -> dict[str, np.ndarray]:
 
 
 def trained(make, source, *callbacks, seed: int = 1, **options) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
-    """How a training ends, and its history."""
+    """Trains a new model. Returns its state at the end, and the history."""
     keras.utils.set_random_seed(seed)
     model = make()
     arguments = {"epochs": trainings.EPOCHS, "verbose": 0, "callbacks": [*callbacks], **source(), **options}
@@ -51,7 +51,7 @@ def callbacks(path) -> list[keras.callbacks.Callback]:
 
 
 def assert_same(one, other) -> None:
-    """Two trainings ended the same to the bit."""
+    """Asserts that two trainings ended equally to the bit, with equal histories."""
     (first, first_history), (second, second_history) = one, other
     assert first.keys() == second.keys()
     np.testing.assert_equal(second, first)
@@ -60,8 +60,8 @@ def assert_same(one, other) -> None:
 
 @pytest.mark.sample(8)
 @pytest.mark.parametrize("name", trainings.MODELS)
-def test_a_model_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
-    """Its weights, its optimizers and all random numbers afterwards are the same."""
+def test_a_model_trains_with_the_callbacks_as_without_them(tmp_path, name) -> None:
+    """The weights, the optimizers and all later random numbers are the same."""
     make, source = trainings.MODELS[name], trainings.SOURCES["arrays"]
 
     assert_same(trained(make, source), trained(make, source, *callbacks(tmp_path)))
@@ -69,7 +69,7 @@ def test_a_model_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
 
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("name", trainings.SOURCES)
-def test_data_are_read_as_they_are_without_callbacks(tmp_path, name) -> None:
+def test_data_is_read_with_the_callbacks_as_without_them(tmp_path, name) -> None:
     """Each epoch has the same batches in the same order."""
     make, source = trainings.MODELS["dropout and batch normalization"], trainings.SOURCES[name]
 
@@ -78,8 +78,8 @@ def test_data_are_read_as_they_are_without_callbacks(tmp_path, name) -> None:
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["diffusion", "a momentum encoder", "mixed precision", "a loss with state"])
-def test_a_traced_model_trains_as_it_does_without_callbacks(tmp_path, name) -> None:
-    """Its step is a function of TensorFlow."""
+def test_a_traced_model_trains_with_the_callbacks_as_without_them(tmp_path, name) -> None:
+    """The training step is a function of TensorFlow instead of eager Python."""
 
     def make() -> keras.Model:
         model = trainings.MODELS[name]()
@@ -92,7 +92,7 @@ def test_a_traced_model_trains_as_it_does_without_callbacks(tmp_path, name) -> N
 
 
 def resumed(path, make, source, batches: int, **options):
-    """How a training ends that an error ended after so many batches, and that another process resumed."""
+    """Interrupts a training by an error after so many batches, and resumes it. Returns as `trained` does."""
     data = source()["x"]
     first = kc.BackupAndRestore(path, save_freq=2, data=data)
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -104,8 +104,8 @@ def resumed(path, make, source, batches: int, **options):
 
 @pytest.mark.sample(8)
 @pytest.mark.parametrize("name", trainings.MODELS)
-def test_a_resumed_model_trains_as_without_callbacks(tmp_path, name) -> None:
-    """The model of the second process is freshly made, and has other initial values."""
+def test_a_resumed_model_ends_as_an_uninterrupted_model(tmp_path, name) -> None:
+    """The second training begins with a new model that has other initial values."""
     make = trainings.MODELS[name]
 
     assert_same(trained(make, trainings.wrapped), resumed(tmp_path, make, trainings.wrapped, 6))
@@ -113,8 +113,8 @@ def test_a_resumed_model_trains_as_without_callbacks(tmp_path, name) -> None:
 
 @pytest.mark.sample(8)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_optimizer_trains_as_without_callbacks(tmp_path, name) -> None:
-    """Its slots and its steps are the same, though it was interrupted within an epoch."""
+def test_a_resumed_optimizer_ends_as_an_uninterrupted_optimizer(tmp_path, name) -> None:
+    """The optimizer's variables are the same after an interruption within an epoch."""
 
     def make() -> keras.Model:
         return trainings.compiled(trainings.network(), OPTIMIZERS[name]())
@@ -125,7 +125,7 @@ def test_a_resumed_optimizer_trains_as_without_callbacks(tmp_path, name) -> None
 @pytest.mark.sample(8)
 @pytest.mark.parametrize("name", trainings.MODELS)
 def test_a_restored_model_trains_as_the_saved_model(tmp_path, name) -> None:
-    """It is restored into a freshly made and compiled model, with `kc.restore`."""
+    """`kc.restore` restores the checkpoint into a new compiled model."""
     make, source = trainings.MODELS[name], trainings.SOURCES["arrays in order"]
     keras.utils.set_random_seed(1)
     model = make()

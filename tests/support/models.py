@@ -1,4 +1,4 @@
-"""Small real models and data, and callbacks that script what a training reports."""
+"""Small real models and data, and callbacks that report scripted metrics or interrupt a training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Y = rng.normal(size=(40, 1)).astype("float32")
 
 
 def dense_model(name: str | None = None, *, compiled: bool = True, **options) -> keras.Model:
-    """Two dense layers with dropout between them, trained by Adam; eager, so that a fit begins at once."""
+    """Two dense layers with dropout between them, trained by Adam. The model is eager, so that a fit begins at once."""
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)], name=name
     )
@@ -51,26 +51,26 @@ def save(model: keras.Model, path: str | os.PathLike[str], step: int = 1, **fact
 
 
 def values(model: keras.Model) -> list[np.ndarray]:
-    """All that is to be restored: weights, seeds, optimizer."""
+    """The values that a restore sets: weights, seeds and optimizer."""
     optimizer = model.optimizer.variables if model.compiled else []
     return [variable.numpy() for variable in (*model.variables, *optimizer)]
 
 
 def same(model: keras.Model, other: keras.Model) -> bool:
-    """Whether two models hold the same to the bit."""
+    """Whether two models have equal values to the bit."""
     pairs = zip(values(model), values(other), strict=True)
     return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
 
 
 def into_a_stage(path: pathlib.Path) -> None:
-    """Has the checkpoints of a directory where they are when they are complete, but nobody sees them yet."""
+    """Moves the checkpoints of a directory to the stage, where complete checkpoints wait until they are published."""
     with Folder(path) as folder, folder.folder(PRIVATE) as private, private.folder("stage-0", create=True) as stage:
         for name in [name for name in folder.names() if name.startswith("ckpt-")]:
             folder.move(name, stage)
 
 
 class Reports(keras.callbacks.Callback):
-    """Puts scripted metrics into the logs of each epoch, before the callbacks that come after it."""
+    """Writes scripted metrics into the logs of each epoch, for the callbacks after it in the list."""
 
     def __init__(self, **metrics: Sequence[object]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Reports(keras.callbacks.Callback):
 
 
 class Interrupts(keras.callbacks.Callback):
-    """Raises after so many batches, as Ctrl-C or an error would."""
+    """Raises an error after so many batches, by default that of Ctrl-C."""
 
     def __init__(self, batches: int, error: BaseException | None = None) -> None:
         super().__init__()

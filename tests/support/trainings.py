@@ -1,4 +1,4 @@
-"""Trainings of many kinds: models, steps of their own, optimizers, and sources of data. All are small and eager."""
+"""Trainings of many kinds: models, custom training steps, optimizers and data sources. All are small and eager."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ dense = keras.layers.Dense
 
 
 class Diffusion(keras.Model):
-    """Trains a network, and moves a copy of it along: the way of keras.io's DDIM."""
+    """Trains a network, and updates a moving average of it, as keras.io's DDIM does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Diffusion(keras.Model):
 
 
 class Adversarial(keras.Model):
-    """Two networks with an optimizer each; where a training has them is a choice.
+    """Two networks with an optimizer each.
 
     Args:
         place: How the model holds its optimizers.
@@ -105,7 +105,7 @@ class Adversarial(keras.Model):
 
 
 class Distiller(keras.Model):
-    """Trains a student after a teacher that is not trained."""
+    """Trains a student network to follow an untrained teacher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Distiller(keras.Model):
 
 
 class Momentum(keras.Model):
-    """Contrasts an encoder with a copy that follows it, over a queue of what the copy gave before."""
+    """Contrasts an encoder with its momentum encoder, over a queue of earlier keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Momentum(keras.Model):
 
 
 class Part(keras.Model):
-    """Trains one of two layers, and builds its optimizer for that itself."""
+    """Trains one of two layers, and builds the optimizer for this layer itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Part(keras.Model):
 
 
 class Lookahead(keras.optimizers.Optimizer):
-    """Runs another optimizer, which it holds in an attribute of its own."""
+    """An optimizer that runs another optimizer, which it holds in an attribute."""
 
     def __init__(self, base: Any, **options: Any) -> None:
         super().__init__(learning_rate=0.1, **options)
@@ -195,7 +195,7 @@ class Lookahead(keras.optimizers.Optimizer):
 
 
 class Alternating(keras.Model):
-    """Trains one layer in even steps and another in odd steps, each by an optimizer that is made in the constructor."""
+    """Trains one layer in even steps and another layer in odd steps, each with an optimizer from the constructor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Alternating(keras.Model):
 
 
 class OwnLoss(keras.losses.Loss):
-    """Weighs by a mean of losses that it has seen."""
+    """A loss that is divided by a moving average of its earlier values."""
 
     def __init__(self) -> None:
         super().__init__(name="own")
@@ -235,7 +235,7 @@ class OwnLoss(keras.losses.Loss):
 
 
 class Penalty(keras.layers.Layer):
-    """Adds a loss, counts its calls, and draws random numbers."""
+    """A layer that adds a loss, counts its calls, and draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "accumulated gradients": lambda: compiled(network(), keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)),
     "a schedule": lambda: compiled(network(), keras.optimizers.Adam(rate_schedule(), clipnorm=1.0)),
     "diffusion": lambda: compiled(called(Diffusion())),
-    "networks that nobody called as a whole": lambda: compiled(Diffusion()),
+    "a model that was never called as a whole": lambda: compiled(Diffusion()),
     "distillation": lambda: compiled(called(Distiller())),
     "a momentum encoder": lambda: compiled(called(Momentum()), keras.optimizers.SGD(0.1, momentum=0.9)),
     "a momentum encoder, average of the weights": lambda: compiled(
@@ -331,7 +331,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches in another order each epoch, by a generator of its own."""
+    """A PyDataset that shuffles its batches after each epoch with its own generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,12 +378,12 @@ SOURCES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def wrapped() -> dict[str, Any]:
-    """Data that can be entered in the middle of an epoch."""
+    """Data that resumes in the middle of an epoch."""
     return {"x": kc.ResumableDataset(X, Y, batch_size=BATCH, shuffle=True, seed=1)}
 
 
 def optimizer_options() -> dict[str, Callable[[], Any]]:
-    """Settings of optimizers that change what a step does."""
+    """Optimizers with settings that change a step, by the name of the setting."""
     kinds = keras.optimizers
     return {
         "clipvalue": lambda: kinds.SGD(0.1, clipvalue=0.01),
