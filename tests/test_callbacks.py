@@ -1,4 +1,4 @@
-"""Other callbacks of a backed-up training resume with their state, and a stopped training is continued if asked."""
+"""The other callbacks of a backed-up training resume with their state, and a stopped training continues on request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def backup(tmp_path) -> pathlib.Path:
 
 
 class Crashes(callbacks.Callback):
-    """Ends a training by an error, when an epoch begins."""
+    """A callback that ends a training by an error when an epoch begins."""
 
     def __init__(self, epoch: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Crashes(callbacks.Callback):
 
 
 def train(backup, *others, epochs=10, crash=None, initial=1, **options) -> keras.callbacks.History:
-    """Trains epochs of two batches whose `val_loss` is given, with a backup if there is a directory for it."""
+    """Trains epochs of two batches with scripted values of `val_loss`, and with a backup if `backup` is a directory."""
     keras.utils.set_random_seed(initial)
     model = dense_model()
     own = [] if backup is None else [kc.BackupAndRestore(backup, **options)]
@@ -92,7 +92,7 @@ TRANSIENT = {
 
 
 def plain_state(callback: callbacks.Callback) -> dict[str, object]:
-    """What a callback knows, but for what belongs to its process."""
+    """The attributes of a callback, except those that belong to its process."""
     found = {name: value for name, value in vars(callback).items() if name not in TRANSIENT and not callable(value)}
     return {name: value for name, value in found.items() if name != "best_weights"}
 
@@ -101,8 +101,8 @@ def plain_state(callback: callbacks.Callback) -> dict[str, object]:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
 @pytest.mark.parametrize("crash", [1, 6])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_a_callback_of_keras_ends_as_if_there_had_been_no_crash(tmp_path, backup, name, crash) -> None:
-    """Its state, its files, the history and the model, wherever the crash was."""
+def test_a_callback_of_keras_ends_as_without_a_crash(tmp_path, backup, name, crash) -> None:
+    """Its state, its files, the history and the model are equal, after an early or a late crash."""
     options = {"use_ema": True} if name == "SwapEMAWeights" else {}
 
     def run(callback, *others, seed=1):
@@ -133,7 +133,7 @@ def texts(folder: pathlib.Path) -> dict[str, str | None]:
 
 
 def test_each_callback_of_keras_is_in_the_table() -> None:
-    """A callback that Keras adds needs a place."""
+    """A callback that a new version of Keras adds must be added to the table."""
     kinds = {name for name, kind in vars(callbacks).items() if isinstance(kind, type)}
     elsewhere = {
         "Callback",
@@ -150,7 +150,7 @@ def test_each_callback_of_keras_is_in_the_table() -> None:
 
 
 class Limit(callbacks.Callback):
-    """Stops after so many epochs of its process, as a job's time limit does."""
+    """A callback that stops after so many epochs of its process, as the time limit of a job does."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Limit(callbacks.Callback):
     def on_train_begin(self, logs=None) -> None:
         self.began = time.time()
         self.left = self.epochs
-        self.file = open(os.devnull, "w")  # noqa: SIM115 - as callbacks do
+        self.file = open(os.devnull, "w")  # noqa: SIM115 - callbacks hold open files
         self.writer = tf.summary.create_noop_writer()
         self.lock, self.logger = threading.Lock(), logging.getLogger("limit")
 
@@ -173,7 +173,7 @@ class Limit(callbacks.Callback):
 
 
 class Deadline(callbacks.Callback):
-    """Stops at a time."""
+    """A callback that stops after so many seconds of its process."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Deadline(callbacks.Callback):
 
 
 class Draws(callbacks.Callback):
-    """Draws a number and counts it in an array, each epoch."""
+    """A callback that draws a number in each epoch, and counts it in an array."""
 
     def __init__(self, generator: np.random.Generator, array: np.ndarray) -> None:
         super().__init__()
@@ -202,8 +202,8 @@ class Draws(callbacks.Callback):
         self.min_delta += 1
 
 
-def test_what_two_callbacks_share_stays_shared(backup) -> None:
-    """A generator and an array: both draw from one, and both count in one."""
+def test_objects_that_two_callbacks_share_stay_shared_after_a_restart(backup) -> None:
+    """Both callbacks draw from one generator and count in one array."""
 
     def make() -> list[Draws]:
         generator, array = np.random.default_rng(1), np.zeros(3)
@@ -222,7 +222,7 @@ def test_what_two_callbacks_share_stays_shared(backup) -> None:
 
 
 def test_an_attribute_of_another_kind_is_replaced(backup) -> None:
-    """The constructor gives a list, and the training makes a bounded deque of it, and a set of a dict."""
+    """The training replaces a list of the constructor by a bounded deque, and a dict by a set."""
 
     class Changes(callbacks.Callback):
         def __init__(self) -> None:
@@ -242,7 +242,7 @@ def test_an_attribute_of_another_kind_is_replaced(backup) -> None:
 
 
 def test_a_deadline_belongs_to_the_process(backup) -> None:
-    """The second job has its own, and trains the rest."""
+    """The second job has its own deadline, and trains the rest."""
     with pytest.raises(RuntimeError, match="crash"):
         train(backup, Deadline(3.0), crash=2)
     time.sleep(3.0)
@@ -254,7 +254,7 @@ def test_a_deadline_belongs_to_the_process(backup) -> None:
 
 
 def test_an_open_file_and_a_start_time_belong_to_the_process(backup, recwarn) -> None:
-    """They are neither saved nor named among what is not."""
+    """They are not saved, and no warning names them as unsaved."""
     crashed = Limit(99)
     with pytest.raises(RuntimeError, match="crash"):
         train(backup, crashed, crash=2)
@@ -268,7 +268,7 @@ def test_an_open_file_and_a_start_time_belong_to_the_process(backup, recwarn) ->
 
 
 class Stats(callbacks.Callback):
-    """Has what belongs to its process and what belongs to the run in one dict."""
+    """A callback with one dict that holds values of the process and values of the run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ def test_a_deadline_in_a_dict_belongs_to_the_process(backup, crash, recwarn) -> 
 
 
 class OfClass(callbacks.Callback):
-    """Has state in attributes of its class, and in a slot."""
+    """A callback with state in attributes of its class, and in a slot."""
 
     __slots__ = ("slot",)
     seen: ClassVar[list[int]] = []
@@ -318,8 +318,8 @@ class OfClass(callbacks.Callback):
         self.slot = (epoch, *getattr(self, "slot", ()))
 
 
-def test_attributes_of_a_class_and_slots_come_back(backup, recwarn) -> None:
-    """In a new process the class is as the script has it."""
+def test_attributes_of_a_class_and_slots_are_restored(backup, recwarn) -> None:
+    """A new process begins with the attributes of the class as in the script."""
     with pytest.raises(RuntimeError, match="crash"):
         train(backup, OfClass(), crash=4)
     OfClass.count = 0
@@ -335,7 +335,7 @@ def test_attributes_of_a_class_and_slots_come_back(backup, recwarn) -> None:
 
 
 class NestedStats(callbacks.Callback):
-    """Has a deadline two dicts deep, beside what the run has reached."""
+    """A callback with a deadline two dicts deep, next to a count of the run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -349,7 +349,7 @@ class NestedStats(callbacks.Callback):
 
 
 def test_a_deadline_deep_in_dicts_belongs_to_the_process(backup) -> None:
-    """Each key is followed by itself."""
+    """Each key of a nested dict is saved separately."""
     crashed, resumed = NestedStats(), NestedStats()
     with pytest.raises(RuntimeError, match="crash"):
         train(backup, crashed, crash=4)
@@ -361,7 +361,7 @@ def test_a_deadline_deep_in_dicts_belongs_to_the_process(backup) -> None:
 
 
 class Rotates(callbacks.Callback):
-    """Uses the keys of a dict in turns."""
+    """A callback that moves the first key of a dict to the end in each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -373,8 +373,8 @@ class Rotates(callbacks.Callback):
         self.used.append(key)
 
 
-def test_the_order_of_keys_comes_back(backup) -> None:
-    """The values are those of the constructor."""
+def test_the_order_of_the_keys_of_a_dict_is_restored(backup) -> None:
+    """The values of the keys have not changed since the constructor."""
     with pytest.raises(RuntimeError, match="crash"):
         train(backup, Rotates(), crash=4)
 
@@ -384,7 +384,7 @@ def test_the_order_of_keys_comes_back(backup) -> None:
 
 
 class Counts(callbacks.Callback):
-    """Counts with a dict that makes its missing values."""
+    """A callback that counts in a default dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,7 +395,7 @@ class Counts(callbacks.Callback):
 
 
 def test_a_default_dict_keeps_the_factory_of_the_script(backup) -> None:
-    """A factory that is a function has no name in a backup."""
+    """A backup cannot name a factory that is a function."""
     with pytest.raises(RuntimeError, match="crash"):
         train(backup, Counts(), crash=4)
 
@@ -405,7 +405,7 @@ def test_a_default_dict_keeps_the_factory_of_the_script(backup) -> None:
 
 
 class Base(callbacks.Callback):
-    """Subclasses count by themselves."""
+    """A callback whose subclasses have separate counts."""
 
     count = 0
 
@@ -414,7 +414,7 @@ class Base(callbacks.Callback):
 
 
 class Derived(Base):
-    __slots__ = "__secret"  # noqa: PLC0205 - Python takes it
+    __slots__ = "__secret"  # noqa: PLC0205 - Python accepts a single string
 
     def on_epoch_end(self, epoch, logs=None) -> None:
         super().on_epoch_end(epoch, logs)
@@ -425,8 +425,8 @@ class Derived(Base):
         return self.__secret
 
 
-def test_an_attribute_of_a_class_comes_back_to_its_class(backup) -> None:
-    """The base class has its own. A private slot comes back as well."""
+def test_an_attribute_of_a_class_is_restored_to_its_class(backup) -> None:
+    """The attribute of the base class is unchanged. A private slot is restored as well."""
     with pytest.raises(RuntimeError, match="crash"):
         train(backup, Derived(), crash=4)
     del Derived.count
@@ -451,7 +451,7 @@ class OwnLog(callbacks.CSVLogger):
 
 
 @pytest.mark.parametrize("crash", [2, 4, 6])
-def test_subclasses_of_callbacks_of_keras_end_as_if_there_had_been_no_crash(tmp_path, backup, crash, recwarn) -> None:
+def test_subclasses_of_callbacks_of_keras_end_as_without_a_crash(tmp_path, backup, crash, recwarn) -> None:
     """`min_delta` keeps its sign, and a log has each row once."""
 
     def make(name: str) -> tuple[OwnStopping, OwnLog]:
@@ -473,7 +473,7 @@ def test_subclasses_of_callbacks_of_keras_end_as_if_there_had_been_no_crash(tmp_
 
 
 class HoldsTheFit(callbacks.Callback):
-    """Holds what a process or the model has."""
+    """A callback that holds objects of the process, parts of the model and another callback."""
 
     def __init__(self, other: callbacks.Callback) -> None:
         super().__init__()
@@ -485,7 +485,7 @@ class HoldsTheFit(callbacks.Callback):
 
 
 def test_parts_of_the_model_and_other_callbacks_are_not_named_as_unsaved(backup, recwarn) -> None:
-    """They are in the backup as what they are."""
+    """The backup already holds them as the model and the callbacks."""
     other = callbacks.History()
     train(backup, other, HoldsTheFit(other))
 
@@ -493,8 +493,8 @@ def test_parts_of_the_model_and_other_callbacks_are_not_named_as_unsaved(backup,
 
 
 @pytest.mark.parametrize("delete", [True, False])
-def test_a_run_that_a_limit_stopped_continues_in_the_next_job(backup, capsys, delete) -> None:
-    """Job after job, and the end is that of one job."""
+def test_a_run_that_a_deadline_stopped_continues_in_the_next_job(backup, capsys, delete) -> None:
+    """Several short jobs end as one long job."""
     whole = train(None)
     for _ in range(3):
         train(backup, Deadline(0.0), delete_checkpoint=delete)
@@ -507,15 +507,15 @@ def test_a_run_that_a_limit_stopped_continues_in_the_next_job(backup, capsys, de
     assert same(history.model, whole.model)
 
 
-def test_a_limit_at_the_last_epoch_removes_the_backup(backup) -> None:
-    """The run is complete."""
+def test_a_stop_at_the_last_epoch_removes_the_backup(backup) -> None:
+    """The run is complete, although a callback stopped it."""
     train(backup, Deadline(0.0), epochs=1)
 
     assert not backup.exists()
 
 
 class Steps(callbacks.Callback):
-    """Stops in the middle of an epoch."""
+    """A callback that stops in the middle of an epoch."""
 
     def on_train_batch_end(self, batch, logs=None) -> None:
         if batch == 0:
@@ -523,7 +523,7 @@ class Steps(callbacks.Callback):
 
 
 def test_a_run_that_was_stopped_within_an_epoch_continues(backup) -> None:
-    """With `ResumableDataset`, from the batch where it was stopped."""
+    """With a `ResumableDataset`, the run continues from the batch where it was stopped."""
 
     def run(*others):
         keras.utils.set_random_seed(1)
@@ -541,8 +541,8 @@ def test_a_run_that_was_stopped_within_an_epoch_continues(backup) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
-def test_an_epoch_of_unknown_length_that_was_stopped_begins_again(backup) -> None:
-    """The place in such data is not known. No batch of the epoch is skipped without a word."""
+def test_a_stopped_epoch_of_unknown_length_begins_again(backup) -> None:
+    """The place in data of unknown length is not known. No batch of the epoch is silently skipped."""
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).filter(lambda x, y: True)
 
     def run(*others) -> keras.callbacks.History:
@@ -559,7 +559,7 @@ def test_an_epoch_of_unknown_length_that_was_stopped_begins_again(backup) -> Non
 
 
 class Batches(callbacks.Callback):
-    """Notes the batches."""
+    """A callback that records the numbers of the batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -578,8 +578,8 @@ class Batches(callbacks.Callback):
         ({"patience": 1, "epochs": 6, "min_delta": 0.5}, "stops again"),
     ],
 )
-def test_a_run_that_stopped_early_continues_when_more_is_asked_for(backup, more, epochs) -> None:
-    """More epochs, or more patience."""
+def test_a_run_that_stopped_early_continues_with_more_epochs_or_patience(backup, more, epochs) -> None:
+    """The run trains further epochs, up to the new limit or the new patience."""
     stop = callbacks.EarlyStopping(patience=1)
     first = train(backup, stop, epochs=6, delete_checkpoint=False)
     assert len(first.epoch) == 3
@@ -592,8 +592,8 @@ def test_a_run_that_stopped_early_continues_when_more_is_asked_for(backup, more,
         assert len(again.epoch) == more["epochs"]
 
 
-def test_a_run_that_stopped_early_stays_stopped_when_the_same_is_asked_for(backup, capsys) -> None:
-    """The line says how to continue it."""
+def test_a_run_that_stopped_early_stays_stopped_with_the_same_arguments(backup, capsys) -> None:
+    """The printed line says how to continue the run."""
     train(backup, callbacks.EarlyStopping(patience=1), epochs=6, delete_checkpoint=False)
 
     again = train(backup, callbacks.EarlyStopping(patience=1), epochs=6, delete_checkpoint=False)
@@ -602,8 +602,8 @@ def test_a_run_that_stopped_early_stays_stopped_when_the_same_is_asked_for(backu
     assert "where a callback stopped it: ask for more epochs, or more patience" in capsys.readouterr().out
 
 
-def test_a_run_that_stopped_early_ends_as_with_the_greater_patience_from_the_start(backup) -> None:
-    """Without `restore_best_weights`, nothing tells that it was stopped."""
+def test_a_run_that_stopped_early_ends_as_with_the_larger_patience_from_the_start(backup) -> None:
+    """Without `restore_best_weights`, the early stop leaves no trace in the model or the history."""
     whole = train(None, callbacks.EarlyStopping(patience=4), epochs=8)
     train(backup, callbacks.EarlyStopping(patience=1), epochs=8, delete_checkpoint=False)
 

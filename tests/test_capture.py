@@ -1,4 +1,4 @@
-"""What other callbacks hold is saved as it was at the moment of the backup, though large values are not copied then."""
+"""A backup saves the values of callbacks as they were at its moment, though it does not copy large values then."""
 
 import collections
 import copy
@@ -18,20 +18,20 @@ LARGE = 100_000
 
 
 def taken(states: CallbackStates) -> tuple[str, Later]:
-    """A text and its arrays, as a backup takes them."""
+    """The JSON text of the states and their arrays, as a backup takes them."""
     structure, assumed = states.take()
     text, leaves = dumped(structure)
     return text, Later({str(number): leaf for number, leaf in enumerate(leaves)}, assumed)
 
 
 def read(text: str, later: Later) -> dict:
-    """The states, as another process reads them."""
+    """The states as another process reads them."""
     assert later.is_true
     return decode(text, {int(number): array for number, array in later.arrays.items()})
 
 
 class Holder(keras.callbacks.Callback):
-    """Holds one thing."""
+    """A callback that holds one object."""
 
     def __init__(self, held) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def shortened(held: list) -> None:
 
 @pytest.mark.parametrize("change", [grown, item_changed, shortened])
 def test_a_long_list_is_saved_as_it_was_at_the_moment_of_the_backup(change) -> None:
-    """The list changes in any way between backups, and once more while a backup is written."""
+    """The list changes between backups, and again while a backup is written."""
     holder = Holder([float(number) for number in range(LARGE)])
     states = CallbackStates([holder])
     for _ in range(3):
@@ -84,7 +84,7 @@ COLLECTIONS = {
 
 
 def one_more(held) -> None:
-    """Adds an item that is like the others."""
+    """Adds an item of the same kind as the others."""
     if isinstance(held, dict):
         held[type(next(iter(held)))(len(held))] = next(reversed(held.values()))
     elif isinstance(held, set):
@@ -94,12 +94,12 @@ def one_more(held) -> None:
 
 
 class TestALongCollection:
-    """It is saved as it was at the moment of the backup, and encoded in the background."""
+    """A long collection is saved as it was at the moment of the backup, and is encoded in the background."""
 
     @pytest.mark.sample(6)
     @pytest.mark.parametrize("name", COLLECTIONS)
     def test_is_saved_as_it_was_at_the_moment(self, name) -> None:
-        """The collection grows between backups, and once more while a backup is written."""
+        """The collection grows between backups, and again while a backup is written."""
         holder = Holder(None)
         states = CallbackStates([holder])
         holder.held = COLLECTIONS[name]()
@@ -117,7 +117,7 @@ class TestALongCollection:
 
     @pytest.mark.parametrize("name", COLLECTIONS)
     def test_is_not_encoded_by_a_look(self, name) -> None:
-        """The training waits for a look."""
+        """The text of a look is short, because the training waits for the look."""
         holder = Holder(None)
         states = CallbackStates([holder])
         holder.held = COLLECTIONS[name]()
@@ -129,7 +129,7 @@ class TestALongCollection:
     @pytest.mark.sample(1)
     @pytest.mark.parametrize("name", ["dicts", "lists"])
     def test_is_saved_with_items_as_they_were_at_the_moment(self, name) -> None:
-        """An item changes between backups, and once more while a backup is written."""
+        """An item changes between backups, and again while a backup is written."""
         holder = Holder(None)
         states = CallbackStates([holder])
         holder.held = COLLECTIONS[name]()
@@ -141,8 +141,8 @@ class TestALongCollection:
 
             assert read(*backup) == {"Holder": {"held": expected}}
 
-    def test_is_saved_though_a_newer_backup_is_written_before(self) -> None:
-        """The text of the newer has more items than the older."""
+    def test_is_saved_though_a_newer_backup_is_written_first(self) -> None:
+        """The newer backup has more items than the older backup."""
         holder = Holder([])
         states = CallbackStates([holder])
         holder.held += COLLECTIONS["pairs"]()
@@ -153,8 +153,8 @@ class TestALongCollection:
 
         assert read(*older) == {"Holder": {"held": expected}}
 
-    def test_comes_back_in_another_process(self, tmp_path) -> None:
-        """A killed training had added to it."""
+    def test_is_restored_in_another_training(self, tmp_path) -> None:
+        """An interrupted training had appended items."""
         data = kc.ResumableDataset(X, Y, batch_size=8, shuffle=True, seed=1)
 
         def train(*others) -> Pairs:
@@ -170,7 +170,7 @@ class TestALongCollection:
 
 
 class Pairs(keras.callbacks.Callback):
-    """Has the loss of each step."""
+    """A callback that appends the loss of each step to a long list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Pairs(keras.callbacks.Callback):
 
 
 def test_only_the_first_of_many_small_arrays_are_copied_by_a_look() -> None:
-    """The others are followed as large arrays are."""
+    """The other small arrays are followed like large arrays."""
     arrays = [np.full(1000, number, "float32") for number in range(1000)]
     looks = Captures()
     looks.look(arrays, "arrays", fingerprints=True)
@@ -192,8 +192,8 @@ def test_only_the_first_of_many_small_arrays_are_copied_by_a_look() -> None:
     assert len(leaves) == 1000
 
 
-def test_a_list_of_whole_numbers_stays_one() -> None:
-    """Floats and whole numbers have arrays of their own type."""
+def test_a_long_list_of_integers_is_restored_as_integers() -> None:
+    """Integers and floats are saved in arrays of different types."""
     holder = Holder([])
     states = CallbackStates([holder])
     holder.held += range(LARGE)
@@ -205,8 +205,8 @@ def test_a_list_of_whole_numbers_stays_one() -> None:
 
 
 @pytest.mark.parametrize("item", [None, "text", 1, {"loss": 1.0}, 2.5, [1], True])
-def test_a_long_list_of_several_types_is_saved_too(item) -> None:
-    """The first backup that meets such a list is voided. The next backup has every item with its type."""
+def test_a_long_list_of_several_types_voids_one_backup(item) -> None:
+    """The next backup has every item with its type."""
     holder = Holder([])
     states = CallbackStates([holder])
     holder.held += [0.5] * LARGE + [item]
@@ -220,26 +220,26 @@ def test_a_long_list_of_several_types_is_saved_too(item) -> None:
     assert type(restored[-1]) is type(item)
 
 
-def test_a_number_too_large_for_an_array_is_saved_too() -> None:
-    """Python's whole numbers have no bound."""
+def test_an_integer_too_large_for_an_array_is_saved() -> None:
+    """Python's integers have no bound."""
     holder = Holder([])
     states = CallbackStates([holder])
     holder.held += [1] * LARGE + [1 << 80]
-    taken(states)[1].is_true  # noqa: B018 - the background finds out
+    taken(states)[1].is_true  # noqa: B018 - the background finds the large integer
 
     assert read(*taken(states))["Holder"]["held"][-1] == 1 << 80
 
 
-def test_an_array_that_nobody_changes_is_not_saved() -> None:
-    """The array is the script's: the next process has it too."""
+def test_an_unchanged_array_is_not_saved() -> None:
+    """The script makes the array in the next process too."""
     holder = Holder(np.ones(LARGE))
     states = CallbackStates([holder])
 
     assert read(*taken(states)) == {}
 
 
-def test_an_array_that_was_changed_in_its_place_voids_one_backup() -> None:
-    """From then on each backup has the content of its moment."""
+def test_an_array_that_changes_in_place_voids_one_backup() -> None:
+    """Each later backup has the content at its moment."""
     holder = Holder(np.ones(LARGE))
     states = CallbackStates([holder])
     holder.held[5] = 2
@@ -255,8 +255,8 @@ def test_an_array_that_was_changed_in_its_place_voids_one_backup() -> None:
         np.testing.assert_array_equal(read(*backup)["Holder"]["held"], expected)
 
 
-class TestALargeArrayThatWasChangedInItsPlaceBefore:
-    """It is copied where it may have changed."""
+class TestALargeArrayThatHasChangedInPlace:
+    """A large array that has changed in place once is copied when it may have changed again."""
 
     @pytest.fixture
     def holder(self) -> Holder:
@@ -264,7 +264,7 @@ class TestALargeArrayThatWasChangedInItsPlaceBefore:
 
     @pytest.fixture
     def states(self, holder) -> CallbackStates:
-        """They have noticed one change, and saved it."""
+        """States that have noticed one change, and saved it."""
         states = CallbackStates([holder])
         read(*taken(states))
         holder.held += 1
@@ -272,7 +272,8 @@ class TestALargeArrayThatWasChangedInItsPlaceBefore:
         read(*taken(states))
         return states
 
-    def test_is_not_copied_again_where_nobody_changed_it(self, holder, states, monkeypatch) -> None:
+    def test_is_not_copied_again_while_it_is_unchanged(self, holder, states, monkeypatch) -> None:
+        """A backup of the unchanged array makes no copies."""
         copied = []
         monkeypatch.setattr(capture, "copy_together", copied.extend)
 
@@ -281,6 +282,7 @@ class TestALargeArrayThatWasChangedInItsPlaceBefore:
         assert copied == []
 
     def test_is_saved_as_it_was_at_the_moment(self, holder, states) -> None:
+        """The array changes between backups, and again while a backup is written."""
         for _ in range(3):
             holder.held += 1
             expected = holder.held.copy()
@@ -290,7 +292,7 @@ class TestALargeArrayThatWasChangedInItsPlaceBefore:
             np.testing.assert_array_equal(read(*backup)["Holder"]["held"], expected)
 
     def test_voids_one_more_backup_if_it_is_changed_between_the_samples(self, holder, states) -> None:
-        """From then on, it is copied for each."""
+        """After the second void backup, the array is copied for each backup."""
         truths = []
         for _ in range(5):
             holder.held[LARGE + 1234] += 1
@@ -300,7 +302,7 @@ class TestALargeArrayThatWasChangedInItsPlaceBefore:
 
 
 def test_a_new_array_is_saved_as_it_was_at_the_moment_of_the_backup() -> None:
-    """As the best weights of EarlyStopping are new arrays at each improvement."""
+    """The best weights of EarlyStopping are new arrays at each improvement."""
     holder = Holder(None)
     states = CallbackStates([holder])
     for value in range(3):
@@ -312,8 +314,8 @@ def test_a_new_array_is_saved_as_it_was_at_the_moment_of_the_backup() -> None:
         assert [set(each.reshape(-1)) for each in restored] == [{value}, {value}]
 
 
-def test_an_array_that_was_saved_and_changed_since_voids_one_backup() -> None:
-    """The second backup assumes that the array still is as it was at the first."""
+def test_an_array_that_changes_after_it_was_saved_voids_one_backup() -> None:
+    """The second backup assumes that the array is unchanged since the first backup."""
     holder = Holder(None)
     states = CallbackStates([holder])
     holder.held = np.zeros(LARGE)
@@ -328,7 +330,7 @@ def test_an_array_that_was_saved_and_changed_since_voids_one_backup() -> None:
 @pytest.mark.parametrize("kind", ["float16", "int64", "bool", "complex128"])
 @pytest.mark.parametrize("form", [np.asarray, np.asfortranarray, lambda array: array[::2]])
 def test_arrays_of_any_type_and_layout_are_compared(kind, form) -> None:
-    """Arrays by columns, and parts of other arrays, do not lie in one piece."""
+    """Arrays in column order, and slices of other arrays, are not contiguous."""
     holder = Holder(form(np.zeros((400, 1000), kind)))
     states = CallbackStates([holder])
     read(*taken(states))
@@ -342,7 +344,7 @@ def test_arrays_of_any_type_and_layout_are_compared(kind, form) -> None:
 
 
 def test_another_shape_of_the_same_array_is_a_change() -> None:
-    """A shape can be set in its place."""
+    """The shape of an array can be set in place."""
     holder = Holder(np.zeros((2, LARGE)))
     states = CallbackStates([holder])
 
@@ -352,7 +354,7 @@ def test_another_shape_of_the_same_array_is_a_change() -> None:
 
 
 def test_large_variables_are_saved_as_they_were_at_the_moment_of_the_backup() -> None:
-    """As averages of weights are that a callback holds."""
+    """A callback may hold large variables, such as averages of weights."""
     holder = Holder(keras.Variable(np.zeros(LARGE, "float32")))
     states = CallbackStates([holder])
     holder.held.assign_add(np.ones(LARGE))
@@ -375,8 +377,8 @@ def test_copies_use_the_memory_of_earlier_copies() -> None:
     assert addresses[2:] == addresses[:2]
 
 
-def test_a_state_of_its_own_may_be_large() -> None:
-    """The callback may return the very array that it changes."""
+def test_a_large_array_from_get_state_is_saved() -> None:
+    """`get_state` may return the same array that the callback changes."""
 
     class Own(keras.callbacks.Callback):
         total = np.zeros(LARGE)
@@ -397,14 +399,14 @@ def test_a_state_of_its_own_may_be_large() -> None:
     assert read(*taken(states))["Own"]["total"][0] == 1
 
 
-def test_what_is_not_plain_is_refused_with_its_place() -> None:
-    """The place is named, so that the user finds it."""
+def test_a_look_at_a_value_that_is_not_plain_is_refused() -> None:
+    """The error names the place, so that the user finds the value."""
     with pytest.raises(UnplainError, match=r"\['b'\] is of type builtins.object"):
         Captures().look({"a": np.zeros(LARGE), "b": object()}, "name")
 
 
 class Writes(keras.callbacks.Callback):
-    """Writes each batch's number into a large array, from a given batch on."""
+    """A callback that writes the number of each batch into a large array, from a given batch on."""
 
     def __init__(self, start: int = 0) -> None:
         super().__init__()
@@ -418,8 +420,8 @@ class Writes(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("start", [0, 3, 6])
 @pytest.mark.parametrize("save_freq", [1, "epoch"])
-def test_a_restart_has_the_array_of_its_moment(tmp_path, start, save_freq) -> None:
-    """The array changes in its place, from the first batch on or later. The backup on disk is right, or older."""
+def test_a_restart_restores_a_large_array_of_the_same_moment_as_the_model(tmp_path, start, save_freq) -> None:
+    """The array changes in place, from the first batch or later. A void backup leaves an older backup on disk."""
     data = kc.ResumableDataset(np.ones((5, 4)), np.ones((5, 1)), batch_size=1)
     backup = str(tmp_path / "backup")
     with pytest.raises(RuntimeError), kc.BackupAndRestore(backup, save_freq=save_freq, data=data) as callback:
@@ -436,8 +438,8 @@ def test_a_restart_has_the_array_of_its_moment(tmp_path, start, save_freq) -> No
     assert writes.seen[:16].tolist() == expected
 
 
-def test_the_last_backup_of_a_training_is_repeated_at_once(tmp_path) -> None:
-    """The array changes for the first time in the last epoch, and no later batch could repeat the backup."""
+def test_a_void_last_backup_of_a_training_is_repeated_at_once(tmp_path) -> None:
+    """The array changes for the first time in the last epoch, so no later batch could repeat the backup."""
     backup = str(tmp_path / "backup")
     fit(dense_model(), Writes(6), kc.BackupAndRestore(backup, delete_checkpoint=False), epochs=2)
 
@@ -448,7 +450,7 @@ def test_the_last_backup_of_a_training_is_repeated_at_once(tmp_path) -> None:
     assert resumed.seen[:11].tolist() == [0] * 7 + [7, 8, 9, 10]
 
 
-def test_arrays_that_change_one_after_another_do_not_keep_backups_from_the_disk(tmp_path) -> None:
+def test_arrays_that_change_one_after_another_do_not_void_all_backups(tmp_path) -> None:
     """Each epoch changes another array for the first time. The newest backup is at most two epochs old."""
 
     class Fills(keras.callbacks.Callback):
@@ -470,8 +472,8 @@ def test_arrays_that_change_one_after_another_do_not_keep_backups_from_the_disk(
     assert max(behind) <= 2
 
 
-def test_nothing_large_is_read_on_the_training_thread(monkeypatch) -> None:
-    """A look at 200 MB that nobody changes neither hashes nor compares them."""
+def test_the_training_thread_does_not_read_large_arrays(monkeypatch) -> None:
+    """A look at a large unchanged array neither hashes nor compares it."""
     holder = Holder(np.ones(LARGE))
     states = CallbackStates([holder])
     holder.held = np.ones(LARGE)
@@ -488,7 +490,7 @@ def test_nothing_large_is_read_on_the_training_thread(monkeypatch) -> None:
 
 
 def test_the_structure_of_a_dict_is_made_of_structures() -> None:
-    """A backup puts the states of callbacks beside other values."""
+    """A backup combines the structures of callbacks' states with other values."""
     look = Captures().look([1, (2, 3)], "name")
 
     text, leaves = dumped(dict_of({"a": look.structure, "b": 1}))

@@ -1,4 +1,4 @@
-"""What a backup holds beside the model, what the user is told, and how a training ends that does not end well."""
+"""`BackupAndRestore`: the contents of a backup besides the model, its messages, and errors and signals in training."""
 
 import collections
 import os
@@ -30,20 +30,20 @@ def backup(tmp_path) -> pathlib.Path:
 
 
 @pytest.fixture
-def answer_usr1() -> Iterator[Callable[[Callable[[], object]], object]]:
-    """Has SIGUSR1 call something, as long as the test runs."""
+def handle_usr1() -> Iterator[Callable[[Callable[[], object]], object]]:
+    """A function that sets the handler of SIGUSR1 until the test ends."""
     before = signal.getsignal(signal.SIGUSR1)
     yield lambda action: signal.signal(signal.SIGUSR1, lambda number, frame: action())
     signal.signal(signal.SIGUSR1, before)
 
 
 def data() -> kc.ResumableDataset:
-    """Ten batches."""
+    """Ten shuffled batches."""
     return kc.ResumableDataset(X, Y, batch_size=4, shuffle=True, seed=1)
 
 
 def train(backup: kc.BackupAndRestore, *callbacks: keras.callbacks.Callback, model=None, epochs=3, **options):
-    """Trains a model that always begins alike, and gives it."""
+    """Trains a model with the same initial values each time, and returns it."""
     if model is None:
         keras.utils.set_random_seed(1)
         model = dense_model(run_eagerly=False)
@@ -53,7 +53,7 @@ def train(backup: kc.BackupAndRestore, *callbacks: keras.callbacks.Callback, mod
 
 
 class Fails(keras.callbacks.Callback):
-    """Raises at a moment, once."""
+    """A callback that raises an error in a method, at one of its calls."""
 
     def __init__(self, where: str, which: int) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ class Fails(keras.callbacks.Callback):
         self._left = which
 
     def get_state(self) -> None:
-        """It has none."""
+        """There is no state."""
 
     def set_state(self, state: None) -> None:
-        """It has none."""
+        """There is no state."""
 
     def _fail(self, *_: object, **__: object) -> None:
         self._left -= 1
@@ -84,8 +84,8 @@ class Fails(keras.callbacks.Callback):
         ("on_train_end", 1, 30),
     ],
 )
-def test_an_error_within_a_with_statement_loses_nothing_that_is_whole(backup, where, which, step) -> None:
-    """The last whole state is saved, the error goes on, and the next process ends as if there had been none."""
+def test_an_error_within_a_with_statement_saves_the_last_complete_state(backup, where, which, step) -> None:
+    """The error propagates. The next training ends as without the error."""
     whole = train(kc.BackupAndRestore(backup, data=data()))
 
     with pytest.raises(RuntimeError, match="injected"), kc.BackupAndRestore(backup, save_freq=13, data=data()) as each:
@@ -97,14 +97,14 @@ def test_an_error_within_a_with_statement_loses_nothing_that_is_whole(backup, wh
 
 
 def half_precision() -> keras.Model:
-    """Its optimizer leaves out batches whose gradients are not finite, as the first ones are here."""
+    """A model whose optimizer skips batches with gradients that are not finite, as the first batches are."""
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="mixed_float16"), keras.layers.Dense(1)])
     model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=2.0**40), "mse")
     return model
 
 
 class OwnOptimizer(keras.Model):
-    """Applies another optimizer than the compiled one."""
+    """A model that applies another optimizer than the compiled optimizer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,8 +133,8 @@ def own_optimizer() -> keras.Model:
 
 
 @pytest.mark.parametrize("make", [half_precision, own_optimizer])
-def test_several_batches_in_one_execution_whatever_optimizer_is_applied_how_often(backup, make) -> None:
-    """The last execution of an epoch is shorter, and its end is the epoch's end."""
+def test_steps_are_counted_with_several_batches_in_one_execution(backup, make) -> None:
+    """Neither skipped updates nor another optimizer change the count. The last execution of an epoch is shorter."""
 
     def trained(*callbacks: keras.callbacks.Callback) -> keras.Model:
         keras.utils.set_random_seed(1)
@@ -151,8 +151,8 @@ def test_several_batches_in_one_execution_whatever_optimizer_is_applied_how_ofte
     assert same(whole, trained())
 
 
-def test_the_line_at_a_restart_says_what_was_found(backup, capsys) -> None:
-    """The step, the epoch, the batch, what was restored, and what was not."""
+def test_the_line_at_a_restart_describes_the_backup(backup, capsys) -> None:
+    """It tells the step, the epoch, the batch, the restored parts, and the parts that were not restored."""
 
     class Extra(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None) -> None:
@@ -185,7 +185,7 @@ def test_a_callback_that_is_not_verbose_prints_nothing_and_logs(backup, capsys, 
 
 
 def test_a_finished_run_trains_nothing_and_says_so(backup, capsys) -> None:
-    """With delete_checkpoint=False; the history and the weights are those of the run."""
+    """With delete_checkpoint=False, the history and the weights of the run are restored."""
     first = train(kc.BackupAndRestore(backup, 7, delete_checkpoint=False, data=data()))
     again = train(kc.BackupAndRestore(backup, 7, delete_checkpoint=False, data=data()))
 
@@ -194,8 +194,8 @@ def test_a_finished_run_trains_nothing_and_says_so(backup, capsys) -> None:
     assert again.history.history == first.history.history
 
 
-def test_a_finished_run_goes_on_if_more_epochs_are_asked_for(backup) -> None:
-    """As if they had been asked for at once."""
+def test_a_finished_run_continues_with_more_epochs(backup) -> None:
+    """The run ends as if it had begun with the larger number of epochs."""
     whole = train(kc.BackupAndRestore(backup, data=data()), epochs=5)
     train(kc.BackupAndRestore(backup, delete_checkpoint=False, data=data()))
 
@@ -203,7 +203,7 @@ def test_a_finished_run_goes_on_if_more_epochs_are_asked_for(backup) -> None:
 
 
 def test_a_run_that_stopped_early_stays_stopped(backup) -> None:
-    """Even if the process died before its end was known."""
+    """The run stays stopped even if an error prevented the end of the training."""
     stops = [keras.callbacks.EarlyStopping("loss", min_delta=9.0, patience=0, restore_best_weights=True) for _ in "123"]
     whole = train(kc.BackupAndRestore(backup, data=data()), stops[0], epochs=9)
     with pytest.raises(RuntimeError):
@@ -215,8 +215,8 @@ def test_a_run_that_stopped_early_stays_stopped(backup) -> None:
     assert same(whole, again)
 
 
-def test_a_stop_because_of_nan_is_no_success(backup) -> None:
-    """The earlier backup stays, and is not saved over."""
+def test_a_stop_because_of_nan_keeps_the_earlier_backup(backup) -> None:
+    """The stop is no success, and no later backup replaces the earlier backup."""
 
     class Spoils(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None) -> None:
@@ -229,8 +229,8 @@ def test_a_stop_because_of_nan_is_no_success(backup) -> None:
     assert [record.step for record in kc.CheckpointDirectory(backup)] == [3]
 
 
-def test_attributes_of_a_callback_that_changed_are_its_state(backup) -> None:
-    """Those that the script gives another value are not overwritten by the old script's."""
+def test_the_state_of_a_callback_is_its_changed_attributes(backup) -> None:
+    """An attribute that only the script sets keeps the value of the new script."""
 
     class Mine(keras.callbacks.Callback):
         def __init__(self, patience: int) -> None:
@@ -253,8 +253,8 @@ def test_attributes_of_a_callback_that_changed_are_its_state(backup) -> None:
     assert mine.total.tolist() == [3 * 45] * 2
 
 
-def test_an_attribute_that_changed_back_is_state_too(backup) -> None:
-    """By the time when it is put back, it has changed in the process that goes on."""
+def test_an_attribute_that_changed_back_is_part_of_the_state(backup) -> None:
+    """When the state is restored, the attribute has already changed in the resumed process."""
 
     class Warms(keras.callbacks.Callback):
         def __init__(self) -> None:
@@ -279,8 +279,8 @@ def test_an_attribute_that_changed_back_is_state_too(backup) -> None:
 
 
 @pytest.mark.parametrize("batch", [14, 20, 24])
-def test_a_state_that_is_restored_twice_is_not_changed_in_between(backup, batch) -> None:
-    """Within an epoch the other callbacks begin it twice, with lists that are theirs by then."""
+def test_a_state_that_is_restored_twice_does_not_change_in_between(backup, batch) -> None:
+    """A resumed epoch begins twice for the other callbacks, which change the lists of the restored state."""
 
     class Own(keras.callbacks.Callback):
         def __init__(self) -> None:
@@ -314,8 +314,8 @@ def test_a_state_that_is_restored_twice_is_not_changed_in_between(backup, batch)
     assert own.epochs == nested.seen["epochs"] == [0, 1, 2]
 
 
-def test_the_best_weights_of_an_early_stopping_are_not_lost(backup) -> None:
-    """Those of the first epoch, whatever comes after a restart."""
+def test_the_best_weights_of_early_stopping_are_restored(backup) -> None:
+    """The best weights are from the first epoch, before the restart."""
 
     def stop() -> keras.callbacks.EarlyStopping:
         return keras.callbacks.EarlyStopping("loss", mode="max", patience=2, restore_best_weights=True)
@@ -330,7 +330,7 @@ def test_the_best_weights_of_an_early_stopping_are_not_lost(backup) -> None:
 
 
 def test_an_empty_state_of_a_callback_is_restored(backup) -> None:
-    """It may have one by then."""
+    """The callback may have another state when its empty state is restored."""
 
     class Notes(keras.callbacks.Callback):
         notes: ClassVar[list[dict]] = []
@@ -345,11 +345,11 @@ def test_an_empty_state_of_a_callback_is_restored(backup) -> None:
         train(kc.BackupAndRestore(backup, 4, data=data()), Notes(), Fails("on_train_batch_end", 14))
     train(kc.BackupAndRestore(backup, 4, data=data()), Notes())
 
-    assert Notes.notes == [{}, {}]  # once more within the epoch
+    assert Notes.notes == [{}, {}]  # the second time within the epoch
 
 
 def test_a_state_that_is_an_array_is_restored(backup) -> None:
-    """Whatever comparing it would give."""
+    """The comparison of two arrays has no truth value."""
 
     class Counts(keras.callbacks.Callback):
         def __init__(self) -> None:
@@ -373,8 +373,8 @@ def test_a_state_that_is_an_array_is_restored(backup) -> None:
     assert counts.counts.tolist() == [30, 30]
 
 
-def test_bytes_of_a_callback_are_named_and_harm_nothing(backup) -> None:
-    """JSON has none."""
+def test_bytes_in_an_attribute_of_a_callback_are_named_in_a_warning(backup) -> None:
+    """JSON has no bytes. The training ends normally."""
 
     class Token(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None) -> None:
@@ -384,8 +384,8 @@ def test_bytes_of_a_callback_are_named_and_harm_nothing(backup) -> None:
         train(kc.BackupAndRestore(backup, 4, data=data()), Token())
 
 
-def test_a_checkpoint_callback_that_is_new_at_a_restart_counts_the_same_steps(backup, tmp_path) -> None:
-    """Though the epoch goes on in its middle, and nobody has a state for it."""
+def test_a_model_checkpoint_that_is_new_at_a_restart_counts_the_steps_of_the_run(backup, tmp_path) -> None:
+    """The epoch resumes in its middle, and the backup has no state for the new callback."""
     with pytest.raises(RuntimeError):
         train(kc.BackupAndRestore(backup, 4, data=data()), Fails("on_train_batch_end", 14))
     train(kc.BackupAndRestore(backup, 4, data=data()), kc.ModelCheckpoint(tmp_path / "run", "loss", save_freq=1))
@@ -393,8 +393,8 @@ def test_a_checkpoint_callback_that_is_new_at_a_restart_counts_the_same_steps(ba
     assert [record.step for record in kc.CheckpointDirectory(tmp_path / "run")] == [*range(13, 31)]
 
 
-def test_whoever_wraps_the_data_after_a_crash_can_go_on_after_the_next_one(backup) -> None:
-    """They are known again by the first batch of the first pass, whenever that was."""
+def test_data_that_is_wrapped_after_a_crash_resumes_after_the_next_crash(backup) -> None:
+    """The data is recognized by the first batch of its first epoch."""
 
     def shuffled(number: int) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(40, seed=number).batch(4)
@@ -408,8 +408,8 @@ def test_whoever_wraps_the_data_after_a_crash_can_go_on_after_the_next_one(backu
     train(kc.BackupAndRestore(backup, 4, data=kc.ResumableDataset(shuffled)))
 
 
-def test_a_function_that_draws_for_its_data_does_not_disturb_the_generators(backup) -> None:
-    """The data are looked at before these are put back."""
+def test_a_data_function_that_draws_random_numbers_does_not_move_the_restored_generators(backup) -> None:
+    """The data is read before the global generators are restored."""
 
     class Draws(keras.callbacks.Callback):
         def __init__(self) -> None:
@@ -434,8 +434,8 @@ def test_a_function_that_draws_for_its_data_does_not_disturb_the_generators(back
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_the_rows_of_a_csv_log_stay(backup, tmp_path, complete) -> None:
-    """Also where the backup was complete, but not yet in its place, when the process died."""
+def test_a_csv_log_keeps_its_rows_at_a_restart(backup, tmp_path, complete) -> None:
+    """The rows also stay if the process died after the backup was complete, but before it was published."""
     first, second = (keras.callbacks.CSVLogger(tmp_path / "log.csv") for _ in range(2))
     train(kc.BackupAndRestore(backup, data=data(), delete_checkpoint=False), first, epochs=2)
     if complete:
@@ -445,8 +445,8 @@ def test_the_rows_of_a_csv_log_stay(backup, tmp_path, complete) -> None:
     assert [line.split(",")[0] for line in (tmp_path / "log.csv").read_text().splitlines()] == ["epoch", "0", "1", "2"]
 
 
-def test_a_first_backup_that_fails_leaves_the_directory_to_others(backup, monkeypatch) -> None:
-    """Though somebody keeps the error."""
+def test_a_first_backup_that_fails_releases_the_directory(backup, monkeypatch) -> None:
+    """Another process can lock the directory, although the program holds the error."""
     monkeypatch.setattr(Folder, "free", lambda folder: 0)
     with pytest.raises(kc.DiskFullError) as kept:
         train(kc.BackupAndRestore(backup, data=data(), on_full_disk="raise"))
@@ -455,8 +455,8 @@ def test_a_first_backup_that_fails_leaves_the_directory_to_others(backup, monkey
     assert kept.value
 
 
-def test_what_cannot_be_saved_of_a_callback_is_named_once(backup) -> None:
-    """And the rest of it is saved."""
+def test_an_attribute_of_a_callback_that_cannot_be_saved_is_named_once(backup) -> None:
+    """Several backups give one warning, which tells how to mend it."""
 
     class Client(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None) -> None:
@@ -470,22 +470,22 @@ def test_what_cannot_be_saved_of_a_callback_is_named_once(backup) -> None:
     assert len(caught) == 1
 
 
-def test_a_state_that_is_not_plain_is_named_and_harms_nothing(backup) -> None:
-    """What get_state() gives has to be plain."""
+def test_a_state_from_get_state_that_is_not_plain_is_named_in_a_warning(backup) -> None:
+    """The training ends normally, without this state in the backup."""
 
     class Wrong(keras.callbacks.Callback):
         def get_state(self) -> object:
             return {"lock": threading.Lock()}
 
         def set_state(self, state: object) -> None:
-            raise AssertionError("there is none")
+            raise AssertionError("no state was saved")
 
     with pytest.warns(UserWarning, match=r"cannot be backed up: Wrong\.get_state\(\)\['lock'\]"):
         train(kc.BackupAndRestore(backup, 4, data=data()), Wrong())
 
 
 def test_a_backup_of_a_newer_version_is_refused(backup, monkeypatch) -> None:
-    """What it means is not known."""
+    """An older version does not know the meaning of the backup."""
     with pytest.raises(RuntimeError):
         train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
     monkeypatch.setattr(restart, "VERSION", 0)
@@ -494,8 +494,8 @@ def test_a_backup_of_a_newer_version_is_refused(backup, monkeypatch) -> None:
         train(kc.BackupAndRestore(backup, data=data()))
 
 
-def test_other_settings_are_named(backup) -> None:
-    """The last bits depend on them."""
+def test_a_restart_with_another_jit_compile_gives_a_warning(backup) -> None:
+    """The last bits of the results depend on this setting."""
     with pytest.raises(RuntimeError):
         train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 14))
     other = dense_model(run_eagerly=False, jit_compile=True)
@@ -504,8 +504,8 @@ def test_other_settings_are_named(backup) -> None:
         train(kc.BackupAndRestore(backup, data=data()), model=other)
 
 
-def test_whether_operations_are_deterministic_is_stored(backup) -> None:
-    """It decides the last bits, and cannot be undone in a process: so another one turns it on."""
+def test_a_restart_with_other_determinism_of_operations_gives_a_warning(backup) -> None:
+    """The last bits depend on determinism. It cannot be turned off in a process, so another process turns it on."""
     program = """
 import sys
 import keras
@@ -519,7 +519,7 @@ if sys.argv[2] == "on":
 backup = kc.BackupAndRestore(sys.argv[1], data=kc.ResumableDataset(X, Y, batch_size=4), delete_checkpoint=False)
 dense_model().fit(backup.data, epochs=int(sys.argv[3]), shuffle=False, verbose=0, callbacks=[backup])
 """
-    told = [
+    warnings = [
         subprocess.run(
             [sys.executable, "-c", program, backup, *arguments],
             env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
@@ -530,13 +530,13 @@ dense_model().fit(backup.data, epochs=int(sys.argv[3]), shuffle=False, verbose=0
         for arguments in (("off", "1"), ("on", "2"))
     ]
 
-    assert "may differ" not in told[0]
-    assert "may differ in the last bits: deterministic operations True, False before" in told[1]
+    assert "may differ" not in warnings[0]
+    assert "may differ in the last bits: deterministic operations True, False before" in warnings[1]
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras's variables, when TensorBoard reads them
-def test_tensorboard_goes_on_at_the_right_steps(backup, tmp_path) -> None:
-    """What it writes after a restart follows what it wrote before, batch by batch and epoch by epoch."""
+def test_tensorboard_resumes_at_the_right_steps(backup, tmp_path) -> None:
+    """The batches and epochs after a restart follow those before it."""
 
     def board() -> keras.callbacks.TensorBoard:
         return keras.callbacks.TensorBoard(tmp_path / "logs", update_freq=1, write_graph=False)
@@ -545,20 +545,20 @@ def test_tensorboard_goes_on_at_the_right_steps(backup, tmp_path) -> None:
         train(kc.BackupAndRestore(backup, data=data()), board(), Fails("on_train_batch_end", 14))
     train(kc.BackupAndRestore(backup, data=data()), board())
 
-    batches = _steps_told(tmp_path / "logs" / "train", "batch_loss")
-    assert batches == sorted([*range(1, 31), 11, 12, 13])  # the last three before the error were trained once more
-    assert _steps_told(tmp_path / "logs" / "train", "epoch_loss") == [0, 1, 2]
+    batches = _logged_steps(tmp_path / "logs" / "train", "batch_loss")
+    assert batches == sorted([*range(1, 31), 11, 12, 13])  # the last three before the error were trained again
+    assert _logged_steps(tmp_path / "logs" / "train", "epoch_loss") == [0, 1, 2]
 
 
-def _steps_told(directory: pathlib.Path, tag: str) -> list[int]:
-    """The steps at which TensorBoard was told of something."""
+def _logged_steps(directory: pathlib.Path, tag: str) -> list[int]:
+    """The steps of the values with a tag in the log of TensorBoard."""
     records = tf.data.TFRecordDataset([str(file) for file in sorted(directory.iterdir())])
     events = [tf.compat.v1.Event.FromString(record.numpy()) for record in records]
     return sorted(event.step for event in events for value in event.summary.value if value.tag == tag)
 
 
-def test_what_changes_in_its_place_is_saved_too(backup) -> None:
-    """Dicts of any kind, generators, variables, metrics; and what the script holds as well stays the script's."""
+def test_objects_of_a_callback_that_change_in_place_are_restored_in_place(backup) -> None:
+    """The objects are dicts, generators, variables and metrics. A list that the script holds too stays the same."""
     seen = []
 
     class Mine(keras.callbacks.Callback):
@@ -592,8 +592,8 @@ def test_what_changes_in_its_place_is_saved_too(backup) -> None:
     assert facts(again) == expected
 
 
-def test_two_callbacks_of_a_class_are_told_apart(backup) -> None:
-    """By what they monitor, in whatever order they come."""
+def test_two_callbacks_of_a_class_are_distinguished_by_their_monitors(backup) -> None:
+    """The order of the callbacks may differ at a restart."""
 
     def stops() -> list[keras.callbacks.EarlyStopping]:
         return [keras.callbacks.EarlyStopping(monitor, patience=9) for monitor in ("loss", "val_loss")]
@@ -609,8 +609,8 @@ def test_two_callbacks_of_a_class_are_told_apart(backup) -> None:
     assert (first.best, second.best) == best
 
 
-def test_fewer_epochs_than_are_done_train_nothing(backup, capsys) -> None:
-    """And leave the data where a next fit begins."""
+def test_a_restart_with_fewer_epochs_than_are_done_trains_nothing(backup, capsys) -> None:
+    """The data is at the start of an epoch afterwards, ready for another fit."""
     with pytest.raises(RuntimeError):
         train(kc.BackupAndRestore(backup, 4, data=data()), Fails("on_train_batch_end", 26))
     each = kc.BackupAndRestore(backup, 4, data=data())
@@ -622,13 +622,13 @@ def test_fewer_epochs_than_are_done_train_nothing(backup, capsys) -> None:
     assert len(model.history.epoch) == 2
 
 
-def test_steps_per_epoch_is_refused(backup) -> None:
-    """Keras would go on with the rest of a resumed epoch in the next."""
+def test_steps_per_epoch_is_refused_with_data_that_is_not_endless(backup) -> None:
+    """Keras would train the rest of a resumed epoch in the next epoch."""
     with pytest.raises(ValueError, match="omit steps_per_epoch"):
         train(kc.BackupAndRestore(backup, data=data()), steps_per_epoch=10)
 
 
-def test_a_backup_of_another_fit_of_the_script_is_not_taken_without_a_word(backup) -> None:
+def test_a_backup_of_another_fit_of_the_script_gives_a_warning(backup) -> None:
     """A script that trains twice needs two directories."""
     each = kc.BackupAndRestore(backup, data=data())
     train(each)
@@ -640,8 +640,8 @@ def test_a_backup_of_another_fit_of_the_script_is_not_taken_without_a_word(backu
         train(kc.BackupAndRestore(backup, data=data()))
 
 
-def test_a_stateful_layer_goes_on_in_its_state(backup) -> None:
-    """Keras does not count it among the variables."""
+def test_a_stateful_layer_resumes_with_its_state(backup) -> None:
+    """Keras does not list the state among the variables of the model."""
 
     def run(*callbacks: keras.callbacks.Callback) -> keras.Model:
         keras.utils.set_random_seed(1)
@@ -660,8 +660,8 @@ def test_a_stateful_layer_goes_on_in_its_state(backup) -> None:
     assert same(whole, run())
 
 
-def test_metrics_of_a_step_of_ones_own_go_on(backup) -> None:
-    """They are made by a look at the step, whatever it does with its data."""
+def test_metrics_of_a_custom_training_step_resume(backup) -> None:
+    """The metrics are built by a trace of the step, which may take any structure of data."""
 
     class Own(keras.Sequential):
         def train_step(self, batch):
@@ -682,8 +682,8 @@ def test_metrics_of_a_step_of_ones_own_go_on(backup) -> None:
     assert run().history == whole.history
 
 
-def test_the_epoch_to_begin_with_does_not_outlive_an_error_in_the_first_epoch(backup) -> None:
-    """Nor does it hold for a fit without this callback."""
+def test_the_initial_epoch_of_a_restart_does_not_leak_after_an_error_in_the_first_epoch(backup) -> None:
+    """A later fit of the model without the callback begins at its own first epoch."""
     with pytest.raises(RuntimeError):
         train(kc.BackupAndRestore(backup, data=data()), Fails("on_train_batch_end", 24))
     model = dense_model(run_eagerly=False)
@@ -693,8 +693,8 @@ def test_the_epoch_to_begin_with_does_not_outlive_an_error_in_the_first_epoch(ba
     assert model.fit(X, Y, epochs=2, verbose=0).epoch == [0, 1]
 
 
-def test_the_initial_epoch_of_a_fit_is_its_own(backup) -> None:
-    """A second fit of the process begins where it is told to."""
+def test_a_second_fit_begins_at_its_initial_epoch(backup) -> None:
+    """The finished first fit with the same callback does not change it."""
     each = kc.BackupAndRestore(backup, data=data())
     model = train(each)
 
@@ -703,8 +703,8 @@ def test_the_initial_epoch_of_a_fit_is_its_own(backup) -> None:
     assert history.epoch == [3, 4]
 
 
-def test_without_the_main_thread_there_is_a_warning(backup) -> None:
-    """Python lets signals be watched only there."""
+def test_a_fit_outside_the_main_thread_gives_a_warning(backup) -> None:
+    """Python allows handlers of signals only in the main thread."""
     failed = []
 
     def run() -> None:
@@ -719,10 +719,10 @@ def test_without_the_main_thread_there_is_a_warning(backup) -> None:
     assert failed == [False]
 
 
-def test_what_answered_signals_before_does_so_after(backup, answer_usr1) -> None:
-    """After a fit that ended well, and at the first signal after one that an error ended."""
+def test_the_earlier_handlers_of_signals_are_restored(backup, handle_usr1) -> None:
+    """They are restored after a fit that ended normally, and at the first signal after a fit that an error ended."""
     heard = []
-    answer_usr1(lambda: heard.append(signal.SIGUSR1))
+    handle_usr1(lambda: heard.append(signal.SIGUSR1))
     train(kc.BackupAndRestore(backup, data=data()))
     ours = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError):
@@ -733,10 +733,10 @@ def test_what_answered_signals_before_does_so_after(backup, answer_usr1) -> None
     assert signal.getsignal(signal.SIGTERM) == ours == signal.SIG_DFL
 
 
-def test_a_signal_that_an_error_hid_is_answered_by_the_next_training(backup, tmp_path, answer_usr1) -> None:
-    """Which the script may begin anew after any error."""
+def test_a_signal_before_an_error_is_handled_in_the_next_training(backup, tmp_path, handle_usr1) -> None:
+    """A script may catch the error and train again."""
     heard = []
-    answer_usr1(lambda: heard.append(signal.SIGUSR1))
+    handle_usr1(lambda: heard.append(signal.SIGUSR1))
 
     class Breaks(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None) -> None:
@@ -752,10 +752,10 @@ def test_a_signal_that_an_error_hid_is_answered_by_the_next_training(backup, tmp
     assert heard == [signal.SIGUSR1]
 
 
-def test_a_handler_that_lets_the_training_go_on_is_called_after_the_backup(backup, answer_usr1) -> None:
-    """As that of a scheduler may."""
+def test_a_handler_that_does_not_end_the_training_is_called_after_the_backup(backup, handle_usr1) -> None:
+    """The handler of a scheduler may return. The training continues after it."""
     saved = []
-    answer_usr1(lambda: saved.append(kc.CheckpointDirectory(backup).latest().step))
+    handle_usr1(lambda: saved.append(kc.CheckpointDirectory(backup).latest().step))
 
     class Signals(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None) -> None:
@@ -769,10 +769,10 @@ def test_a_handler_that_lets_the_training_go_on_is_called_after_the_backup(backu
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
-def test_a_signal_in_a_validation_is_answered_after_it_where_the_last_batch_was_not_known(backup, answer_usr1) -> None:
-    """Keras begins one more batch, to see that there is none."""
+def test_a_signal_in_a_validation_is_handled_after_it_with_data_of_unknown_length(backup, handle_usr1) -> None:
+    """Keras begins one more batch to find the end of the data."""
     saved = []
-    answer_usr1(lambda: saved.append(kc.CheckpointDirectory(backup).latest().step))
+    handle_usr1(lambda: saved.append(kc.CheckpointDirectory(backup).latest().step))
 
     class Signals(keras.callbacks.Callback):
         def on_test_batch_begin(self, batch, logs=None) -> None:
@@ -809,10 +809,10 @@ train(backup, Signals())
     [(1, None, -signal.SIGTERM, [1]), (1, 75, 75, [1]), (2, None, -signal.SIGTERM, [])],
     ids=["one", "one with an exit code", "two"],
 )
-def test_a_signal_ends_the_process_after_the_batch_and_a_second_at_once(
+def test_a_signal_ends_the_process_after_the_batch_and_a_second_signal_at_once(
     backup, monkeypatch, signals, exit_code, code, steps
 ) -> None:
-    """With the usual exit code, or that which is asked for."""
+    """The process ends with the usual exit code of the signal, or with `exit_code`."""
     monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE}")
 
     ended = subprocess.run([sys.executable, "-c", PROGRAM, backup, str(signals), repr(exit_code)], check=False)
@@ -823,8 +823,8 @@ def test_a_signal_ends_the_process_after_the_batch_and_a_second_at_once(
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("output", [">&-", "| true"])
-def test_a_signal_has_its_effect_though_nobody_reads_the_output(backup, monkeypatch, output) -> None:
-    """Who read it may have got the signal too."""
+def test_a_signal_ends_the_process_though_its_output_has_no_reader(backup, monkeypatch, output) -> None:
+    """The same signal may have ended the reader."""
     monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE}")
     command = f'"$0" -c "$1" "$2" 1 None {output}; echo ${{PIPESTATUS[0]}} >&2'
 
@@ -836,7 +836,7 @@ def test_a_signal_has_its_effect_though_nobody_reads_the_output(backup, monkeypa
 
 
 def test_every_global_generator_is_restored() -> None:
-    """Python's, NumPy's, TensorFlow's, Keras's, and what seeds TensorFlow's functions; two have no public name."""
+    """Python's, NumPy's, TensorFlow's and Keras's, and the one that seeds eager operations; two have no public name."""
     import random
 
     import tensorflow as tf
@@ -857,8 +857,8 @@ def test_every_global_generator_is_restored() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_the_callback_stands_last_wherever_it_is_in_the_list(backup, place) -> None:
-    """Keras has no public way to see the other callbacks, so this depends on how it calls them."""
+def test_the_callback_runs_last_at_any_place_in_the_list(backup, place) -> None:
+    """Keras has no public access to the other callbacks, so this depends on Keras's way of calling them."""
     seen = []
 
     class Sees(keras.callbacks.Callback):

@@ -93,10 +93,10 @@ class Taken(NamedTuple):
 class CallbackStates:
     """The states of callbacks.
 
-    The state of a callback with `get_state()` and `set_state(state)` is what `get_state()` returns. The state of any
+    A callback with `get_state()` and `set_state(state)` has the state that `get_state()` returns. The state of any
     other callback holds each attribute that has changed since this object was made, if its value is plain, a variable
     or a metric. An attribute that changed back stays part of the state, because in another process it may differ. Each
-    key of a dict is a place of its own; `callback_places` names the places.
+    key of a dict is a separate place; `callback_places` names the places.
 
     Args:
         callbacks: The callbacks, after their `on_train_begin`.

@@ -319,7 +319,7 @@ class _PyDataset(_Indexed):
         return concurrent.futures.ThreadPoolExecutor(workers) if workers > 1 else None
 
     def _begin(self, number: int) -> None:
-        """Calls the dataset's epoch methods up to the begin of an epoch, so that its own shuffling is repeated."""
+        """Calls the dataset's epoch methods up to the start of an epoch, so that its own shuffling is repeated."""
         for each in range(self._begun, number):
             if each >= 0:
                 with _seeded(int(self._seed), each, -2):
