@@ -720,7 +720,7 @@ def test_a_fit_outside_the_main_thread_gives_a_warning(backup) -> None:
 
 
 def test_the_earlier_handlers_of_signals_are_restored(backup, handle_usr1) -> None:
-    """They are restored after a fit that ended normally, and at the first signal after a fit that an error ended."""
+    """The restore comes at the end of a fit, or at the first signal after a fit that an error ended."""
     heard = []
     handle_usr1(lambda: heard.append(signal.SIGUSR1))
     train(kc.BackupAndRestore(backup, data=data()))

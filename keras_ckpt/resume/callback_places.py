@@ -28,8 +28,8 @@ _CLASS, _REMOVED = "class ", "del "
 def values(callback: Any, before: Collection[str]) -> dict[str, Any]:
     """The values of a callback that may be state, by place.
 
-    A place is an attribute, such as `losses`, a key in dicts, such as `stats[best][loss]`, or an attribute of a class,
-    such as `class Tracker.seen`. The value at `del stats` lists the places of keys that were removed from `stats`.
+    A place is an attribute (`losses`), a key in dicts (`stats[best][loss]`), or an attribute of a class (`class
+    Tracker.seen`). The value at `del stats` lists the places of keys that were removed from `stats`.
 
     Args:
         callback: The callback.
@@ -49,7 +49,7 @@ def values(callback: Any, before: Collection[str]) -> dict[str, Any]:
 def keyed(place: str, value: Any, before: Collection[str] = ()) -> dict[str, Any]:
     """The values in a dict and its inner dicts, by place.
 
-    There are no values if the dict is empty or large, has keys other than strings, or has its keys in another order.
+    Returns no places if the dict is empty or large, has other keys than strings, or is in another order.
     """
     if not _has_places(value) or _is_reordered(place, value, before):
         return {}

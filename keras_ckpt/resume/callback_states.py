@@ -94,9 +94,9 @@ class CallbackStates:
     """The states of callbacks.
 
     A callback with `get_state()` and `set_state(state)` has the state that `get_state()` returns. The state of any
-    other callback holds each attribute that has changed since this object was made, if its value is plain, a variable
-    or a metric. An attribute that changed back stays part of the state, because in another process it may differ. Each
-    key of a dict is a separate place; `callback_places` names the places.
+    other callback holds its attributes that have changed since this object was made. The values of these attributes are
+    plain values, variables or metrics. An attribute that changed back stays part of the state, because in another
+    process it may differ. Each key of a dict is a separate place; `callback_places` names the places.
 
     Args:
         callbacks: The callbacks, after their `on_train_begin`.
@@ -198,7 +198,7 @@ class CallbackStates:
                     self.unsaved.append(f"{name}.{place}")
 
     def _is_known(self, value: Any) -> bool:
-        """Whether a value is part of the model or a callback of this fit, so that the backup holds it already."""
+        """Whether a value is part of the model or a callback of this fit, which the backup holds already."""
         if not isinstance(value, _OF_A_FIT):
             return False
         if not any(value is each for each in self._known):  # a search of the model is slow

@@ -29,7 +29,7 @@ _SAMPLES, _SAMPLE = 64, 64
 """An array of at least `_SAMPLED` bytes is sampled in `_SAMPLES` places, `_SAMPLE` bytes each."""
 _PIECE = 1 << 14
 _PAUSE = 1e-4
-"""The items of a list that are converted at once, while other threads wait, and the seconds of the pause after them."""
+"""So many items of a list are converted at once, while other threads wait. A pause of so many seconds follows."""
 
 _compare = ctypes.CDLL(None).memcmp
 _compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -341,7 +341,7 @@ _adopted: list[Callable[[int, int], Any]] = []
 
 
 def _adopt(fetch: Callable[[int, int], Any]) -> None:
-    """Stores the function that fetches a batch in a new worker process, so that it is not sent for each batch."""
+    """Stores the function that fetches a batch in a new worker process, which gets it once, not for each batch."""
     global _generators_lock  # noqa: PLW0603
     _generators_lock = threading.RLock()  # the parent may have held its lock when it forked this process
     _adopted[:] = [fetch]

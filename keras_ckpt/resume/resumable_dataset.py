@@ -23,8 +23,8 @@ class ResumableDataset(tf.data.Dataset):
 
     Sources that are read by index (arrays, a `PyDataset`, a Grain `MapDataset`) resume within an epoch at once. A
     `tf.data.Dataset` reads the earlier batches again, and does not train on them. The order of its epochs must not
-    depend on how much of earlier epochs was read, as it does after `shuffle().cache()` or `shuffle().shuffle()`. A
-    function from the number of an epoch to its pipeline does not have this limit.
+    depend on the reading of earlier epochs, as after `shuffle().cache()` or `shuffle().shuffle()`. A function that
+    returns the pipeline of an epoch does not have this limit.
 
     Example:
 
@@ -41,8 +41,8 @@ class ResumableDataset(tf.data.Dataset):
         x: One of these:
             arrays: NumPy arrays or tensors with samples along the first axis, or a dict, list or tuple of these;
             a `tf.data.Dataset` of batches with seeded shuffles, whose number of batches is known or infinite;
-            a `keras.utils.PyDataset`; its draws from Python's and NumPy's global generators become a function of the
-            seed, the epoch and the batch, and then its batches are not read ahead, unless its workers are processes;
+            a `keras.utils.PyDataset`. Its draws from the global generators of Python and NumPy become a function of
+            the seed, the epoch and the batch. Training waits while it is read, unless its workers are processes;
             a Grain `MapDataset` of batches;
             a function that takes the number of an epoch, from 0, and returns a `tf.data.Dataset` of batches.
             The first batch is read at once, as a fingerprint of the data.
