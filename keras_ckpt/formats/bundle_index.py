@@ -8,8 +8,8 @@ An index is a sorted table in LevelDB's format, with Protocol Buffers messages a
 `BundleHeaderProto`. The name of each variable has a `BundleEntryProto`: the place of its bytes in the data files, and
 their checksum.
 
-The content of a variant, such as the state of a dataset iterator, is not checked, and TensorFlow crashes on some. Only
-`tf.train.Checkpoint` reads variants, and only into an iterator: do not restore an iterator from an untrusted source.
+The content of a variant, such as the state of a dataset iterator, is not checked. TensorFlow crashes on some variants.
+Only `tf.train.Checkpoint` reads them, and only into an iterator: do not restore an iterator from an untrusted source.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class CheckpointManager(tf.train.CheckpointManager):
         checkpoint: The `tf.train.Checkpoint` to save.
         directory: The directory to save into.
         max_to_keep: How many checkpoints to keep; `None` keeps all.
-        keep_checkpoint_every_n_hours: A checkpoint that would be removed is pinned instead, if it is at least this many
-            hours newer than the last checkpoint pinned so.
+        keep_checkpoint_every_n_hours: The minimum hours between preserved checkpoints. A checkpoint that would be
+            removed is pinned instead if it is that much newer than the last preserved checkpoint.
         checkpoint_name: The prefix of the checkpoints' names.
         step_counter: An integer `tf.Variable`, needed for `checkpoint_interval`.
         checkpoint_interval: The minimum number of steps between two checkpoints.

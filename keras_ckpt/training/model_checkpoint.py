@@ -61,8 +61,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         metadata: A dict to put into each sidecar, or a function of `logs` that returns a dict.
         on_full_disk: Whether a full disk is a warning and training continues (`"warn"`), or an error (`"raise"`).
         save_on_background: Whether training continues while a save is written. The next save waits if more than 64 MB
-            would be queued. If it is by batches or time, in the middle of an epoch, and nothing ranks it, it is skipped
-            instead. The first skip is a warning. An error is raised at the next batch. `fit` ends when all is written.
+            would be queued. A save by batches or time in the middle of an epoch is skipped instead, unless it is
+            ranked. The first skip is a warning. An error is raised at the next batch. `fit` ends when all is written.
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch.
