@@ -1,17 +1,17 @@
-"""What can go wrong with a checkpoint: one class a condition, each also the builtin that fits it.
+"""The errors of this package: one class for each condition. Each class also derives from the matching builtin.
 
 CheckpointError
-├── CheckpointNotFoundError    KeyError,        no such checkpoint, or none that has the metric
+├── CheckpointNotFoundError    KeyError,        no such checkpoint, or no checkpoint has the metric
 │                              FileNotFoundError
-├── DamagedCheckpointError     ValueError       a sidecar or a file is not what was written
+├── DamagedCheckpointError     ValueError       a sidecar or a file differs from the saved bytes
 ├── FormatVersionError         ValueError       written by a newer version of this package
 ├── MismatchError              ValueError       the checkpoint and the model differ
-├── PlanError                  ValueError       a plan that would remove all checkpoints
-├── MonitorError               ValueError       nothing says by which metric to rank, or in which direction
+├── PlanError                  ValueError       a plan would remove all checkpoints
+├── MonitorError               ValueError       the metric to rank by, or its mode, is not known
 ├── DirectoryInUseError        BlockingIOError  another process writes into the directory
 ├── DirectoryNotEmptyError     FileExistsError  the directory holds another run's checkpoints
 └── SaveError                  OSError          a checkpoint could not be written
-    └── DiskFullError                           for want of room
+    └── DiskFullError                           the disk is full
 """
 
 
@@ -20,43 +20,43 @@ class CheckpointError(Exception):
 
 
 class CheckpointNotFoundError(CheckpointError, KeyError, FileNotFoundError):
-    """There is no such checkpoint, or no such directory."""
+    """The checkpoint or the directory does not exist."""
 
-    # KeyError shows the repr of its argument, which would quote the whole sentence.
+    # KeyError shows the repr of its argument: the message would appear in quotes.
     __str__ = Exception.__str__
 
 
 class DamagedCheckpointError(CheckpointError, ValueError):
-    """A sidecar, or a file that it lists, is not what was written."""
+    """A sidecar, or a file that it lists, differs from the saved bytes."""
 
 
 class FormatVersionError(CheckpointError, ValueError):
-    """A sidecar was written by a newer version of this package."""
+    """A newer version of this package wrote the sidecar."""
 
 
 class MismatchError(CheckpointError, ValueError):
-    """The checkpoint does not fit the model; nothing was restored."""
+    """The checkpoint does not match the model; nothing was restored."""
 
 
 class PlanError(CheckpointError, ValueError):
-    """A plan would remove all checkpoints, or one that it must not."""
+    """A plan would remove all checkpoints, or a checkpoint that must stay."""
 
 
 class MonitorError(CheckpointError, ValueError):
-    """Neither the arguments nor the sidecars say by which metric to rank, or which direction of it is better."""
+    """Neither the arguments nor the sidecars give the metric to rank by, or its mode."""
 
 
 class DirectoryInUseError(CheckpointError, BlockingIOError):
-    """Another trainer writes into the directory."""
+    """Another process writes into the directory."""
 
 
 class DirectoryNotEmptyError(CheckpointError, FileExistsError):
-    """The directory holds checkpoints of another run, or files in a checkpoint's place."""
+    """The directory holds checkpoints of another run, or foreign files with a checkpoint's names."""
 
 
 class SaveError(CheckpointError, OSError):
-    """A checkpoint could not be written; those that were there before are untouched."""
+    """A checkpoint could not be written; earlier checkpoints are untouched."""
 
 
 class DiskFullError(SaveError):
-    """There is no room for a checkpoint; those that were there before are untouched."""
+    """The disk has no room for a checkpoint; earlier checkpoints are untouched."""

@@ -189,7 +189,7 @@ class TestSavesDuringASave:
 
     @pytest.fixture(autouse=True)
     def _no_copy_is_small(self, monkeypatch) -> None:
-        monkeypatch.setattr(background, "LITTLE", 0)
+        monkeypatch.setattr(background, "SMALL", 0)
 
     def test_a_save_by_batches_is_skipped_with_one_warning(self, tmp_path, capsys) -> None:
         """With `verbose` each skip prints a line."""
@@ -272,7 +272,7 @@ class TestSavesDuringASave:
         """The process may end after the signal."""
         code = f"""
 warnings.simplefilter("ignore")
-background.LITTLE = 0
+background.SMALL = 0
 busy = Busy()
 def stop():
     assert on_disk({str(tmp_path)!r}) == []
@@ -288,7 +288,7 @@ fit(dense_model(), busy, After({{6: stop}}), backup, batches=9)
 
     def test_saves_of_a_small_model_do_not_wait(self, tmp_path, monkeypatch) -> None:
         """Each batch is saved, however slow the disk is."""
-        monkeypatch.setattr(background, "LITTLE", 1 << 20)
+        monkeypatch.setattr(background, "SMALL", 1 << 20)
         busy = Busy()
         fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), busy, After({5: busy.free}), batches=5)
 
@@ -419,7 +419,7 @@ class TestErrors:
     @pytest.mark.usefixtures("_ctrl_c")
     def test_a_backup_is_saved_although_ctrl_c_interrupts_the_wait_for_it(self, tmp_path, monkeypatch) -> None:
         """The first Ctrl-C waits, the second does not, and the exit of `with` waits again."""
-        monkeypatch.setattr(background, "LITTLE", 0)
+        monkeypatch.setattr(background, "SMALL", 0)
         busy, main = Busy(), threading.main_thread().ident
 
         class Impatient(keras.callbacks.Callback):
@@ -465,7 +465,7 @@ class TestUnreportedErrors:
             for _ in range(2):
                 with pytest.raises(KeyboardInterrupt):
                     fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), Interrupts(1))
-                background.tell()
+                background.report()
 
         assert len([each for each in told if "in the background failed" in str(each.message)]) == 2
 
@@ -525,7 +525,7 @@ def test_threads_that_save_and_restore_do_not_disturb_each_other(long) -> None:
         training = threads.submit(train)
         try:
             for _ in range(200 if long else 50):
-                background.tell()
+                background.report()
                 time.sleep(0.001)
         finally:
             ended.set()

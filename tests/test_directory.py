@@ -122,7 +122,7 @@ def test_the_best_goes_by_what_training_watched(filler) -> None:
         ("10:1", {}, ("lost", "min"), CheckpointNotFoundError, "Recorded metrics: loss"),
         ("10:nan", {}, ("loss", "min"), CheckpointNotFoundError, "no finite value"),
         ("10:1", {}, ("loss",), ValueError, "give the mode, 'min' or 'max'"),
-        ("10:1", {}, (), ValueError, "what to rank by"),
+        ("10:1", {}, (), ValueError, "no metric to rank by"),
         ("10:1", {}, ("loss", "best"), ValueError, "'min' or 'max'"),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_plan_of_another_directory_is_refused(filler, tmp_path) -> None:
     runs = filler.save("10 20")
     plan = runs.plan(LatestN(1))
 
-    with pytest.raises(ValueError, match="not of"):
+    with pytest.raises(ValueError, match=r"The plan is for .*, not for "):
         CheckpointDirectory(tmp_path / "other").prune(plan)
 
 
@@ -323,7 +323,7 @@ class TestARecordInThePlaceOfAStep:
         old = runs[20]
         filler.save("20")
 
-        with pytest.raises(CheckpointNotFoundError, match="was saved again since this record"):
+        with pytest.raises(CheckpointNotFoundError, match="was saved again after this record was read"):
             runs.pin(old)
         assert runs[20].pin is None
 
@@ -332,7 +332,7 @@ class TestARecordInThePlaceOfAStep:
         runs = filler.save("10")
         shutil.copytree(runs.path, tmp_path / "copy")
 
-        with pytest.raises(ValueError, match="The record is one of"):
+        with pytest.raises(ValueError, match="The record belongs to"):
             CheckpointDirectory(tmp_path / "copy").pin(runs[10])
 
 
@@ -568,7 +568,7 @@ def test_a_path_that_is_a_file_is_refused(tmp_path) -> None:
     """When it is read."""
     (tmp_path / "file").touch()
 
-    with pytest.raises(NotADirectoryError, match="A checkpoint directory was expected"):
+    with pytest.raises(NotADirectoryError, match="Expected a checkpoint directory"):
         list(CheckpointDirectory(tmp_path / "file"))
 
 
@@ -724,7 +724,7 @@ def test_nothing_is_removed_in_favour_of_what_is_damaged(filler) -> None:
     plan = runs.plan(LatestN(1))
     assert [record.step for record in plan.removed] == [1]
 
-    with pytest.raises(PlanError, match=r"Nothing was removed: .*ckpt-2, which the plan keeps, is damaged"):
+    with pytest.raises(PlanError, match=r"Nothing was removed: the plan keeps .*ckpt-2, which is damaged"):
         runs.prune(plan)
 
     assert [record.step for record in runs] == [1, 2]
@@ -781,7 +781,7 @@ def test_a_plan_whose_kept_ones_are_gone_removes_nothing(filler) -> None:
     plan = runs.plan(LatestN(1))
     runs.prune(BestN(1, "loss", "min"))
 
-    with pytest.raises(PlanError, match=r"Nothing was removed: .*not in .* any more"):
+    with pytest.raises(PlanError, match=r"Nothing was removed: the checkpoints that the plan keeps are no longer in "):
         runs.prune(plan)
 
     assert [record.step for record in runs] == [10]

@@ -112,7 +112,7 @@ def test_reading_is_bounded(tmp_path) -> None:
     path.touch()
     os.truncate(path, 1 << 40)
 
-    with Folder(tmp_path) as folder, pytest.raises(OSError, match="at most 100 are read"):
+    with Folder(tmp_path) as folder, pytest.raises(OSError, match="at most 100 are allowed"):
         folder.read("huge", 100)
 
 

@@ -310,7 +310,7 @@ def test_metadata_of_a_save_updates_the_managers_metadata(ours) -> None:
     ("options", "text"),
     [
         ({"keep": 3, "max_to_keep": 3}, "keep and max_to_keep exclude each other"),
-        ({"keep": kc.BestN(3)}, "does not say what to rank by"),
+        ({"keep": kc.BestN(3)}, "has no metric to rank by"),
         ({"keep": kc.BestN(3, "loss")}, "give mode='min' or mode='max'"),
         ({"checkpoint_name": "a/b"}, "Received: 'a/b'"),
         ({"checkpoint_name": ""}, "Received: ''"),

@@ -149,7 +149,7 @@ def test_a_policy_of_ones_own_joins_with_the_others() -> None:
 @pytest.mark.parametrize(
     ("answer", "error", "text"),
     [
-        ({99}, ValueError, "what it was not given"),
+        ({99}, ValueError, "selected steps that it was not given"),
         (None, TypeError, "set of steps"),
         ([[1]], TypeError, "set of steps"),
     ],

@@ -181,7 +181,7 @@ def test_a_flipped_bit_is_found(position: int) -> None:
         ({"files": [{"name": "ckpt-120.index", "size": 3, "digest": "sha256:00"}]}, "$.files"),
         ({"files": [{"name": "ckpt-120.index", "size": 3}]}, "digest"),
         ({"files": []}, "lists no files"),
-        ({"format_version": 1, "step": 121}, "its name says ckpt-120"),
+        ({"format_version": 1, "step": 121}, "its step is 121, but its name is ckpt-120"),
     ],
 )
 def test_a_field_that_is_not_what_it_should_be_is_named(changes: dict, place: str) -> None:
@@ -260,7 +260,7 @@ def test_no_bytes_raise_anything_but_a_checkpoint_error(data: bytes) -> None:
 @pytest.mark.parametrize("changes", [{}, {"step": "a new kind of step"}, {"files": ...}])
 def test_a_newer_format_is_refused_as_such(changes: dict) -> None:
     """Whether it still looks like ours or not, it says to upgrade."""
-    with pytest.raises(FormatVersionError, match=r"version 3, this package reads up to 2: upgrade"):
+    with pytest.raises(FormatVersionError, match=r"version is 3, this package reads up to 2: upgrade"):
         decode(sealed(members(format_version=3, **changes)), "ckpt-120")
 
 

@@ -686,7 +686,7 @@ def test_a_record_is_refused_if_its_checkpoint_was_saved_again(runs, model) -> N
     record = runs.latest()
     save(model, runs.path, step=record.step, run_id=record.run_id)
 
-    with pytest.raises(kc.CheckpointNotFoundError, match="was saved anew"):
+    with pytest.raises(kc.CheckpointNotFoundError, match="was saved again"):
         kc.restore(dense_model(), record)
 
 

@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_makes_way_for_the_step_that_is_saved_again(filler)
     (path / "ckpt-20.json").write_bytes(b"")
     (path / "ckpt-20.png").write_text("mine")
 
-    with pytest.warns(UserWarning, match=r"ckpt-20 is damaged .*; what is left of it is in .*damaged-"):
+    with pytest.warns(UserWarning, match=r"ckpt-20 is damaged .*; its remaining files are in .*damaged-"):
         filler.save("20")
 
     assert verify(filler.runs) == [10, 20]
@@ -318,7 +318,7 @@ def test_a_checkpoint_of_a_newer_version_is_not_saved_over(filler) -> None:
     path = pathlib.Path(filler.runs.path) / "ckpt-20.json"
     path.write_text('{"format": "keras_ckpt", "format_version": 3}')
 
-    with pytest.raises(FormatVersionError, match=r"ckpt-20 in .* is not saved over"):
+    with pytest.raises(FormatVersionError, match=r"ckpt-20 in .* is not overwritten"):
         filler.save("20")
 
 
@@ -662,7 +662,7 @@ def test_a_pinned_checkpoint_that_is_damaged_is_not_saved_over(filler) -> None:
 
 
 def test_a_checkpoint_with_a_cut_file_makes_way_as_well(filler) -> None:
-    """Its sidecar is whole; what is left of it is moved aside, not removed."""
+    """Its sidecar is whole; its remaining files are moved aside, not removed."""
     runs = filler.save("10")
     pathlib.Path(f"{runs.path}/ckpt-10.data-00000-of-00001").write_bytes(b"1")
 

@@ -200,7 +200,7 @@ class BackedUpFit:
                 self._session.settle(wait=True)
         if self._unsaved and self._can_save:
             self._save_and_wait(reason, began)
-        background.tell()  # the process may end before other callbacks tell of their saves
+        background.report()  # the process may end before other callbacks tell of their saves
 
     def close(self) -> None:
         """Waits for the saves, and lets another session save into the directory."""

@@ -1,8 +1,8 @@
-"""The one thread of the process that writes while training goes on.
+"""The background thread: one thread of the process that writes while training continues.
 
-Jobs are done in the order in which they come, so what was due earlier is on disk earlier. Of one moment of a training,
-a backup goes before checkpoints that only select: after a restart from it they are saved again. Leaving the process
-waits for all jobs.
+Jobs run in the order of submission, so earlier saves reach the disk earlier. Within one moment of a training, a backup
+runs before checkpoints: a restart from the backup saves these checkpoints again. The process waits for all jobs before
+it exits.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from keras_ckpt.store.notices import warn
 
 Result = TypeVar("Result")
 
-LITTLE = 64 << 20
-"""So many bytes may always wait to be written."""
+SMALL = 64 << 20
+"""The bytes that may always wait to be written."""
 
 
 class Job(Generic[Result]):
-    """Something that is done in the background.
+    """One piece of work for the background thread.
 
     Args:
-        work: Does it.
-        moment: Of which moment of a training it is: the run, and the step.
-        size: The bytes that it holds; those of one moment are the same ones, however many jobs hold them.
-        first: Whether it goes before other jobs of the moment that wait.
+        work: The function to call.
+        moment: The moment of a training: the run and the step.
+        size: The bytes that the job holds. All jobs of one moment hold the same bytes.
+        first: Whether the job runs before other waiting jobs of the moment.
     """
 
     def __init__(self, work: Callable[[], Result], moment: tuple[str, int], size: int, first: bool = False) -> None:
@@ -39,7 +39,7 @@ class Job(Generic[Result]):
         self.size = size
         self._work: Callable[[], Result] | None = work
         self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-        # Before it can begin, for Ctrl-C may come in between.
+        # Registered before the job can begin: Ctrl-C may come in between.
         _jobs[self] = None
         try:
             with _lock:
@@ -63,17 +63,17 @@ class Job(Generic[Result]):
         concurrent.futures.wait([self._future])
 
     def error(self) -> BaseException | None:
-        """What the work raised, if it did; waits until it is done."""
+        """The error of the work, if any. Waits for its end."""
         return self._future.exception()
 
     def result(self) -> Result:
-        """What the work returned, or an error that it raised; waits until it is done."""
+        """Returns the result of the work, or raises its error. Waits for its end."""
         self.wait()
         _jobs.pop(self, None)
         return self._future.result()
 
     def drop(self) -> bool:
-        """Gives the job up, unless it has begun. Says whether it was given up; then it is as if it had never been."""
+        """Cancels the job, unless it has begun. Returns whether it was canceled; a canceled job leaves no trace."""
         with _lock, contextlib.suppress(ValueError):
             _queue.remove(self)
             self._work = None
@@ -82,15 +82,15 @@ class Job(Generic[Result]):
         return False
 
     def do(self) -> None:
-        """Does the work, in the thread that is there for it."""
+        """Runs the work, in the background thread."""
         work, self._work = self._work, None
         try:
             if work is not None and self._future.set_running_or_notify_cancel():
                 result = work()
-                work = None  # whoever waits for the result may expect that nothing is held any more
+                work = None  # a waiter for the result may expect that the job holds nothing any more
                 self._future.set_result(result)
-        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
-            # Whoever keeps the error would keep the model's values with it.
+        except BaseException as error:  # noqa: BLE001 - result() raises it
+            # The frames of a kept error would keep the model's values.
             work = None
             each: BaseException | None = error
             while each is not None:
@@ -100,34 +100,34 @@ class Job(Generic[Result]):
 
 
 def is_full(moment: tuple[str, int], size: int) -> bool:
-    """Whether one more job would hold too much beside those of other moments that are yet to be done."""
+    """Whether one more job would hold too many bytes beside the pending jobs of other moments."""
     others: dict[tuple[str, int], int] = {}
     for job in _pending():
         if job.size and job.moment != moment:
             others[job.moment] = max(job.size, others.get(job.moment, 0))
-    return bool(others) and sum(others.values()) + size > LITTLE
+    return bool(others) and sum(others.values()) + size > SMALL
 
 
 def is_idle() -> bool:
-    """Whether there is nothing to be done of what holds something."""
+    """Whether no pending job holds bytes."""
     return not any(job.size for job in _pending())
 
 
 def wait() -> None:
-    """Waits until all that there is by now is done, well or not. What is being done does not wait for itself."""
+    """Waits for the end of all jobs submitted so far, failed or not. A running job does not wait for itself."""
     if not hasattr(_here, "works"):
         for job in _pending():
             job.wait()
 
 
-def tell() -> None:
-    """Waits until all is done, and warns of the errors that nobody asks for, because their training was interrupted."""
+def report() -> None:
+    """Waits for all jobs, and warns of unclaimed errors: an interrupted training never asks for its results."""
     wait()
     for job in list(_jobs):
         if job.done():
             _jobs.pop(job, None)
             if error := job.error():
-                # Python shows a text once, so each error has one of its own.
+                # Python shows equal warnings once, so each error gets a distinct text.
                 run, step = job.moment
                 what = f"The save of step {step} of run {run} in the background failed"
                 warn(f"{what}: {error}")
@@ -139,15 +139,15 @@ def _pending() -> list[Job[Any]]:
 
 def _do_next() -> None:
     with _lock:
-        job = _queue.pop(0) if _queue else None  # one may have been dropped
+        job = _queue.pop(0) if _queue else None  # a job may have been dropped
     if job is not None:
         job.do()
 
 
 def _forget() -> None:
-    """A forked child has none of its parent's threads."""
+    """Resets the module in a forked child, which has none of its parent's threads."""
     global _lock  # noqa: PLW0603
-    _lock = threading.Lock()  # the parent's may have been held
+    _lock = threading.Lock()  # another thread of the parent may have held the old lock
     _thread.cache_clear()
     _jobs.clear()
     _queue.clear()
@@ -156,7 +156,7 @@ def _forget() -> None:
 @functools.cache
 def _thread() -> concurrent.futures.Executor:
     executor = concurrent.futures.ThreadPoolExecutor(1, "keras_ckpt-save", lambda: setattr(_here, "works", True))
-    executor.submit(int).result()  # Ctrl-C while a thread begins would leave one of which the executor does not know
+    executor.submit(int).result()  # Ctrl-C while a thread starts would leave a thread unknown to the executor
     return executor
 
 
@@ -164,9 +164,9 @@ _here = threading.local()
 _lock = threading.Lock()
 _queue: list[Job[Any]] = []
 """The jobs that have not begun."""
-# A dict, because other threads may add and remove while one looks.
+# A dict, because other threads may add and remove jobs while a thread reads it.
 _jobs: dict[Job[Any], None] = {}
 os.register_at_fork(after_in_child=_forget)
-# At the end of a process its threads cannot begin others any more, which writing a file does. This comes before, for
-# it is registered after `concurrent.futures.thread` was imported. Python has no public name for it.
-threading._register_atexit(tell)  # type: ignore[attr-defined] # noqa: SLF001
+# At the exit of a process, threads can no longer start threads, which writing a file does. This function runs before
+# that, because it is registered after the import of `concurrent.futures.thread`. Python has no public name for it.
+threading._register_atexit(report)  # type: ignore[attr-defined] # noqa: SLF001

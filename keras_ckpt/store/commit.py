@@ -1,7 +1,7 @@
-"""The one rule: a sidecar is the commit record of its checkpoint, published last and withdrawn first.
+"""Publishes, withdraws and recovers checkpoints, by one rule: the sidecar is published last and withdrawn first.
 
-Without a complete, valid sidecar in the directory there is no checkpoint, whatever else lies there. The functions
-here keep that so, in an order that survives a crash at any point; the caller holds the directory's mutex.
+The sidecar is the commit record. Without a complete, valid sidecar in the directory there is no checkpoint, whatever
+other files exist. The order of the steps here survives a crash at any point. The caller holds the directory's mutex.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, superseded
 
 _STATE_LIMIT = 1 << 24
 _NO_FILE = (errno.ENOENT, errno.EFBIG, errno.EINVAL, errno.ELOOP, errno.ENXIO)
-"""What `Folder.read` says of what is not there, too big, no file, or a link. Any other error may pass."""
+"""Errors of `Folder.read` for a file that is missing, too large, not regular, or a link. Others may be temporary."""
 
 
 def publish(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: Iterable[CheckpointRecord] = ()) -> None:
-    """Puts a staged checkpoint in its place, and withdraws those that it supersedes.
+    """Publishes a staged checkpoint, and withdraws the checkpoints that it supersedes.
 
     Args:
         folder: The directory.
-        stage: Where it was staged.
-        record: What it is.
+        stage: The folder with the staged files.
+        record: The checkpoint.
         earlier: The checkpoints of the same step or the same name.
 
     Raises:
-        DirectoryNotEmptyError: A file of somebody else's has the name of one of the checkpoint's.
+        DirectoryNotEmptyError: A foreign file has the name of one of the checkpoint's files.
         FormatVersionError: A newer version of this package saved the checkpoint of this name.
-        UnfinishedError: It is not published, and another is withdrawn for it. Recovery goes on.
-        OSError: It is not published.
+        UnfinishedError: The checkpoint is not published, but another is withdrawn for it. Recovery finishes it.
+        OSError: The checkpoint is not published.
     """
     sidecar = layout.sidecar(record.name)
     previous = _read(folder, sidecar)
@@ -47,12 +47,12 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: It
         _set_damaged_aside(folder, record.name)
     with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
-    # From here on the stage, which is durable, is what a crash is recovered from.
+    # From here on, a crash is recovered from the stage, which is durable.
     withdrawn = [each for each in earlier if each.name != record.name]
     if previous:
         withdrawn.append(previous)
     else:
-        # A pin that was left behind by an earlier checkpoint of that name is no pin of this one.
+        # An earlier checkpoint of this name left its pin; the pin does not apply to this checkpoint.
         folder.remove(layout.pin(record.name))
     staged = [file.name for file in record.files if stage.exists(file.name)]
     try:
@@ -63,13 +63,13 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: It
         stage.move(sidecar, folder)
         folder.sync()
     except Exception as error:
-        if _take_back(folder, stage, [sidecar, *staged], withdrawn):
+        if _undo(folder, stage, [sidecar, *staged], withdrawn):
             raise
         raise UnfinishedError(*error.args) from error
 
 
-def _take_back(folder: Folder, stage: Folder, names: Iterable[str], earlier: Iterable[CheckpointRecord]) -> bool:
-    """Moves back what was moved of a stage; says whether all is as it was before."""
+def _undo(folder: Folder, stage: Folder, names: Iterable[str], earlier: Iterable[CheckpointRecord]) -> bool:
+    """Moves the published files back into the stage. Returns whether the directory is as it was before."""
     try:
         for name in names:
             if not stage.exists(name):
@@ -80,7 +80,7 @@ def _take_back(folder: Folder, stage: Folder, names: Iterable[str], earlier: Ite
 
 
 def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
-    """Removes checkpoints: the sidecars go first, then the files that they list and nothing else."""
+    """Removes checkpoints: first the sidecars, then the listed files and no other files."""
     if not records:
         return
     with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
@@ -92,9 +92,9 @@ def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
 
 
 def recover(folder: Folder) -> None:
-    """Finishes what a process that died had begun: complete stages go forward, the rest is thrown away."""
+    """Finishes the work of a process that died: rolls complete stages forward, and removes incomplete stages."""
     with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
-        # A process that was killed had not come to make everything durable.
+        # A process that was killed may not have synced everything.
         for changed in (trash, private, folder):
             changed.sync()
         for name in private.names():
@@ -109,23 +109,24 @@ def recover(folder: Folder) -> None:
             if record is None or (published is None and folder.exists(name)):
                 trash.remove(name)
             else:
-                # The same step may have been saved again since, under some of the same names.
+                # The same step may have been saved again since, under some of the same file names.
                 used = {file.name for file in published.files} if published else set()
                 _empty_trash(folder, trash, [record], used)
 
 
 def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preserved: float | None = None) -> None:
-    """Writes TensorFlow's state file, so that its functions agree on what is there and what is newest.
+    """Writes TensorFlow's state file: the list of checkpoints and the newest checkpoint for TensorFlow's functions.
 
     Args:
         folder: The directory.
-        records: Its checkpoints, oldest first. Only TensorFlow's are named. Pinned ones are not listed, because
-            TensorFlow's manager would delete them.
-        last_preserved: When `keep_checkpoint_every_n_hours` last preserved one; defaults to what the file says.
+        records: The directory's checkpoints, oldest first. The file names only TensorFlow checkpoints. It does not
+            list pinned checkpoints, because TensorFlow's manager would delete them.
+        last_preserved: When `keep_checkpoint_every_n_hours` last preserved a checkpoint. Defaults to the time in the
+            file.
     """
     records = [record for record in records if _is_tensorflows(record)]
     if not records:
-        # It goes with the last checkpoint, unless it names one that TensorFlow wrote.
+        # The file goes with the last checkpoint, unless it names a checkpoint that TensorFlow wrote.
         newest = read_state(folder)[0]
         if newest is None or folder.exists(layout.sidecar(newest)) or not folder.exists(layout.index(newest)):
             folder.remove(layout.STATE_FILE)
@@ -142,9 +143,9 @@ def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preser
 
 
 def read_state(folder: Folder) -> tuple[str | None, float | None]:
-    """The newest checkpoint's name, and the time of the last preserved one, as TensorFlow's state file has them.
+    """Reads the newest checkpoint's name and the time of the last preserved checkpoint from TensorFlow's state file.
 
-    The name is only a hint: it may be of a file that is not there, but never of one outside the directory.
+    The name is only a hint: the file may be missing, but it is never outside the directory.
     """
     try:
         text = folder.read(layout.STATE_FILE, _STATE_LIMIT).decode()
@@ -158,22 +159,22 @@ def read_state(folder: Folder) -> tuple[str | None, float | None]:
 
 
 def _set_damaged_aside(folder: Folder, name: str) -> None:
-    """Moves a checkpoint whose sidecar cannot be read out of the way of the one that is saved in its place."""
+    """Moves a damaged checkpoint away, so that a new checkpoint can be saved under its name."""
     try:
         sidecars.decode(folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT), name)
-        raise DamagedCheckpointError("a file of it is missing, or of another size")
+        raise DamagedCheckpointError("one of its files is missing, or has another size")
     except FileNotFoundError:
         return
     except FormatVersionError as error:
-        raise FormatVersionError(f"{name} in {folder.path} is not saved over: {error}") from error
+        raise FormatVersionError(f"{name} in {folder.path} is not overwritten: {error}") from error
     except (CheckpointError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_FILE:
-            raise  # what cannot be read just now may be whole
+            raise  # the error may be temporary and the checkpoint whole
         place = f"damaged-{uuid.uuid4().hex}"
         with folder.folder(PRIVATE, create=True) as private, private.folder(place, create=True) as aside:
             for file in [file for file in folder.names() if layout.is_of(file, name)]:
                 folder.move(file, aside)
-            warn(f"{name} is damaged ({error}); what is left of it is in {aside.path}")
+            warn(f"{name} is damaged ({error}); its remaining files are in {aside.path}")
 
 
 def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
@@ -183,9 +184,9 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
     earlier = superseded(record, scan(folder).records)
     pinned = folder.exists(sidecar) and folder.exists(layout.pin(record.name))
     if pinned or any(each.pinned or each.sequence >= record.sequence for each in earlier):
-        return  # it was pinned, or saved, again or at all, before its removal from the stage had reached the disk
+        return  # the stage is out of date: this checkpoint or a newer one is published, or a pin protects it
     for file in record.files:
-        # Beside a sidecar, a file is that checkpoint's, even if the bytes are the same.
+        # Beside a published sidecar, a file belongs to that checkpoint, even if the bytes are the same.
         holder = stage if folder.exists(sidecar) or stage.exists(file.name) else folder
         if not _holds(holder, file):
             return
@@ -218,7 +219,7 @@ def _refuse_foreign(
 
 
 def _is_whole(folder: Folder, record: CheckpointRecord) -> bool:
-    """Whether the files of a checkpoint are there with their sizes."""
+    """Whether all files of a checkpoint exist with the recorded sizes."""
     try:
         return all(folder.size(file.name) == file.size for file in record.files)
     except FileNotFoundError:
@@ -226,7 +227,7 @@ def _is_whole(folder: Folder, record: CheckpointRecord) -> bool:
 
 
 def _holds(folder: Folder, file: CheckpointFile) -> bool:
-    """Whether a file is there with the bytes that a sidecar says."""
+    """Whether a file exists with the recorded size and digest."""
     try:
         return folder.digest(file.name) == (file.size, file.digest.lower())
     except OSError as error:
@@ -251,7 +252,7 @@ def _empty_trash(folder: Folder, trash: Folder, records: Sequence[CheckpointReco
         for file in record.files:
             if file.name not in used:
                 folder.remove(file.name)
-    # Were the sidecars gone first, a power cut could bring files back that nothing lists any more.
+    # If the sidecars went first, a power cut could bring back files that no sidecar lists.
     folder.sync()
     for record in records:
         trash.remove(layout.sidecar(record.name))

@@ -1,4 +1,4 @@
-"""The checkpoints of one run on disk: the only ledger, read again each time."""
+"""The directory of one run's checkpoints: the only ledger, read from disk on each call."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Change(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a plan means for one checkpoint, and why.
+    """A plan's decision for one checkpoint: kept or removed, and why.
 
     Example:
 
@@ -60,10 +60,10 @@ class Decision(NamedTuple):
 
     Attributes:
         record: The checkpoint.
-        kept: Whether it stays.
+        kept: Whether the checkpoint stays.
         reason: Why.
-        size: Its bytes; of one that is removed, those that this frees after the ones before it are removed, because
-            what it shares with one that stays is not freed.
+        size: The bytes of a kept checkpoint. For a removed checkpoint, the bytes that its removal frees after the
+            removals before it; files shared with a kept checkpoint free nothing.
     """
 
     record: CheckpointRecord
@@ -74,7 +74,7 @@ class Decision(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PrunePlan(tables.Shown):
-    """What a policy would keep and remove, and why; nothing is removed before `CheckpointDirectory.prune(plan)`.
+    """The checkpoints that a policy would keep and remove, and why. Only `CheckpointDirectory.prune(plan)` removes.
 
     Example:
 
@@ -86,9 +86,9 @@ class PrunePlan(tables.Shown):
     ```
 
     Attributes:
-        policy: The policy, as it was written.
-        decisions: One for each checkpoint, oldest first.
-        listing: What the directory held when the plan was made.
+        policy: The `repr` of the policy.
+        decisions: One decision for each checkpoint, oldest first.
+        listing: The contents of the directory when the plan was made.
     """
 
     policy: str
@@ -109,7 +109,7 @@ class PrunePlan(tables.Shown):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Verification(tables.Shown):
-    """What `CheckpointDirectory.verify` found.
+    """The result of `CheckpointDirectory.verify`.
 
     Example:
 
@@ -119,7 +119,7 @@ class Verification(tables.Shown):
     ```
 
     Attributes:
-        listing: The directory: in `records` what is whole, in `damaged` what is not, by name with the reason.
+        listing: The directory: `records` has the whole checkpoints, `damaged` the damaged ones with their errors.
     """
 
     listing: Listing
@@ -136,10 +136,10 @@ class Verification(tables.Shown):
 class CheckpointDirectory(tables.Shown):
     """The checkpoints of one run.
 
-    Iterating gives the records, oldest first; `directory[120]` is that of step 120. A record does as well wherever a
-    step is asked for. What is there is read from disk each time. Iterating and `len` take the sidecars' word; whatever
-    shows, chooses or removes looks at the sizes of the files too. TensorFlow is not needed for any of it. In a process
-    that trains, it waits for what is being written.
+    Iterating yields the records, oldest first; `directory[120]` is the record of step 120. Every argument `step` takes
+    a record too. Each call reads the disk again. Iterating and `len` trust the sidecars; the other methods compare the
+    sizes of the files too. Nothing here needs TensorFlow. In a process that trains, each call waits for background
+    saves.
 
     Example:
 
@@ -151,7 +151,7 @@ class CheckpointDirectory(tables.Shown):
     ```
 
     Args:
-        path: The directory. It need not be there yet.
+        path: The directory. It need not exist yet.
 
     Raises:
         ValueError: The path is a URL, or empty.
@@ -160,15 +160,15 @@ class CheckpointDirectory(tables.Shown):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = os.fspath(path)
         if not isinstance(path, str) or not path:
-            raise ValueError(f"A checkpoint directory is a path. Received: {path!r}")
+            raise ValueError(f"A checkpoint directory must be a path. Received: {path!r}")
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-            raise ValueError(f"Checkpoint directories are local. Received: {path!r}. Copy it, or mount it.")
+            raise ValueError(f"Checkpoint directories must be local. Received: {path!r}. Copy it, or mount it.")
         # A program may change its working directory between two saves.
         self.path = os.path.abspath(path)
         self._listeners: list[Callable[[Change], object]] = []
 
     def subscribe(self, listener: Callable[[Change], object]) -> None:
-        """Calls a function after each checkpoint that is saved or removed through this object.
+        """Calls a function after each save or removal of a checkpoint through this object.
 
         Example:
 
@@ -178,22 +178,22 @@ class CheckpointDirectory(tables.Shown):
         ```
 
         Args:
-            listener: Receives a `Change`, in the thread that saves or removes. An error that it raises is a warning.
+            listener: Receives a `Change`, in the thread that saves or removes. Its errors become warnings.
         """
         self._listeners.append(listener)
 
-    def tell(self, changes: Iterable[Change]) -> None:
-        """Calls the listeners. The caller is the writer of this directory, and holds no lock."""
+    def notify(self, changes: Iterable[Change]) -> None:
+        """Calls the listeners. The caller is this directory's writer, and holds no lock."""
         for change in changes:
             log.info("%s %s", change.kind, change.record.prefix)
             for listener in self._listeners:
                 try:
                     listener(change)
-                except Exception as error:  # noqa: BLE001 - the save is done, whatever a listener makes of it
+                except Exception as error:  # noqa: BLE001 - the save is done, whatever a listener raises
                     warn(f"A listener of {self.path} failed: {change.record.prefix} was {change.kind}, and {error!r}")
 
     def listing(self) -> Listing:
-        """Reads the directory: the good, the damaged and what others wrote.
+        """Reads the directory: whole, damaged and unmanaged checkpoints.
 
         Raises:
             NotADirectoryError: The path is a file.
@@ -213,22 +213,22 @@ class CheckpointDirectory(tables.Shown):
         return self._find(self.listing(), step)
 
     def latest(self) -> CheckpointRecord | None:
-        """The checkpoint that was saved last, or `None` if there is none."""
+        """The newest checkpoint in the order of saving, or `None` without checkpoints."""
         records = self.listing().records
         return records[-1] if records else None
 
     def best(self, monitor: str | None = None, mode: Mode | None = None) -> CheckpointRecord | None:
-        """The checkpoint with the best value of a metric, or `None` if there is no checkpoint.
+        """The checkpoint with the best value of a metric, or `None` without checkpoints.
 
-        Of equal values the earlier is better.
+        With equal values, the earlier checkpoint is better.
 
         Args:
-            monitor: The metric. Defaults to the one that training watched.
-            mode: `"min"` or `"max"`. Defaults to what the sidecars say of that metric.
+            monitor: The metric. Defaults to the metric that training monitored.
+            mode: `"min"` or `"max"`. Defaults to the metric's mode in the sidecars.
 
         Raises:
             CheckpointNotFoundError: No checkpoint has a finite value of the metric. The error names the metrics.
-            MonitorError: Nothing says which metric, or which direction of it, is meant.
+            MonitorError: Neither the arguments nor the sidecars give the metric, or its mode.
         """
         listing = self.listing()
         if not listing.records:
@@ -240,7 +240,7 @@ class CheckpointDirectory(tables.Shown):
         return listing.find(steps.pop())
 
     def plan(self, keep: PreservationPolicy | int) -> PrunePlan:
-        """What a policy would keep and remove here, and why. Removes nothing.
+        """Plans which checkpoints a policy would keep and remove, and why. Removes nothing.
 
         Args:
             keep: A policy; an int `n` means `LatestN(n)`.
@@ -265,15 +265,16 @@ class CheckpointDirectory(tables.Shown):
         return PrunePlan(repr(policy), decisions, listing)
 
     def prune(self, plan: PrunePlan | PreservationPolicy) -> list[int]:
-        """Removes what a plan says, but for what was pinned, saved anew or removed since it was made.
+        """Removes the checkpoints that a plan removes, except those pinned, saved again or removed meanwhile.
 
-        What the plan keeps is read first, every byte of it: what is damaged is no reason to remove the others.
+        The method first reads every byte of the checkpoints that the plan keeps: a damaged checkpoint must not replace
+        the others.
 
         Args:
-            plan: A plan of this directory, or a policy to make one with.
+            plan: A plan of this directory, or a policy to plan with.
 
         Returns:
-            The steps that were removed.
+            The removed steps.
 
         Raises:
             PlanError: A checkpoint that the plan keeps is damaged; nothing was removed.
@@ -281,12 +282,12 @@ class CheckpointDirectory(tables.Shown):
         if isinstance(plan, PreservationPolicy):
             plan = self.plan(plan)
         if not isinstance(plan, PrunePlan):
-            # A number might be meant as a step.
+            # A user might mean a number as a step.
             raise TypeError(f"prune() takes a plan, or a policy such as keras_ckpt.LatestN(2). Received: {plan!r}")
         if not plan.removed:
             return []
         if elsewhere := {record.directory for record in plan.removed} - {self.path}:
-            raise ValueError(f"The plan is one of {elsewhere.pop()}, not of {self.path}.")
+            raise ValueError(f"The plan is for {elsewhere.pop()}, not for {self.path}.")
         _refuse_damaged(plan)
         planned = {(record.run_id, record.sequence, record.step) for record in plan.removed}
         with self._change() as (folder, listing):
@@ -298,15 +299,15 @@ class CheckpointDirectory(tables.Shown):
             ]
             if doomed and len(doomed) == len(listing.records):
                 raise PlanError(
-                    f"Nothing was removed: what the plan keeps is not in {self.path} any more, so that none of the "
-                    f"{len(doomed)} checkpoints would be left. Plan again."
+                    f"Nothing was removed: the checkpoints that the plan keeps are no longer in {self.path}, so none "
+                    f"of the {len(doomed)} checkpoints would be left. Plan again."
                 )
             remove(folder, listing, doomed)
-        self.tell(Change("removed", record) for record in doomed)
+        self.notify(Change("removed", record) for record in doomed)
         return [record.step for record in doomed]
 
     def verify(self, progress: Callable[[int, int], object] = lambda done, total: None) -> Verification:
-        """Reads every byte of every checkpoint and compares it with what was written. Changes nothing.
+        """Reads every byte of every checkpoint, and compares sizes and digests with the sidecars. Changes nothing.
 
         Example:
 
@@ -316,30 +317,30 @@ class CheckpointDirectory(tables.Shown):
         ```
 
         Args:
-            progress: Called with the bytes that were read and those there are, again and again.
+            progress: Called after each piece with the bytes read so far and the bytes in total.
 
         Returns:
-            What is whole and what is damaged. What another process removed or saved anew meanwhile is in neither.
+            The whole and the damaged checkpoints, without those that another process removed or saved again meanwhile.
         """
         return Verification(self._read(lambda folder: verify(folder, progress)))
 
     def pin(self, step: int | CheckpointRecord | None, reason: str = "") -> None:
-        """Keeps a checkpoint whatever a policy says, until `unpin`. The same as `touch ckpt-120.keep` in a shell.
+        """Protects a checkpoint from every policy until `unpin`. The same as `touch ckpt-120.keep` in a shell.
 
         Args:
-            step: Its step, or a record of it.
-            reason: Why, for those who read the table later.
+            step: The checkpoint's step or record.
+            reason: The reason, which the table shows.
 
         Raises:
-            CheckpointNotFoundError: It is not there, or was saved again since its record was read.
+            CheckpointNotFoundError: The checkpoint does not exist, or was saved again after its record was read.
         """
         if not isinstance(reason, str) or len(reason.encode()) > PIN_LIMIT:
-            raise ValueError(f"A pin's reason is a string of at most {PIN_LIMIT} bytes. Received: {reason!r:.100}")
+            raise ValueError(f"A pin's reason must be a string of at most {PIN_LIMIT} bytes. Received: {reason!r:.100}")
         with self._change() as (folder, listing):
             folder.replace(layout.pin(self._find(listing, step).name), reason.encode())
 
     def unpin(self, step: int | CheckpointRecord | None) -> None:
-        """Gives a checkpoint back to the policies. One that is not pinned stays as it is."""
+        """Removes the pin of a checkpoint, if any: policies may remove the checkpoint again."""
         with self._change() as (folder, listing):
             folder.remove(layout.pin(self._find(listing, step).name))
             folder.sync()
@@ -347,7 +348,7 @@ class CheckpointDirectory(tables.Shown):
     def add_metrics(
         self, step: int | CheckpointRecord | None, metrics: Mapping[str, float] = {}, /, **named: float
     ) -> None:
-        """Adds what was measured on a checkpoint elsewhere to its sidecar; a metric of the same name is replaced.
+        """Adds metrics of a checkpoint to its sidecar. Replaces metrics of the same name.
 
         Example:
 
@@ -357,8 +358,8 @@ class CheckpointDirectory(tables.Shown):
         ```
 
         Args:
-            step: Its step, or a record of it.
-            metrics: Values by name, for names that are no Python identifiers.
+            step: The checkpoint's step or record.
+            metrics: Values by name, for names that are not Python identifiers.
             **named: Values by name.
         """
         added = {name: as_metric(name, value) for name, value in {**metrics, **named}.items()}
@@ -370,14 +371,14 @@ class CheckpointDirectory(tables.Shown):
         """Removes all checkpoints of the directory, so that another run can begin in it.
 
         Args:
-            pinned: Whether to remove those too that are pinned.
+            pinned: Whether to remove pinned checkpoints too.
 
         Returns:
-            The steps that were removed.
+            The removed steps.
 
         Raises:
-            PlanError: Some are pinned, and `pinned` is false; nothing was removed.
-            DirectoryInUseError: A training in another process writes here.
+            PlanError: Some checkpoints are pinned, and `pinned` is false; nothing was removed.
+            DirectoryInUseError: Another process trains into this directory.
             FormatVersionError: A newer version of this package wrote here.
         """
         if not os.path.lexists(self.path):
@@ -385,12 +386,12 @@ class CheckpointDirectory(tables.Shown):
         with self._change() as (folder, before):
             lock = folder.lock()
             before.refuse_newer()
-            # What a process that died had complete would come back with the next writer.
+            # Without recovery, the next writer would publish a complete stage of a process that died.
             commit.recover(folder)
             listing = examine(folder)
             if not pinned and (steps := [record.step for record in listing.records if record.pinned]):
                 raise PlanError(
-                    f"{self.path} has pinned checkpoints: {steps}. Nothing was removed. To remove these too, use "
+                    f"{self.path} has pinned checkpoints: {steps}. Nothing was removed. To remove them too, use "
                     "clear(pinned=True)."
                 )
             if listing.records:
@@ -398,24 +399,23 @@ class CheckpointDirectory(tables.Shown):
             for record in listing.records:
                 folder.remove(layout.pin(record.name))
             del lock
-        self.tell(Change("removed", record) for record in listing.records)
+        self.notify(Change("removed", record) for record in listing.records)
         return [record.step for record in listing.records]
 
     def _find(self, listing: Listing, step: int | CheckpointRecord | None) -> CheckpointRecord:
-        """The current record of a step, or of a record."""
+        """The current record of a step or an older record."""
         if step is None:
             raise TypeError(
-                "A step or a record was expected. Received: None, which latest() and best() return for an empty "
-                "directory."
+                "Expected a step or a record. Received: None, which latest() and best() return for an empty directory."
             )
         if not isinstance(step, CheckpointRecord):
             return listing.find(step)
         if os.path.realpath(step.directory) != os.path.realpath(self.path):
-            raise ValueError(f"The record is one of {step.directory}, not of {self.path}.")
+            raise ValueError(f"The record belongs to {step.directory}, not to {self.path}.")
         found = listing.find(step.step)
         if not found.same_save(step):
             raise CheckpointNotFoundError(
-                f"{step.prefix} was saved again since this record of it was read. Look it up again."
+                f"{step.prefix} was saved again after this record was read. Look it up again."
             )
         return found
 
@@ -426,7 +426,7 @@ class CheckpointDirectory(tables.Shown):
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
-        """The open directory and what it holds, while nobody else changes it."""
+        """Opens and lists the directory under the mutex: nobody else changes the set of checkpoints."""
         background.wait()
         with _naming(self.path), Folder(self.path) as folder, folder.mutex():
             yield folder, examine(folder)
@@ -441,13 +441,13 @@ class CheckpointDirectory(tables.Shown):
 
 
 def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord]) -> None:
-    """Removes checkpoints; TensorFlow's state file forgets them first. The caller holds the mutex."""
+    """Removes checkpoints, first from TensorFlow's state file. The caller holds the mutex."""
     steps = {record.step for record in doomed}
     remaining = [record for record in listing.records if record.step not in steps]
     try:
         commit.write_state(folder, remaining)
     except OSError as error:
-        # A full disk is no reason not to free some of it.
+        # On a full disk, the removal frees the space for the state file.
         if not doomed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         commit.withdraw(folder, doomed)
@@ -458,7 +458,7 @@ def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord])
 
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Says of an error of the file system in which directory it came up."""
+    """Adds the directory to the file name of each file system error."""
     try:
         yield
     except CheckpointError:
@@ -469,7 +469,7 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _shown(path: str) -> str:
-    """A path for people: relative where it lies below the working directory."""
+    """A path to display: relative if it is below the working directory."""
     with contextlib.suppress(OSError):
         relative = os.path.relpath(path)
         return path if relative.startswith("..") else relative
@@ -477,11 +477,11 @@ def _shown(path: str) -> str:
 
 
 def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[CheckpointError]) -> PreservationPolicy:
-    """The policy with what the sidecars say was monitored, and in which direction.
+    """The policy with its open monitor and mode filled in from the sidecars.
 
     Raises:
-        CheckpointError: Of the type `unknown`: no checkpoint has a metric that the policy ranks by.
-        MonitorError: Nothing says which metric, or which direction of it, is meant.
+        CheckpointError: An error of the type `unknown`: no checkpoint has a metric that the policy ranks by.
+        MonitorError: Neither the policy nor the sidecars give the metric, or its mode.
     """
     modes = {name: mode for record in listing.records for name, mode in record.modes.items()}
     modes |= {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
@@ -491,10 +491,10 @@ def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkp
         if monitor in modes:
             return modes[monitor]
         raise MonitorError(
-            f"Nothing says whether a smaller or a larger {monitor!r} is better: give the mode, 'min' or 'max'."
+            f"No sidecar says whether a smaller or a larger {monitor!r} is better: give the mode, 'min' or 'max'."
         )
 
-    # A metric that is not there is the greater mistake, so it is told of first.
+    # An unknown metric is the worse mistake, so this error comes first.
     _refuse_unknown(policy, known, unknown)
     resolved = policy.resolve(listing.records[-1].monitor, mode_of)
     _refuse_unknown(resolved, known, unknown)
@@ -502,14 +502,14 @@ def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkp
 
 
 def _refuse_damaged(plan: PrunePlan) -> None:
-    """Refuses to remove anything in favour of a checkpoint that is not what was written."""
+    """Refuses a plan that keeps a damaged checkpoint."""
     with _naming(plan.listing.path), Folder(plan.listing.path) as folder:
         for record in plan.kept:
             try:
                 check(folder, record)
             except DamagedCheckpointError as error:
                 raise PlanError(
-                    f"Nothing was removed: {record.prefix}, which the plan keeps, is damaged: {error}. Move its files "
+                    f"Nothing was removed: the plan keeps {record.prefix}, which is damaged: {error}. Move its files "
                     "away, and plan again."
                 ) from error
             except FileNotFoundError:

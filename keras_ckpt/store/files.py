@@ -1,8 +1,8 @@
-"""The file system: the only module that opens, renames, syncs or unlinks.
+"""Access to the file system: the only module that opens, renames, syncs or unlinks.
 
-Everything goes through the descriptor of an open directory. A name is never looked up by path twice, a
-link is never followed, and no name is ever a pattern, so a directory may be called `run[1]` or `lr*`.
-What the package keeps for itself (locks, stages, trash) lies in a sub-folder, `.keras_ckpt`.
+All operations use the descriptor of an open directory. They look up no path twice, follow no link, and treat no name as
+a pattern: a directory may be called `run[1]` or `lr*`. The sub-folder `.keras_ckpt` has the package's private files:
+locks, stages and trash.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from keras_ckpt.store.streams import NewFile, OpenFile, read_into
 
 PRIVATE = ".keras_ckpt"
 _CHUNK, _LOOK = 1 << 20, 1 << 12
-# Without O_NONBLOCK the open of a FIFO that somebody put here would hang.
+# Without O_NONBLOCK, opening a FIFO in the directory would hang.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -36,7 +36,7 @@ def _stamp(status: os.stat_result) -> Stamp:
 
 
 class UnfinishedError(OSError):
-    """What was begun cannot be taken back, only finished: by the one who recovers the directory."""
+    """A failed commit that cannot be undone. Recovery of the directory finishes it."""
 
 
 class Folder:
@@ -44,7 +44,7 @@ class Folder:
 
     Args:
         path: The directory.
-        create: Whether to make it, and its parents, where they are missing.
+        create: Whether to create the directory and its parents where missing.
 
     Raises:
         FileNotFoundError: There is no such directory, and `create` is `False`.
@@ -59,11 +59,11 @@ class Folder:
             self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except NotADirectoryError as error:
             raise NotADirectoryError(
-                errno.ENOTDIR, "A checkpoint directory was expected, this is a file", self.path
+                errno.ENOTDIR, "Expected a checkpoint directory, this is a file", self.path
             ) from error
 
     def folder(self, name: str, *, create: bool = False) -> Folder:
-        """Opens a sub-folder, which a link may not stand for; one that is made is durably named."""
+        """Opens a sub-folder, but no link to a folder. The name of a created sub-folder is durable."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inner = Folder.__new__(Folder)
         inner.path = os.path.join(self.path, name)
@@ -88,11 +88,11 @@ class Folder:
         self.close()
 
     def names(self) -> list[str]:
-        """The names in the directory, in no order."""
+        """The names in the directory, in any order."""
         return os.listdir(self.descriptor)
 
     def moving(self) -> set[str]:
-        """The names of files that a writer publishes or removes at the moment: those in its stage and its trash."""
+        """The names of files that a writer publishes or removes now: the files in its stage and its trash."""
         found: set[str] = set()
         with contextlib.suppress(OSError), self.folder(PRIVATE) as private:
             for name in private.names():
@@ -102,11 +102,11 @@ class Folder:
         return found
 
     def changed(self) -> int:
-        """When a file in the directory was created, replaced or removed last, in nanoseconds."""
+        """The time of the last creation, replacement or removal in the directory, in nanoseconds."""
         return os.fstat(self.descriptor).st_mtime_ns
 
     def inodes(self) -> dict[str, int]:
-        """The numbers of the files in the directory, by name. A file that is replaced has another number."""
+        """The inodes of the files in the directory, by name. A replaced file has another inode."""
         with os.scandir(self.descriptor) as entries:
             return {entry.name: entry.inode() for entry in entries}
 
@@ -120,11 +120,11 @@ class Folder:
         return True
 
     def read(self, name: str, limit: int) -> bytes:
-        """Reads a whole file; one of more than `limit` bytes is an error before it is read."""
+        """Reads a whole file. A file of more than `limit` bytes is an error, and is not read."""
         descriptor, size = self._open_regular(name)
         try:
             if size > limit:
-                raise OSError(errno.EFBIG, f"{size} bytes, at most {limit} are read", name)
+                raise OSError(errno.EFBIG, f"{size} bytes, at most {limit} are allowed", name)
             data = os.pread(descriptor, size + 1, 0)
             if len(data) != size:
                 raise OSError(errno.EBUSY, "it changed while it was read", name)
@@ -133,7 +133,7 @@ class Folder:
             os.close(descriptor)
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """Reads some bytes of a file, fewer where it ends before."""
+        """Reads `size` bytes of a file from an offset, fewer at its end."""
         descriptor, _ = self._open_regular(name)
         try:
             return os.pread(descriptor, size, offset)
@@ -141,10 +141,10 @@ class Folder:
             os.close(descriptor)
 
     def holds(self, name: str, offset: int, data: memoryview) -> bool:
-        """Whether a file has these bytes there."""
+        """Whether a file has these bytes at an offset."""
         descriptor, _ = self._open_regular(name)
         try:
-            # What differs often does so at once.
+            # Different data often differs in its first bytes.
             cuts = [0, *range(min(_LOOK, len(data)), len(data), _CHUNK), len(data)]
             pieces = ((start, data[start:end]) for start, end in itertools.pairwise(cuts))
             return all(os.pread(descriptor, len(piece), offset + start) == bytes(piece) for start, piece in pieces)
@@ -156,20 +156,20 @@ class Folder:
         return os.lstat(name, dir_fd=self.descriptor).st_size
 
     def shares_disk(self, other: Folder) -> bool:
-        """Whether files of both may be links to each other."""
+        """Whether hard links between both directories are possible."""
         return os.fstat(self.descriptor).st_dev == os.fstat(other.descriptor).st_dev
 
     def stamp(self, name: str) -> Stamp:
-        """What tells later whether a file is as it is now."""
+        """A stamp that differs once the file has changed."""
         return _stamp(os.lstat(name, dir_fd=self.descriptor))
 
     def links(self, name: str) -> tuple[int, int]:
-        """The number of a file, which is one for all of its names, and how many names there are."""
+        """The inode of a file, and the number of its names."""
         status = os.lstat(name, dir_fd=self.descriptor)
         return status.st_ino, status.st_nlink
 
     def free(self) -> int:
-        """The bytes that may yet be written here; a quota is not known."""
+        """The free bytes of the file system, without regard to quotas."""
         status = os.fstatvfs(self.descriptor)
         return status.f_bavail * status.f_frsize
 
@@ -194,7 +194,7 @@ class Folder:
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[OpenFile]:
-        """A file to read."""
+        """Opens a file for reading."""
         descriptor, size = self._open_regular(name)
         try:
             yield OpenFile(descriptor, size, name)
@@ -204,18 +204,18 @@ class Folder:
     def scatter(
         self, name: str, parts: Sequence[tuple[int, memoryview]], threads: concurrent.futures.Executor
     ) -> tuple[int, str]:
-        """Reads all of a file, and parts of it into the memory that is given for them.
+        """Reads a whole file, with given parts of it into given memory.
 
         Args:
             name: The file.
-            parts: Where parts begin, each with its memory; one after another.
-            threads: What reads.
+            parts: The offset of each part, with its memory, in the order of the file.
+            threads: The threads that read.
 
         Returns:
-            What `digest` does.
+            The size and the digest, as `digest` returns them.
         """
         with self.reading(name) as file:
-            # Of short pieces a digest is faster by one thread.
+            # One thread digests short pieces faster.
             several = file.size > len(parts) * _CHUNK
             hasher = blake3(max_threads=blake3.AUTO if several else 1)
             for memory in file.in_portions(parts, threads):
@@ -224,15 +224,15 @@ class Folder:
             return file.size, f"blake3:{hasher.hexdigest()}"
 
     def create(self, name: str, data: bytes) -> None:
-        """Writes a new file and makes its bytes durable; a file of that name is an error."""
+        """Writes a new file and makes its bytes durable. An existing file of that name is an error."""
         with self.writing(name) as file:
             file.write(memoryview(data))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[NewFile]:
-        """A new file to write; at the end of the `with` statement its bytes are durable.
+        """Opens a new file for writing. At the end of the `with` statement its bytes are durable.
 
-        A file of that name is an error.
+        An existing file of that name is an error.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
@@ -243,12 +243,12 @@ class Folder:
                 file.finish()
             os.fsync(descriptor)
             if (size := os.fstat(descriptor).st_size) != file.size:
-                raise OSError(errno.EIO, f"{file.size} bytes were written, it has {size}", name)
+                raise OSError(errno.EIO, f"{file.size} bytes were written, the file has {size}", name)
         finally:
             os.close(descriptor)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Writes a file anew by one rename: readers see the old bytes or the new, whole and durable."""
+        """Replaces a file by one rename: readers see the old or the new bytes, complete and durable."""
         new = f"swap-{uuid.uuid4().hex}"
         with self.folder(PRIVATE, create=True) as private:
             try:
@@ -265,24 +265,24 @@ class Folder:
         os.rename(name, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def link(self, name: str, target: Folder, new: str) -> None:
-        """Gives a file a name in another directory too.
+        """Makes a hard link to a file in another directory.
 
         Raises:
-            OSError: The file system has no links, or not that many, or the directory is on another.
+            OSError: The file system has no hard links, or not that many, or the directory is on another file system.
         """
         os.link(name, new, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor, follow_symlinks=False)
 
     def move(self, name: str, target: Folder, new: str | None = None) -> None:
-        """Renames a file into another directory, over one of that name."""
+        """Renames a file into another directory. Replaces a file of that name."""
         os.rename(name, new or name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
 
     def remove(self, name: str) -> None:
-        """Unlinks a file; one that is gone already is as good."""
+        """Unlinks a file. A missing file is no error."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
 
     def remove_folder(self, name: str) -> None:
-        """Removes a sub-folder of the package's own with all that is in it, or a file."""
+        """Removes a file, or a private sub-folder with its contents."""
         try:
             os.unlink(name, dir_fd=self.descriptor)
         except (IsADirectoryError, PermissionError):
@@ -303,8 +303,8 @@ class Folder:
     def tensorflow_path(self, name: str) -> str:
         """A path for TensorFlow, valid while this folder is open.
 
-        TensorFlow takes a path that it reads from for a pattern and fails in a directory named `run[1]`; the
-        descriptor's path has no such characters.
+        TensorFlow treats a path to read as a pattern, and fails in a directory named `run[1]`. The descriptor's path
+        has no pattern characters.
         """
         if os.path.isdir("/proc/self/fd"):
             return f"/proc/self/fd/{self.descriptor}/{name}"
@@ -312,7 +312,7 @@ class Folder:
 
     @contextlib.contextmanager
     def held(self, names: Iterable[str]) -> Iterator[Folder]:
-        """Holds files open: a folder of the files as they are now, even if others remove or replace them."""
+        """Holds files open: the folder has the files as they are now, even if others remove or replace them."""
         with contextlib.ExitStack() as stack:
             descriptors = {}
             for name in names:
@@ -322,10 +322,10 @@ class Folder:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Folder]:
-        """A private folder for the files of one save; it is durable when it is made.
+        """A private folder for the files of one save, with a durable name.
 
-        An error removes it. An interrupt, such as Ctrl-C, is like a crash: the folder stays for recovery. So it does
-        if the commit cannot be taken back.
+        An error removes the folder. An interrupt, such as Ctrl-C, acts like a crash: the folder stays for recovery. It
+        also stays if the commit cannot be undone.
         """
         with self.folder(PRIVATE, create=True) as private, private.folder(name, create=True) as folder:
             try:
@@ -342,7 +342,7 @@ class Folder:
             self.remove(name)
 
     def remove_stage(self, lock: WriterLock) -> None:
-        """Removes the folder for what is saved, if there is one."""
+        """Removes the lock's empty stage, if any."""
         name, lock.stage = lock.stage, ""
         if name:
             with self.folder(PRIVATE) as private:
@@ -350,13 +350,13 @@ class Folder:
 
     @contextlib.contextmanager
     def mutex(self) -> Iterator[None]:
-        """Waits until no other process or thread changes the set of checkpoints, and keeps it so."""
+        """Holds the mutex: no other process or thread changes the set of checkpoints."""
         descriptor = self._open_lock("mutex")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            # A child that was forked meanwhile has the lock too, until it is said that nobody has.
+            # A child forked meanwhile shares the lock; only an explicit unlock releases it for both.
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
@@ -364,17 +364,16 @@ class Folder:
     def lock(self) -> WriterLock:
         """Makes this process the directory's one writing process, for as long as the lock is referenced.
 
-        Within the process everyone gets the same lock, so that a notebook's cell can be run again after it was
-        interrupted.
+        All callers in the process get the same lock, so an interrupted notebook cell can run again.
 
         Raises:
-            DirectoryInUseError: Another process writes here; it is named.
+            DirectoryInUseError: Another process writes here. The error names the process.
         """
         return claim(self._open_lock("lock"), self.path)
 
     def _open_lock(self, name: str) -> int:
-        """The descriptor of a private file that is there to be locked."""
-        # Never unlinked: a lock on a file that somebody else unlinks guards nothing.
+        """The descriptor of a private lock file."""
+        # The file is never unlinked: a lock on an unlinked file guards nothing.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with self.folder(PRIVATE, create=True) as private:
             try:
@@ -397,7 +396,7 @@ class Folder:
 
 
 class _Held(Folder):
-    """Open files, to be read, looked at and linked."""
+    """A folder of open files, which can be read and hard-linked."""
 
     def __init__(self, path: str, descriptors: Mapping[str, int]) -> None:
         self.path = path
@@ -410,11 +409,11 @@ class _Held(Folder):
         return _stamp(os.fstat(self._opened(name)))
 
     def link(self, name: str, target: Folder, new: str) -> None:
-        # Through the descriptor: the name may be another file's by now. Where there is no /proc, it fails.
+        # The descriptor is used because the name may be another file's by now. Without /proc the call fails.
         os.link(f"/proc/self/fd/{self._opened(name)}", new, dst_dir_fd=target.descriptor, follow_symlinks=True)
 
     def _open_regular(self, name: str) -> tuple[int, int]:
-        # A copy has the offset of the original, which no read here uses.
+        # A duplicate shares the original's offset, which no read here uses.
         return os.dup(self._opened(name)), self.size(name)
 
     def _opened(self, name: str) -> int:
@@ -424,7 +423,7 @@ class _Held(Folder):
 
 
 def _make_directories(path: str) -> None:
-    """Makes a directory and its missing parents, each durably named in the one above it."""
+    """Creates a directory and its missing parents, each with a durable name."""
     if not path or os.path.lexists(path):
         return
     parent = os.path.dirname(os.path.abspath(path))
@@ -436,7 +435,7 @@ def _make_directories(path: str) -> None:
 
 
 def files_below(path: str, limit: int) -> dict[str, bytes]:
-    """The files in a directory and below it, by their paths from there.
+    """Reads the files in a directory and below it, by relative path.
 
     Raises:
         ValueError: A file has more than `limit` bytes.
@@ -453,7 +452,7 @@ def files_below(path: str, limit: int) -> dict[str, bytes]:
 
 
 def write_below(path: str, files: Mapping[str, bytes]) -> None:
-    """Writes files into a directory and below it, by their paths from there.
+    """Writes files into a directory and below it, by relative path.
 
     Raises:
         ValueError: A path leads out of the directory.
@@ -469,7 +468,7 @@ def write_below(path: str, files: Mapping[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def temporary_directory() -> Iterator[str]:
-    """A directory for temporary files, for as long as it is used."""
+    """A temporary directory, removed at the end of the `with` statement."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="keras_ckpt-") as path:
@@ -477,9 +476,9 @@ def temporary_directory() -> Iterator[str]:
 
 
 def lasting_tensorflow_path(directory: str, name: str) -> str:
-    """A path for TensorFlow's `restore`, which reads variables that are made later when they are made.
+    """A path for TensorFlow's `restore`, valid for the whole process: it reads later variables at their creation.
 
-    It is the plain path, unless TensorFlow would take it for a pattern.
+    It is the plain path, unless TensorFlow would treat it as a pattern.
     """
     plain = os.path.join(directory, name)
     if not set(plain) & set("*?[\\"):
@@ -496,15 +495,15 @@ _lasting: dict[tuple[int, int], Folder] = {}
 
 
 def cut(path: str, size: int) -> None:
-    """Takes away what was written into a log since it had a size."""
+    """Truncates a log to an earlier size."""
     with contextlib.suppress(FileNotFoundError):
         if os.path.getsize(path) > size:
             os.truncate(path, size)
 
 
 def remove_unused(path: str) -> None:
-    """Removes a directory that holds nothing but the package's private folder, and that with it."""
-    # One that stays, because it is a link or its parent cannot be written, does no harm.
+    """Removes a directory that has only the package's private folder."""
+    # Best effort: a directory that stays, such as a link or in a read-only parent, does no harm.
     with contextlib.suppress(OSError):
         with Folder(path) as folder:
             if folder.names() != [PRIVATE]:

@@ -1,4 +1,4 @@
-"""What a directory holds: sidecars, pins and the checkpoints of others, read and checked."""
+"""Reads and checks a directory's contents: sidecars, pins and checkpoints without a sidecar."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from keras_ckpt.store.files import Folder
 from keras_ckpt.store.reading import Reading
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, superseded
 
-_NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What a process has run out of says nothing of a file."""
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of the process, which say nothing about the file."""
 Check = Callable[[CheckpointRecord], object]
-"""Raises for a checkpoint that is damaged."""
+"""Raises an error for a damaged checkpoint."""
 PIN_LIMIT = 4096
-"""The greatest size of a pin's reason in bytes."""
+"""The largest size of a pin's reason in bytes."""
 _CHECKED = 16
-"""So many known checkpoints are read again by a look, in turns."""
+"""The number of known checkpoints that each look reads again, in turns."""
 _TICK = 100_000_000
-"""Within so many nanoseconds a file system may give two changes of a directory the same time."""
+"""The nanoseconds within which a file system may give two changes of a directory the same time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a directory held when it was read.
+    """The contents of a directory when it was read.
 
     Example:
 
@@ -47,9 +47,9 @@ class Listing:
     Attributes:
         path: The directory.
         records: The checkpoints, oldest first in the order of saving.
-        damaged: By name, the error of each checkpoint that cannot be trusted. Nothing of it is ever removed.
-        unmanaged: Names of TensorFlow checkpoints without a sidecar, which others wrote.
-        sequence: The greatest place in the order of saving that any of them has.
+        damaged: The error of each checkpoint that cannot be trusted, by name. Its files are never removed.
+        unmanaged: Names of TensorFlow checkpoints without a sidecar, which other programs wrote.
+        sequence: The largest place in the order of saving.
     """
 
     path: str
@@ -65,8 +65,8 @@ class Listing:
         """The checkpoint of a step.
 
         Raises:
-            DamagedCheckpointError, FormatVersionError: It cannot be trusted.
-            CheckpointNotFoundError: There is none; those there are, are named.
+            DamagedCheckpointError, FormatVersionError: The checkpoint cannot be trusted.
+            CheckpointNotFoundError: The step has no checkpoint. The error names the steps that have one.
         """
         for record in self.records:
             if record.step == step:
@@ -81,30 +81,30 @@ class Listing:
 
     @property
     def newer(self) -> bool:
-        """Whether a newer version of this package wrote here: what it meant to keep is not known."""
+        """Whether a newer version of this package wrote here: its intention for each checkpoint is not known."""
         return any(isinstance(error, FormatVersionError) for error in self.damaged.values())
 
     def refuse_newer(self) -> None:
-        """Raises where a newer version of this package wrote here."""
+        """Raises an error if a newer version of this package wrote here."""
         for name, error in self.damaged.items():
             if isinstance(error, FormatVersionError):
-                raise FormatVersionError(f"{self.path} is left as it is, because of {layout.sidecar(name)}: {error}")
+                raise FormatVersionError(f"{self.path} is left unchanged, because of {layout.sidecar(name)}: {error}")
 
     def joined_by(self, record: CheckpointRecord) -> Listing:
-        """The listing with a record that was saved, or changed, since."""
+        """The listing with one newer record, saved or changed."""
         gone = superseded(record, self.records)
         others = [other for other in self.records if other not in gone]
         return dataclasses.replace(self, records=_oldest_first([*others, record]))
 
 
 class Known:
-    """The last listing of a directory, so that the next look reads only the checkpoints whose files were replaced.
+    """A cache of a directory's last listing: the next look reads only checkpoints with replaced files.
 
-    A file may also be changed in its place, so each look reads some other checkpoints again, in turns.
+    A file may also change in place, so each look reads some other checkpoints again, in turns.
     """
 
     def __init__(self) -> None:
-        self.records: dict[str, CheckpointRecord] = {}  # read longest ago first
+        self.records: dict[str, CheckpointRecord] = {}  # the longest unread first
         self._listing: Listing | None = None
         self._inodes: Mapping[str, int] = {}
         self._changed = 0
@@ -124,12 +124,12 @@ class Known:
         return listing
 
     def add(self, record: CheckpointRecord) -> None:
-        """Notes a checkpoint that was read and found whole."""
+        """Adds a checkpoint that was read and is not damaged."""
         self.records[record.name] = record
         self._owners |= dict.fromkeys(_files(record), record.name)
 
     def _forget(self, inodes: Mapping[str, int]) -> None:
-        """Forgets each checkpoint of which a file was replaced, and some others in turns."""
+        """Forgets each checkpoint with a replaced file, and some others in turns."""
         replaced = {file for file, _ in inodes.items() ^ self._inodes.items()}
         names = {self._owners.get(file, file.rpartition(".")[0]) for file in replaced}
         for name in [*names, *itertools.islice(self.records, _CHECKED)]:
@@ -143,7 +143,7 @@ def scan(files: Reading, check: Check = lambda record: None) -> Listing:
 
     Args:
         files: The directory.
-        check: Called with each record that is read; a checkpoint for which it raises is among the damaged.
+        check: Called with each record. A checkpoint is damaged if the call raises.
     """
     return _listed(files, set(files.names()), check, Known())
 
@@ -166,7 +166,7 @@ def _listed(files: Reading, present: Set[str], check: Check, known: Known) -> Li
 
 
 def unmanaged(folder: Reading, names: set[str]) -> set[str]:
-    """Those of the names under which there is a checkpoint without a sidecar, and none on its way to or from there."""
+    """The names that have an index but no sidecar, and that no writer publishes or removes now."""
     if not names:
         return names
     names = names - layout.of_sidecars(folder.moving())
@@ -174,7 +174,7 @@ def unmanaged(folder: Reading, names: set[str]) -> set[str]:
 
 
 def examine(folder: Folder, known: Known | None = None) -> Listing:
-    """Reads all sidecars of a directory, and looks at the sizes of the files that they list."""
+    """Reads all sidecars of a directory, and compares the sizes of the listed files."""
 
     def look(record: CheckpointRecord) -> None:
         check(folder, record, digests=False)
@@ -183,11 +183,11 @@ def examine(folder: Folder, known: Known | None = None) -> Listing:
 
 
 def verify(folder: Reading, progress: Callable[[int, int], object]) -> Listing:
-    """Reads all sidecars of a directory, and every byte of the files that they list.
+    """Reads all sidecars of a directory, and every byte of the listed files.
 
     Args:
         folder: The directory.
-        progress: Called with the bytes that were read and those there are, again and again.
+        progress: Called after each piece with the bytes read so far and the bytes in total.
     """
     total = sum(record.size for record in scan(folder).records)
     done = 0
@@ -201,12 +201,12 @@ def verify(folder: Reading, progress: Callable[[int, int], object]) -> Listing:
 
 
 def taken(records: Sequence[CheckpointRecord]) -> int:
-    """The bytes that checkpoints of a directory take on disk, those that some share counted once."""
+    """The bytes that checkpoints of a directory take on disk. Shared files count once."""
     return sum({inode: size for links in _links(records) for inode, _, size in links}.values())
 
 
 def freed(records: Sequence[CheckpointRecord]) -> list[int]:
-    """The bytes that the removal of each checkpoint of a directory frees, after those before it are removed."""
+    """The bytes that the removal of each checkpoint frees, after the removal of the checkpoints before it."""
     removed: collections.Counter[int] = collections.Counter()
     sizes = []
     for links in _links(records):
@@ -216,7 +216,7 @@ def freed(records: Sequence[CheckpointRecord]) -> list[int]:
 
 
 def _links(records: Sequence[CheckpointRecord]) -> list[list[tuple[int, int, int]]]:
-    """For each file of each record its number, how many names it has, and its size."""
+    """The inode, the number of names and the size of each file of each record."""
     found: list[list[tuple[int, int, int]]] = [[] for _ in records]
     if records:
         with Folder(records[0].directory) as folder:
@@ -229,11 +229,11 @@ def _links(records: Sequence[CheckpointRecord]) -> list[list[tuple[int, int, int
 
 @contextlib.contextmanager
 def held(folder: Folder, record: CheckpointRecord) -> Iterator[Folder]:
-    """The files of a checkpoint, which nobody can take away while they are read.
+    """Holds the files of a checkpoint open: a removal by others does not disturb the reader.
 
     Raises:
-        DamagedCheckpointError: One cannot be read.
-        FileNotFoundError: The checkpoint was removed or saved anew since its sidecar was read.
+        DamagedCheckpointError: A file cannot be read.
+        FileNotFoundError: The checkpoint was removed or saved again after its sidecar was read.
     """
     names = [file.name for file in record.files]
     try:
@@ -241,12 +241,12 @@ def held(folder: Folder, record: CheckpointRecord) -> Iterator[Folder]:
             yield files
     except (OSError, DamagedCheckpointError) as error:
         if isinstance(error, OSError) and error.filename not in names:
-            raise  # of something else than these files
+            raise  # the error is not about these files
         raise _judged(folder, record, error) from error
 
 
 def amend(folder: Folder, record: CheckpointRecord) -> CheckpointRecord:
-    """Replaces the sidecar of a checkpoint by one rename, for a changed record. The caller holds the mutex."""
+    """Replaces the sidecar of a checkpoint for a changed record, by one rename. The caller holds the mutex."""
     file = layout.sidecar(record.name)
     folder.replace(file, sidecars.update(folder.read(file, sidecars.SIZE_LIMIT), record))
     return record
@@ -256,8 +256,8 @@ def read_record(folder: Reading, name: str) -> CheckpointRecord:
     """The record of a checkpoint.
 
     Raises:
-        DamagedCheckpointError, FormatVersionError: Its sidecar cannot be trusted.
-        FileNotFoundError: It has none.
+        DamagedCheckpointError, FormatVersionError: The sidecar cannot be trusted.
+        FileNotFoundError: The checkpoint has no sidecar.
     """
     try:
         data = folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT)
@@ -269,11 +269,11 @@ def read_record(folder: Reading, name: str) -> CheckpointRecord:
 
 
 def check(folder: Reading, record: CheckpointRecord, **how: Any) -> None:
-    """As `check_files`, in a directory that others may change meanwhile.
+    """Compares a checkpoint's files as `check_files` does, in a directory that others may change at the same time.
 
     Raises:
-        DamagedCheckpointError: A file is missing, or not what was written.
-        FileNotFoundError: The checkpoint was removed or saved anew since its sidecar was read.
+        DamagedCheckpointError: A file is missing, or differs from the saved bytes.
+        FileNotFoundError: The checkpoint was removed or saved again after its sidecar was read.
     """
     try:
         check_files(folder, record, **how)
@@ -288,37 +288,37 @@ def check_files(
     digests: bool = True,
     advance: Callable[[int], object] | None = None,
 ) -> None:
-    """Compares the files of a checkpoint with what its sidecar says of them.
+    """Compares the files of a checkpoint with the sizes and digests in its sidecar.
 
     Args:
-        folder: Where they are.
+        folder: The directory.
         record: The checkpoint.
-        digests: Whether to read every byte; if not, the sizes have to do.
+        digests: Whether to read every byte. If not, only the sizes are compared.
         advance: Called with the number of bytes after each piece that was read.
 
     Raises:
-        DamagedCheckpointError: A file is missing, or not what was written.
+        DamagedCheckpointError: A file is missing, or differs from the saved bytes.
     """
     for file in record.files:
         try:
             size, digest = folder.digest(file.name, advance) if digests else (folder.size(file.name), None)
         except OSError as error:
             if error.filename != file.name:
-                raise  # of whoever was told of the progress
+                raise  # the error came from `advance`
             raise unreadable(error) from error
         refuse_changed(file, size, digest)
 
 
 def refuse_changed(file: CheckpointFile, size: int, digest: str | None) -> None:
-    """Refuses a file that is not what was written.
+    """Refuses a file that differs from the saved bytes.
 
     Args:
-        file: What was.
-        size: The bytes that it has.
-        digest: Of these, `None` if the size has to do.
+        file: The file as it was saved.
+        size: Its size now, in bytes.
+        digest: Its digest now, `None` to compare only the size.
 
     Raises:
-        DamagedCheckpointError: It is another.
+        DamagedCheckpointError: The size or the digest differs.
     """
     if size != file.size:
         raise DamagedCheckpointError(f"{file.name} has {size} bytes, {file.size} were written")
@@ -327,14 +327,14 @@ def refuse_changed(file: CheckpointFile, size: int, digest: str | None) -> None:
 
 
 def _judged(folder: Reading, record: CheckpointRecord, error: Exception) -> Exception:
-    """Tells a checkpoint that is damaged from one that was removed or saved anew since its sidecar was read."""
+    """The error to raise: damage, or `FileNotFoundError` if the checkpoint was removed or saved again meanwhile."""
     if not _is_current(folder, record):
-        return FileNotFoundError(errno.ENOENT, "it was removed or saved anew", record.name)
+        return FileNotFoundError(errno.ENOENT, "it was removed or saved again", record.name)
     return unreadable(error) if isinstance(error, OSError) else error
 
 
 def _is_current(folder: Reading, record: CheckpointRecord) -> bool:
-    """Whether a checkpoint was neither removed nor saved anew since its sidecar was read."""
+    """Whether a checkpoint was neither removed nor saved again after its sidecar was read."""
     try:
         return read_record(folder, record.name).same_save(record)
     except FileNotFoundError:
@@ -349,8 +349,8 @@ def _read_others(
     """Reads the checkpoints that are not known.
 
     Returns:
-        The errors of those that are damaged, the greatest place that one of them has in the order of saving, and the
-        names of all files.
+        The errors of the damaged checkpoints, the largest place in the order of saving among the checkpoints read,
+        and the names of all files.
     """
     damaged: dict[str, CheckpointError] = {}
     sequence = 0
@@ -365,7 +365,7 @@ def _read_others(
                 check(record)
                 known.add(record)
             except FileNotFoundError:
-                again = True  # it was removed since, so another may have come that this look at the names missed
+                again = True  # a removed checkpoint may have a successor, which this list of names lacks
             except CheckpointError as error:
                 damaged[name] = error
         if again:
@@ -399,14 +399,14 @@ def _read_pin(folder: Reading, name: str, present: Set[str]) -> str | None:
 
 
 def unreadable(error: OSError) -> Exception:
-    """What an error while a file is read is: damage, unless the process has run out of something."""
-    if error.errno in _NOTHING_LEFT:
+    """The error to raise for a failed read: damage, unless the process has run out of descriptors or memory."""
+    if error.errno in _EXHAUSTED:
         return error
     return DamagedCheckpointError(f"it cannot be read: {error}")
 
 
 def _is_checkpoint(name: str, present: Set[str], error: CheckpointError) -> bool:
-    """Whether a JSON file that is no sidecar was meant as one; anybody may have a history-2.json."""
+    """Whether an invalid sidecar was meant as a sidecar; a user may have an unrelated history-2.json."""
     usual = (step := sidecars.step_in(name)) is not None and name == layout.numbered(step)
     return usual or layout.index(name) in present or isinstance(error, FormatVersionError)
 

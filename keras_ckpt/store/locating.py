@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a user names by a record, a directory or a path, and opens its files."""
+"""Finds a checkpoint by a record, a directory or a path, and opens its files."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from keras_ckpt.store.record import CheckpointRecord, step_in
 
 Result = TypeVar("Result")
 Read = Callable[[Folder, str, CheckpointRecord | None], Result]
-"""Reads a checkpoint: its files, its name, and its record, `None` if it has no sidecar."""
+"""Reads a checkpoint from its files, its name, and its record (`None` without a sidecar)."""
 
 _ATTEMPTS = 100
 
 
 def read_checkpoint(checkpoint: object, read: Read[Result], keep_open: contextlib.ExitStack | None = None) -> Result:
-    """Reads a checkpoint; for a directory its newest that is not damaged.
+    """Reads a checkpoint; for a directory, the newest undamaged checkpoint.
 
     Args:
         checkpoint: A record, a directory, its listing, or the path of a directory or a checkpoint.
-        read: Reads it. Another error than that of a damaged checkpoint is propagated.
+        read: Reads the checkpoint. Errors propagate, except those of a damaged checkpoint.
         keep_open: Closes the files of the checkpoint. By default they are closed when `read` returns.
 
     Returns:
-        What `read` returns.
+        The result of `read`.
 
     Raises:
-        DamagedCheckpointError, FormatVersionError: It cannot be trusted.
-        CheckpointNotFoundError: There is no such checkpoint.
+        DamagedCheckpointError, FormatVersionError: The checkpoint cannot be trusted.
+        CheckpointNotFoundError: The checkpoint does not exist.
     """
     expected = checkpoint if isinstance(checkpoint, CheckpointRecord) else None
-    background.tell()
+    background.report()
     for _ in range(_ATTEMPTS):
         directory, names = _locate(checkpoint)
         try:
@@ -48,7 +48,7 @@ def read_checkpoint(checkpoint: object, read: Read[Result], keep_open: contextli
         except CheckpointNotFoundError:
             raise
         except FileNotFoundError as error:
-            # The checkpoint was pruned or saved again between two looks; the next look gives another list.
+            # The checkpoint was pruned or saved again after the listing; the next listing differs.
             gone = error
     raise CheckpointNotFoundError(f"There is no checkpoint {os.path.join(directory, names[0])}.") from gone
 
@@ -60,10 +60,10 @@ def _read_first(
     read: Read[Result],
     keep_open: contextlib.ExitStack | None,
 ) -> Result:
-    """Reads the first of the checkpoints that is not damaged."""
+    """Reads the first undamaged checkpoint of the names."""
     for name, older in itertools.zip_longest(names, names[1:]):
         try:
-            # The digests are compared while the values are read.
+            # `read` compares the digests while it reads the values.
             with contextlib.ExitStack() as stack:
                 folder = stack.enter_context(Folder(directory))
                 record, files = stack.enter_context(opened(folder, name, expected, check_digests=False))
@@ -80,7 +80,7 @@ def _read_first(
 
 
 def _locate(checkpoint: object) -> tuple[str, list[str]]:
-    """The directory of a checkpoint, and its name; for a directory, the names of all, newest first."""
+    """The directory of a checkpoint, and its name; for a directory, all names, newest first."""
     if isinstance(checkpoint, CheckpointRecord):
         return checkpoint.directory, [checkpoint.name]
     if isinstance(checkpoint, CheckpointDirectory):
@@ -98,13 +98,13 @@ def _locate(checkpoint: object) -> tuple[str, list[str]]:
         return path, _newest_first(CheckpointDirectory(path).listing())
     if path.endswith((".keras", ".h5")):
         raise ValueError(
-            f"{path} is a file of Keras's own: model.load_weights() or keras.models.load_model() reads it."
+            f"{path} is a file in Keras's format: model.load_weights() or keras.models.load_model() reads it."
         )
     return os.path.dirname(path), [layout.named_by(os.path.basename(path))]
 
 
 def _newest_first(listing: Listing) -> list[str]:
-    """The checkpoints to try, and a warning for each newer one that is damaged already at first sight."""
+    """The names of the checkpoints to try, newest first. Warns of each damaged checkpoint that is newer."""
     names = [record.name for record in reversed(listing.records)]
     reasons = [f"{name} in {listing.path} is damaged: {error}" for name, error in listing.damaged.items()]
     if not names and listing.damaged:
@@ -126,18 +126,18 @@ def _newest_first(listing: Listing) -> list[str]:
 def opened(
     folder: Folder, name: str, expected: CheckpointRecord | None = None, check_digests: bool = True
 ) -> Iterator[tuple[CheckpointRecord | None, Folder]]:
-    """The record of a checkpoint, `None` if it has no sidecar, and its files, checked and held.
+    """Opens a checkpoint: its record (`None` without a sidecar) and its files, checked and held open.
 
     Args:
         folder: The directory.
-        name: The checkpoint.
-        expected: What it has to be still.
-        check_digests: Whether to compare every byte; if not, the sizes of the files.
+        name: The name of the checkpoint.
+        expected: The record that the checkpoint must still have.
+        check_digests: Whether to compare every byte. If not, only the sizes are compared.
 
     Raises:
-        DamagedCheckpointError, FormatVersionError: It cannot be trusted.
-        CheckpointNotFoundError: It is not the expected one.
-        FileNotFoundError: There is none of that name, or none any more.
+        DamagedCheckpointError, FormatVersionError: The checkpoint cannot be trusted.
+        CheckpointNotFoundError: The checkpoint was saved again since `expected` was read.
+        FileNotFoundError: No checkpoint has the name, or it was removed.
     """
     if not folder.exists(layout.sidecar(name)):
         if not unmanaged(folder, {name}):
@@ -147,9 +147,7 @@ def opened(
         return
     record = read_record(folder, name)
     if expected and not expected.same_save(record):
-        raise CheckpointNotFoundError(
-            f"{record.prefix} was saved anew since this record of it was read. Look it up once more."
-        )
+        raise CheckpointNotFoundError(f"{record.prefix} was saved again after this record was read. Look it up again.")
     with held(folder, record) as files:
         check_files(files, record, digests=check_digests)
         yield record, files

@@ -1,4 +1,4 @@
-"""Who writes into a directory: one process at a time, and within it one thread."""
+"""The writer's lock of a directory: one process writes at a time, and within it one thread."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LOOKS = 20
 
 
 class WriterLock:
-    """The mark of a directory's one writing process; it ends when the last reference to it is dropped.
+    """The lock of a directory's writing process; dropping the last reference releases it.
 
     Attributes:
-        session: What the process is writing for at the moment, to tell two writers of one training apart from
-            two trainings after one another.
-        recovered: Whether what an earlier process left half done has been seen to.
-        saving: Held by the thread that saves.
-        stage: The name of an empty folder for the next save, `""` if there is none.
+        session: The session that writes now. It distinguishes two writers of one training from two trainings in
+            sequence.
+        recovered: Whether this process has recovered the unfinished work of an earlier process.
+        saving: A lock that the saving thread holds.
+        stage: The name of an empty folder for the next save, `""` without a folder.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -38,24 +38,24 @@ class WriterLock:
         self._close = weakref.finalize(self, os.close, descriptor)
 
     def take_stage(self) -> str:
-        """The name of an empty private folder, which is the caller's until it is given back as `stage`."""
+        """The name of an empty private folder. It belongs to the caller until the caller sets it as `stage`."""
         name, self.stage = self.stage or f"stage-{uuid.uuid4().hex}", ""
         return name
 
     def drop_after_fork(self) -> None:
-        """A forked child must not keep its parent's lock alive."""
+        """Closes the child's descriptor after a fork: the child must not keep the parent's lock alive."""
         self._close()
 
 
 def claim(descriptor: int, path: str) -> WriterLock:
-    """The process's one lock of a directory.
+    """Locks a directory for this process. Every call returns the same lock.
 
     Args:
-        descriptor: An open file of the directory, which is there to be locked. It is closed with the lock.
+        descriptor: The descriptor of the directory's lock file. It is closed with the lock.
         path: The directory, for the message.
 
     Raises:
-        DirectoryInUseError: Another process writes there; it is named.
+        DirectoryInUseError: Another process writes there. The error names the process.
     """
     with _one_at_a_time, contextlib.ExitStack() as failed:
         failed.callback(os.close, descriptor)
@@ -82,8 +82,8 @@ _locks: weakref.WeakValueDictionary[tuple[int, int], WriterLock] = weakref.WeakV
 
 
 def drop_all() -> None:
-    """A forked child has none of its parent's locks."""
-    # A thread that the child has not may hold the other.
+    """Drops all of the parent's locks in a forked child."""
+    # A thread of the parent, which the child lacks, may hold the old lock.
     global _one_at_a_time  # noqa: PLW0603
     _one_at_a_time = threading.RLock()
     for lock in list(_locks.values()):
@@ -101,7 +101,7 @@ def _write_holder(descriptor: int) -> None:
         "command": " ".join(sys.argv)[:500],
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    # Only for the message that another process gets; a full disk is no reason not to train.
+    # Best effort: only another process's error message uses it, and a full disk must not stop training.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, msgspec.json.encode(holder) + b"\n", 0)
@@ -112,5 +112,5 @@ def _read_holder(descriptor: int) -> str:
         with contextlib.suppress(msgspec.MsgspecError, KeyError, OSError, RecursionError, ValueError):
             holder = msgspec.json.decode(os.pread(descriptor, 4096, 0), type=dict[str, str | int])
             return "process {pid} on {host} since {since} ({command})".format_map(holder)
-        time.sleep(0.01)  # it has the lock, and may be about to leave its name
-    return "a process that left no name"
+        time.sleep(0.01)  # the holder has the lock, and may not have written its name yet
+    return "a process of unknown name"

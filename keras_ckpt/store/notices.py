@@ -20,8 +20,8 @@ log = logging.getLogger("keras_ckpt")
 
 
 def warn(message: str) -> None:
-    """Warns at the first line of the call stack that is not of this package, Keras, TensorFlow or Python."""
-    level, frame = 1, sys._getframe(0)  # noqa: SLF001 - inspect.currentframe() may be None, by its type
+    """Warns at the innermost line of the call stack outside of this package, Keras, TensorFlow and Python."""
+    level, frame = 1, sys._getframe(0)  # noqa: SLF001 - the type of inspect.currentframe() includes None
     while frame is not None and _is_inner(frame.f_code.co_filename):
         frame = frame.f_back  # type: ignore[assignment]
         level += 1

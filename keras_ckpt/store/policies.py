@@ -1,8 +1,8 @@
-"""Which checkpoints to keep: frozen values, each with one pure function of records.
+"""Retention policies: frozen values, each with one pure function that selects the records to keep.
 
-A policy reads no clock and no file. `a | b` keeps what either keeps. What a policy once does not select it
-never selects again when newer records come, so pruning after every save ends where pruning once at the end
-ends.
+A policy reads no clock and no file. `a | b` keeps each checkpoint that `a` or `b` keeps. A policy never selects a
+record again that it once did not select, however many newer records come. Therefore pruning after every save ends
+where pruning once at the end ends.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from keras_ckpt.store.record import CheckpointRecord, Mode
 
 
 class PreservationPolicy:
-    """Base class of the rules that say which checkpoints stay.
+    """Base class of the policies, which select the checkpoints to keep.
 
-    A policy of your own is a subclass with one method, `select`. It must be a pure function: the same records give
-    the same answer, and a record that it did not select must not come back when newer ones are added.
+    A custom policy is a subclass with one method, `select`. It must be a pure function: the same records give the
+    same answer. A record that it did not select must stay unselected when newer records are added.
 
     Example:
 
@@ -38,10 +38,10 @@ class PreservationPolicy:
         """Chooses the checkpoints to keep.
 
         Args:
-            records: The records of one directory, each of another step, oldest first in the order of saving.
+            records: The records of one directory, with distinct steps, oldest first in the order of saving.
 
         Returns:
-            The steps of those to keep.
+            The steps to keep.
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(records), which returns a set of steps.")
 
@@ -52,15 +52,15 @@ class PreservationPolicy:
 
     @property
     def parts(self) -> tuple[PreservationPolicy, ...]:
-        """The policies that this one joins; itself alone if it joins none."""
+        """The policies that `|` joined into this policy; otherwise only the policy itself."""
         return (self,)
 
     def resolve(self, monitor: str | None, mode_of: Callable[[str], Mode]) -> PreservationPolicy:
-        """This policy with what it left open filled in.
+        """This policy with its open arguments filled in.
 
         Args:
-            monitor: The metric for a policy that names none, or `None` if there is none.
-            mode_of: Gives the direction of a metric for a policy that names none; may raise.
+            monitor: The metric for a policy without a metric, or `None`.
+            mode_of: Returns the mode of a metric for a policy without a mode. It may raise.
         """
         return self
 
@@ -69,12 +69,12 @@ class PreservationPolicy:
 
     def __or__(self, other: PreservationPolicy) -> PreservationPolicy:
         if not isinstance(other, PreservationPolicy):
-            raise TypeError(f"A policy can be joined with another policy by `|`. Received: {other!r}")
+            raise TypeError(f"`|` joins a policy with another policy. Received: {other!r}")
         return _AnyOf((*self.parts, *(part for part in other.parts if part not in self.parts)))
 
 
 class _Repr:
-    """The way a policy was written, without what was left open."""
+    """The source text of a policy, without its open arguments."""
 
     def __repr__(self) -> str:
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ class LatestN(_Repr, PreservationPolicy):
     ```
 
     Args:
-        n: How many, at least 1.
+        n: The number of checkpoints, at least 1.
     """
 
     n: int
@@ -108,7 +108,8 @@ class LatestN(_Repr, PreservationPolicy):
 class BestN(_Repr, PreservationPolicy):
     """Keeps the `n` best checkpoints by a metric.
 
-    Of equal ones the earlier is better. One whose metric is missing, NaN or infinite is never best.
+    With equal values, the earlier checkpoint is better. A checkpoint whose metric is missing, NaN or infinite is never
+    best.
 
     Example:
 
@@ -117,10 +118,10 @@ class BestN(_Repr, PreservationPolicy):
     ```
 
     Args:
-        n: How many, at least 1.
-        monitor: The metric's name. Defaults to the one that the callback monitors.
-        mode: `"min"` if less is better, `"max"` if more is. Defaults to what the callback finds, or to what the
-            sidecars say of that metric.
+        n: The number of checkpoints, at least 1.
+        monitor: The metric's name. Defaults to the metric that the callback monitors.
+        mode: `"min"` if smaller is better, `"max"` if larger is better. Defaults to the callback's mode, or to the
+            metric's mode in the sidecars.
     """
 
     n: int
@@ -130,7 +131,7 @@ class BestN(_Repr, PreservationPolicy):
     def __post_init__(self) -> None:
         _check_count(self, self.n)
         if self.monitor is not None and not isinstance(self.monitor, str):
-            raise TypeError(f"BestN ranks by a metric's name. Received: monitor={self.monitor!r}")
+            raise TypeError(f"BestN expected the name of a metric. Received: monitor={self.monitor!r}")
         if self.mode not in (None, "min", "max"):
             raise ValueError(f"BestN expected mode 'min' or 'max'. Received: mode={self.mode!r}")
 
@@ -141,13 +142,13 @@ class BestN(_Repr, PreservationPolicy):
     def resolve(self, monitor: str | None, mode_of: Callable[[str], Mode]) -> PreservationPolicy:
         monitor = self.monitor if self.monitor is not None else monitor
         if monitor is None:
-            raise MonitorError(f"{self!r} does not say what to rank by. Give it a metric: BestN({self.n}, 'val_loss')")
+            raise MonitorError(f"{self!r} has no metric to rank by. Give it a metric: BestN({self.n}, 'val_loss')")
         return BestN(self.n, monitor, self.mode or mode_of(monitor))
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
         if self.monitor is None or self.mode is None:
             raise MonitorError(
-                f"{self!r} does not say what to rank by, or whether less or more is better. "
+                f"{self!r} has no metric to rank by, or no mode. "
                 f"Expected for example BestN({self.n}, 'val_loss', 'min')"
             )
         sign = 1 if self.mode == "min" else -1
@@ -160,7 +161,7 @@ class BestN(_Repr, PreservationPolicy):
 class EveryNSteps(_Repr, PreservationPolicy):
     """Keeps, for each multiple of `n` steps, the first checkpoint at or after it and before the next multiple.
 
-    Zero is a multiple too: the first checkpoint of a run stays.
+    Zero is also a multiple: the first checkpoint of a run stays.
 
     Example:
 
@@ -169,7 +170,7 @@ class EveryNSteps(_Repr, PreservationPolicy):
     ```
 
     Args:
-        n: The distance in steps, at least 1.
+        n: The interval in steps, at least 1.
     """
 
     n: int
@@ -185,7 +186,7 @@ class EveryNSteps(_Repr, PreservationPolicy):
 class EveryNEpochs(_Repr, PreservationPolicy):
     """Keeps, for each multiple of `n` epochs, the first checkpoint at or after it and before the next multiple.
 
-    Zero is a multiple too: the first checkpoint of a run stays. A checkpoint whose epoch is not known is not kept.
+    Zero is also a multiple: the first checkpoint of a run stays. A checkpoint whose epoch is not known is not kept.
 
     Example:
 
@@ -194,7 +195,7 @@ class EveryNEpochs(_Repr, PreservationPolicy):
     ```
 
     Args:
-        n: The distance in epochs, at least 1.
+        n: The interval in epochs, at least 1.
     """
 
     n: int
@@ -212,10 +213,10 @@ class EveryNEpochs(_Repr, PreservationPolicy):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class EveryNHours(_Repr, PreservationPolicy):
-    """Keeps the oldest checkpoint, and each that was saved at least `hours` after the last one so kept.
+    """Keeps the oldest checkpoint, and each checkpoint saved at least `hours` after the last kept one.
 
-    Time is what the checkpoints carry, never the clock of the machine that prunes, so a run that stands still is
-    not thinned out. Where a clock was set back, the distance counts in either direction.
+    The policy uses the times in the records, never the clock of the pruning machine: a paused run loses no
+    checkpoints. After a clock was set back, the difference counts in either direction.
 
     Example:
 
@@ -224,7 +225,7 @@ class EveryNHours(_Repr, PreservationPolicy):
     ```
 
     Args:
-        hours: The distance in hours, greater than 0.
+        hours: The interval in hours, greater than 0.
     """
 
     hours: float
@@ -248,7 +249,7 @@ class EveryNHours(_Repr, PreservationPolicy):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _AnyOf(PreservationPolicy):
-    """What `a | b` makes: it keeps what any of its policies keeps."""
+    """The result of `a | b`: keeps each checkpoint that any of its policies keeps."""
 
     policies: tuple[PreservationPolicy, ...]
 
@@ -271,7 +272,7 @@ class _AnyOf(PreservationPolicy):
 
 
 def as_policy(keep: PreservationPolicy | int | None) -> PreservationPolicy | None:
-    """What a `keep` argument stands for: a policy itself, an int `n` for `LatestN(n)`, `None` for keeping all."""
+    """The policy of a `keep` argument: a policy is itself, an int `n` is `LatestN(n)`, `None` keeps all."""
     if keep is None or isinstance(keep, PreservationPolicy):
         return keep
     if isinstance(keep, numbers.Integral) and not isinstance(keep, bool):
@@ -279,17 +280,17 @@ def as_policy(keep: PreservationPolicy | int | None) -> PreservationPolicy | Non
             raise ValueError(f"keep expected a number of at least 1, or None to keep all. Received: {keep!r}")
         return LatestN(int(keep))
     raise TypeError(
-        "keep must be None (keep all), an int (the newest so many) or a policy such as "
+        "keep must be None (keep all), an int (the number of newest checkpoints) or a policy such as "
         f"keras_ckpt.BestN(3) | keras_ckpt.LatestN(2). Received: {keep!r}"
     )
 
 
 def selection(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> set[int]:
-    """What a policy selects, checked: a policy of somebody's own may not select what it was not given.
+    """The checked selection of a policy: a custom policy may select only records that it received.
 
     Raises:
-        TypeError: It did not return steps.
-        ValueError: It returned steps that it was not given.
+        TypeError: The policy did not return steps.
+        ValueError: The policy returned steps of no record.
     """
     records = _oldest_first(records)
     answer = policy.select(records)
@@ -300,22 +301,22 @@ def selection(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -
         raise TypeError(f"{policy!r} must return a set of steps from select(). Received: {answer!r}") from error
     if unknown:
         raise ValueError(
-            f"{policy!r} selected what it was not given: {sorted(map(repr, unknown))[:5]}. "
-            "select() returns a set of the steps of the records that it keeps."
+            f"{policy!r} selected steps that it was not given: {sorted(map(repr, unknown))[:5]}. "
+            "select() must return a set of the steps of the records to keep."
         )
     return selected
 
 
 def is_known(policy: PreservationPolicy) -> bool:
-    """Whether a policy is one of this package's: what they do not keep among few they do not keep among more."""
+    """Whether all parts are this package's policies: a record unselected among few stays unselected among more."""
     return all(type(part) in (LatestN, BestN, EveryNSteps, EveryNEpochs, EveryNHours) for part in policy.parts)
 
 
 def kept_in_training(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> set[int]:
-    """The steps to keep while training goes on: what the policy selects, and more while it cannot rank.
+    """The steps to keep during training: the policy's selection, and more while the policy cannot rank.
 
-    A policy that ranks by a metric which no record has yet would have all of them deleted. Until one has it, what
-    was saved at an epoch's end stays; and once the metric is known to be missing, everything does.
+    A policy that ranks by a metric without values would delete all records. Until a record has the metric, all records
+    of an epoch's end stay. Once the metric is known to be missing, all records stay.
     """
     selected = selection(policy, records)
     for monitor in policy.monitors:
@@ -327,7 +328,7 @@ def kept_in_training(policy: PreservationPolicy, records: Sequence[CheckpointRec
 
 
 def missing(monitor: str, records: Sequence[CheckpointRecord]) -> bool:
-    """Whether no record has the metric, although one was saved with metrics of its kind at an epoch's end."""
+    """Whether no record has the metric, although a record of an epoch's end has metrics of its kind."""
     kind = "val_" if monitor.startswith("val_") else ""
     measured = (name for record in records if not record.batch for name in record.metrics)
     return any(name.startswith(kind) for name in measured) and not any(monitor in record.metrics for record in records)
@@ -338,7 +339,7 @@ def _oldest_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]
 
 
 def _first_of_each(entries: Iterable[tuple[int, Any, int]]) -> set[int]:
-    """The step of the first entry, by its second member, of each group, which is the first member."""
+    """The steps of the smallest entries of all groups. An entry is (group, order, step)."""
     first: dict[int, int] = {}
     for group, _, step in sorted(entries):
         first.setdefault(group, step)
@@ -350,4 +351,4 @@ def _check_count(policy: PreservationPolicy, n: object) -> None:
     if isinstance(n, bool) or not isinstance(n, numbers.Integral):
         raise TypeError(f"{name} expected a whole number of at least 1. Received: {n!r}")
     if n < 1:
-        raise ValueError(f"{name} expected n >= 1; leave the policy out to keep none of its kind. Received: {n!r}")
+        raise ValueError(f"{name} expected n >= 1; omit the policy to keep none of its kind. Received: {n!r}")

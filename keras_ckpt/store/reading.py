@@ -1,4 +1,4 @@
-"""The protocol by which checkpoints are read, wherever their files are: on a disk or in an archive."""
+"""The protocol for reading the files of checkpoints, on a disk or in an archive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 
 class Stamp(NamedTuple):
-    """Tells whether a file was written to since: its number, its size in bytes, the time of its last change."""
+    """Detects a change of a file: its inode, its size in bytes, the time of its last change."""
 
     inode: int
     size: int
@@ -17,7 +17,7 @@ class Stamp(NamedTuple):
 class Reading(Protocol):
     """The files of one directory.
 
-    A missing file is a `FileNotFoundError` with the name of the file, and any other failure an `OSError`.
+    A missing file raises a `FileNotFoundError` with the file's name. Any other failure raises an `OSError`.
     """
 
     path: str
@@ -27,10 +27,10 @@ class Reading(Protocol):
         """The names of the files, in any order."""
 
     def moving(self) -> set[str]:
-        """The names of files that a writer publishes or removes at the moment."""
+        """The names of files that a writer publishes or removes now."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file of a name."""
+        """Whether a file exists."""
 
     def read(self, name: str, limit: int) -> bytes:
         """Reads a whole file. A file of more than `limit` bytes is an `OSError`, and is not read."""
@@ -39,7 +39,7 @@ class Reading(Protocol):
         """The size of a file in bytes."""
 
     def stamp(self, name: str) -> Stamp:
-        """Tells later whether a file is as it is now."""
+        """A stamp that differs once the file has changed."""
 
     def digest(self, name: str, advance: Callable[[int], object] | None = None) -> tuple[int, str]:
         """The size of a file in bytes, and `"blake3:"` with its digest in hexadecimal.

@@ -1,7 +1,7 @@
-"""The record of one checkpoint, and the sidecar file that it is read from.
+"""The record of one checkpoint, and the sidecar file that stores it.
 
-A sidecar is JSON, strict and bounded. Its last member is a digest of all bytes before it, so a cut or an
-altered sidecar is found; the README's section "Sidecar format" is the norm.
+A sidecar is strict JSON of bounded size. Its last member is a digest of all bytes before it, which detects a
+truncated or altered sidecar. The README's section "Sidecar format" is normative.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from keras_ckpt.errors import DamagedCheckpointError, FormatVersionError
 from keras_ckpt.store import layout
 
 FORMAT_VERSION = 2
-"""Version 1 is of keras_ckpt 0.1.0: the names of its checkpoints end in their steps."""
+"""keras_ckpt 0.1.0 writes version 1: its checkpoint names end in their steps."""
 SIZE_LIMIT = 1 << 20
-"""The greatest size of a sidecar in bytes; a larger file is not read."""
+"""The largest size of a sidecar in bytes; a larger file is not read."""
 REASON_LIMIT = 200
-"""The greatest length of a reason in characters."""
+"""The largest length of a reason in characters."""
 
 if TYPE_CHECKING:
     Metric = float
 else:
-    # How a sidecar spells one; a record holds floats.
+    # A sidecar has strings for NaN and infinities; a record holds floats.
     Metric = float | Literal["NaN", "Infinity", "-Infinity"]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Digest = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-fA-F]{64}$")]
@@ -41,13 +41,13 @@ _NAME = re.compile(r"(?P<base>.+)-(?P<step>0|[1-9][0-9]{0,18})", re.ASCII | re.D
 
 
 class CheckpointFile(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """A file of a checkpoint.
+    """One file of a checkpoint.
 
     Attributes:
-        name: Its name in the directory.
-        size: Its size in bytes.
-        digest: `"blake3:"` and its digest in hexadecimal.
-        shared: Whether it was not written for this checkpoint, but is one of an older checkpoint too.
+        name: The file name in the directory.
+        size: The size in bytes.
+        digest: `"blake3:"` and the digest in hexadecimal.
+        shared: Whether the file is a hard link to a file of an older checkpoint.
     """
 
     name: str
@@ -57,7 +57,7 @@ class CheckpointFile(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What is known about one checkpoint: a frozen value, read from its sidecar file.
+    """The facts about one checkpoint: a frozen value, read from the sidecar file.
 
     Example:
 
@@ -69,26 +69,26 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     Attributes:
         step: Training batches completed since the run began.
-        sequence: Place in the order of saving, from 1; newest means greatest.
-        epoch: Epochs completed since the run began; `None` if the training loop did not say.
-        batch: Batches completed in the epoch under way, 0 at an epoch's end; `None` if nobody said.
-        metrics: The metrics of these very weights, by name.
-        monitor: The metric that the training watched, if there was one.
-        mode: Whether less (`"min"`) or more (`"max"`) of it is better.
-        modes: The same for other metrics whose direction is known, by name.
+        sequence: Place in the order of saving, from 1; the newest checkpoint has the largest.
+        epoch: Epochs completed since the run began; `None` if not known.
+        batch: Batches completed in the current epoch, 0 at an epoch's end; `None` if not known.
+        metrics: The metrics measured on exactly these weights, by name.
+        monitor: The monitored metric, if any.
+        mode: Whether smaller (`"min"`) or larger (`"max"`) values of `monitor` are better.
+        modes: The modes of other metrics, by name, where known.
         time: When the save began, in seconds since 1970. `saved_at` is the same as a `datetime`.
-        reason: What made the save due, such as `"epoch"`.
-        metadata: What the user wanted to be kept with it.
-        versions: Versions of Python and the packages that wrote it.
-        timings: `write_ms`, from the first byte of data until data was durable, and `blocked_ms`, how long training
-            stood still for it; both in milliseconds, and no longer than until the sidecar was sealed.
-        run_id: Which run it belongs to.
+        reason: The trigger of the save, such as `"epoch"`.
+        metadata: The user's metadata.
+        versions: Versions of Python and of the packages that wrote the checkpoint.
+        timings: `write_ms`: the time from the first byte of data until the data was durable. `blocked_ms`: how long
+            the save blocked training. Both are in milliseconds, and end when the sidecar was sealed.
+        run_id: The run of the checkpoint.
         files: The checkpoint's files.
         format: Always `"keras_ckpt"`.
         format_version: The version of the sidecar's format.
-        directory: Where it lies. Not in the sidecar: a directory may be moved.
-        name: Its name in the directory, such as `"ckpt-120"`. Not in the sidecar.
-        pin: Why it is pinned, `""` if nobody said, `None` if it is not. Not in the sidecar.
+        directory: The path of the directory. Not in the sidecar: a directory may be moved.
+        name: The checkpoint's name in the directory, such as `"ckpt-120"`. Not in the sidecar.
+        pin: The reason of the pin, `""` without a reason, `None` without a pin. Not in the sidecar.
     """
 
     format: Literal["keras_ckpt"] = "keras_ckpt"
@@ -128,17 +128,17 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def prefix(self) -> str:
-        """The path that TensorFlow's functions take, without the suffixes of its files."""
+        """The checkpoint's path for TensorFlow's functions, without file suffixes."""
         return f"{self.directory}/{self.name}" if self.directory else self.name
 
     @property
     def size(self) -> int:
-        """Bytes of data, not counting the sidecar."""
+        """The bytes of data, without the sidecar."""
         return sum(file.size for file in self.files)
 
     @property
     def size_shared(self) -> int:
-        """Bytes of data that were not written for it, but shared with an older checkpoint."""
+        """The bytes of data that are hard links to files of an older checkpoint."""
         return sum(file.size for file in self.files if file.shared)
 
     @property
@@ -146,17 +146,17 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return self.pin is not None
 
     def finite(self, metric: str) -> float | None:
-        """The value of a metric, or `None` where it is missing, NaN or infinite and so can never be best."""
+        """The value of a metric; `None` where it is missing, NaN or infinite, and can never be best."""
         value = self.metrics.get(metric)
         return value if value is not None and math.isfinite(value) else None
 
     def same_save(self, other: CheckpointRecord) -> bool:
-        """Whether both are of one save; what was measured or pinned since may differ."""
+        """Whether both records are of one save; metrics and pins added later may differ."""
         return (self.run_id, self.sequence, self.step) == (other.run_id, other.sequence, other.step)
 
     @property
     def saved_at(self) -> datetime:
-        """When the save began, in the local time zone. A time that no calendar has is the last that it has."""
+        """When the save began, in the local time zone. A time beyond the calendar is the last `datetime`."""
         try:
             return datetime.fromtimestamp(self.time, UTC).astimezone()
         except (OverflowError, ValueError, OSError):
@@ -164,11 +164,11 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def superseded(record: CheckpointRecord, others: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
-    """The checkpoints that the save of a record replaces: those of the same step or the same name."""
+    """The checkpoints that a record replaces: the same step or the same name."""
     return [other for other in others if record.step == other.step or record.name == other.name]
 
 
-# Text that is not UTF-8 is a ValueError.
+# Text outside UTF-8 raises a ValueError.
 _UNREADABLE = (msgspec.MsgspecError, RecursionError, ValueError)
 _CONTEXT = ("directory", "name", "pin")
 _decode = msgspec.json.Decoder(CheckpointRecord).decode
@@ -176,7 +176,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def step_in(name: str) -> int | None:
-    """The number that a checkpoint's name ends in, or `None` if it does not end in one."""
+    """The number at the end of a checkpoint's name, or `None` without a number."""
     match = _NAME.fullmatch(name)
     return int(match["step"]) if match else None
 
@@ -186,28 +186,28 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
 
     Args:
         data: The bytes of the file.
-        name: The checkpoint's name: the file's without `.json`.
-        directory: Where it lies.
-        pin: Why it is pinned, `None` if it is not.
+        name: The checkpoint's name: the file name without `.json`.
+        directory: The path of the directory.
+        pin: The reason of the pin, `None` without a pin.
 
     Raises:
-        DamagedCheckpointError: The bytes are not a sidecar of that name, whole and unaltered.
-        FormatVersionError: They are one of a newer format.
+        DamagedCheckpointError: The bytes are not a complete, unaltered sidecar of this name.
+        FormatVersionError: The sidecar has a newer format.
     """
     try:
         record = _decode(data)
     except _UNREADABLE as error:
         _refuse_newer(data)
-        raise DamagedCheckpointError(f"it is no sidecar: {_line(error)}; received {len(data)} bytes") from None
+        raise DamagedCheckpointError(f"it is not a sidecar: {_line(error)}; received {len(data)} bytes") from None
     _refuse_newer_version(record.format_version)
     last = _LAST_MEMBER.match(data, max(0, data.rfind(b",")))
     if last is None:
         raise DamagedCheckpointError("its last member is not a digest of itself")
     if bytes.fromhex(last[1].decode()) != blake3(data[: last.start()]).digest():
         raise DamagedCheckpointError("its digest does not match: it was changed after it was written")
-    _refuse_twice(data, record)
+    _refuse_duplicates(data, record)
     if record.format_version == 1 and not name.endswith(f"-{record.step}"):
-        raise DamagedCheckpointError(f"it says step {record.step}, and its name says {name}")
+        raise DamagedCheckpointError(f"its step is {record.step}, but its name is {name}")
     _check_names(record.files, name)
     msgspec.structs.force_setattr(record, "directory", directory)
     msgspec.structs.force_setattr(record, "name", name)
@@ -215,18 +215,18 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
     return record
 
 
-def _refuse_twice(data: bytes, record: CheckpointRecord) -> None:
-    """Refuses a member that is there twice: readers would differ in which of the two they take."""
-    # Counting quotes costs a twentieth of reading every name, and finds whatever is not as this package writes it.
+def _refuse_duplicates(data: bytes, record: CheckpointRecord) -> None:
+    """Refuses a duplicate member: readers differ in which of the two they take."""
+    # Counting quotes costs a twentieth of reading every name, and detects any text that this package does not write.
     texts = 2 * len(record.versions) + 2 * len(record.modes) + 5 * len(record.files) + len(record.metrics)
     texts += len(record.timings) + (record.monitor is not None) + (record.mode is not None)
     metadata = _encode(record.metadata).count(b'"') if record.metadata else 0
-    if data.count(b'"') == _LEAST_QUOTES + 2 * texts + metadata:
+    if data.count(b'"') == _FEWEST_QUOTES + 2 * texts + metadata:
         return
     try:
         json.loads(data, object_pairs_hook=_pairs)
     except _UNREADABLE as error:
-        raise DamagedCheckpointError(f"it is no sidecar: {_line(error)}") from None
+        raise DamagedCheckpointError(f"it is not a sidecar: {_line(error)}") from None
 
 
 def _pairs(pairs: list[tuple[str, object]]) -> None:
@@ -238,13 +238,13 @@ def _pairs(pairs: list[tuple[str, object]]) -> None:
 
 
 def _check_names(files: tuple[CheckpointFile, ...], name: str) -> None:
-    """Lets no name from disk be used that is not one of the checkpoint's own."""
+    """Refuses file names from disk that do not belong to the checkpoint."""
     own = f"{name}."
     seen = {layout.sidecar(name), layout.pin(name)}
     for file in files:
         if not file.name.startswith(own) or "/" in file.name or "\0" in file.name or file.name in seen:
             raise DamagedCheckpointError(
-                f"it lists a file that is not the checkpoint's own, or twice: {file.name[:100]!r}"
+                f"it lists a file that is not the checkpoint's own, or lists a file twice: {file.name[:100]!r}"
             )
         seen.add(file.name)
     if not files:
@@ -255,7 +255,7 @@ def encode(record: CheckpointRecord) -> bytes:
     """Writes a sidecar.
 
     Raises:
-        ValueError: A fact is of the wrong type or out of range, or the sidecar would be too large to be read.
+        ValueError: A member has the wrong type or is out of range, or the sidecar would be too large.
     """
     facts = members(record)
     try:
@@ -266,15 +266,15 @@ def encode(record: CheckpointRecord) -> bytes:
 
 
 def update(data: bytes, record: CheckpointRecord) -> bytes:
-    """Writes a sidecar anew for changed facts of the same files, keeping members that this version does not know."""
+    """Rewrites a sidecar for a changed record of the same files. Keeps members that this version does not know."""
     known = members(record)
-    # The files do not change, and what others wrote into their entries stays.
+    # The files do not change, and unknown members of their entries stay.
     del known["files"]
     return _sealed(msgspec.json.decode(data, type=dict[str, Any]) | known)
 
 
 def members(record: CheckpointRecord) -> dict[str, Any]:
-    """The members of a record's sidecar, but for the digest, as JSON has them."""
+    """The members of a record's sidecar in JSON types, without the digest."""
     found = msgspec.structs.asdict(record)
     if not all(map(math.isfinite, record.metrics.values())):
         found["metrics"] = {name: _number(value) for name, value in record.metrics.items()}
@@ -290,16 +290,16 @@ def _sealed(facts: dict[str, Any]) -> bytes:
     if len(data) > SIZE_LIMIT:
         raise ValueError(
             f"The sidecar of step {facts['step']} would have {len(data)} bytes, at most {SIZE_LIMIT} are allowed. "
-            "Give less metadata; large things belong in a file of their own."
+            "Give less metadata; store large values in a separate file."
         )
     return data
 
 
 def encodable_metadata(metadata: object) -> dict[str, Any]:
-    """A copy of metadata in plain JSON types; NaN and infinities become strings, array scalars numbers.
+    """A copy of metadata in plain JSON types. NaN and infinities become strings, array scalars become numbers.
 
     Raises:
-        TypeError: It is no dict, or holds something that JSON has no form for; the place is named.
+        TypeError: The metadata is not a dict, or holds a value that JSON cannot hold. The error names its place.
     """
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must be a dict, or a function of logs that returns one. Received: {metadata!r}")
@@ -307,10 +307,10 @@ def encodable_metadata(metadata: object) -> dict[str, Any]:
 
 
 def as_metric(name: str, value: object) -> float:
-    """A metric's value as a float: one number, alone or in an array or a list of whatever shape.
+    """A metric's value as a float: one number, alone or in an array or list of any shape.
 
     Raises:
-        TypeError: It is not one number.
+        TypeError: The value is not one number.
     """
     number: Any = value
     if isinstance(value, list | tuple) and len(value) == 1:
@@ -352,7 +352,7 @@ def _encodable(value: object, where: str) -> Any:
 
 
 def _number(value: float) -> float | str:
-    """A number as JSON has it, which has none for a NaN and for infinities."""
+    """A number in JSON types: NaN and infinities become strings."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -360,7 +360,7 @@ def _number(value: float) -> float | str:
 
 def _key(key: object, where: str) -> str:
     if not isinstance(key, str):
-        raise TypeError(f"{where} has the key {key!r}, JSON has only strings for keys")
+        raise TypeError(f"{where} has the key {key!r}, but JSON keys must be strings")
     return key
 
 
@@ -368,8 +368,8 @@ def _seal(data: bytes) -> str:
     return f"blake3:{blake3(data).hexdigest()}"
 
 
-_LEAST_QUOTES = _sealed(members(CheckpointRecord(sequence=1, step=0))).count(b'"')
-"""How many quotes the sidecar has of a record of which nothing is known."""
+_FEWEST_QUOTES = _sealed(members(CheckpointRecord(sequence=1, step=0))).count(b'"')
+"""The number of quotes in the sidecar of an otherwise empty record."""
 
 
 class _Head(msgspec.Struct):
@@ -391,7 +391,7 @@ def _refuse_newer(data: bytes) -> None:
 def _refuse_newer_version(version: int) -> None:
     if version > FORMAT_VERSION:
         raise FormatVersionError(
-            f"its format is version {version}, this package reads up to {FORMAT_VERSION}: upgrade keras_ckpt"
+            f"its format version is {version}, this package reads up to {FORMAT_VERSION}: upgrade keras_ckpt"
         )
 
 

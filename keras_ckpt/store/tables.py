@@ -1,4 +1,4 @@
-"""How a directory and a plan look: one table, as text for terminals and as HTML for notebooks."""
+"""Tables of directories, plans and verifications: as text for terminals, as HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _METRICS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A title, columns of numbers, then columns of words, rows of cells for both, and lines to put below."""
+    """A title, number columns, then word columns, rows of cells for both, and notes below the rows."""
 
     title: str
     numbers: tuple[str, ...]
@@ -29,7 +29,7 @@ class Table:
 
 
 class Shown(abc.ABC):
-    """What is a table, printed and in a notebook."""
+    """Base class of objects that display as a table, printed and in a notebook."""
 
     @abc.abstractmethod
     def _table(self) -> Table:
@@ -43,7 +43,7 @@ class Shown(abc.ABC):
 
 
 def of_directory(path: str, listing: Listing, taken: int) -> Table:
-    """The checkpoints of a directory, the bytes that they take, and what lies there besides."""
+    """The table of a directory: its checkpoints, the bytes they take, and notes on the damaged and unmanaged."""
     rows = [
         _Row(
             record,
@@ -60,7 +60,7 @@ def of_directory(path: str, listing: Listing, taken: int) -> Table:
 
 
 def of_plan(policy: str, decisions: Sequence[tuple[CheckpointRecord, bool, str, int]], listing: Listing) -> Table:
-    """What a plan keeps and removes, and why: for each record whether it stays, the reason, and its bytes."""
+    """The table of a plan: each record, whether it stays, the reason and the bytes."""
     rows = [
         _Row(record, (size(taken),), ("keep" if kept else "remove", reason), kept)
         for record, kept, reason, taken in decisions
@@ -71,7 +71,7 @@ def of_plan(policy: str, decisions: Sequence[tuple[CheckpointRecord, bool, str, 
 
 
 def of_verification(path: str, listing: Listing) -> Table:
-    """What is damaged, after every byte was read."""
+    """The table of a verification: the damaged checkpoints."""
     rows = [(printable(name), printable(str(error))) for name, error in listing.damaged.items()]
     whole = size(sum(record.size for record in listing.records))
     notes = [f"{counted(len(listing.records), 'checkpoint')} whole, {whole}; {len(rows)} damaged"]
@@ -81,7 +81,7 @@ def of_verification(path: str, listing: Listing) -> Table:
 
 
 def save(record: CheckpointRecord) -> str:
-    """What a save has cost: bytes, and the times of training and of the disk."""
+    """The cost of a save: bytes written, the time training was blocked, and the time of writing."""
     shared = f" new, {size(record.size_shared)} shared" if record.size_shared else ""
     timings = record.timings
     return (
@@ -91,7 +91,7 @@ def save(record: CheckpointRecord) -> str:
 
 
 def text(table: Table) -> str:
-    """The table for a terminal, as wide as that is."""
+    """The table as text, as wide as the terminal."""
     import rich.box
     import rich.console
     import rich.table
@@ -109,7 +109,7 @@ def text(table: Table) -> str:
         file=buffer,
         width=max(100, shutil.get_terminal_size((160, 40)).columns),
         color_system=None,
-        # Text is text in a notebook too, which would else get it as a display of its own.
+        # In a notebook, rich would otherwise display the text itself.
         force_jupyter=False,
         force_terminal=False,
     )
@@ -122,7 +122,7 @@ def text(table: Table) -> str:
 
 
 def html(table: Table) -> str:
-    """The table for a notebook."""
+    """The table as HTML for a notebook."""
     import html as markup
 
     head = "".join(f"<th>{markup.escape(column)}</th>" for column in (*table.numbers, *table.words))
@@ -141,7 +141,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people, in decimal units."""
+    """A number of bytes in readable decimal units."""
     value, units = float(count), iter(("kB", "MB", "GB", "TB", "PB"))
     unit = "bytes"
     while value >= 999.5 and (larger := next(units, None)):
@@ -150,17 +150,17 @@ def size(count: int) -> str:
 
 
 def printable(value: str) -> str:
-    """Text from disk, with what a terminal would act on escaped."""
+    """Text from disk with control characters escaped, which a terminal would act on."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in value)
 
 
 def metric(value: float | None) -> str:
-    """A metric's value, nothing where it is missing."""
+    """A metric's value, or an empty string without a value."""
     return "" if value is None else f"{value:.5g}"
 
 
 class _Row(NamedTuple):
-    """A record, what is said of it in numbers and in words, and whether it is shown in a long table too."""
+    """A record, its number cells, its word cells, and whether a long table shows the row too."""
 
     record: CheckpointRecord
     numbers: tuple[str, ...]
@@ -180,15 +180,15 @@ def _table(
     metrics = _metric_names(listing.records)
     columns = ("step", "epoch", "batch", *map(printable, metrics[:most]), *numbers, *words)
     cells: list[tuple[str, ...]] = []
-    for left_out, row in _visible(rows):
+    for skipped, row in _visible(rows):
         if row is None:
-            cells.append((f"... {left_out} more", *("",) * (len(columns) - 1)))
+            cells.append((f"... {skipped} more", *("",) * (len(columns) - 1)))
             continue
         record = row.record
         facts = (str(record.step), "" if record.epoch is None else str(record.epoch), str(record.batch or ""))
         values = (metric(record.metrics.get(name)) for name in metrics[:most])
         cells.append((*facts, *values, *row.numbers, *map(printable, row.words)))
-    # A column that says nothing takes the room of one that does.
+    # Empty columns would waste the width.
     used = [place for place in range(len(columns)) if any(row[place] for row in cells)]
     return Table(
         title,
@@ -213,14 +213,14 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _metric_names(records: Sequence[CheckpointRecord]) -> list[str]:
-    """The metrics there are: the monitored one first, then by how many records have them."""
+    """The names of all metrics: first the monitored metric, then by the number of records with the metric."""
     counts = collections.Counter(name for record in records for name in record.metrics)
     monitored = {record.monitor for record in records[-1:]}
     return sorted(counts, key=lambda name: (name not in monitored, -counts[name], name))
 
 
 def _visible(rows: Sequence[_Row]) -> Iterable[tuple[int, _Row | None]]:
-    """The rows to show; for a gap, how many are left out, and `None`."""
+    """The rows to show, each with 0. A gap is the number of skipped rows, with `None`."""
     shown = set(range(len(rows)))
     if len(rows) > _ROWS:
         half = _ROWS // 2

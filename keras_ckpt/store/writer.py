@@ -57,16 +57,16 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         step: Training batches completed since the run began.
-        name: Its name in the directory; defaults to `ckpt-<step>`. All of its files begin with it.
-        run_id: The run of the checkpoint; defaults to the run of the newest in the directory.
+        name: The checkpoint's name in the directory; defaults to `ckpt-<step>`. All of its files begin with it.
+        run_id: The run of the checkpoint; defaults to the run of the directory's newest checkpoint.
         epoch: Epochs completed, `None` if unknown.
         batch: Batches completed in the epoch in progress, 0 at an epoch's end, `None` if unknown.
         metrics: The metrics of these weights, by name.
         monitor: The metric that training watches.
         mode: Whether a smaller (`"min"`) or a larger (`"max"`) value of the monitor is better.
-        modes: The same for other metrics, by name.
+        modes: The modes of other metrics, by name.
         reason: Why the save is due. A long reason is cut.
-        metadata: JSON-able values of the user's.
+        metadata: The user's JSON-able values.
         versions: Versions of the packages that save.
         time: When the save began, in seconds since 1970.
         began: When training began to wait, by `time.perf_counter`.
@@ -158,7 +158,7 @@ class Writer:
         only: PreservationPolicy | None = None,
     ) -> None:
         if os.path.realpath(target.path) in {"/", os.path.realpath(os.path.expanduser("~"))}:
-            raise ValueError(f"{target.path} is no directory of one run's own: name one in it, such as runs/digits.")
+            raise ValueError(f"{target.path} cannot hold one run: name a directory below it, such as runs/digits.")
         self.directory = target
         self.keep = keep
         self.only = only
@@ -276,7 +276,7 @@ class Writer:
                 stage.empty()
                 lock.stage = staged.stage
         if wanted:
-            self.directory.tell([Change("saved", record), *(Change("removed", each) for each in gone)])
+            self.directory.notify([Change("saved", record), *(Change("removed", each) for each in gone)])
         return record if wanted else None
 
     def latest(self) -> CheckpointRecord | None:
@@ -305,7 +305,7 @@ class Writer:
                 return None
             changed = amend(folder, change(current[0]))
             gone = self.retain(folder, listing.joined_by(changed))
-        self.directory.tell(Change("removed", each) for each in gone)
+        self.directory.notify(Change("removed", each) for each in gone)
         return changed
 
     def retain(self, folder: Folder, listing: Listing) -> list[CheckpointRecord]:
@@ -319,7 +319,7 @@ class Writer:
         return doomed
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
-        """Those that the policy does not keep and nobody pinned, oldest first."""
+        """The checkpoints that neither the policy nor a pin keeps, oldest first."""
         if self.keep is None:
             return []
         kept = kept_in_training(self.keep, records)
@@ -342,7 +342,7 @@ class Writer:
                 raise
 
     def _claim(self) -> WriterLock:
-        # Asked for each time: the directory may be another one since, and then so is its lock.
+        # Locked on each call: the directory may have been replaced since, and its lock with it.
         with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
             self._lock = folder.lock()
             if self._lock.session is None:
@@ -361,7 +361,7 @@ class Writer:
             yield
         except CheckpointError:
             raise
-        except Exception as error:  # the payload is written by somebody else
+        except Exception as error:  # the caller's `write` may raise any error
             number = error.errno or 0 if isinstance(error, OSError) else 0
             kind, mend = DiskFullError if number in _FULL else SaveError, _MENDS.get(number, "")
             text = _plain(str(error)) or type(error).__name__
@@ -389,14 +389,14 @@ class Writer:
 
 
 def look_for_room(folder: Folder, size: int) -> None:
-    """Raises before anything is written if the disk has no room for so many bytes."""
+    """Raises if the disk has no room for `size` bytes, before anything is written."""
     free = folder.free()
     if free < size:
         raise OSError(errno.ENOSPC, f"{tables.size(size)} are needed, {tables.size(free)} are free")
 
 
 def by_prefix(write: Callable[[str], object]) -> Write:
-    """A `Write` made of a function that takes a prefix, as TensorFlow's functions do."""
+    """A `Write` from a function that takes a prefix, as TensorFlow's functions do."""
 
     def write_files(stage: Folder, name: str) -> Sequence[CheckpointFile]:
         write(stage.tensorflow_path(name))
@@ -448,8 +448,8 @@ def _pinned_and_damaged(folder: Folder, listing: Listing, record: CheckpointReco
     names = [name for name in same if folder.exists(layout.pin(name))]
     for name in names:
         warn(
-            f"{name} in {folder.path} is pinned and damaged, so step {record.step} is not saved over what is left of "
-            f"it: {listing.damaged[name]}. Move its files away, or train into another directory."
+            f"{name} in {folder.path} is pinned and damaged, so step {record.step} does not overwrite its remaining "
+            f"files: {listing.damaged[name]}. Move its files away, or train into another directory."
         )
     return bool(names)
 

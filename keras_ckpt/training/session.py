@@ -137,7 +137,7 @@ class Session:
             DirectoryNotEmptyError: The directory belongs to another run, or to another callback of this fit.
             SaveError: The directory cannot be written.
         """
-        background.tell()
+        background.report()
         self._writer.open(session=self._fit)
         try:
             listing = self._writer.directory.listing() if listing is None else listing

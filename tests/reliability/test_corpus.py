@@ -325,7 +325,7 @@ def test_a_path_that_is_no_run_is_refused(run, tmp_path, model) -> None:
     (tmp_path / "orbax" / "0" / "_CHECKPOINT_METADATA").write_text("{}")
 
     for path in ("/", os.path.expanduser("~")):
-        with pytest.raises(ValueError, match="name one in it"):
+        with pytest.raises(ValueError, match="name a directory below it"):
             fit(model, kc.ModelCheckpoint(path))
     with pytest.raises(NotADirectoryError, match="this is a file"):
         kc.CheckpointDirectory(run / DATA).latest()
