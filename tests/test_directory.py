@@ -1,4 +1,4 @@
-"""The directory: read anew each time, planned before anything is removed, and never robbed of what it cannot trust."""
+"""The directory: each call reads it again, plans come before removals, and damaged checkpoints are never removed."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ from test_record import sealed
 
 
 def names(runs: CheckpointDirectory) -> list[str]:
-    """All that lies in the directory, the package's own folder aside."""
+    """The names in the directory, without the package's private folder."""
     return sorted(name for name in os.listdir(runs.path) if name != ".keras_ckpt")
 
 
@@ -37,7 +37,7 @@ def files_of(step: int) -> list[str]:
 
 
 def test_a_directory_is_a_collection_of_records(filler) -> None:
-    """It has a length, is iterated in the order of saving, and is indexed by step."""
+    """A directory has a length, iterates in the order of saving, and is indexed by step."""
     runs = filler.save("30:1 10:2 20:3")
 
     assert len(runs) == 3
@@ -46,8 +46,8 @@ def test_a_directory_is_a_collection_of_records(filler) -> None:
     assert runs.latest().step == 20
 
 
-def test_a_directory_that_is_not_there_yet_is_empty() -> None:
-    """Before the first training there is nothing, which is no error."""
+def test_a_missing_directory_is_empty() -> None:
+    """A directory need not exist before the first training."""
     runs = CheckpointDirectory("never there")
 
     assert len(runs) == 0
@@ -58,16 +58,16 @@ def test_a_directory_that_is_not_there_yet_is_empty() -> None:
     assert "no checkpoints" in str(runs)
 
 
-def test_the_none_of_an_empty_directory_is_named_where_a_step_is_expected(filler) -> None:
-    """`runs.pin(runs.best())` says where the None comes from."""
+def test_none_as_a_step_is_refused_with_its_probable_origin(filler) -> None:
+    """`runs.pin(runs.best())` says that `best()` of an empty directory returns None."""
     runs = filler.save("10")
 
     with pytest.raises(TypeError, match=r"latest\(\) and best\(\) return"):
         runs.pin(CheckpointDirectory("never there").best())
 
 
-def test_nothing_is_remembered(filler) -> None:
-    """What another process did in the meantime is seen."""
+def test_each_call_reads_the_directory_again(filler) -> None:
+    """A directory sees the changes of other processes."""
     runs = filler.save("10:1 20:2")
     assert len(runs) == 2
 
@@ -77,7 +77,7 @@ def test_nothing_is_remembered(filler) -> None:
 
 
 def test_a_directory_can_be_moved(filler, tmp_path) -> None:
-    """Nothing in it says where it lies."""
+    """No file in a directory has its path."""
     filler.save("10:1 20:2")
     os.rename(tmp_path / "run", tmp_path / "moved")
 
@@ -87,7 +87,7 @@ def test_a_directory_can_be_moved(filler, tmp_path) -> None:
 
 
 def test_a_relative_path_survives_a_change_of_the_working_directory(filler, tmp_path, monkeypatch) -> None:
-    """The path is taken when the directory is named."""
+    """The path is made absolute at construction."""
     filler.save("10:1")
     monkeypatch.chdir(tmp_path)
     runs = CheckpointDirectory("run")
@@ -96,8 +96,8 @@ def test_a_relative_path_survives_a_change_of_the_working_directory(filler, tmp_
     assert len(runs) == 1
 
 
-def test_an_unknown_step_is_named_with_those_there_are(filler) -> None:
-    """The error is a KeyError, reads as a sentence, and lists the steps."""
+def test_the_error_of_an_unknown_step_lists_the_known_steps(filler) -> None:
+    """The error is a KeyError whose text is a sentence."""
     runs = filler.save("10:1 20:2")
 
     with pytest.raises(KeyError) as caught:
@@ -107,8 +107,8 @@ def test_an_unknown_step_is_named_with_those_there_are(filler) -> None:
     assert str(caught.value) == f"No checkpoint of step 15 in {runs.path}. There are the steps 10, 20."
 
 
-def test_the_best_goes_by_what_training_watched(filler) -> None:
-    """Without arguments it is the best by the monitor and the mode of the sidecars."""
+def test_best_defaults_to_the_monitor_and_mode_of_training(filler) -> None:
+    """Without arguments, `best()` takes the monitor and the mode of the sidecars."""
     runs = filler.save("10:0.5 20:0.4 30:0.4 40:nan", monitor="loss", mode="min")
 
     assert runs.best().step == 20
@@ -126,8 +126,8 @@ def test_the_best_goes_by_what_training_watched(filler) -> None:
         ("10:1", {}, ("loss", "best"), ValueError, "'min' or 'max'"),
     ],
 )
-def test_a_best_that_cannot_be_found_says_why(filler, saved, facts, arguments, error, text) -> None:
-    """No metric of that name, no finite value, no direction: each has its sentence."""
+def test_best_without_a_result_says_why(filler, saved, facts, arguments, error, text) -> None:
+    """An unknown metric, no finite value and no mode have different errors."""
     runs = filler.save(saved, **facts)
 
     with pytest.raises(error, match=text):
@@ -135,7 +135,7 @@ def test_a_best_that_cannot_be_found_says_why(filler, saved, facts, arguments, e
 
 
 def test_a_plan_says_for_each_checkpoint_whether_it_stays_and_why(filler) -> None:
-    """Each decision has its record, and the policies that keep it."""
+    """Each decision has the record, and the policies that keep it."""
     runs = filler.save("10:0.1 20:0.5 30:0.4")
 
     plan = runs.plan(LatestN(1) | BestN(1, "loss", "min") | EveryNSteps(1000))
@@ -151,7 +151,7 @@ def test_a_plan_says_for_each_checkpoint_whether_it_stays_and_why(filler) -> Non
 
 
 def test_pruning_removes_the_files_of_a_plan_and_nothing_else(filler) -> None:
-    """Data, index and sidecar go; what others put there stays."""
+    """Data, index and sidecar go; foreign files stay."""
     runs = filler.save("10:0.1 20:0.5 30:0.4")
     for name in ("notes.txt", "ckpt-20.png", "history-20.json", "ckpt-2.index"):
         (pathlib.Path(runs.path) / name).write_text("mine")
@@ -164,7 +164,7 @@ def test_pruning_removes_the_files_of_a_plan_and_nothing_else(filler) -> None:
 
 
 def test_pruning_updates_the_state_file_of_tensorflow(filler) -> None:
-    """The newest and the others are named in it, as long as they are there."""
+    """The state file names the newest checkpoint and all other remaining checkpoints."""
     runs = filler.save("10:0.1 20:0.5 30:0.4")
     runs.prune(BestN(2, "loss", "min"))
 
@@ -177,8 +177,8 @@ def test_pruning_updates_the_state_file_of_tensorflow(filler) -> None:
     ]
 
 
-def test_what_was_pinned_or_saved_again_since_the_plan_is_not_removed(filler) -> None:
-    """A plan is about the checkpoints that it was made for."""
+def test_prune_skips_checkpoints_pinned_or_saved_again_after_the_plan(filler) -> None:
+    """A plan removes only the saves that it was made for."""
     runs = filler.save("10 20 30 40")
     plan = runs.plan(LatestN(1))
     runs.pin(10, "since")
@@ -189,7 +189,7 @@ def test_what_was_pinned_or_saved_again_since_the_plan_is_not_removed(filler) ->
 
 
 def test_a_plan_of_another_directory_is_refused(filler, tmp_path) -> None:
-    """Steps of one run mean nothing in another."""
+    """The steps of one run mean nothing in another run."""
     runs = filler.save("10 20")
     plan = runs.plan(LatestN(1))
 
@@ -198,7 +198,7 @@ def test_a_plan_of_another_directory_is_refused(filler, tmp_path) -> None:
 
 
 def test_a_plan_that_would_keep_nothing_is_an_error(filler) -> None:
-    """A policy that selects none of them was not meant."""
+    """A policy that selects no checkpoint is a mistake."""
     runs = filler.save("10:nan 20:nan")
 
     with pytest.raises(PlanError, match=r"would keep none of the 2 checkpoints.* use clear\(\)"):
@@ -206,15 +206,15 @@ def test_a_plan_that_would_keep_nothing_is_an_error(filler) -> None:
 
 
 def test_a_plan_by_a_metric_that_no_checkpoint_has_is_an_error(filler) -> None:
-    """A slip of the finger does not delete a run."""
+    """A typo does not delete a run."""
     runs = filler.save("10:1 20:2")
 
     with pytest.raises(PlanError, match=r"ranks by 'val_los', which no checkpoint has\. Recorded metrics: loss"):
         runs.plan(BestN(1, "val_los", "min") | LatestN(1))
 
 
-def test_a_pin_keeps_whatever_the_policy_says(filler) -> None:
-    """It is a file, holds after a restart, says why, and goes with unpin."""
+def test_a_pin_overrides_every_policy_until_unpin(filler) -> None:
+    """The plan shows the reason of the pin."""
     runs = filler.save("10 20 30")
     runs.pin(10, "paper figure 3")
 
@@ -228,7 +228,7 @@ def test_a_pin_keeps_whatever_the_policy_says(filler) -> None:
 
 
 def test_a_touch_in_a_shell_is_a_pin(filler) -> None:
-    """`touch ckpt-10.keep` is enough."""
+    """`touch ckpt-10.keep` pins step 10."""
     runs = filler.save("10 20")
     (pathlib.Path(runs.path) / "ckpt-10.keep").touch()
 
@@ -237,8 +237,8 @@ def test_a_touch_in_a_shell_is_a_pin(filler) -> None:
 
 
 @pytest.mark.parametrize("method", ["pin", "unpin", "add_metrics"])
-def test_an_unknown_step_cannot_be_changed(filler, method) -> None:
-    """And leaves nothing behind."""
+def test_changing_an_unknown_step_is_an_error(filler, method) -> None:
+    """The failed call leaves no files."""
     runs = filler.save("10")
     before = names(runs)
 
@@ -249,13 +249,13 @@ def test_an_unknown_step_cannot_be_changed(filler, method) -> None:
 
 
 def test_a_pins_reason_is_bounded(filler) -> None:
-    """A reason is a sentence."""
+    """A reason has at most 4096 bytes."""
     with pytest.raises(ValueError, match="at most 4096 bytes"):
         filler.save("10").pin(10, "x" * 5000)
 
 
 def test_metrics_are_added_to_the_sidecar(filler) -> None:
-    """What was there stays, and a name that is no identifier can be given in a dict."""
+    """Other metrics stay. A dict takes names that are not identifiers."""
     runs = filler.save("10:0.5 20:0.4")
     data = (pathlib.Path(runs.path) / "ckpt-10.index").read_bytes()
 
@@ -269,13 +269,13 @@ def test_metrics_are_added_to_the_sidecar(filler) -> None:
 
 @pytest.mark.parametrize("value", [[0.5, 0.4], [], [True], "0.5", None, True, {}, 1j])
 def test_a_metric_that_is_not_one_number_is_refused(filler, value) -> None:
-    """The error shows what was received."""
+    """The error shows the received value."""
     with pytest.raises(TypeError, match=r"A metric is one number\. Received: accuracy="):
         filler.save("10").add_metrics(10, accuracy=value)
 
 
-def test_clearing_removes_the_run_and_nothing_else(filler) -> None:
-    """Afterwards the directory is ready for another run."""
+def test_clear_removes_the_run_and_nothing_else(filler) -> None:
+    """Afterwards another run can use the directory."""
     runs = filler.save("10 20")
     (pathlib.Path(runs.path) / "notes.txt").write_text("mine")
 
@@ -283,8 +283,8 @@ def test_clearing_removes_the_run_and_nothing_else(filler) -> None:
     assert names(runs) == ["notes.txt"]
 
 
-def test_clearing_stops_at_a_pin(filler) -> None:
-    """What is pinned is not removed by mistake."""
+def test_clear_refuses_pinned_checkpoints(filler) -> None:
+    """The error names the steps and the argument that removes them."""
     runs = filler.save("10 20")
     runs.pin(10)
 
@@ -294,7 +294,7 @@ def test_clearing_stops_at_a_pin(filler) -> None:
     assert len(runs) == 2
 
 
-def test_clearing_removes_what_is_pinned_if_asked_to(filler) -> None:
+def test_clear_with_pinned_removes_pinned_checkpoints(filler) -> None:
     """The pins go with the checkpoints."""
     runs = filler.save("10 20")
     runs.pin(10)
@@ -303,10 +303,10 @@ def test_clearing_removes_what_is_pinned_if_asked_to(filler) -> None:
     assert names(runs) == []
 
 
-class TestARecordInThePlaceOfAStep:
-    """What a method returns, another takes."""
+class TestARecordAsAStep:
+    """A record that one method returns is an argument of another."""
 
-    def test_is_taken(self, filler) -> None:
+    def test_is_accepted(self, filler) -> None:
         runs = filler.save("10:0.5 20:0.4", monitor="loss", mode="min")
 
         runs.pin(runs.best(), "the best")
@@ -318,7 +318,7 @@ class TestARecordInThePlaceOfAStep:
         assert runs[20].pin is None
 
     def test_is_refused_if_it_was_saved_again(self, filler) -> None:
-        """The reason was of another checkpoint."""
+        """The pin was meant for the older save."""
         runs = filler.save("10 20")
         old = runs[20]
         filler.save("20")
@@ -327,8 +327,8 @@ class TestARecordInThePlaceOfAStep:
             runs.pin(old)
         assert runs[20].pin is None
 
-    def test_is_refused_if_it_is_of_another_directory(self, filler, tmp_path) -> None:
-        """A step of the same number may be there too."""
+    def test_is_refused_if_it_belongs_to_another_directory(self, filler, tmp_path) -> None:
+        """The other directory may have a checkpoint of the same step."""
         runs = filler.save("10")
         shutil.copytree(runs.path, tmp_path / "copy")
 
@@ -336,14 +336,14 @@ class TestARecordInThePlaceOfAStep:
             CheckpointDirectory(tmp_path / "copy").pin(runs[10])
 
 
-def test_clearing_stops_at_a_training_in_another_process(tmp_path, holder) -> None:
-    """A run that is under way is not cleared away."""
+def test_clear_is_refused_while_another_process_trains(tmp_path, holder) -> None:
+    """The error names the process."""
     with pytest.raises(DirectoryInUseError, match=f"process {holder.pid} "):
         CheckpointDirectory(tmp_path).clear()
 
 
-def test_a_step_or_a_record_is_in_a_directory(filler) -> None:
-    """`in` means what `[]` means."""
+def test_in_finds_a_step_or_a_record(filler) -> None:
+    """`in` accepts the same keys as `[]`."""
     runs = filler.save("10 20")
 
     assert 10 in runs
@@ -353,23 +353,23 @@ def test_a_step_or_a_record_is_in_a_directory(filler) -> None:
 
 
 def test_pruning_by_a_number_is_refused(filler) -> None:
-    """prune(10) might be meant as a step."""
+    """A user might mean `prune(10)` as a step."""
     runs = filler.save("10 20")
 
     with pytest.raises(TypeError, match="Received: 10"):
         runs.prune(10)
 
 
-def test_clearing_leaves_a_file_of_that_name_where_there_is_no_checkpoint(tmp_path) -> None:
-    """It may be anything."""
+def test_clear_keeps_a_file_named_checkpoint_without_checkpoints(tmp_path) -> None:
+    """The file may belong to another program."""
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "/runs/a/model-5"\n')
 
     assert CheckpointDirectory(tmp_path).clear() == []
     assert (tmp_path / "checkpoint").exists()
 
 
-def test_clearing_leaves_the_state_file_of_tensorflow(tmp_path) -> None:
-    """Where the checkpoints are TensorFlow's own."""
+def test_clear_keeps_the_state_file_of_tensorflows_checkpoints(tmp_path) -> None:
+    """Checkpoints without a sidecar stay, and their state file with them."""
     (tmp_path / "ckpt-1.index").touch()
     state = tmp_path / "checkpoint"
     state.write_text('model_checkpoint_path: "ckpt-1"\n')
@@ -378,8 +378,8 @@ def test_clearing_leaves_the_state_file_of_tensorflow(tmp_path) -> None:
     assert state.exists()
 
 
-def test_a_full_disk_can_be_pruned(filler, monkeypatch) -> None:
-    """The state file cannot be written before something is freed, so it is written after."""
+def test_prune_works_on_a_full_disk(filler, monkeypatch) -> None:
+    """If the state file cannot be written before the removal, it is written after it."""
     runs = filler.save("10 20 30")
     write, calls = commit.write_state, []
 
@@ -395,8 +395,8 @@ def test_a_full_disk_can_be_pruned(filler, monkeypatch) -> None:
     assert calls == [3, 1]
 
 
-def test_a_policy_that_fit_accepted_is_accepted_by_plan(filler) -> None:
-    """The sidecars know the direction of every metric that was ranked by."""
+def test_plan_accepts_each_policy_that_fit_accepted(filler) -> None:
+    """The sidecars have the mode of every metric that fit ranked by."""
     runs = filler.save("10:0.5 20:0.2", monitor="val_loss", mode="min", modes={"loss": "max"})
 
     assert runs.plan(BestN(1, "loss")).kept == (runs[10],)
@@ -404,8 +404,8 @@ def test_a_policy_that_fit_accepted_is_accepted_by_plan(filler) -> None:
 
 
 @pytest.mark.parametrize("change", ["pruned", "saved again"])
-def test_what_is_changed_while_it_is_listed_is_not_damaged(filler, monkeypatch, change) -> None:
-    """A training may prune a checkpoint or save it anew after its sidecar was read."""
+def test_a_checkpoint_that_changes_during_a_listing_is_not_damaged(filler, monkeypatch, change) -> None:
+    """A training may prune a checkpoint or save it again after its sidecar was read."""
     runs = filler.save("10 20")
 
     def changed_first(folder: Folder, name: str) -> int:
@@ -423,8 +423,8 @@ def test_what_is_changed_while_it_is_listed_is_not_damaged(filler, monkeypatch, 
     assert [record.step for record in listing.records] == ([20] if change == "pruned" else [20, 10])
 
 
-def test_what_is_published_or_removed_while_it_is_listed_is_not_shown_as_somebody_elses(filler, monkeypatch) -> None:
-    """The names were read before the one's sidecar was there and the other's data was gone."""
+def test_a_checkpoint_published_or_removed_during_a_listing_is_not_unmanaged(filler, monkeypatch) -> None:
+    """The names are read before one sidecar is published and other data is removed."""
     runs = filler.save("10 20")
     names = (set(os.listdir(runs.path)) - {"ckpt-20.json"}) | {"ckpt-5.index"}
     monkeypatch.setattr(Folder, "names", lambda folder: names)
@@ -432,8 +432,8 @@ def test_what_is_published_or_removed_while_it_is_listed_is_not_shown_as_somebod
     assert runs.listing().unmanaged == ()
 
 
-def test_what_is_about_to_be_removed_is_not_shown_as_somebody_elses(filler) -> None:
-    """Between the withdrawal of a sidecar and that of the data another process may look."""
+def test_a_checkpoint_with_a_withdrawn_sidecar_is_not_unmanaged(filler) -> None:
+    """Another process may list the directory between the withdrawal of a sidecar and the removal of its data."""
     runs = filler.save("10 20")
     trash = pathlib.Path(runs.path) / ".keras_ckpt" / "trash"
     os.rename(pathlib.Path(runs.path) / "ckpt-10.json", trash / "ckpt-10.json")
@@ -463,8 +463,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_damaged_checkpoint_is_listed_as_such_and_left_alone(filler, kind) -> None:
-    """The others are listed and pruned as ever; what is damaged is not counted, not found and not touched."""
+def test_a_damaged_checkpoint_is_listed_as_damaged_and_left_alone(filler, kind) -> None:
+    """Other checkpoints are listed and pruned; a damaged checkpoint is not counted, not found and not removed."""
     runs = filler.save("10 20 30 40")
     damage(runs, *HOSTILE[kind])
     before = {name for name in names(runs) if name.startswith("ckpt-20")}
@@ -477,8 +477,8 @@ def test_a_damaged_checkpoint_is_listed_as_such_and_left_alone(filler, kind) -> 
     assert before <= set(names(runs))
 
 
-def test_the_best_and_the_latest_are_whole(filler) -> None:
-    """One whose data was cut is neither, so it is not the one that a plan keeps."""
+def test_a_checkpoint_with_truncated_data_is_neither_best_nor_latest(filler) -> None:
+    """A plan does not count it as kept either."""
     runs = filler.save("10:0.3 20:0.2 30:0.1")
     damage(runs, "ckpt-30.data-00000-of-00001", b"3")
 
@@ -489,7 +489,7 @@ def test_the_best_and_the_latest_are_whole(filler) -> None:
 
 
 def test_a_sidecar_that_names_other_files_removes_none_of_them(filler, tmp_path) -> None:
-    """A path in a file list is refused, so pruning never follows it."""
+    """A path in a file list makes the checkpoint damaged, so pruning never follows the path."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     runs = filler.save("10 20")
@@ -508,7 +508,7 @@ def test_a_sidecar_that_names_other_files_removes_none_of_them(filler, tmp_path)
 
 
 def test_data_without_a_sidecar_is_listed_and_left_alone(filler) -> None:
-    """It may be TensorFlow's own."""
+    """TensorFlow may have written the data."""
     runs = filler.save("10 20")
     damage(runs, "ckpt-10.json", None)
 
@@ -518,8 +518,8 @@ def test_data_without_a_sidecar_is_listed_and_left_alone(filler) -> None:
     assert "ckpt-10.index" in names(runs)
 
 
-def test_a_json_file_of_somebody_elses_is_no_damaged_checkpoint(filler) -> None:
-    """Whatever its name looks like."""
+def test_a_foreign_json_file_is_not_a_damaged_checkpoint(filler) -> None:
+    """Even if its name ends in a number."""
     runs = filler.save("10")
     damage(runs, "history-2.json", b'{"loss": [1, 2]}')
 
@@ -527,7 +527,7 @@ def test_a_json_file_of_somebody_elses_is_no_damaged_checkpoint(filler) -> None:
 
 
 def test_nothing_is_removed_where_a_newer_version_wrote(filler) -> None:
-    """Its rules are not known here; what is of this version is still listed and restored."""
+    """The newer version's rules are unknown. Checkpoints of this version are still listed and saved."""
     runs = filler.save("10 20")
     made_before = runs.plan(LatestN(1))
     damage(runs, "ckpt-30.json", json.dumps({"format": "keras_ckpt", "format_version": 3}).encode())
@@ -545,8 +545,8 @@ def test_nothing_is_removed_where_a_newer_version_wrote(filler) -> None:
     assert set(before) <= set(names(runs))
 
 
-def test_two_names_of_one_step_are_one_checkpoint(filler) -> None:
-    """The newer one counts, the other is damaged goods."""
+def test_two_checkpoints_of_one_step_count_as_one(filler) -> None:
+    """The newer checkpoint counts, the other is listed as damaged."""
     runs = filler.save("10 20")
     for name in files_of(10):
         path = pathlib.Path(runs.path) / name
@@ -558,14 +558,14 @@ def test_two_names_of_one_step_are_one_checkpoint(filler) -> None:
 
 
 @pytest.mark.parametrize("path", ["", b"bytes", "gs://bucket/run", "s3://bucket"])
-def test_what_is_no_local_path_is_refused(path) -> None:
-    """Remote directories are mounted or copied."""
+def test_a_directory_must_be_a_local_path(path) -> None:
+    """Empty paths, bytes and URLs are refused."""
     with pytest.raises(ValueError, match="Received"):
         CheckpointDirectory(path)
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path) -> None:
-    """When it is read."""
+    """The error comes at the first read."""
     (tmp_path / "file").touch()
 
     with pytest.raises(NotADirectoryError, match="Expected a checkpoint directory"):
@@ -574,13 +574,13 @@ def test_a_path_that_is_a_file_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("keep", [None, "3", 0, -1, True])
 def test_a_plan_needs_a_policy(filler, keep) -> None:
-    """And says what it received."""
+    """The error shows the received value."""
     with pytest.raises((TypeError, ValueError), match="Received"):
         filler.save("10").plan(keep)
 
 
 def test_the_table_is_the_same_in_a_terminal_and_a_notebook(filler) -> None:
-    """The same cells, as text and as HTML."""
+    """Text and HTML have the same cells."""
     runs = filler.save("10:0.5 20:0.25", monitor="loss", mode="min", reason="epoch")
     runs.pin(20, "<b>best</b>")
     text, markup = str(runs), runs._repr_html_()
@@ -593,8 +593,8 @@ def test_the_table_is_the_same_in_a_terminal_and_a_notebook(filler) -> None:
     assert "<b>best</b>" in text
 
 
-def test_a_plan_is_shown_the_same_in_a_terminal_and_a_notebook(filler) -> None:
-    """Kept or removed, why, and the size; and what it frees."""
+def test_a_plan_displays_equally_in_a_terminal_and_a_notebook(filler) -> None:
+    """Both show the decision, the reason, the size, and the freed bytes."""
     plan = filler.save("10:0.5 20:0.25").plan(LatestN(1))
     text, markup = str(plan), plan._repr_html_()
 
@@ -610,8 +610,8 @@ def test_a_plan_is_shown_the_same_in_a_terminal_and_a_notebook(filler) -> None:
         assert cell in markup
 
 
-def test_a_long_table_is_shortened_for_the_eye(filler) -> None:
-    """Of thousands the first, the newest and the pinned are shown, and how many are not."""
+def test_a_long_table_is_shortened(filler) -> None:
+    """The table shows the first, the newest and the pinned rows, and the number of skipped rows."""
     runs = filler.save("10")
     listing = runs.listing()
     many = history(" ".join(f"{step}:{step}" for step in range(5000)))
@@ -626,8 +626,8 @@ def test_a_long_table_is_shortened_for_the_eye(filler) -> None:
     assert "5000 checkpoints" in text
 
 
-def test_what_a_terminal_would_act_on_is_escaped(filler) -> None:
-    """Names and reasons come from disk."""
+def test_control_characters_from_disk_are_escaped(filler) -> None:
+    """A terminal must not act on names and reasons from disk."""
     runs = filler.save("10", reason="\x1b[31mred\nline")
 
     assert "\x1b" not in str(runs)
@@ -635,7 +635,7 @@ def test_what_a_terminal_would_act_on_is_escaped(filler) -> None:
 
 
 def test_verify_tells_the_whole_from_the_damaged(filler) -> None:
-    """A byte that changed, and a file that is cut; its progress ends with all bytes that are whole or were read."""
+    """Verify finds a changed byte and a truncated file. Its progress never decreases, and its total is constant."""
     runs = filler.save("1 2 3")
     for step, data in {1: b"X", 3: b""}.items():
         pathlib.Path(f"{runs.path}/ckpt-{step}.data-00000-of-00001").write_bytes(data)
@@ -652,8 +652,8 @@ def test_verify_tells_the_whole_from_the_damaged(filler) -> None:
     assert len({total for _, total in seen}) == 1
 
 
-def test_an_error_of_the_one_who_is_told_of_the_progress_is_no_damage(filler) -> None:
-    """Such as a terminal that was closed."""
+def test_an_error_of_the_progress_function_propagates(filler) -> None:
+    """A closed terminal, for example, is not damage."""
     filler.save("10:1 20:2")
 
     def closed(done: int, total: int) -> None:
@@ -664,8 +664,8 @@ def test_an_error_of_the_one_who_is_told_of_the_progress_is_no_damage(filler) ->
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_what_a_process_has_run_out_of_is_no_damage(filler, monkeypatch, number) -> None:
-    """The same checkpoint is whole in a moment; going back to another would be wrong."""
+def test_running_out_of_descriptors_or_memory_is_not_damage(filler, monkeypatch, number) -> None:
+    """The checkpoint is whole: going back to an older checkpoint would be wrong."""
     filler.save("10:1 20:2")
     opening = os.open
 
@@ -682,7 +682,7 @@ def test_what_a_process_has_run_out_of_is_no_damage(filler, monkeypatch, number)
 
 
 def test_verify_changes_nothing(filler) -> None:
-    """Not even a lock is left in a copy that has none; nor does it wait for the one who writes."""
+    """Verify leaves no lock file, and does not wait for a writer."""
     runs = filler.save("1 2")
     shutil.rmtree(f"{runs.path}/.keras_ckpt")
     before = sorted(os.listdir(runs.path))
@@ -695,7 +695,7 @@ def test_verify_changes_nothing(filler) -> None:
 
 
 def test_what_is_read_is_not_taken_away(filler) -> None:
-    """A reader has its files until it closes them, whatever is pruned; so it never reads half of two checkpoints."""
+    """A reader keeps its files until it closes them, even if the step is saved again: it never mixes two saves."""
     runs = filler.save("1")
     with Folder(runs.path) as folder, held(folder, runs[1]) as files:
         record = runs[1]
@@ -704,8 +704,8 @@ def test_what_is_read_is_not_taken_away(filler) -> None:
         check_files(files, record)
 
 
-def test_what_is_taken_away_before_it_is_read_is_no_damage(filler) -> None:
-    """Another look finds what is there now."""
+def test_a_checkpoint_removed_before_it_is_read_is_not_damaged(filler) -> None:
+    """The read raises FileNotFoundError, and the next look finds the remaining checkpoints."""
     runs = filler.save("1 2")
     with Folder(runs.path) as folder:
         record = runs[1]
@@ -718,7 +718,7 @@ def test_what_is_taken_away_before_it_is_read_is_no_damage(filler) -> None:
 
 
 def test_nothing_is_removed_in_favour_of_what_is_damaged(filler) -> None:
-    """The newest is not what was written, which its size does not show; the one before may be the last good one."""
+    """The kept checkpoint has a changed byte but the right size. The older checkpoint may be the last whole one."""
     runs = filler.save("1 2")
     pathlib.Path(f"{runs.path}/ckpt-2.data-00000-of-00001").write_bytes(b"X")
     plan = runs.plan(LatestN(1))
@@ -732,7 +732,7 @@ def test_nothing_is_removed_in_favour_of_what_is_damaged(filler) -> None:
 
 @pytest.mark.parametrize("change", ["save", "pin", "unpin", "add_metrics", "prune", "recover"])
 def test_what_is_visible_changes_under_the_mutex(filler, monkeypatch, change) -> None:
-    """Whatever is put into the directory or taken from it, nobody else does so meanwhile."""
+    """Each rename and unlink in the directory happens under the mutex."""
     runs = filler.save("1 2")
     runs.pin(1)
     held = []
@@ -775,8 +775,8 @@ def test_what_is_visible_changes_under_the_mutex(filler, monkeypatch, change) ->
     assert all(held)
 
 
-def test_a_plan_whose_kept_ones_are_gone_removes_nothing(filler) -> None:
-    """Somebody else pruned by another policy in between, and together they would leave none."""
+def test_a_plan_whose_kept_checkpoints_are_gone_removes_nothing(filler) -> None:
+    """Another process pruned by another policy meanwhile: both together would leave no checkpoint."""
     runs = filler.save("10:0.1 20:0.2 30:0.3")
     plan = runs.plan(LatestN(1))
     runs.prune(BestN(1, "loss", "min"))
@@ -787,8 +787,8 @@ def test_a_plan_whose_kept_ones_are_gone_removes_nothing(filler) -> None:
     assert [record.step for record in runs] == [10]
 
 
-def test_what_a_dead_process_had_complete_does_not_come_back_after_clearing(filler) -> None:
-    """It would be a checkpoint of the run that was cleared."""
+def test_clear_removes_the_complete_stage_of_a_dead_process(filler) -> None:
+    """Otherwise recovery would bring back a checkpoint of the cleared run."""
     runs = filler.save("10 20")
     with Folder(runs.path) as folder, folder.folder(".keras_ckpt") as private:
         stage = private.folder("stage-0", create=True)
@@ -802,8 +802,8 @@ def test_what_a_dead_process_had_complete_does_not_come_back_after_clearing(fill
     assert list(runs) == []
 
 
-def test_a_listener_hears_of_each_checkpoint_that_is_saved_or_removed(filler) -> None:
-    """By a save, its pruning, an explicit prune, and the removal of everything."""
+def test_a_listener_receives_each_saved_and_removed_checkpoint(filler) -> None:
+    """By a save and its pruning, by `prune`, and by `clear`."""
     heard = []
     filler.runs.subscribe(lambda change: heard.append((change.kind, change.record.step)))
 
@@ -817,8 +817,8 @@ def test_a_listener_hears_of_each_checkpoint_that_is_saved_or_removed(filler) ->
     assert heard == [("saved", 30), ("saved", 40), ("removed", 20), ("removed", 30), ("removed", 40)]
 
 
-def test_a_listener_hears_of_superseded_checkpoints(filler) -> None:
-    """A step that is saved again replaces its checkpoint, which is removed."""
+def test_a_listener_receives_superseded_checkpoints_as_removed(filler) -> None:
+    """A step that is saved again replaces its checkpoint."""
     filler.save("10")
     heard = []
     filler.runs.subscribe(lambda change: heard.append((change.kind, change.record.sequence)))
@@ -828,8 +828,8 @@ def test_a_listener_hears_of_superseded_checkpoints(filler) -> None:
     assert heard == [("saved", 2), ("removed", 1)]
 
 
-def test_a_listener_that_fails_is_a_warning(filler) -> None:
-    """The checkpoint is saved, and the other listeners hear of it."""
+def test_an_error_of_a_listener_becomes_a_warning(filler) -> None:
+    """The checkpoint is saved, and the other listeners receive the change."""
     heard = []
 
     def fails(change) -> None:

@@ -1,4 +1,4 @@
-"""The file system beneath: locks, replacing, and names of any kind. What needs a second process uses one."""
+"""Files: locks, replacement and unusual names. Tests of two processes use a real second process."""
 
 import concurrent.futures
 import errno
@@ -20,13 +20,13 @@ from support.runs import HOLD
 
 
 def test_a_second_process_is_refused_with_the_holders_name(tmp_path, holder) -> None:
-    """The one that holds the lock is named by its process, host and command."""
+    """The error names the holder's process, host and command."""
     with pytest.raises(DirectoryInUseError, match=f"process {holder.pid} on .* since"), Folder(tmp_path) as folder:
         folder.lock()
 
 
-def test_a_holder_that_is_about_to_leave_its_name_is_named_too(tmp_path, holder) -> None:
-    """It does so when it has the lock, and another one may look in between."""
+def test_a_holder_that_writes_its_name_late_is_named_too(tmp_path, holder) -> None:
+    """The holder writes its name after it has the lock; another process may look before."""
     lock = tmp_path / PRIVATE / "lock"
     name = lock.read_bytes()
     lock.write_bytes(b"")
@@ -40,7 +40,7 @@ def test_a_holder_that_is_about_to_leave_its_name_is_named_too(tmp_path, holder)
 
 
 def test_the_lock_of_a_dead_process_is_free(tmp_path, holder) -> None:
-    """Nothing has to be cleaned up after a kill."""
+    """A kill needs no cleanup."""
     holder.kill()
     holder.wait()
 
@@ -48,8 +48,8 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path, holder) -> None:
         assert folder.lock()
 
 
-def test_within_a_process_the_lock_is_shared_until_nobody_refers_to_it(tmp_path) -> None:
-    """A cell that is run again gets what the interrupted one still has."""
+def test_a_process_shares_its_lock_until_the_last_reference_is_dropped(tmp_path) -> None:
+    """A notebook cell that runs again gets the lock of the interrupted cell."""
     with Folder(tmp_path) as folder:
         lock = folder.lock()
         assert folder.lock() is lock
@@ -68,7 +68,7 @@ def _idle(ready, done) -> None:
 
 
 def test_a_forked_child_does_not_keep_the_lock_alive(tmp_path) -> None:
-    """A data worker that outlives its trainer does not stand in the way of the next one."""
+    """A data worker that outlives its trainer does not block the next trainer."""
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     with Folder(tmp_path) as folder:
@@ -85,8 +85,8 @@ def test_a_forked_child_does_not_keep_the_lock_alive(tmp_path) -> None:
     assert result.returncode == 0
 
 
-def test_a_lock_file_of_garbage_names_nobody_and_stops_nobody(tmp_path) -> None:
-    """What lies in the lock file is only a name."""
+def test_garbage_in_the_lock_file_does_not_block_the_lock(tmp_path) -> None:
+    """The content of the lock file is only the holder's name."""
     private = tmp_path / PRIVATE
     private.mkdir()
     (private / "lock").write_bytes(b"\0garbage{" * 1000)
@@ -96,7 +96,7 @@ def test_a_lock_file_of_garbage_names_nobody_and_stops_nobody(tmp_path) -> None:
 
 
 def test_replacing_leaves_the_old_bytes_or_the_new(tmp_path) -> None:
-    """The file is replaced by one rename, and nothing else is left behind."""
+    """One rename replaces the file, and leaves no temporary file."""
     with Folder(tmp_path) as folder:
         folder.replace("name", b"old")
         folder.replace("name", b"new")
@@ -116,8 +116,8 @@ def test_reading_is_bounded(tmp_path) -> None:
         folder.read("huge", 100)
 
 
-def test_a_part_of_a_file_is_read_as_far_as_there_is_one(tmp_path) -> None:
-    """However large the file is."""
+def test_reading_a_range_stops_at_the_end_of_the_file(tmp_path) -> None:
+    """The size of the file does not matter."""
     path = tmp_path / "huge"
     path.touch()
     os.truncate(path, 1 << 40)
@@ -127,8 +127,8 @@ def test_a_part_of_a_file_is_read_as_far_as_there_is_one(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
-def test_what_is_no_regular_file_is_not_read(tmp_path, kind) -> None:
-    """A FIFO would hang, a link would lead away."""
+def test_only_regular_files_are_read(tmp_path, kind) -> None:
+    """A FIFO would hang, a link would lead out of the directory."""
     (tmp_path / "file").write_bytes(b"data")
     make = {"fifo": os.mkfifo, "folder": os.mkdir, "link": lambda path: path.symlink_to(tmp_path / "file")}[kind]
     make(tmp_path / "name")
@@ -146,7 +146,7 @@ def test_a_directory_that_is_a_file_is_refused(tmp_path) -> None:
 
 
 def test_missing_parents_are_made(tmp_path, monkeypatch) -> None:
-    """A run may be named a/b/c at once; each is durably named in the one above before the next is made."""
+    """Each parent of a/b/c has a durable name before the next is created."""
     recorder = Recorder(tmp_path)
     monkeypatch.setattr(files, "os", recorder)
 
@@ -161,7 +161,7 @@ def test_missing_parents_are_made(tmp_path, monkeypatch) -> None:
 
 
 def test_an_unused_directory_is_removed_and_a_used_one_is_not(tmp_path) -> None:
-    """Only what holds nothing but the package's own folder goes."""
+    """A directory is unused if it has only the package's private folder."""
     for name in ("used", "unused"):
         with Folder(tmp_path / name, create=True) as folder, folder.mutex():
             pass
@@ -186,8 +186,8 @@ def test_a_path_for_tensorflow_leads_to_the_directory(tmp_path, name) -> None:
     assert not set(path) & set("*?[\\")
 
 
-def test_held_files_are_those_of_before(tmp_path) -> None:
-    """They can be read after others removed or replaced them, and none stays open."""
+def test_held_files_keep_their_bytes(tmp_path) -> None:
+    """They can be read after others removed or replaced them, and no file stays open."""
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "b").write_bytes(b"2")
     before = os.listdir("/proc/self/fd")
@@ -204,7 +204,7 @@ def test_held_files_are_those_of_before(tmp_path) -> None:
 
 
 def test_an_unused_directory_that_is_a_link_stays(tmp_path) -> None:
-    """It is no error at the end of a training that it cannot be removed."""
+    """The end of a training raises no error if the directory cannot be removed."""
     (tmp_path / "run" / PRIVATE).mkdir(parents=True)
     (tmp_path / "link").symlink_to("run", target_is_directory=True)
 
@@ -213,8 +213,8 @@ def test_an_unused_directory_that_is_a_link_stays(tmp_path) -> None:
     assert (tmp_path / "run").is_dir()
 
 
-def test_two_threads_have_the_same_lock(tmp_path) -> None:
-    """Neither is refused because of the other."""
+def test_threads_share_the_lock(tmp_path) -> None:
+    """No thread is refused because of another."""
     with Folder(tmp_path) as folder, concurrent.futures.ThreadPoolExecutor(8) as pool:
         for _ in range(50):
             locks = list(pool.map(lambda _: folder.lock(), range(8)))
@@ -222,7 +222,7 @@ def test_two_threads_have_the_same_lock(tmp_path) -> None:
             del locks
 
 
-def test_a_lasting_path_leads_to_a_directory_that_was_made_anew(tmp_path) -> None:
+def test_a_lasting_path_leads_to_a_directory_that_was_created_again(tmp_path) -> None:
     """A notebook may remove a run and train it again."""
     for text in ("first", "second"):
         (tmp_path / "run[1]").mkdir()
@@ -231,8 +231,8 @@ def test_a_lasting_path_leads_to_a_directory_that_was_made_anew(tmp_path) -> Non
         shutil.rmtree(tmp_path / "run[1]")
 
 
-def test_work_that_is_done_is_no_failure_if_its_leftovers_stay(tmp_path, monkeypatch) -> None:
-    """They are swept at the next start."""
+def test_replace_succeeds_if_temporary_files_cannot_be_removed(tmp_path, monkeypatch) -> None:
+    """The next start removes them."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "injected")

@@ -1,8 +1,9 @@
-"""The laws of the policies, for every policy and for unions of them, over histories of all kinds.
+"""The laws of the policies, for every policy and for unions, over random histories.
 
-1. A policy selects only records that it was given. 2. Pruning twice equals pruning once. 3. `a | b` is commutative and
-keeps at least what `a` keeps. 4. Over records appended in order of saving, pruning after every save ends where pruning
-once at the end ends. 5. Kept and removed are all; what is once not selected is never selected again when newer come.
+1. A policy selects only records that it received. 2. Pruning twice equals pruning once. 3. `a | b` is commutative and
+keeps at least the records that `a` keeps. 4. Over records appended in order of saving, pruning after every save ends
+where pruning once at the end ends. 5. Kept and removed are all records. A record once not selected is never selected
+again when newer records come.
 """
 
 import math
@@ -29,7 +30,7 @@ from support.runs import payload
 
 
 class EverySecondOfAKind(PreservationPolicy):
-    """A policy of somebody's own that obeys the law: it looks at each record alone."""
+    """A custom policy that obeys the laws: it decides about each record alone."""
 
     def select(self, records):
         return {record.step for record in records if record.step % 2 == 0}
@@ -65,7 +66,7 @@ def records(draw, steps):
                 epoch=draw(st.none() | st.just(step // 5)),
                 batch=draw(st.sampled_from([0, 0, 3])),
                 metrics={name: value for name, value in metrics.items() if value is not None},
-                # Hours that stand still, jump, and go back.
+                # Hours that repeat, jump, and go back.
                 time=3600.0 * max(0.0, sequence + draw(st.sampled_from([0, 0, 0, -0.5, -3, 5, -1000, 1000]))),
                 pin=draw(st.sampled_from([None, None, None, "", "a reason"])),
             )
@@ -78,13 +79,13 @@ histories_with_repeats = st.lists(st.integers(0, 12), max_size=14).flatmap(recor
 
 
 def prune(policy, present):
-    """What is left after pruning: what the policy selects, and the pinned."""
+    """The records after pruning: the policy's selection and the pinned records."""
     selected = selection(policy, present)
     return [record for record in present if record.step in selected or record.pinned]
 
 
 def append(present, record):
-    """A save: a record of a step that is there already supersedes it."""
+    """A save: a record supersedes an older record of the same step."""
     return [other for other in present if other.step != record.step] + [record]
 
 
@@ -109,7 +110,7 @@ saves = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), min_size=
 @settings(max_examples=40, deadline=None)
 @given(saves, st.sampled_from([None, LatestN(1), LatestN(2), EveryNSteps(2)]))
 def test_a_save_supersedes_the_same_name_and_the_same_step_and_nothing_else(saved, policy):
-    """On disk: a directory holds one checkpoint of a name and one of a step, and retention removes no new one."""
+    """On disk, a directory holds one checkpoint for each name and each step. Retention removes no new checkpoint."""
     with tempfile.TemporaryDirectory() as path:
         runs = CheckpointDirectory(path)
         writer = Writer(runs, policy)
@@ -129,7 +130,7 @@ def test_a_save_supersedes_the_same_name_and_the_same_step_and_nothing_else(save
 
 
 @given(policies, histories_with_repeats)
-def test_selects_only_what_it_was_given(policy, saved):
+def test_a_policy_selects_only_given_records(policy, saved):
     """Law 1."""
     present = saved_last(saved)
 
@@ -138,15 +139,15 @@ def test_selects_only_what_it_was_given(policy, saved):
 
 @given(policies, histories_with_repeats)
 def test_pruning_twice_equals_pruning_once(policy, saved):
-    """Law 2, for what is there after steps were saved again too."""
+    """Law 2, also after steps were saved again."""
     once = prune(policy, saved_last(saved))
 
     assert prune(policy, once) == once
 
 
 @given(policies, policies, histories_with_repeats)
-def test_a_union_is_commutative_and_keeps_at_least_what_each_keeps(first, second, saved):
-    """Law 3, and a union keeps nothing else."""
+def test_a_union_is_commutative_and_keeps_exactly_what_its_policies_keep(first, second, saved):
+    """Law 3, and a union keeps no other records."""
     present = saved_last(saved)
 
     both = (first | second).select(present)
@@ -163,14 +164,14 @@ def test_pruning_after_every_save_ends_where_pruning_once_ends(policy, saved):
 
 
 @given(st.one_of(counts.map(LatestN), st.integers(1, 12).map(EveryNSteps)), histories_with_repeats)
-def test_law_4_holds_for_steps_saved_again_where_nothing_but_the_order_counts(policy, saved):
-    """A step that is saved again may bring another metric or time; LatestN and EveryNSteps do not look at these."""
+def test_law_4_holds_for_steps_saved_again_if_the_policy_ignores_metrics_and_times(policy, saved):
+    """A step that is saved again may have another metric or time; LatestN and EveryNSteps ignore them."""
     assert prune_after_each(policy, saved) == prune(policy, saved_last(saved))
 
 
 @given(policies, histories)
-def test_what_was_not_selected_is_never_selected_again(policy, saved):
-    """Law 5: newer records bring nothing back."""
+def test_a_record_once_not_selected_is_never_selected_again(policy, saved):
+    """Law 5: newer records bring no older record back."""
     rejected: set[int] = set()
     for count in range(1, len(saved) + 1):
         selected = policy.select(saved[:count])
@@ -180,7 +181,7 @@ def test_what_was_not_selected_is_never_selected_again(policy, saved):
 
 @given(policies, histories_with_repeats, st.randoms())
 def test_a_policy_is_a_pure_function_of_records(policy, saved, random):
-    """Asked again, in another order, with equal copies: the same answer, and the records are as they were."""
+    """A second call, another order and equal copies give the same answer, and the records do not change."""
     present = saved_last(saved)
     copies = [msgspec.structs.replace(record) for record in present]
     shuffled = random.sample(present, len(present))
@@ -193,7 +194,7 @@ def test_a_policy_is_a_pure_function_of_records(policy, saved, random):
 
 @given(policies, histories_with_repeats)
 def test_training_keeps_at_least_what_the_policy_keeps(policy, saved):
-    """While a metric is not there yet training keeps more, never less."""
+    """Before a metric has values, training keeps more records, never fewer."""
     present = saved_last(saved)
 
     assert policy.select(present) <= kept_in_training(policy, present)
@@ -201,7 +202,7 @@ def test_training_keeps_at_least_what_the_policy_keeps(policy, saved):
 
 @given(policies, histories)
 def test_in_training_too_pruning_after_every_save_ends_where_pruning_once_ends(policy, saved):
-    """Law 4 for what a callback does, if the metrics that it ranks by are there from the beginning."""
+    """Law 4 for a callback, if the first record has the metrics that the policy ranks by."""
     first = CheckpointRecord(sequence=1, step=1000, metrics={"loss": 1.0, "accuracy": 1.0}, epoch=0, batch=0)
     later = [msgspec.structs.replace(record, sequence=record.sequence + 1) for record in saved]
 

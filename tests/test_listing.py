@@ -1,4 +1,4 @@
-"""A writer reads a directory once, and then only what has changed; it misses no change."""
+"""Listings: a writer reads a directory once, then only its changes, and misses no change."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from support.runs import Filler, payload
 
 
 def looked_at(runs: kc.CheckpointDirectory, known: Known):
-    """What a look finds that knows of the look before."""
+    """The listing of a look that uses the cache of earlier looks."""
     with Folder(runs.path) as folder:
         return examine(folder, known)
 
@@ -79,8 +79,8 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_look_that_knows_the_last_one_finds_what_a_first_look_finds(filler, change) -> None:
-    """Whatever changed in between, by whomever."""
+def test_a_cached_look_finds_the_same_as_a_first_look(filler, change) -> None:
+    """After every kind of change between the looks."""
     runs = filler.save(" ".join(f"{step}:0.5" for step in range(10, 600, 10)))
     known = Known()
     looked_at(runs, known)
@@ -96,8 +96,8 @@ def test_a_look_that_knows_the_last_one_finds_what_a_first_look_finds(filler, ch
     assert [record.metrics for record in found.records] == [record.metrics for record in first.records]
 
 
-def test_a_file_that_was_cut_in_its_place_is_found_in_turn(filler) -> None:
-    """Nothing in the directory tells of such a change, so each look reads some checkpoints again."""
+def test_cached_looks_find_a_file_truncated_in_place(filler) -> None:
+    """The directory does not show this change, so each look reads some checkpoints again."""
     runs = filler.save(" ".join(map(str, range(100))))
     known = Known()
     looked_at(runs, known)
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_keeps_its_place_in_the_order_of_saving(filler) -> 
 
 
 def test_a_save_reads_no_more_files_with_six_hundred_kept_than_with_thirty(tmp_path, monkeypatch) -> None:
-    """A save looks twice at the directory: what it has read once it does not read again."""
+    """A save looks twice at the directory, and reads no unchanged checkpoint again."""
     reads = []
     read, size = Folder.read, Folder.size
     monkeypatch.setattr(Folder, "read", lambda self, *arguments: reads.append(1) or read(self, *arguments))
@@ -139,7 +139,7 @@ def test_a_save_reads_no_more_files_with_six_hundred_kept_than_with_thirty(tmp_p
 
 
 class Archive:
-    """A directory of checkpoints in a zip file, read by the protocol of `store/reading.py`."""
+    """A directory of checkpoints in a zip file, with the protocol of `store/reading.py`."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = str(path)
@@ -175,7 +175,7 @@ class Archive:
 
 
 def archived(path: str, target: pathlib.Path) -> Archive:
-    """A zip file of the files of a directory."""
+    """Makes a zip file of a directory's files."""
     with zipfile.ZipFile(target, "w") as archive:
         for file in pathlib.Path(path).iterdir():
             if file.is_file():
@@ -183,8 +183,8 @@ def archived(path: str, target: pathlib.Path) -> Archive:
     return Archive(target)
 
 
-def test_a_listing_comes_from_wherever_the_reading_protocol_reads(filler, tmp_path) -> None:
-    """A zip file of a directory is listed as the directory is, pins and metrics included."""
+def test_scan_lists_any_implementation_of_the_reading_protocol(filler, tmp_path) -> None:
+    """A zip file of a directory has the same listing as the directory, with pins and metrics."""
     runs = filler.save("10:0.5 20:0.4")
     runs.pin(10, "mine")
 
@@ -196,8 +196,8 @@ def test_a_listing_comes_from_wherever_the_reading_protocol_reads(filler, tmp_pa
     ]
 
 
-def test_a_verification_reads_by_the_reading_protocol(filler, tmp_path) -> None:
-    """A changed byte of a data file in a zip file is found."""
+def test_verify_reads_any_implementation_of_the_reading_protocol(filler, tmp_path) -> None:
+    """Verify finds a changed byte in a zip file."""
     runs = filler.save("10 20")
     data = pathlib.Path(runs.path) / "ckpt-10.data-00000-of-00001"
     data.write_bytes(b"99")

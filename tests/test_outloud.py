@@ -1,4 +1,4 @@
-"""A program and its checkpoints differ: each difference is an error that says how to mend it, or a warning."""
+"""Differences between a program and its checkpoints: each is an error that says how to mend it, or a warning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from support.models import Interrupts, X, Y, dense_model, fit, same, values
-from support.runs import Filler, somebody_else
+from support.runs import Filler, unprivileged_user
 
 optimizers = keras.optimizers
 
@@ -28,15 +28,15 @@ def backup(tmp_path) -> pathlib.Path:
 
 
 def lines(caught: Iterable[warnings.WarningMessage]) -> list[str]:
-    """The warnings that were given, each of which points at this file."""
+    """The texts of the warnings, each of which must point at this file."""
     caught = list(caught)
     here = pathlib.Path(__file__)
     assert {each.filename for each in caught} <= {__file__, str(here.with_name("support") / "models.py")}
     return [str(each.message) for each in caught]
 
 
-class TestAFitInWhichNoBatchHasEnded:
-    """It leaves nothing behind."""
+class TestAFitWithoutACompleteBatch:
+    """A fit in which no batch ended leaves no files."""
 
     @pytest.mark.parametrize("delete", [True, False])
     def test_of_no_epochs_leaves_no_directory(self, backup, delete) -> None:
@@ -49,7 +49,7 @@ class TestAFitInWhichNoBatchHasEnded:
     )
     @pytest.mark.parametrize("inside", [True, False], ids=["with", "without with"])
     def test_has_no_backup(self, backup, moment, inside) -> None:
-        """Wherever the error was, and whether or not `with` tells the callback of it."""
+        """Wherever the error occurs, with or without a `with` statement."""
         bug = keras.callbacks.Callback()
         setattr(bug, moment, fails)
         callback = kc.BackupAndRestore(backup)
@@ -67,8 +67,8 @@ class TestAFitInWhichNoBatchHasEnded:
             lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="other")]),
         ],
     )
-    def test_does_not_disturb_the_mended_program(self, backup, mended, recwarn) -> None:
-        """It trains as if the first had not been."""
+    def test_does_not_affect_the_fixed_program(self, backup, mended, recwarn) -> None:
+        """The fixed program trains as if the failed fit had not happened."""
         bug = keras.callbacks.LambdaCallback(on_train_batch_end=fails)
         with pytest.raises(KeyError, match="a bug"), kc.BackupAndRestore(backup) as callback:
             fit(dense_model(), callback, bug)
@@ -87,7 +87,7 @@ class TestAFitInWhichNoBatchHasEnded:
     @pytest.mark.parametrize("empty", [lambda data: data.take(0), lambda data: data.filter(lambda *batch: False)])
     @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
     def test_of_data_without_batches_saves_nothing(self, tmp_path, empty) -> None:
-        """The same script with data trains all epochs."""
+        """A later fit with data trains all epochs."""
         data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
 
         def train(data) -> keras.callbacks.History:
@@ -140,7 +140,7 @@ SETTINGS = {
 
 
 def of(options: dict) -> keras.Model:
-    """A model of its own optimizer, made of the given one's config."""
+    """A model with a copy of the given optimizer."""
     options = dict(options)
     if "optimizer" in options:
         options["optimizer"] = type(options["optimizer"]).from_config(options["optimizer"].get_config())
@@ -148,8 +148,8 @@ def of(options: dict) -> keras.Model:
     return dense_model(**options)
 
 
-class TestCompiledOtherwise:
-    """The settings in which a program differs from its checkpoint are named in one line, with both values."""
+class TestADifferenceInCompile:
+    """One warning names each setting that differs between the program and the checkpoint, with both values."""
 
     @pytest.mark.parametrize("name", SETTINGS)
     def test_is_warned_of_at_a_restore(self, tmp_path, name) -> None:
@@ -170,7 +170,7 @@ class TestCompiledOtherwise:
         assert len(lines(caught)) == 1
 
     @pytest.mark.parametrize("name", SETTINGS)
-    def test_is_not_said_of_the_same(self, tmp_path, name, recwarn) -> None:
+    def test_is_not_warned_of_with_equal_settings(self, tmp_path, name, recwarn) -> None:
         _, after, _ = SETTINGS[name]
         fit(of(after), kc.ModelCheckpoint(tmp_path))
 
@@ -179,8 +179,8 @@ class TestCompiledOtherwise:
         assert lines(recwarn) == []
 
     @pytest.mark.parametrize("name", ["mse", "mean_squared_error", "huber", "binary_crossentropy"])
-    def test_is_not_said_of_another_spelling_of_a_loss(self, tmp_path, name, recwarn) -> None:
-        """A name, a function and an object of Keras's may be the same loss."""
+    def test_is_not_warned_of_with_another_spelling_of_a_loss(self, tmp_path, name, recwarn) -> None:
+        """A name, a function and an object may be the same Keras loss."""
         function = keras.losses.get(name)
         kind = {"huber": keras.losses.Huber, "binary_crossentropy": keras.losses.BinaryCrossentropy}
         fit(of({"loss": name}), kc.ModelCheckpoint(tmp_path))
@@ -190,8 +190,8 @@ class TestCompiledOtherwise:
 
         assert lines(recwarn) == []
 
-    def test_the_learning_rate_of_the_checkpoint_goes_on_until_the_program_sets_its_own(self, backup) -> None:
-        """By a callback, as the line says."""
+    def test_the_learning_rate_of_the_checkpoint_holds_until_a_callback_sets_another(self, backup) -> None:
+        """The warning names the method of the callback."""
         fit(of({"optimizer": optimizers.Adam(0.1)}), kc.BackupAndRestore(backup, delete_checkpoint=False))
         again = of({"optimizer": optimizers.Adam(0.2)})
         with pytest.warns(
@@ -208,23 +208,23 @@ class TestCompiledOtherwise:
 
         assert float(again.optimizer.learning_rate) == pytest.approx(0.2)
 
-    def test_another_schedule_is_named(self, tmp_path) -> None:
+    def test_in_the_learning_rate_schedule_is_warned_of(self, tmp_path) -> None:
         decay = optimizers.schedules.CosineDecay
         fit(of({"optimizer": optimizers.Adam(decay(0.1, 10))}), kc.ModelCheckpoint(tmp_path))
 
         with pytest.warns(UserWarning, match="learning_rate"):
             kc.restore(of({"optimizer": optimizers.Adam(decay(0.1, 99))}), tmp_path)
 
-    def test_is_not_said_of_a_loss_in_a_list(self, tmp_path, recwarn) -> None:
-        """A list of one loss is that loss."""
+    def test_is_not_warned_of_with_a_loss_in_a_list(self, tmp_path, recwarn) -> None:
+        """A list of one loss equals the loss."""
         fit(of({"loss": "mse"}), kc.ModelCheckpoint(tmp_path))
 
         kc.restore(of({"loss": ["mse"]}), tmp_path)
 
         assert lines(recwarn) == []
 
-    def test_the_learning_rate_of_the_program_can_be_set_within_the_epoch_that_is_resumed(self, backup) -> None:
-        """The advice of the warning holds from the first batch on."""
+    def test_a_callback_can_set_the_learning_rate_within_the_resumed_epoch(self, backup) -> None:
+        """The advice of the warning works from the first batch."""
         data = kc.ResumableDataset(X, Y, batch_size=8)
         rates = []
 
@@ -263,7 +263,7 @@ def phases(trainable: bool, optimizer: object) -> keras.Model:
 
 
 class TestASecondPhase:
-    """Another process unfreezes layers or takes another optimizer, and continues the run in its directory."""
+    """Another process unfreezes layers or uses another optimizer, and continues the run in its directory."""
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adam", optimizers.Adam(1e-5)])
     @pytest.mark.parametrize("trainable", [True, False])
@@ -283,7 +283,7 @@ class TestASecondPhase:
         assert [record.step for record in kc.CheckpointDirectory(tmp_path)] == [5, 10, 15]
 
     def test_may_compile_after_the_restore(self, tmp_path, recwarn) -> None:
-        """The optimizer had nothing to lose."""
+        """The new optimizer has no state to lose."""
         fit(phases(False, "adam"), kc.ModelCheckpoint(tmp_path), epochs=2)
         model = phases(True, "sgd")
         kc.restore(model, tmp_path, weights_only=True)
@@ -294,8 +294,8 @@ class TestASecondPhase:
 
         assert lines(recwarn) == []
 
-    def test_is_named_where_a_restore_does_not_fit(self, tmp_path) -> None:
-        """The weights fit, the optimizer does not."""
+    def test_is_advised_if_the_optimizer_does_not_match(self, tmp_path) -> None:
+        """The weights match, the optimizer does not: the error names `weights_only=True`."""
         fit(phases(False, "adam"), kc.ModelCheckpoint(tmp_path))
         model = phases(True, "sgd")
         before = values(model)
@@ -304,8 +304,8 @@ class TestASecondPhase:
             kc.restore(model, tmp_path)
         np.testing.assert_equal(values(model)[: len(before)], before)
 
-    def test_is_named_where_a_directory_is_of_another_run(self, tmp_path) -> None:
-        """A fit that restored nothing."""
+    def test_is_advised_if_the_directory_belongs_to_another_run(self, tmp_path) -> None:
+        """The fit restored nothing: the error names `weights_only=True`."""
         fit(phases(False, "adam"), kc.ModelCheckpoint(tmp_path))
 
         with pytest.raises(kc.DirectoryNotEmptyError, match="weights_only=True"):
@@ -326,7 +326,7 @@ class TestASecondPhase:
 
 
 class TestLowRankUpdates:
-    """Of kernels (LoRA): a kernel without its update predicts something else."""
+    """Low-rank updates of kernels (LoRA): a kernel without its update predicts differently."""
 
     @pytest.fixture
     def saved(self, tmp_path) -> keras.Model:
@@ -336,7 +336,7 @@ class TestLowRankUpdates:
         fit(model, kc.ModelCheckpoint(tmp_path), epochs=2)
         return model
 
-    def test_that_the_model_has_not_are_refused_with_the_way_to_merge_them(self, saved, tmp_path) -> None:
+    def test_that_the_model_lacks_are_refused_with_advice_to_merge_them(self, saved, tmp_path) -> None:
         model = phases(True, "adam")
 
         with pytest.raises(kc.MismatchError, match="restore with weights_only=True"):
@@ -345,7 +345,7 @@ class TestLowRankUpdates:
 
         np.testing.assert_allclose(model(X), saved(X), atol=1e-5)
 
-    def test_that_a_partial_restore_leaves_out_are_named(self, saved, tmp_path) -> None:
+    def test_that_a_partial_restore_skips_are_warned_of(self, saved, tmp_path) -> None:
         with pytest.warns(
             UserWarning, match=r"its predictions differ: model/backbone .* weights_only=True\) merges them"
         ):
@@ -361,7 +361,7 @@ class TestLowRankUpdates:
 
 
 class TestAPartialRestore:
-    """`strict=False`."""
+    """A restore with `strict=False`."""
 
     def test_that_restores_nothing_of_the_model_is_an_error(self, tmp_path) -> None:
         fit(phases(True, "adam"), kc.ModelCheckpoint(tmp_path))
@@ -376,7 +376,7 @@ class TestAPartialRestore:
         np.testing.assert_equal(other.get_weights(), before)
 
     def test_that_restores_a_seed_alone_is_an_error(self, tmp_path) -> None:
-        """The weights of the model stay as they were."""
+        """No weight of the model matches."""
 
         def model(name: str) -> keras.Model:
             layers = [keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(1, name=name)]
@@ -400,8 +400,8 @@ class TestAPartialRestore:
         assert report.matched == ("model/seed_generator/seed_generator_state",)
 
     @pytest.mark.parametrize("name", ["top", "backbone2"])
-    def test_names_the_layers_that_it_leaves_out(self, tmp_path, name) -> None:
-        """And only these."""
+    def test_warns_of_exactly_the_layers_that_it_skips(self, tmp_path, name) -> None:
+        """One warning names these layers and no others."""
         fit(phases(True, "adam"), kc.ModelCheckpoint(tmp_path))
         other = keras.Sequential(
             [keras.Input((4,)), keras.layers.Dense(8, name="backbone"), keras.layers.Dense(3, name=name)]
@@ -423,11 +423,11 @@ class TestAPartialRestore:
 
 
 class TestTwoFitsWithOneBackupDirectory:
-    """A script that trains twice."""
+    """A script trains two models with the same backup directory."""
 
     @pytest.mark.parametrize("second", [lambda: phases(True, "adam"), lambda: phases(False, "sgd"), dense_model])
-    def test_the_error_says_that_the_backup_is_of_another_fit(self, backup, monkeypatch, second) -> None:
-        """The script was killed in its second fit. Its restart meets the backup in the first."""
+    def test_raise_an_error_that_says_that_the_backup_is_of_another_fit(self, backup, monkeypatch, second) -> None:
+        """The script was killed in its second fit. Its restart finds the backup in the first fit."""
         from keras_ckpt.resume import backup_and_restore
 
         fit(phases(False, "adam"), kc.BackupAndRestore(backup))
@@ -447,8 +447,8 @@ def plain() -> keras.Model:
 
 
 @pytest.mark.parametrize("make", [lambda: dense_model(optimizer=optimizers.SGD(momentum=0.9)), plain])
-def test_an_error_at_a_restart_advises_what_the_caller_can_do(backup, make) -> None:
-    """BackupAndRestore has no `strict`; the way that the error names works."""
+def test_the_advice_of_an_error_at_a_restart_works(backup, make) -> None:
+    """BackupAndRestore has no `strict`; clearing the backup works."""
     fit(dense_model(), kc.BackupAndRestore(backup, delete_checkpoint=False))
 
     with pytest.raises(kc.MismatchError) as error:
@@ -465,8 +465,8 @@ class TestAReadOnlyDirectory:
 
     @pytest.fixture
     def directory(self) -> Iterator[pathlib.Path]:
-        """A directory with two checkpoints that everybody may read and nobody may change."""
-        with tempfile.TemporaryDirectory(dir="/tmp") as path:  # which everybody may enter
+        """A directory with two checkpoints that all users may read and no user may change."""
+        with tempfile.TemporaryDirectory(dir="/tmp") as path:  # all users may enter /tmp
             Filler(pathlib.Path(path)).save("10 20")
             for folder, _, files in os.walk(path):
                 for each in (folder, *(f"{folder}/{file}" for file in files)):
@@ -485,8 +485,8 @@ class TestAReadOnlyDirectory:
         ],
         ids=["ModelCheckpoint", "BackupAndRestore", "prune", "pin", "add_metrics", "clear"],
     )
-    def test_is_named_whatever_writes(self, directory, write) -> None:
-        with somebody_else(), pytest.raises(OSError, match=re.escape(str(directory))) as error:
+    def test_is_named_in_the_error_of_each_writer(self, directory, write) -> None:
+        with unprivileged_user(), pytest.raises(OSError, match=re.escape(str(directory))) as error:
             write(directory)
 
         paths = re.findall(r"(/[\w./-]+)", str(error.value))
@@ -495,7 +495,7 @@ class TestAReadOnlyDirectory:
 
 
 class TestTheMonitor:
-    """A monitor that never comes in this fit ranks nothing, whatever older checkpoints have."""
+    """A monitor that this fit never measures ranks nothing, whatever metrics older checkpoints have."""
 
     def two(self, path, first: str, second: str, *, monitor: str, mode: str) -> list[int]:
         model = dense_model(metrics=[keras.metrics.MeanAbsoluteError(name=first)])
@@ -516,8 +516,8 @@ class TestTheMonitor:
         assert kept == [1, 2, 3, 4]
         assert len(lines(caught)) == 1
 
-    def test_that_the_process_before_had_is_warned_of_after_a_restart(self, tmp_path, backup) -> None:
-        """A notebook's second AUC has another name, whatever the backup says of the first."""
+    def test_of_the_previous_process_is_warned_of_if_missing_after_a_restart(self, tmp_path, backup) -> None:
+        """A notebook's second AUC metric has another name than the metric in the backup."""
 
         def run(name: str, *more: keras.callbacks.Callback) -> None:
             model = dense_model(metrics=[keras.metrics.MeanAbsoluteError(name=name)])
@@ -535,7 +535,7 @@ class TestTheMonitor:
         "monitor", ["val_head_accuracy", "loss", "head_acc", "val_accuracy", "val_mae", "val_lossy"]
     )
     def test_a_hint_names_only_a_metric_of_the_logs(self, tmp_path, monitor) -> None:
-        """For a model of two outputs, whether the error or the warning hints."""
+        """The hint of an error or a warning, for a model with two outputs."""
 
         def model():
             inputs = keras.Input((4,))

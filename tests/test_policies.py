@@ -1,4 +1,4 @@
-"""What each policy keeps, written as histories: steps in the order of saving, each with its loss."""
+"""Policies: the steps that each policy keeps of a history. A history is steps in the order of saving, with losses."""
 
 import datetime
 import math
@@ -45,12 +45,12 @@ from support.runs import history, steps
     ],
 )
 def test_keeps(policy: PreservationPolicy, saved: str, kept: str) -> None:
-    """The policy keeps just these steps of the history."""
+    """The policy keeps exactly these steps of the history."""
     assert policy.select(history(saved)) == steps(kept)
 
 
 def test_every_n_epochs_keeps_the_first_at_or_after_each_multiple() -> None:
-    """Of epochs 1 to 7 by twos: the first of the run, and the first at or after 2, 4 and 6; unknown epochs are not."""
+    """EveryNEpochs(2) keeps the run's first record, and the first at or after 2, 4 and 6. It skips unknown epochs."""
     epochs = {10: 1, 20: 2, 25: 2, 30: 3, 50: 5, 60: 6, 70: 7, 80: None}
     records = [CheckpointRecord(sequence=step, step=step, epoch=epoch) for step, epoch in epochs.items()]
 
@@ -58,7 +58,7 @@ def test_every_n_epochs_keeps_the_first_at_or_after_each_multiple() -> None:
 
 
 def test_every_n_hours_counts_a_clock_that_was_set_back() -> None:
-    """A clock that jumps ten years back does not end keeping."""
+    """After a clock jumps ten years back, the policy keeps records again."""
     decade = datetime.timedelta(days=3652).total_seconds()
     times = [decade, decade + 7200, 0.0, 3600.0, 7200.0]
     records = [CheckpointRecord(sequence=n, step=n, time=time) for n, time in enumerate(times, 1)]
@@ -67,7 +67,7 @@ def test_every_n_hours_counts_a_clock_that_was_set_back() -> None:
 
 
 def test_the_order_of_the_list_does_not_matter() -> None:
-    """The order of saving is in the records; that of the list means nothing."""
+    """The order of saving is in the records; the order of the list has no meaning."""
     records = history("30:1 10:2 20:3")
 
     for policy in (LatestN(1), BestN(1, "loss", "min"), EveryNSteps(20), EveryNHours(2)):
@@ -77,14 +77,14 @@ def test_the_order_of_the_list_does_not_matter() -> None:
 @pytest.mark.parametrize("policy", [LatestN, BestN, EveryNSteps, EveryNEpochs])
 @pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), ("3", TypeError)])
 def test_a_wrong_count_is_refused_at_construction(policy: type, n: object, error: type[Exception]) -> None:
-    """n=0, n=-1, n=True and n="3" are errors that show what was received."""
+    """n=0, n=-1, n=True and n="3" are errors that show the received value."""
     with pytest.raises(error, match=repr(n)):
         policy(n)
 
 
 @pytest.mark.parametrize("hours", [0, -1.0, math.nan, math.inf, True, "6", None])
 def test_a_wrong_number_of_hours_is_refused_at_construction(hours: object) -> None:
-    """Only a finite number greater than 0 is a distance in hours."""
+    """The hours must be a finite number greater than 0."""
     with pytest.raises((ValueError, TypeError), match="EveryNHours expected"):
         EveryNHours(hours)
 
@@ -103,27 +103,27 @@ def test_a_policy_is_a_frozen_value() -> None:
         LatestN(2).n = 3
 
 
-def test_a_policy_reads_as_it_was_written() -> None:
-    """The repr is the expression, without what was left open."""
+def test_the_repr_of_a_policy_is_its_source_text() -> None:
+    """The repr omits open arguments."""
     policy = BestN(3) | LatestN(2) | EveryNHours(6) | BestN(1, "loss", "min")
 
     assert repr(policy) == "BestN(3) | LatestN(2) | EveryNHours(6) | BestN(1, 'loss', 'min')"
 
 
-def test_joining_with_what_is_no_policy_is_an_error() -> None:
-    """`BestN(3) | 2` says what can be joined."""
+def test_joining_a_policy_with_another_type_is_an_error() -> None:
+    """The error of `BestN(3) | 2` shows the received value."""
     with pytest.raises(TypeError, match="Received: 2"):
         BestN(3) | 2
 
 
-def test_a_best_without_a_metric_says_so() -> None:
-    """BestN that names no metric, and was given none, cannot rank."""
+def test_best_n_without_a_metric_is_an_error_when_it_selects() -> None:
+    """The error shows a complete example."""
     with pytest.raises(ValueError, match=r"BestN\(3, 'val_loss', 'min'\)"):
         BestN(3).select(history("10:1"))
 
 
-def test_what_is_left_open_is_filled_in_once() -> None:
-    """A policy that names no metric takes the given one, and one that names its own keeps it."""
+def test_resolve_fills_in_open_arguments_only() -> None:
+    """A policy without a metric takes the given metric; a policy with a metric keeps it."""
     policy = (BestN(3) | BestN(1, "accuracy") | LatestN(2)).resolve(
         "loss", lambda name: {"loss": "min"}.get(name, "max")
     )
@@ -132,14 +132,14 @@ def test_what_is_left_open_is_filled_in_once() -> None:
 
 
 class KeepRound(PreservationPolicy):
-    """A policy of a user's own."""
+    """A custom policy."""
 
     def select(self, records: object) -> set[int]:
         return {record.step for record in records if record.step % 20 == 0}
 
 
-def test_a_policy_of_ones_own_joins_with_the_others() -> None:
-    """A subclass with select() is a policy like any other."""
+def test_a_custom_policy_joins_with_other_policies() -> None:
+    """A subclass with select() is a policy."""
     policy = KeepRound() | LatestN(1)
 
     assert policy.select(history("10 20 30")) == {20, 30}
@@ -154,8 +154,8 @@ def test_a_policy_of_ones_own_joins_with_the_others() -> None:
         ([[1]], TypeError, "set of steps"),
     ],
 )
-def test_a_policy_of_ones_own_that_answers_nonsense_is_named(answer: object, error: type, text: str) -> None:
-    """What is not a set of given steps is an error, never a deletion."""
+def test_an_invalid_selection_of_a_custom_policy_is_an_error(answer: object, error: type, text: str) -> None:
+    """A selection must be a set of given steps; otherwise nothing is removed."""
 
     class Nonsense(PreservationPolicy):
         def select(self, records: object) -> set[int]:
@@ -165,8 +165,8 @@ def test_a_policy_of_ones_own_that_answers_nonsense_is_named(answer: object, err
         selection(Nonsense() | LatestN(1), history("10 20"))
 
 
-def test_a_policy_of_ones_own_without_select_is_named() -> None:
-    """The error says which class lacks the method."""
+def test_a_custom_policy_without_select_is_an_error() -> None:
+    """The error names the class that lacks the method."""
 
     class Unfinished(PreservationPolicy):
         pass
@@ -177,26 +177,26 @@ def test_a_policy_of_ones_own_without_select_is_named() -> None:
 
 @pytest.mark.parametrize(("keep", "policy"), [(None, None), (3, LatestN(3)), (BestN(2), BestN(2))])
 def test_keep_takes_a_policy_or_a_number_or_none(keep: object, policy: object) -> None:
-    """An int means the newest so many, None means all."""
+    """An int is the number of newest checkpoints, None means all."""
     assert as_policy(keep) == policy
 
 
 @pytest.mark.parametrize("keep", [True, "3", 2.0, LatestN])
-def test_keep_refuses_what_is_no_policy(keep: object) -> None:
-    """The error shows what was received."""
+def test_keep_refuses_other_types(keep: object) -> None:
+    """The error shows the received value."""
     with pytest.raises(TypeError, match="Received"):
         as_policy(keep)
 
 
-def test_nothing_ranked_yet_keeps_the_ends_of_epochs() -> None:
-    """While no record has the metric, the ends of epochs stay, and the rest is as the policy says."""
+def test_records_at_epoch_ends_stay_while_no_record_has_the_metric() -> None:
+    """The policy selects among the other records."""
     records = [CheckpointRecord(sequence=n, step=n, batch=batch) for n, batch in enumerate([5, 0, 5, 5, 0, 5], 1)]
 
     assert kept_in_training(BestN(1, "val_loss", "min") | LatestN(1), records) == {2, 5, 6}
 
 
-def test_a_metric_that_is_missing_keeps_everything() -> None:
-    """Once an epoch ended with metrics of the kind, and the one that is ranked by was not among them, all stays."""
+def test_a_missing_metric_keeps_all_records() -> None:
+    """A metric is missing once an epoch ended with metrics of its kind, but without it."""
     records = history("10:0.5 20:0.4 30:0.3")
     middle = CheckpointRecord(sequence=0, step=5, batch=5)
 
@@ -205,5 +205,5 @@ def test_a_metric_that_is_missing_keeps_everything() -> None:
 
 
 def test_a_validation_metric_is_not_missing_before_validation_ran() -> None:
-    """Records with training metrics only say nothing about one whose name begins with val_."""
+    """Records with only training metrics do not prove that a `val_` metric is missing."""
     assert not missing("val_loss", history("10:0.5 20:0.4"))

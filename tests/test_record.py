@@ -1,4 +1,4 @@
-"""The sidecar: what goes in comes out, and what is not a sidecar is refused field by field."""
+"""Sidecars: encoding and decoding keep each field, and invalid sidecars are refused field by field."""
 
 import datetime
 import json
@@ -59,8 +59,8 @@ def members(**changes: object) -> dict:
     return {key: value for key, value in {**facts, **changes}.items() if value is not ...}
 
 
-def test_what_goes_in_comes_out() -> None:
-    """Every field survives, NaN, infinities and a negative zero among them."""
+def test_decoding_an_encoded_record_returns_the_record() -> None:
+    """Every field survives, also NaN, infinities and a negative zero."""
     back = decode(encode(RECORD), "ckpt-120", "runs", "a reason")
 
     assert repr(msgspec.structs.asdict(back)) == repr(
@@ -83,8 +83,8 @@ def test_what_goes_in_comes_out() -> None:
         max_leaves=8,
     ),
 )
-def test_any_metrics_and_metadata_come_out_as_they_went_in(metrics, value) -> None:
-    """Names and texts of any characters, numbers of any size."""
+def test_any_metrics_and_metadata_survive_encoding_and_decoding(metrics, value) -> None:
+    """Names and texts may have any characters, numbers any size."""
     record = msgspec.structs.replace(RECORD, metrics=metrics, metadata={"value": value})
 
     back = decode(encode(record), "ckpt-120")
@@ -94,7 +94,7 @@ def test_any_metrics_and_metadata_come_out_as_they_went_in(metrics, value) -> No
 
 
 def test_the_time_of_a_save_is_a_datetime_with_a_zone() -> None:
-    """The same moment as the seconds since 1970, in the local time zone."""
+    """`saved_at` is the moment of `time`, in the local time zone."""
     record = CheckpointRecord(sequence=1, step=1, time=86400.5)
 
     assert record.saved_at == datetime.datetime(1970, 1, 2, 0, 0, 0, 500_000, datetime.UTC)
@@ -102,13 +102,13 @@ def test_the_time_of_a_save_is_a_datetime_with_a_zone() -> None:
 
 
 @pytest.mark.parametrize("time", [1e12, 1e300])
-def test_a_time_that_no_calendar_has_is_the_last_of_the_calendar(time) -> None:
-    """A sidecar may hold any number, and showing it is no error."""
+def test_a_time_beyond_the_calendar_is_the_last_year(time) -> None:
+    """A sidecar may hold any number, and displaying it raises no error."""
     assert CheckpointRecord(sequence=1, step=1, time=time).saved_at.year == 9999
 
 
-def test_a_sidecar_is_plain_json_with_a_digest_of_what_is_before_it() -> None:
-    """Any JSON reader reads it, and any program with BLAKE3 can check it."""
+def test_a_sidecar_is_plain_json_that_ends_with_a_digest_of_all_before() -> None:
+    """Any JSON reader reads a sidecar, and any program with BLAKE3 can check it."""
     data = encode(RECORD)
 
     assert json.loads(data)["metrics"]["val_loss"] == "NaN"
@@ -116,8 +116,8 @@ def test_a_sidecar_is_plain_json_with_a_digest_of_what_is_before_it() -> None:
     assert json.loads(data)["digest"] == f"blake3:{blake3(before).hexdigest()}"
 
 
-def test_one_that_another_program_wrote_is_read() -> None:
-    """The order of members, white space and the case of digests are free, and most members may be left out."""
+def test_a_sidecar_of_another_program_is_read() -> None:
+    """The order of members, white space and the case of digests are free, and most members are optional."""
     facts = {
         "step": 120,
         "files": [{"size": 3, "name": "ckpt-120.index", "digest": f"blake3:{'A' * 64}"}],
@@ -130,15 +130,15 @@ def test_one_that_another_program_wrote_is_read() -> None:
 
 
 @pytest.mark.parametrize("cut", range(0, len(encode(RECORD)) - 2, 7))
-def test_a_cut_sidecar_is_damaged(cut: int) -> None:
-    """Wherever it is cut."""
+def test_a_truncated_sidecar_is_damaged(cut: int) -> None:
+    """The digest detects every truncation."""
     with pytest.raises(DamagedCheckpointError):
         decode(encode(RECORD)[:cut], "ckpt-120")
 
 
 @pytest.mark.parametrize("position", range(0, len(encode(RECORD)) - 3, 5))
-def test_a_flipped_bit_is_found(position: int) -> None:
-    """Even where it is JSON, and of the right types, still."""
+def test_a_flipped_bit_is_detected(position: int) -> None:
+    """Also where the result is still valid JSON of the right types."""
     data = bytearray(encode(RECORD))
     data[position] ^= 1
 
@@ -184,8 +184,8 @@ def test_a_flipped_bit_is_found(position: int) -> None:
         ({"format_version": 1, "step": 121}, "its step is 121, but its name is ckpt-120"),
     ],
 )
-def test_a_field_that_is_not_what_it_should_be_is_named(changes: dict, place: str) -> None:
-    """Types, ranges and sizes are checked field by field, and the error says where."""
+def test_the_error_of_an_invalid_field_names_the_field(changes: dict, place: str) -> None:
+    """Types, ranges and sizes are checked field by field."""
     with pytest.raises(DamagedCheckpointError) as caught:
         decode(sealed(members(**changes)), "ckpt-120")
 
@@ -207,7 +207,7 @@ def test_a_field_that_is_not_what_it_should_be_is_named(changes: dict, place: st
     ],
 )
 def test_a_file_that_is_not_the_checkpoints_own_is_refused(name: str) -> None:
-    """No name from disk becomes a path that leads anywhere else."""
+    """No name from disk becomes a path to another file."""
     files = [{"name": name, "size": 3, "digest": FILES[0].digest}]
 
     with pytest.raises(DamagedCheckpointError, match="not the checkpoint's own"):
@@ -215,7 +215,7 @@ def test_a_file_that_is_not_the_checkpoints_own_is_refused(name: str) -> None:
 
 
 def test_a_file_that_is_listed_twice_is_refused() -> None:
-    """Once is enough."""
+    """Two entries of one file might differ."""
     entry = {"name": "ckpt-120.index", "size": 3, "digest": FILES[0].digest}
 
     with pytest.raises(DamagedCheckpointError, match="twice"):
@@ -243,8 +243,8 @@ def test_a_file_that_is_listed_twice_is_refused() -> None:
         b'{"metadata": {"x": "\\ud800"}}',
     ],
 )
-def test_what_is_no_sidecar_is_damaged(data: bytes) -> None:
-    """Empty, zeroed, foreign, deeply nested, huge numbers, wrong encodings, without a digest: one clear error."""
+def test_invalid_bytes_are_a_damaged_sidecar(data: bytes) -> None:
+    """Empty, zeroed, foreign or deeply nested bytes, huge numbers, wrong encodings and a missing digest."""
     with pytest.raises(DamagedCheckpointError):
         decode(data, "ckpt-120")
 
@@ -252,14 +252,14 @@ def test_what_is_no_sidecar_is_damaged(data: bytes) -> None:
 @given(st.binary(max_size=400))
 @example(b'{"format":"keras_ckpt","format_version":3')
 def test_no_bytes_raise_anything_but_a_checkpoint_error(data: bytes) -> None:
-    """Whatever lies there under the name of a sidecar."""
+    """A sidecar may have any content."""
     with pytest.raises((DamagedCheckpointError, FormatVersionError)):
         decode(data, "ckpt-120")
 
 
 @pytest.mark.parametrize("changes", [{}, {"step": "a new kind of step"}, {"files": ...}])
-def test_a_newer_format_is_refused_as_such(changes: dict) -> None:
-    """Whether it still looks like ours or not, it says to upgrade."""
+def test_the_error_of_a_newer_format_says_to_upgrade(changes: dict) -> None:
+    """Also if the members of the newer format differ."""
     with pytest.raises(FormatVersionError, match=r"version is 3, this package reads up to 2: upgrade"):
         decode(sealed(members(format_version=3, **changes)), "ckpt-120")
 
@@ -273,8 +273,8 @@ def test_a_newer_format_is_refused_as_such(changes: dict) -> None:
         ('"size": 9', '"size": 9, "size": 8'),
     ],
 )
-def test_a_member_that_is_there_twice_is_refused(member, again) -> None:
-    """JSON's readers differ in which of the two they take."""
+def test_a_duplicate_member_is_refused(member, again) -> None:
+    """JSON readers differ in which of the two they take."""
     text = json.dumps(members())
     assert member in text
 
@@ -282,8 +282,8 @@ def test_a_member_that_is_there_twice_is_refused(member, again) -> None:
         decode(sealed(text.replace(member, again, 1)), "ckpt-120")
 
 
-def test_unknown_members_are_kept_when_a_sidecar_is_written_anew() -> None:
-    """What a later version or another program added stays, in the files' entries too."""
+def test_an_updated_sidecar_keeps_unknown_members() -> None:
+    """A later version or another program may have added them, also to the files' entries."""
     facts = members(signature="abc", later={"deep": [1, {"x": 2}]})
     facts["files"][0]["compressed"] = True
     data = sealed(facts)
@@ -297,22 +297,22 @@ def test_unknown_members_are_kept_when_a_sidecar_is_written_anew() -> None:
     assert decode(update(data, changed), "ckpt-120").metrics == {"test_accuracy": 0.97}
 
 
-def test_a_sidecar_cannot_say_where_it_lies_or_that_it_is_pinned() -> None:
-    """These facts come from the directory, whatever the file says."""
+def test_directory_name_and_pin_in_a_sidecar_are_ignored() -> None:
+    """These facts come from the directory."""
     record = decode(sealed(members(directory="/elsewhere", name="other", pin="by myself")), "ckpt-120", "runs")
 
     assert (record.directory, record.name, record.pin) == ("runs", "ckpt-120", None)
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
-    """A metadata function may return what NumPy gives."""
+def test_numpy_scalars_in_metadata_become_numbers() -> None:
+    """A metadata function may return NumPy scalars."""
     metadata = {"rate": np.float32(0.5), "count": np.int64(3), "zero": np.array(0.0)}
 
     assert encodable_metadata(metadata) == {"rate": 0.5, "count": 3, "zero": 0.0}
 
 
-def test_what_json_has_no_number_for_becomes_a_string() -> None:
-    """A NaN in the metadata does not stop a training."""
+def test_nan_and_infinity_in_metadata_become_strings() -> None:
+    """A NaN in the metadata does not stop training."""
     assert encodable_metadata({"lr": math.nan, "l": [math.inf]}) == {"lr": "NaN", "l": ["Infinity"]}
 
 
@@ -330,14 +330,14 @@ def test_what_json_has_no_number_for_becomes_a_string() -> None:
         ("text", "must be a dict"),
     ],
 )
-def test_metadata_that_json_cannot_hold_is_named(metadata: object, text: str) -> None:
-    """The error says where it is and what it is."""
+def test_metadata_that_json_cannot_hold_is_refused(metadata: object, text: str) -> None:
+    """The error names the place and the type."""
     with pytest.raises(TypeError, match=text):
         encodable_metadata(metadata)
 
 
-def test_a_sidecar_that_could_not_be_read_is_not_written() -> None:
-    """Reading is bounded, so writing is."""
+def test_a_sidecar_too_large_to_read_is_not_written() -> None:
+    """The size limit of reading also applies to writing."""
     with pytest.raises(ValueError, match="Give less metadata"):
         encode(msgspec.structs.replace(RECORD, metadata={"text": "x" * SIZE_LIMIT}))
 
@@ -361,12 +361,12 @@ def test_a_sidecar_that_could_not_be_read_is_not_written() -> None:
     ],
 )
 def test_the_step_in_a_name(name: str, step: int | None) -> None:
-    """A checkpoint's name ends in its number, written in one way only."""
+    """The number at the end of a name has exactly one spelling."""
     assert step_in(name) == step
 
 
-def test_a_record_reads_like_what_it_is() -> None:
-    """The repr names the step, the epoch, the metrics and the prefix."""
+def test_the_repr_of_a_record_has_step_epoch_metrics_and_prefix() -> None:
+    """Equal records are equal members of a set."""
     record = CheckpointRecord(sequence=1, step=120, epoch=3, metrics={"loss": 0.25}, directory="runs", name="ckpt-120")
 
     assert repr(record) == "CheckpointRecord(step=120, epoch=3, loss=0.25, prefix='runs/ckpt-120')"

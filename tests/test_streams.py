@@ -1,4 +1,4 @@
-"""Training data beside the common path: class weights, cardinality, streams, and fits that map their data."""
+"""Resumable training data: class weights, cardinality, streams, and fits that map their data."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ TARGETS = {
 
 @pytest.mark.parametrize("batch", [3, 4, 24])
 @pytest.mark.parametrize("name", TARGETS)
-def test_class_weights_weigh_as_in_fit(name, batch) -> None:
-    """The losses, the metrics and the weights of the model are those of `fit(class_weight=...)`, to the bit."""
+def test_class_weights_act_as_in_fit(name, batch) -> None:
+    """Losses, metrics and model weights are equal to those of `fit(class_weight=...)`, to the bit."""
     y = TARGETS[name]
     loss = "categorical_crossentropy" if y.ndim == 2 and y.shape[1] == 3 else "sparse_categorical_crossentropy"
     options = {"epochs": 2, "shuffle": False, "verbose": 0}
@@ -55,8 +55,8 @@ def test_class_weights_weigh_as_in_fit(name, batch) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_class_weights_leave_targets_as_they_are(name) -> None:
-    """Their values, their shape and their type."""
+def test_class_weights_do_not_change_targets(name) -> None:
+    """The targets keep their values, shape and type."""
     y = TARGETS[name]
     data = kc.ResumableDataset(X, y, class_weight=WEIGHTS, batch_size=ROWS)
     plain = kc.ResumableDataset(X, y, batch_size=ROWS)
@@ -106,8 +106,8 @@ STEPS = {
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_data_set_of_a_resumable_one_knows_how_many_batches_it_has(source, step) -> None:
-    """As it does of an ordinary one."""
+def test_a_pipeline_over_a_resumable_dataset_knows_its_cardinality(source, step) -> None:
+    """Each transformation has the cardinality that it has over an ordinary dataset."""
     make, count = STEPS[step]
 
     data = make(SOURCES[source]())
@@ -118,11 +118,11 @@ def test_a_data_set_of_a_resumable_one_knows_how_many_batches_it_has(source, ste
 
 
 SEEN: weakref.WeakKeyDictionary[keras.Model, list[int]] = weakref.WeakKeyDictionary()
-"""Beside the models, because a list that grows in one would be state of it."""
+"""The lists are outside of the models, because a list in a model would be part of its state."""
 
 
 class Net(keras.Model):
-    """Notes the first value of each batch that it trains on."""
+    """Records the first value of each training batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,14 +142,14 @@ class Net(keras.Model):
 
 
 class MapsItsData(Net):
-    """Maps what it is given before Keras sees it, as the task models of KerasHub do."""
+    """Maps its data before Keras sees them, as the task models of KerasHub do."""
 
     def fit(self, x=None, **options):
         return super().fit(x=x.map(lambda *batch: batch, num_parallel_calls=2).prefetch(2), **options)
 
 
 class WrapsItsData(Net):
-    """Names the parts of a batch, with options of its own."""
+    """Names the parts of a batch, and sets options."""
 
     def fit(self, x=None, **options):
         named = x.map(lambda x, y: {"x": x, "y": y}).map(lambda batch: (batch["x"], batch["y"]))
@@ -165,7 +165,7 @@ def net(kind=Net) -> Net:
 
 
 def resumed(path: pathlib.Path, source, fits, batches: int, kind=Net) -> Net:
-    """The model of a process that continues a training, which an error ended in the given batch."""
+    """The model of a process that resumes a training, which an error ended in the given batch."""
     data, crash = source(), Interrupts(batches, RuntimeError("crash"))
     with pytest.raises(RuntimeError, match="crash"):
         fits(net(kind), data, kc.BackupAndRestore(path, save_freq=1, data=data), crash)
@@ -178,7 +178,7 @@ def resumed(path: pathlib.Path, source, fits, batches: int, kind=Net) -> Net:
 @pytest.mark.parametrize("batches", [1, 4, 5, 8, 10])
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_epoch_of_a_stream_resumes_at_its_place(tmp_path, source, batches) -> None:
-    """Epochs of four steps over passes of six batches: the place goes on across both ends."""
+    """Epochs have four steps, the data six batches: the place continues across the ends of both."""
 
     def fits(model, data, *callbacks) -> None:
         options = {"steps_per_epoch": 4, "epochs": 4, "shuffle": False, "verbose": 0}
@@ -197,7 +197,7 @@ def test_an_epoch_of_a_stream_resumes_at_its_place(tmp_path, source, batches) ->
 @pytest.mark.parametrize("kind", [MapsItsData, WrapsItsData])
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_fit_that_maps_its_data_resumes_at_its_place(tmp_path, source, kind) -> None:
-    """The data set is recognized by being read."""
+    """The dataset is recognized because the fit reads it."""
 
     def fits(model, data, *callbacks) -> None:
         model.fit(data, epochs=3, shuffle=False, verbose=0, callbacks=list(callbacks))
@@ -226,8 +226,8 @@ MIXED = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_a_fit_whose_batches_may_be_others_is_refused(tmp_path, name) -> None:
-    """A place in the dataset is no place in these data. The error says where the step belongs."""
+def test_a_fit_whose_batches_may_differ_is_refused(tmp_path, name) -> None:
+    """A place in the dataset does not determine a place in these data. The error says where the step belongs."""
     data = SOURCES["arrays"]()
     step = name.partition(",")[0]
 
@@ -239,7 +239,7 @@ def test_a_fit_whose_batches_may_be_others_is_refused(tmp_path, name) -> None:
     "mix",
     [lambda data: data.unbatch().batch(4), lambda data: data.shard(2, 1), lambda data: data.filter(lambda *b: True)],
 )
-def test_a_stream_whose_batches_may_be_others_is_refused(tmp_path, mix) -> None:
+def test_a_stream_whose_batches_may_differ_is_refused(tmp_path, mix) -> None:
     """Also where epochs are parts of a stream."""
     data = SOURCES["arrays"]()
     options = {"steps_per_epoch": 4, "verbose": 0, "shuffle": False}
@@ -256,8 +256,8 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_a_map_that_draws_outside_of_the_dataset_is_warned_of(tmp_path, name) -> None:
-    """A restart does not know how often it drew."""
+def test_a_map_that_draws_random_numbers_is_warned_of(tmp_path, name) -> None:
+    """A restart does not know how many numbers the map drew."""
     data = SOURCES["arrays"]()
     mapped = data.map(DRAWS[name])
 
@@ -265,8 +265,8 @@ def test_a_map_that_draws_outside_of_the_dataset_is_warned_of(tmp_path, name) ->
         net().fit(mapped, verbose=0, shuffle=False, callbacks=[kc.BackupAndRestore(tmp_path, data=data)])
 
 
-def test_a_map_that_draws_nothing_is_not_warned_of(tmp_path, recwarn) -> None:
-    """A layer that only reads its variables may stand there."""
+def test_a_map_without_random_numbers_is_not_warned_of(tmp_path, recwarn) -> None:
+    """A layer in a map may read its variables."""
     data = SOURCES["arrays"]()
     scale = keras.layers.Rescaling(0.5)
     mapped = data.map(lambda *batch: (scale(batch[0]), *batch[1:]))
@@ -288,7 +288,7 @@ NUMBERS = tf.data.Dataset.from_tensor_slices((X, CLASSES))
     ],
 )
 def test_a_pipeline_that_keeps_a_shuffled_epoch_is_warned_of(pipeline, step) -> None:
-    """What a later epoch reads depends on what the first has read."""
+    """A later epoch depends on the order of the first epoch."""
     with pytest.warns(UserWarning, match=rf"shuffle\(\) before {step}\(\)"):
         kc.ResumableDataset(pipeline)
 
@@ -303,41 +303,41 @@ def test_a_pipeline_that_keeps_a_shuffled_epoch_is_warned_of(pipeline, step) -> 
     ],
 )
 def test_other_pipelines_are_not_warned_of(pipeline, recwarn) -> None:
-    """Each epoch shuffles what comes in one order."""
+    """Each epoch shuffles data of a fixed order."""
     kc.ResumableDataset(pipeline)
 
     assert not recwarn
 
 
 class TestOtherArgumentsAtARestart:
-    """The program gives `ResumableDataset` other arguments than before."""
+    """The program gives `ResumableDataset` different arguments than before."""
 
     def state(self, **options) -> dict:
         return kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1, **options).get_state()
 
     def test_another_shuffling_is_refused(self) -> None:
-        """The batches would come in another order."""
+        """The batches would have another order."""
         data = kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1)
 
         with pytest.raises(kc.MismatchError, match="shuffle False here, True there"):
             data.set_state(self.state(shuffle=True) | {"first_batch": data.get_state()["first_batch"]})
 
-    def test_other_class_weights_are_named(self) -> None:
-        """The program's hold."""
+    def test_other_class_weights_are_warned_of(self) -> None:
+        """The program's class weights apply."""
         data = kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1, class_weight={0: 2})
 
         with pytest.warns(UserWarning, match=r"class_weight \{0: 2\.0\} as in the program, not \{0: 1\.5\} as saved"):
             data.set_state(self.state(class_weight={0: 1.5}))
 
-    def test_the_same_class_weights_in_other_types_are_not_named(self, recwarn) -> None:
+    def test_the_same_class_weights_in_other_types_are_not_warned_of(self, recwarn) -> None:
         data = kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1, class_weight={1: 1, 0: 2})
 
         data.set_state(self.state(class_weight={np.int64(0): np.float32(2), np.int64(1): 1.0}))
 
         assert not recwarn
 
-    def test_a_state_of_an_older_version_is_taken(self) -> None:
-        """It does not tell these arguments."""
+    def test_a_state_of_an_older_version_is_accepted(self) -> None:
+        """The state lacks these arguments."""
         state = self.state(shuffle=True)
         data = kc.ResumableDataset(X, CLASSES, batch_size=4, seed=1, shuffle=True, class_weight={0: 2.0})
 
@@ -346,8 +346,8 @@ class TestOtherArgumentsAtARestart:
         assert data.get_state()["pass"] == state["pass"]
 
 
-def test_another_number_of_steps_is_the_reason_that_an_epoch_begins_again(tmp_path) -> None:
-    """The data are wrapped already."""
+def test_the_warning_of_a_restarted_epoch_names_another_number_of_steps(tmp_path) -> None:
+    """The warning does not advise `ResumableDataset`, which the program uses already."""
     data = SOURCES["arrays"]()
 
     def train(steps: int, *others) -> None:
@@ -361,8 +361,8 @@ def test_another_number_of_steps_is_the_reason_that_an_epoch_begins_again(tmp_pa
         train(4)
 
 
-def test_a_fit_may_read_through_many_steps(tmp_path) -> None:
-    """Each step is looked at once."""
+def test_a_fit_may_read_through_many_transformations(tmp_path) -> None:
+    """Each transformation is checked once."""
     data = SOURCES["arrays"]()
     mapped: tf.data.Dataset = data
     for _ in range(40):
@@ -372,7 +372,7 @@ def test_a_fit_may_read_through_many_steps(tmp_path) -> None:
 
 
 class Generator:
-    """Yields without an end."""
+    """Yields endlessly."""
 
     def __iter__(self):
         while True:

@@ -1,4 +1,4 @@
-"""Saving: staged, committed, pruned; and what an error, an interrupt or a crash in the middle leaves behind."""
+"""The writer: stages, commits and prunes; and the state after an error, an interrupt or a crash in the middle."""
 
 import errno
 import os
@@ -18,18 +18,18 @@ from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
-from support.runs import Filler, history, payload, somebody_else
+from support.runs import Filler, history, payload, unprivileged_user
 
 
 def leftovers(runs) -> list[str]:
-    """What lies in the private folder beside the locks."""
+    """The files in the private folder, without the locks and the trash."""
     private = pathlib.Path(runs.path) / PRIVATE
     found = {str(path.relative_to(private)) for path in private.rglob("*")}
     return sorted(found - {"lock", "mutex", "trash"})
 
 
 def verify(runs) -> list[int]:
-    """The steps of the directory, each checked to the byte."""
+    """The steps of the directory, with every byte checked."""
     records = list(runs)
     if records:
         with Folder(runs.path) as folder:
@@ -38,8 +38,8 @@ def verify(runs) -> list[int]:
     return [record.step for record in records]
 
 
-def test_a_save_has_its_facts_and_leaves_nothing_behind(filler) -> None:
-    """The record that save returns is the one on disk."""
+def test_save_returns_the_record_on_disk_and_leaves_no_temporary_files(filler) -> None:
+    """The record has the files, the sequence and the timings."""
     writer = Writer(filler.runs)
 
     record = writer.save(
@@ -55,7 +55,7 @@ def test_a_save_has_its_facts_and_leaves_nothing_behind(filler) -> None:
 
 
 def test_a_writer_has_one_stage_which_is_empty_between_saves(filler) -> None:
-    """A folder that is made for each save would have to be made durable each time."""
+    """A new folder for each save would need another sync each time."""
     writer = Writer(filler.runs)
     writer.save(SaveRequest(step=1), payload(b"1"))
     (stage,) = leftovers(filler.runs)
@@ -66,8 +66,8 @@ def test_a_writer_has_one_stage_which_is_empty_between_saves(filler) -> None:
         assert os.listdir(pathlib.Path(filler.runs.path) / PRIVATE / stage) == []
 
 
-def test_a_stage_that_somebody_removed_is_made_anew(filler) -> None:
-    """Nothing in the private folder is needed."""
+def test_a_removed_private_folder_is_created_again(filler) -> None:
+    """No checkpoint needs a file of the private folder."""
     writer = Writer(filler.runs)
     writer.save(SaveRequest(step=1), payload(b"1"))
     shutil.rmtree(pathlib.Path(filler.runs.path) / PRIVATE)
@@ -77,7 +77,7 @@ def test_a_stage_that_somebody_removed_is_made_anew(filler) -> None:
 
 
 def test_one_run_has_one_run_id(filler) -> None:
-    """Without a run id, a save belongs to the run of the newest."""
+    """Without a run id, a save belongs to the run of the newest checkpoint."""
     for step in (1, 2):
         Writer(filler.runs).save(SaveRequest(step=step), payload())
 
@@ -85,8 +85,8 @@ def test_one_run_has_one_run_id(filler) -> None:
     assert filler.runs[1].run_id
 
 
-def test_what_would_be_pruned_at_once_is_not_written(filler) -> None:
-    """Not even staged: the payload is not asked for."""
+def test_a_checkpoint_that_would_be_pruned_at_once_is_not_written(filler) -> None:
+    """The writer does not call the payload function."""
     filler.save("10:0.5")
     writer = Writer(filler.runs, BestN(1, "loss", "min"))
 
@@ -98,14 +98,14 @@ def test_what_would_be_pruned_at_once_is_not_written(filler) -> None:
 
 
 def test_saving_prunes(filler) -> None:
-    """After each save just what the policy keeps is there."""
+    """After each save, the directory has exactly the checkpoints that the policy keeps."""
     runs = filler.save("10:0.1 20:0.2 30:0.3 40:0.4", keep=LatestN(2) | BestN(1, "loss", "min"))
 
     assert verify(runs) == [10, 30, 40]
 
 
-def test_a_step_that_is_saved_again_supersedes(filler) -> None:
-    """It is the newest then, and its files are the new ones."""
+def test_a_step_that_is_saved_again_supersedes_its_checkpoint(filler) -> None:
+    """The new checkpoint is the newest, with the new files."""
     filler.save("10 20 30")
     Writer(filler.runs).save(SaveRequest(step=20), payload(b"anew"))
 
@@ -114,8 +114,8 @@ def test_a_step_that_is_saved_again_supersedes(filler) -> None:
     assert filler.runs[20].sequence == 4
 
 
-def test_a_step_that_is_saved_again_under_another_name_supersedes(filler) -> None:
-    """The step counts, not what the names begin with."""
+def test_a_step_that_is_saved_again_under_another_name_supersedes_its_checkpoint(filler) -> None:
+    """The step counts, not the name."""
     filler.save("10 20")
     Writer(filler.runs).save(SaveRequest(step=10, name="model-10"), payload())
 
@@ -124,7 +124,7 @@ def test_a_step_that_is_saved_again_under_another_name_supersedes(filler) -> Non
 
 
 def test_a_pinned_step_is_not_superseded(filler) -> None:
-    """What is pinned stays as it was, and a warning says so."""
+    """The pinned checkpoint stays unchanged, with a warning."""
     filler.save("10 20")
     filler.runs.pin(10)
 
@@ -174,8 +174,8 @@ def test_the_state_file_names_only_checkpoints_of_tensorflow(filler) -> None:
     assert "best" not in state
 
 
-def test_a_staged_checkpoint_is_out_of_sight_until_it_is_committed(filler) -> None:
-    """Staging and committing are two calls, which two writers may make."""
+def test_a_staged_checkpoint_is_invisible_until_its_commit(filler) -> None:
+    """Two different writers may stage and commit."""
     filler.save("10")
     staged = Writer(filler.runs, LatestN(1)).stage(SaveRequest(step=20), payload(b"20"))
     assert verify(filler.runs) == [10]
@@ -190,7 +190,7 @@ def test_a_staged_checkpoint_is_out_of_sight_until_it_is_committed(filler) -> No
 
 
 def test_a_process_commits_the_checkpoint_that_a_dead_process_staged(filler) -> None:
-    """Its recovery has done so already; the commit prunes, and returns the record."""
+    """Recovery has committed it already; the commit prunes, and returns the record."""
     filler.save("10")
     child = os.fork()
     if not child:
@@ -222,8 +222,8 @@ def test_a_staged_checkpoint_that_is_gone_supersedes_nothing(filler) -> None:
     assert verify(filler.runs) == [10]
 
 
-def test_a_pin_that_was_left_behind_pins_nothing(filler) -> None:
-    """A .keep file without a checkpoint is not the pin of a later one."""
+def test_a_pin_without_a_checkpoint_does_not_pin_a_later_checkpoint(filler) -> None:
+    """A .keep file may remain after its checkpoint."""
     filler.save("10")
     (pathlib.Path(filler.runs.path) / "ckpt-20.keep").touch()
     filler.save("20")
@@ -231,8 +231,8 @@ def test_a_pin_that_was_left_behind_pins_nothing(filler) -> None:
     assert not filler.runs[20].pinned
 
 
-def test_a_file_of_somebody_elses_is_not_overwritten(filler) -> None:
-    """The save is refused, and the file is as it was."""
+def test_a_foreign_file_is_not_overwritten(filler) -> None:
+    """The save is refused, and the file is unchanged."""
     filler.save("10")
     other = pathlib.Path(filler.runs.path) / "ckpt-20.index"
     other.write_text("mine")
@@ -250,7 +250,7 @@ def test_a_file_of_somebody_elses_is_not_overwritten(filler) -> None:
     [(errno.ENOSPC, "Free some space"), (errno.EACCES, "Make the directory writable"), (errno.EIO, "")],
 )
 def test_a_save_that_fails_changes_nothing(filler, number, mend) -> None:
-    """The error names the directory and the reason, the others are whole, and the next save works."""
+    """The error names the directory and the reason. Other checkpoints are whole, and the next save works."""
     filler.save("10 20")
 
     def failing(folder, name) -> None:
@@ -266,7 +266,7 @@ def test_a_save_that_fails_changes_nothing(filler, number, mend) -> None:
 
 
 def test_a_payload_that_writes_nothing_is_an_error(filler) -> None:
-    """A checkpoint without files is none."""
+    """A checkpoint needs files."""
     with pytest.raises(SaveError, match="no files"):
         Writer(filler.runs).save(SaveRequest(step=1), by_prefix(lambda prefix: None))
 
@@ -274,17 +274,17 @@ def test_a_payload_that_writes_nothing_is_an_error(filler) -> None:
 
 
 def test_a_directory_that_cannot_be_written_is_an_error_before_training(tmp_path) -> None:
-    """It says what to do."""
+    """The error says how to mend it."""
     (tmp_path / "run").mkdir(mode=0o755)
     for path in (tmp_path, *tmp_path.parents):
         path.chmod(path.stat().st_mode | 0o055) if path.owner() == tmp_path.owner() else None
 
-    with somebody_else(), pytest.raises(SaveError, match=r"Cannot write into .*Permission denied.*writable"):
+    with unprivileged_user(), pytest.raises(SaveError, match=r"Cannot write into .*Permission denied.*writable"):
         Writer(Filler(tmp_path / "run").runs).open()
 
 
 def test_a_path_below_a_file_is_an_error_before_training(tmp_path) -> None:
-    """As is a path that is a file."""
+    """A path that is a file is an error too."""
     (tmp_path / "file").touch()
 
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -292,8 +292,8 @@ def test_a_path_below_a_file_is_an_error_before_training(tmp_path) -> None:
             Writer(Filler(path).runs).open()
 
 
-def test_a_damaged_checkpoint_makes_way_for_the_step_that_is_saved_again(filler) -> None:
-    """What is left of it is kept aside, so that nothing is lost and training goes on."""
+def test_saving_a_damaged_step_again_moves_the_damaged_files_aside(filler) -> None:
+    """No file is lost, and training continues."""
     filler.save("10 20")
     path = pathlib.Path(filler.runs.path)
     (path / "ckpt-20.json").write_bytes(b"")
@@ -312,8 +312,8 @@ def test_a_damaged_checkpoint_makes_way_for_the_step_that_is_saved_again(filler)
     assert (path / "ckpt-20.png").read_text() == "mine"
 
 
-def test_a_checkpoint_of_a_newer_version_is_not_saved_over(filler) -> None:
-    """Nobody here knows what it is."""
+def test_a_checkpoint_of_a_newer_version_is_not_overwritten(filler) -> None:
+    """This version cannot read it."""
     filler.save("10")
     path = pathlib.Path(filler.runs.path) / "ckpt-20.json"
     path.write_text('{"format": "keras_ckpt", "format_version": 3}')
@@ -322,8 +322,8 @@ def test_a_checkpoint_of_a_newer_version_is_not_saved_over(filler) -> None:
         filler.save("20")
 
 
-def test_the_order_of_saving_goes_on_from_a_damaged_checkpoint(filler) -> None:
-    """Its place is not given twice."""
+def test_the_order_of_saving_counts_damaged_checkpoints(filler) -> None:
+    """No two checkpoints have the same sequence."""
     filler.save("10 20")
     (pathlib.Path(filler.runs.path) / "ckpt-20.index").write_bytes(b"")
     filler.save("30")
@@ -344,8 +344,8 @@ def test_two_writers_of_one_session_are_refused(filler) -> None:
     assert verify(filler.runs) == [1]
 
 
-def test_of_two_at_once_the_one_that_saves_first_goes_on(filler) -> None:
-    """A fit within another, into the same directory: each would take the other's checkpoints for its own."""
+def test_a_run_cannot_save_after_another_run_saved_into_its_directory(filler) -> None:
+    """A fit within another fit saves into the same directory: each would prune the other's checkpoints."""
     outer, inner = Writer(filler.runs), Writer(filler.runs)
     outer.open({"epochs": 3})
     inner.open({"epochs": 1})
@@ -361,8 +361,8 @@ def test_of_two_at_once_the_one_that_saves_first_goes_on(filler) -> None:
     assert verify(filler.runs) == [1, 2]
 
 
-def test_a_session_goes_on_in_a_directory_that_is_made_anew(filler) -> None:
-    """Somebody has removed it; and at the end nothing of the package's own stays."""
+def test_a_session_creates_its_removed_directory_again(filler) -> None:
+    """At the end no temporary files stay."""
     writer = Writer(filler.runs)
     writer.open({"epochs": 3})
     writer.save(SaveRequest(step=1), payload())
@@ -375,16 +375,16 @@ def test_a_session_goes_on_in_a_directory_that_is_made_anew(filler) -> None:
     assert leftovers(filler.runs) == []
 
 
-def test_a_new_session_takes_over(filler) -> None:
-    """However the one before ended: within a process the lock is passed on."""
+def test_a_new_session_takes_the_lock_over_from_an_interrupted_session(filler) -> None:
+    """Within a process, sessions share the lock."""
     interrupted = Writer(filler.runs)
     interrupted.open({"epochs": 3})
 
     Writer(filler.runs).open({"epochs": 3})
 
 
-def test_facts_are_amended_and_pruned_by(filler) -> None:
-    """A record that gets its metric may turn out to be the best."""
+def test_amend_changes_a_record_and_prunes_by_it(filler) -> None:
+    """A later metric may make a checkpoint the best."""
     filler.save("10:0.5 20", monitor="loss", mode="min")
     writer = Writer(filler.runs, BestN(1, "loss", "min"))
 
@@ -399,11 +399,11 @@ def test_facts_are_amended_and_pruned_by(filler) -> None:
 
 
 class Crash(BaseException):
-    """The process is gone: nothing of it runs any more."""
+    """Simulates the death of the process."""
 
 
 class Dying:
-    """`os` for the modules of files, in which the process dies at the n-th call that changes anything."""
+    """`os` for the file modules: the process dies at the n-th changing call."""
 
     CHANGES = frozenset(("open", "mkdir", "write", "rename", "unlink", "fsync", "rmdir"))
 
@@ -426,7 +426,7 @@ class Dying:
 
 
 def crash_in(monkeypatch, calls: int, action) -> bool:
-    """Runs an action that dies at the n-th change; says whether it came so far."""
+    """Runs an action that dies at the n-th change. Returns whether it died."""
     with monkeypatch.context() as patch:
         dying = Dying(calls)
         for module in (files, streams):
@@ -449,7 +449,7 @@ WORKLOADS = {
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_crash_at_any_change_leaves_the_old_or_the_new(tmp_path, monkeypatch, workload) -> None:
-    """What is visible is whole at every moment, and after the next start the directory is as before or as after."""
+    """Visible checkpoints are whole at every moment. After the next start, the directory is as before or as after."""
     before, saved, keep = WORKLOADS[workload]
     step = int(saved)
 
@@ -487,7 +487,7 @@ def test_a_crash_at_any_change_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
 
 
 def test_a_crash_at_any_change_of_a_prune_removes_whole_checkpoints(tmp_path, monkeypatch) -> None:
-    """What is still there afterwards is whole, and what the plan keeps is there."""
+    """The remaining checkpoints are whole, and the checkpoints that the plan keeps remain."""
     for calls in range(100):
         filler = Filler(tmp_path / str(calls))
         plan = filler.save("10 20 30").plan(LatestN(1))
@@ -504,7 +504,7 @@ def test_a_crash_at_any_change_of_a_prune_removes_whole_checkpoints(tmp_path, mo
 
 
 def test_an_interrupt_is_recovered_by_the_next_save_of_the_process(filler, monkeypatch) -> None:
-    """Ctrl-C between two renames leaves a stage; the cell that is run again finishes it."""
+    """Ctrl-C between two renames leaves a stage; running the cell again finishes it."""
     filler.save("10")
     moves = []
 
@@ -528,7 +528,7 @@ def test_an_interrupt_is_recovered_by_the_next_save_of_the_process(filler, monke
 
 
 def staged(runs, step: int, content: bytes = b"staged", sequence: int = 100) -> pathlib.Path:
-    """What a process that died had staged."""
+    """Makes the stage of a process that died."""
     filler = Filler(pathlib.Path(runs.path).parent / "source")
     record = Writer(filler.runs).save(SaveRequest(step=step, run_id="run", batch=0), payload(content))
     stage = pathlib.Path(runs.path) / PRIVATE / "stage-0"
@@ -540,8 +540,8 @@ def staged(runs, step: int, content: bytes = b"staged", sequence: int = 100) -> 
     return stage
 
 
-def test_a_complete_stage_goes_forward(filler) -> None:
-    """What a dead process had staged whole is published at the next start."""
+def test_the_next_start_publishes_a_complete_stage(filler) -> None:
+    """A process died between stage and commit."""
     filler.save("10")
     staged(filler.runs, 20)
 
@@ -552,7 +552,7 @@ def test_a_complete_stage_goes_forward(filler) -> None:
 
 @pytest.mark.parametrize("harm", ["no sidecar", "cut sidecar", "other bytes", "missing file"])
 def test_a_stage_that_is_not_what_it_says_is_thrown_away(filler, harm) -> None:
-    """Only if each file has its size and digest, it goes forward."""
+    """Recovery publishes a stage only if each file has its size and digest."""
     filler.save("10")
     stage = staged(filler.runs, 20)
     sidecar, index = stage / "ckpt-20.json", stage / "ckpt-20.index"
@@ -572,8 +572,8 @@ def test_a_stage_that_is_not_what_it_says_is_thrown_away(filler, harm) -> None:
     assert leftovers(filler.runs) == []
 
 
-def test_a_stage_does_not_take_its_files_from_the_checkpoint_that_is_there(filler) -> None:
-    """Where the bytes are the same, they went with the one that was withdrawn, and nothing was left."""
+def test_a_stage_does_not_take_files_of_a_published_checkpoint(filler) -> None:
+    """Even files with the same bytes would go with the withdrawn checkpoint."""
     filler.save("10")
     stage = staged(filler.runs, 10, b"10")
     (stage / "ckpt-10.index").unlink()
@@ -584,8 +584,8 @@ def test_a_stage_does_not_take_its_files_from_the_checkpoint_that_is_there(fille
     assert filler.runs[10].sequence == 1
 
 
-def test_a_stage_does_not_go_forward_over_a_later_save(filler) -> None:
-    """A power cut may bring back the stage of a save that failed, after the step was saved all the same."""
+def test_recovery_does_not_replace_a_later_save_by_a_stage(filler) -> None:
+    """A power cut may bring back the stage of a failed save after the step was saved again."""
     filler.save("10")
     staged(filler.runs, 10, sequence=1)
 
@@ -594,8 +594,8 @@ def test_a_stage_does_not_go_forward_over_a_later_save(filler) -> None:
     assert pathlib.Path(f"{filler.runs[10].prefix}.data-00000-of-00001").read_bytes() == b"10"
 
 
-def test_a_stage_does_not_go_forward_over_a_pin(filler) -> None:
-    """A checkpoint that was pinned in the meantime stays."""
+def test_recovery_does_not_replace_a_pinned_checkpoint_by_a_stage(filler) -> None:
+    """A checkpoint pinned meanwhile stays."""
     filler.save("20")
     filler.runs.pin(20)
     staged(filler.runs, 20)
@@ -605,8 +605,8 @@ def test_a_stage_does_not_go_forward_over_a_pin(filler) -> None:
     assert pathlib.Path(f"{filler.runs[20].prefix}.data-00000-of-00001").read_bytes() == b"20"
 
 
-def test_leftovers_of_somebody_elses_in_the_private_folder_stay(filler) -> None:
-    """Only names of the package's own are swept."""
+def test_recovery_keeps_foreign_files_in_the_private_folder(filler) -> None:
+    """Recovery removes only the package's own names."""
     filler.save("10")
     other = pathlib.Path(filler.runs.path) / PRIVATE / "notes.txt"
     other.write_text("mine")
@@ -617,8 +617,8 @@ def test_leftovers_of_somebody_elses_in_the_private_folder_stay(filler) -> None:
     assert leftovers(filler.runs) == ["notes.txt"]
 
 
-def test_the_state_file_carries_the_time_of_the_last_preserved(filler) -> None:
-    """TensorFlow's manager goes on from it."""
+def test_the_state_file_keeps_the_time_of_the_last_preserved_checkpoint(filler) -> None:
+    """TensorFlow's manager continues from it."""
     runs = filler.save("10 20")
     with Folder(runs.path) as folder:
         commit.write_state(folder, runs, last_preserved=1234.5)
@@ -631,8 +631,8 @@ def test_the_state_file_carries_the_time_of_the_last_preserved(filler) -> None:
 @pytest.mark.parametrize(
     "text", ["", "garbage", 'model_checkpoint_path: "../outside/victim"', 'model_checkpoint_path: "/abs"', "\0" * 50]
 )
-def test_a_state_file_of_garbage_says_nothing(filler, text) -> None:
-    """It is a hint, and names nothing outside the directory."""
+def test_an_invalid_state_file_names_no_checkpoint(filler, text) -> None:
+    """The state file is a hint, and names no file outside the directory."""
     runs = filler.save("10")
     (pathlib.Path(runs.path) / "checkpoint").write_text(text)
 
@@ -640,15 +640,15 @@ def test_a_state_file_of_garbage_says_nothing(filler, text) -> None:
         assert commit.read_state(folder) == (None, None)
 
 
-def test_writing_raises_no_warning_by_itself(filler) -> None:
-    """A quiet save is quiet."""
+def test_a_normal_save_warns_of_nothing(filler) -> None:
+    """Saves and prunes without problems raise no warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         filler.save("10 20 30", keep=EveryNSteps(20) | LatestN(1))
 
 
-def test_a_pinned_checkpoint_that_is_damaged_is_not_saved_over(filler) -> None:
-    """What is left of it may be all that there is of the model in production."""
+def test_a_pinned_damaged_checkpoint_is_not_overwritten(filler) -> None:
+    """Its remaining files may be the last copy of the model in production."""
     runs = filler.save("10 20")
     runs.pin(10, "in production")
     data = pathlib.Path(runs.path) / "ckpt-10.data-00000-of-00001"
@@ -661,8 +661,8 @@ def test_a_pinned_checkpoint_that_is_damaged_is_not_saved_over(filler) -> None:
     assert list(runs.listing().damaged) == ["ckpt-10"]
 
 
-def test_a_checkpoint_with_a_cut_file_makes_way_as_well(filler) -> None:
-    """Its sidecar is whole; its remaining files are moved aside, not removed."""
+def test_saving_a_step_with_a_truncated_file_again_moves_its_files_aside(filler) -> None:
+    """The sidecar of the damaged checkpoint is whole. Its files are not removed."""
     runs = filler.save("10")
     pathlib.Path(f"{runs.path}/ckpt-10.data-00000-of-00001").write_bytes(b"1")
 
@@ -674,8 +674,8 @@ def test_a_checkpoint_with_a_cut_file_makes_way_as_well(filler) -> None:
     assert (aside / "ckpt-10.data-00000-of-00001").read_bytes() == b"1"
 
 
-def test_a_saved_checkpoint_without_a_state_file_is_saved(filler, monkeypatch) -> None:
-    """There was room for the one and not for the other; the user hears of it, and the next save writes it."""
+def test_a_checkpoint_counts_as_saved_without_a_state_file(filler, monkeypatch) -> None:
+    """The disk had room for the checkpoint, but not for the state file. The error says that it is saved."""
 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -688,8 +688,8 @@ def test_a_saved_checkpoint_without_a_state_file_is_saved(filler, monkeypatch) -
     assert verify(filler.runs) == [10]
 
 
-def test_a_saved_checkpoint_is_saved_though_the_policy_fails_afterwards(filler) -> None:
-    """And is not said to be untouched."""
+def test_a_checkpoint_counts_as_saved_if_the_policy_fails_afterwards(filler) -> None:
+    """The error says that the checkpoint is saved."""
 
     class Fails(PreservationPolicy):
         calls = 0
@@ -706,8 +706,8 @@ def test_a_saved_checkpoint_is_saved_though_the_policy_fails_afterwards(filler) 
     assert verify(filler.runs) == [10]
 
 
-def test_a_step_that_could_not_be_withdrawn_is_untouched_when_it_is_saved_again(filler, monkeypatch) -> None:
-    """Nothing was done yet, so nothing is left to be finished."""
+def test_a_failed_withdrawal_leaves_the_older_checkpoint_untouched(filler, monkeypatch) -> None:
+    """No rename succeeded, so recovery has nothing to finish."""
     writer = Writer(filler.runs)
     before = writer.save(SaveRequest(step=1), payload(b"first"))
 

@@ -183,7 +183,7 @@ class CheckpointDirectory(tables.Shown):
         self._listeners.append(listener)
 
     def notify(self, changes: Iterable[Change]) -> None:
-        """Calls the listeners. The caller is this directory's writer, and holds no lock."""
+        """Logs changes, and calls the listeners. The caller is this directory's writer, and holds no lock."""
         for change in changes:
             log.info("%s %s", change.kind, change.record.prefix)
             for listener in self._listeners:

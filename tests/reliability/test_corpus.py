@@ -31,7 +31,7 @@ from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, encode
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.models import dense_model, fit, values
-from support.runs import Filler, payload, somebody_else
+from support.runs import Filler, payload, unprivileged_user
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIDECAR, INDEX, DATA = "ckpt-10.json", "ckpt-10.index", "ckpt-10.data-00000-of-00001"
@@ -523,7 +523,7 @@ def test_a_sidecar_without_read_permission_is_damaged(filler) -> None:
     """The other checkpoints are listed. The error names the permission."""
     runs = filler.save("1 2 3")
     os.chmod(f"{runs.path}/ckpt-2.json", 0)
-    with Folder(runs.path) as folder, somebody_else():
+    with Folder(runs.path) as folder, unprivileged_user():
         listing = examine(folder)
 
     assert [record.step for record in listing.records] == [1, 3]

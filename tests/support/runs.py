@@ -1,4 +1,4 @@
-"""Runs written as lines, directories filled without TensorFlow, and another process that holds a lock."""
+"""Helpers for runs: histories from text, directories filled without TensorFlow, and a process that holds a lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keras_ckpt.store.writer import SaveRequest, Write, Writer
 
 
 def history(text: str) -> list[CheckpointRecord]:
-    """Records in the order of saving, from words like `10:0.5`, `10:nan` or `10`: a step, and a loss or none."""
+    """Records in the order of saving, from words such as `10:0.5`, `10:nan` or `10`: a step, and an optional loss."""
     records = []
     for sequence, word in enumerate(text.split(), 1):
         step, _, loss = word.partition(":")
@@ -27,12 +27,12 @@ def history(text: str) -> list[CheckpointRecord]:
 
 
 def steps(text: str) -> set[int]:
-    """A set of steps, from a line of them."""
+    """A set of steps, from a line of numbers."""
     return {int(word) for word in text.split()}
 
 
 def payload(content: bytes = b"weights", shards: int = 1) -> Write:
-    """Writes the files of a checkpoint, as many as TensorFlow would."""
+    """A `Write` of the same files as TensorFlow's: an index and data shards."""
 
     def write(folder: Folder, name: str) -> list[CheckpointFile]:
         data = {f"{name}.data-{shard:05}-of-{shards:05}": content for shard in range(shards)}
@@ -47,7 +47,7 @@ def payload(content: bytes = b"weights", shards: int = 1) -> Write:
 
 
 def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
-    """Writes a TensorFlow checkpoint, most of which is the same in each, so that it shares that with the newest."""
+    """A `Write` of a TensorFlow checkpoint with one changed and one constant array, which later checkpoints share."""
     import numpy as np
 
     from keras_ckpt.formats.arena import Arena
@@ -87,8 +87,8 @@ sys.stdin.read()
 
 
 @contextlib.contextmanager
-def somebody_else() -> Iterator[None]:
-    """Runs as a user who may write only where everybody may; the superuser may everywhere."""
+def unprivileged_user() -> Iterator[None]:
+    """Drops the superuser's rights: runs as a user who may write only where everybody may."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
