@@ -19,10 +19,10 @@ from .resume.backup_and_restore import BackupAndRestore as BackupAndRestore
 from .resume.resumable_dataset import ResumableDataset as ResumableDataset
 from .store.directory import Change as Change
 from .store.directory import CheckpointDirectory as CheckpointDirectory
-from .store.directory import Decision as Decision
-from .store.directory import PrunePlan as PrunePlan
 from .store.directory import Verification as Verification
 from .store.listing import Listing as Listing
+from .store.plan import Decision as Decision
+from .store.plan import PrunePlan as PrunePlan
 from .store.policies import BestN as BestN
 from .store.policies import EveryNEpochs as EveryNEpochs
 from .store.policies import EveryNHours as EveryNHours

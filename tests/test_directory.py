@@ -18,9 +18,9 @@ from keras_ckpt.errors import (
     PlanError,
 )
 from keras_ckpt.store import commit, files
+from keras_ckpt.store.checks import check_files, held
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import check_files, held
 from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.runs import history, payload

@@ -13,7 +13,7 @@ import collections, json, os, signal, sys
 import keras
 import keras_ckpt as kc
 from keras_ckpt.formats import bundle_index, bundle_reader
-from keras_ckpt.store import commit, listing
+from keras_ckpt.store import checks, commit, listing
 from support.models import X, Y, dense_model
 
 path, last = sys.argv[1], int(sys.argv[2])
@@ -28,7 +28,7 @@ def count(module, name, what):
 
 count(listing, "_listed", lambda *_: ["listings"])
 count(commit, "recover", lambda *_: ["recoveries"])
-for module in (listing, bundle_index, bundle_reader):
+for module in (checks, bundle_index, bundle_reader):
     count(module, "refuse_changed", lambda file, size, digest: [file.name] if digest else [])
 
 class Ends(keras.callbacks.Callback):

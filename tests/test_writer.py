@@ -13,8 +13,8 @@ import pytest
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError, FormatVersionError, SaveError
 from keras_ckpt.store import commit, files, streams
 from keras_ckpt.store import record as sidecars
+from keras_ckpt.store.checks import check_files
 from keras_ckpt.store.files import PRIVATE, Folder
-from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix

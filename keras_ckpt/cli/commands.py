@@ -13,8 +13,9 @@ import click
 import msgspec
 
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, MonitorError
-from keras_ckpt.store.directory import CheckpointDirectory, PrunePlan
+from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.listing import PIN_LIMIT, Listing
+from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode, members
 from keras_ckpt.store.tables import counted, printable

@@ -26,8 +26,8 @@ from crc32c import crc32c
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats.dtypes import ITEM_SIZES, STRING, VARIANT
 from keras_ckpt.store import layout
+from keras_ckpt.store.checks import refuse_changed
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import refuse_changed
 from keras_ckpt.store.record import CheckpointFile
 
 _INDEX_LIMIT = 1 << 28

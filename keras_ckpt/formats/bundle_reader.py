@@ -17,8 +17,8 @@ from crc32c import crc32c
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats.bundle_index import CHECKSUM, WHOLE, Entry, Index, Slice, masked, slice_key, varint
 from keras_ckpt.formats.dtypes import ITEM_SIZES, NAMES, STRING
+from keras_ckpt.store.checks import refuse_changed
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import refuse_changed
 from keras_ckpt.store.record import CheckpointFile
 
 _PIECE = 1 << 20

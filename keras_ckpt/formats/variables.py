@@ -12,9 +12,9 @@ from keras_ckpt.formats import arrays
 from keras_ckpt.formats.bundle_index import Index, read_index
 from keras_ckpt.formats.bundle_reader import read_values
 from keras_ckpt.formats.dtypes import NAMES
+from keras_ckpt.store.checks import unreadable
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import unreadable
 from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.record import CheckpointRecord
 

@@ -21,8 +21,8 @@ from keras_ckpt.model import model_state, naming, object_graph
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.matching import Kind
 from keras_ckpt.store import layout
+from keras_ckpt.store.checks import unreadable
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import unreadable
 from keras_ckpt.store.record import CheckpointFile
 
 _STRING_OVERHEAD = 32

@@ -16,7 +16,7 @@ from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, Directory
 from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.files import PRIVATE, Folder, UnfinishedError
-from keras_ckpt.store.listing import scan
+from keras_ckpt.store.listing import Listing, scan
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, superseded
 
@@ -89,6 +89,22 @@ def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
         trash.sync()
         folder.sync()
         _empty_trash(folder, trash, records)
+
+
+def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord]) -> None:
+    """Removes checkpoints, first from TensorFlow's state file. The caller holds the mutex."""
+    steps = {record.step for record in doomed}
+    remaining = [record for record in listing.records if record.step not in steps]
+    try:
+        write_state(folder, remaining)
+    except OSError as error:
+        # On a full disk, the removal frees the space for the state file.
+        if not doomed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        withdraw(folder, doomed)
+        write_state(folder, remaining)
+    else:
+        withdraw(folder, doomed)
 
 
 def recover(folder: Folder) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import errno
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -17,14 +15,15 @@ from keras_ckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     DamagedCheckpointError,
-    MonitorError,
     PlanError,
 )
 from keras_ckpt.store import background, commit, layout, tables
+from keras_ckpt.store.checks import check
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, check, examine, freed, scan, taken, verify
+from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, examine, scan, taken, verify
 from keras_ckpt.store.notices import log, warn
-from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy, selection
+from keras_ckpt.store.plan import PrunePlan, decide, resolved
+from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
 
 
@@ -45,66 +44,6 @@ class Change(NamedTuple):
 
     kind: Literal["saved", "removed"]
     record: CheckpointRecord
-
-
-class Decision(NamedTuple):
-    """A plan's decision for one checkpoint: kept or removed, and why.
-
-    Example:
-
-    ```python
-    plan = keras_ckpt.CheckpointDirectory("runs/digits").plan(keras_ckpt.LatestN(1))
-    for decision in plan.decisions:
-        print(decision.record.step, decision.kept, decision.reason)
-    ```
-
-    Attributes:
-        record: The checkpoint.
-        kept: Whether the checkpoint stays.
-        reason: Why.
-        size: The bytes of a kept checkpoint. For a removed checkpoint, the bytes that its removal frees after the
-            removals before it; files shared with a kept checkpoint free nothing.
-    """
-
-    record: CheckpointRecord
-    kept: bool
-    reason: str
-    size: int
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class PrunePlan(tables.Shown):
-    """The checkpoints that a policy would keep and remove, and why. Only `CheckpointDirectory.prune(plan)` removes.
-
-    Example:
-
-    ```python
-    runs = keras_ckpt.CheckpointDirectory("runs/digits")
-    plan = runs.plan(keras_ckpt.LatestN(1) | keras_ckpt.BestN(1, "val_loss", "min"))
-    print(plan)
-    runs.prune(plan)
-    ```
-
-    Attributes:
-        policy: The `repr` of the policy.
-        decisions: One decision for each checkpoint, oldest first.
-        listing: The contents of the directory when the plan was made.
-    """
-
-    policy: str
-    decisions: tuple[Decision, ...]
-    listing: Listing
-
-    @property
-    def kept(self) -> tuple[CheckpointRecord, ...]:
-        return tuple(decision.record for decision in self.decisions if decision.kept)
-
-    @property
-    def removed(self) -> tuple[CheckpointRecord, ...]:
-        return tuple(decision.record for decision in self.decisions if not decision.kept)
-
-    def _table(self) -> tables.Table:
-        return tables.of_plan(self.policy, self.decisions, self.listing)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -233,7 +172,7 @@ class CheckpointDirectory(tables.Shown):
         listing = self.listing()
         if not listing.records:
             return None
-        policy = _resolved(BestN(1, monitor, mode), listing, CheckpointNotFoundError)
+        policy = resolved(BestN(1, monitor, mode), listing, CheckpointNotFoundError)
         steps = policy.select(listing.records)
         if not steps:
             raise CheckpointNotFoundError(f"No checkpoint in {self.path} is best: {policy!r} found no finite value.")
@@ -254,9 +193,9 @@ class CheckpointDirectory(tables.Shown):
             raise TypeError("plan() needs a policy, such as keras_ckpt.LatestN(2). Received: None")
         listing = self.listing()
         listing.refuse_newer()
-        policy = _resolved(policy, listing, PlanError) if listing.records else policy
+        policy = resolved(policy, listing, PlanError) if listing.records else policy
         with _naming(self.path):
-            decisions = tuple(_decide(policy, listing.records))
+            decisions = tuple(decide(policy, listing.records))
         if listing.records and not any(decision.kept for decision in decisions):
             raise PlanError(
                 f"{policy!r} would keep none of the {len(decisions)} checkpoints in {self.path}. "
@@ -302,7 +241,7 @@ class CheckpointDirectory(tables.Shown):
                     f"Nothing was removed: the checkpoints that the plan keeps are no longer in {self.path}, so none "
                     f"of the {len(doomed)} checkpoints would be left. Plan again."
                 )
-            remove(folder, listing, doomed)
+            commit.remove(folder, listing, doomed)
         self.notify(Change("removed", record) for record in doomed)
         return [record.step for record in doomed]
 
@@ -395,7 +334,7 @@ class CheckpointDirectory(tables.Shown):
                     "clear(pinned=True)."
                 )
             if listing.records:
-                remove(folder, listing, listing.records)
+                commit.remove(folder, listing, listing.records)
             for record in listing.records:
                 folder.remove(layout.pin(record.name))
             del lock
@@ -440,22 +379,6 @@ class CheckpointDirectory(tables.Shown):
             return Listing(self.path)
 
 
-def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord]) -> None:
-    """Removes checkpoints, first from TensorFlow's state file. The caller holds the mutex."""
-    steps = {record.step for record in doomed}
-    remaining = [record for record in listing.records if record.step not in steps]
-    try:
-        commit.write_state(folder, remaining)
-    except OSError as error:
-        # On a full disk, the removal frees the space for the state file.
-        if not doomed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        commit.withdraw(folder, doomed)
-        commit.write_state(folder, remaining)
-    else:
-        commit.withdraw(folder, doomed)
-
-
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
     """Adds the directory to the file name of each file system error."""
@@ -476,31 +399,6 @@ def _shown(path: str) -> str:
     return path
 
 
-def _resolved(policy: PreservationPolicy, listing: Listing, unknown: type[CheckpointError]) -> PreservationPolicy:
-    """The policy with its open monitor and mode filled in from the sidecars.
-
-    Raises:
-        CheckpointError: An error of the type `unknown`: no checkpoint has a metric that the policy ranks by.
-        MonitorError: Neither the policy nor the sidecars give the metric, or its mode.
-    """
-    modes = {name: mode for record in listing.records for name, mode in record.modes.items()}
-    modes |= {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
-    known = sorted({name for record in listing.records for name in record.metrics})
-
-    def mode_of(monitor: str) -> Mode:
-        if monitor in modes:
-            return modes[monitor]
-        raise MonitorError(
-            f"No sidecar says whether a smaller or a larger {monitor!r} is better: give the mode, 'min' or 'max'."
-        )
-
-    # An unknown metric is the worse mistake, so this error comes first.
-    _refuse_unknown(policy, known, unknown)
-    resolved = policy.resolve(listing.records[-1].monitor, mode_of)
-    _refuse_unknown(resolved, known, unknown)
-    return resolved
-
-
 def _refuse_damaged(plan: PrunePlan) -> None:
     """Refuses a plan that keeps a damaged checkpoint."""
     with _naming(plan.listing.path), Folder(plan.listing.path) as folder:
@@ -514,25 +412,3 @@ def _refuse_damaged(plan: PrunePlan) -> None:
                 ) from error
             except FileNotFoundError:
                 continue
-
-
-def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: type[CheckpointError]) -> None:
-    for monitor in sorted(policy.monitors.difference(known)):
-        close = difflib.get_close_matches(monitor, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise error(
-            f"{policy!r} ranks by {monitor!r}, which no checkpoint has. "
-            f"Recorded metrics: {', '.join(known) or 'none'}.{hint}"
-        )
-
-
-def _decide(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> Iterator[Decision]:
-    selected = [(repr(part), selection(part, records)) for part in policy.parts]
-    reasons: dict[CheckpointRecord, list[str]] = {}
-    for record in records:
-        reasons[record] = [name for name, steps in selected if record.step in steps]
-        if record.pin is not None:
-            reasons[record].append(f"pinned: {record.pin}" if record.pin else "pinned")
-    sizes = iter(freed([record for record in records if not reasons[record]]))
-    for record, why in reasons.items():
-        yield Decision(record, bool(why), ", ".join(why) or "no policy keeps it", record.size if why else next(sizes))

@@ -11,9 +11,10 @@ from typing import TypeVar
 
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
 from keras_ckpt.store import background, commit, layout
+from keras_ckpt.store.checks import check_files, held, read_record
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import Listing, check_files, held, read_record, unmanaged
+from keras_ckpt.store.listing import Listing, unmanaged
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord, step_in
 

@@ -20,7 +20,7 @@ import msgspec
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
 from keras_ckpt.store import commit, layout, tables
 from keras_ckpt.store import record as sidecars
-from keras_ckpt.store.directory import Change, CheckpointDirectory, remove
+from keras_ckpt.store.directory import Change, CheckpointDirectory
 from keras_ckpt.store.files import Folder, UnfinishedError
 from keras_ckpt.store.listing import Known, Listing, amend, examine
 from keras_ckpt.store.locks import WriterLock
@@ -315,7 +315,7 @@ class Writer:
         """
         with self._explaining("The checkpoint is saved, but older ones could not be removed from"):
             doomed = [] if listing.newer else self.unkept(listing.records)
-            remove(folder, listing, doomed)
+            commit.remove(folder, listing, doomed)
         return doomed
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:

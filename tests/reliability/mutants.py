@@ -105,7 +105,7 @@ MUTANTS = {
         replaced("store.files.Folder.held", _hold_nothing), "test_directory.py::test_what_is_read_is_not_taken_away"
     ),
     "digests are not compared": Mutant(
-        without("store.listing.refuse_changed", "lower"),
+        without("store.checks.refuse_changed", "lower"),
         "test_directory.py::test_verify_tells_the_whole_from_the_damaged",
     ),
     "pruning trusts sizes": Mutant(

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from keras_ckpt.errors import CheckpointError
 from keras_ckpt.store import commit
+from keras_ckpt.store.checks import check_files
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import PRIVATE, Folder
-from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.store.record import CheckpointRecord
 from reliability.trainer import Job

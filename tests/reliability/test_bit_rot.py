@@ -13,8 +13,8 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, FormatVersionError
+from keras_ckpt.store.checks import check_files
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.record import SIZE_LIMIT, decode
 from support.models import fit, values
 

@@ -20,9 +20,9 @@ import pytest
 from keras_ckpt.errors import DamagedCheckpointError, DiskFullError, SaveError
 from keras_ckpt.formats import sharing
 from keras_ckpt.store import commit, files, streams
+from keras_ckpt.store.checks import check_files
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import PRIVATE, Folder
-from keras_ckpt.store.listing import check_files
 from keras_ckpt.store.policies import LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import SaveRequest, Writer
