@@ -641,7 +641,7 @@ def test_a_forged_description_of_a_lookup_is_damaged(tmp_path, harm) -> None:
 
 
 def looked_up(path: pathlib.Path, change) -> str:
-    """The prefix of a checkpoint of a lookup that learned `b` and `a`, with the path and bytes of its asset changed."""
+    """Saves a lookup that learned `b` and `a`, changes the path and bytes of its asset, and returns the prefix."""
     layer = keras.layers.StringLookup(name="words")
     layer.adapt(np.array([["b"], ["b"], ["a"]]))
     zoo.save(keras.Sequential([keras.Input((1,), dtype="string"), layer]), path / "run")

@@ -202,7 +202,7 @@ def test_names_do_not_depend_on_the_order_in_which_layers_were_made() -> None:
 
 
 def test_names_do_not_depend_on_how_a_model_was_built() -> None:
-    """A model is built at once, by its shape, by a call, by a fit, as a copy, or from JSON."""
+    """Models are built at once, by shape, by a call, by a fit, as a copy, or from JSON."""
 
     def layers() -> list[keras.layers.Layer]:
         return [keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)]

@@ -329,7 +329,7 @@ def _report_items(name: str, learned: Learned, each: Any = None) -> list[str]:
 def _learned_settings(each: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a user's layer learned into its config, by the attribute to set.
 
-    A setting that differs counts as learned if the layer lacks it, or if it is a float, a list or a dict. Any other
+    A setting that differs counts as learned if the layer lacks it, or for a float, list or dict. Any other
     setting is the program's choice.
     """
     if type(each) in _STEADY_LAYERS or not hasattr(each, "adapt"):

@@ -98,7 +98,7 @@ def lora_in(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 def _moved(
     missing: Sequence[str], unexpected: Sequence[str], here: Mapping[str, Kind], there: Mapping[str, Kind]
 ) -> dict[str, str]:
-    """The names on disk of variables of layers that were built before the model held them, by the names in the model.
+    """The names on disk, by name in the model, for layers that were built before the model held them.
 
     These names have a shorter path.
     """

@@ -83,8 +83,8 @@ def tracked(root: Any) -> dict[str, Any]:
 def optimizers_of(model: keras.Model, below: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The optimizers of a model by the prefix of their variables' names.
 
-    The prefix of the optimizer of `compile` is `optimizer`. The prefix of another optimizer, as in a GAN, has the path
-    of its attribute, and its place in a list or a dict: `optimizer/d_optimizer`, `optimizer/optimizers/d`.
+    The prefix of the optimizer of `compile` is `optimizer`. The prefix of another one has the path of its
+    attribute, and its place in a list or a dict. A GAN has `optimizer/d_optimizer`, or `optimizer/optimizers/d`.
 
     Args:
         model: The model.
