@@ -163,12 +163,13 @@ def due_in_fit(rules, batches, save_freq, values, times) -> list[Save]:
 
 
 @pytest.mark.filterwarnings("ignore:Two epochs have ended without")
-@pytest.mark.parametrize("part", range(4))
-@pytest.mark.usefixtures("part")
-def test_fits_leave_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, monkeypatch, long, dice) -> None:
-    """Random histories through `fit`: 100 in the long form, 20 in the short form."""
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("seed", range(20))
+def test_fits_leave_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, monkeypatch, seed) -> None:
+    """Five random histories of each seed, through `fit`."""
+    dice = random.Random(seed)
     model = dense_model()
-    for number in range(25 if long else 5):
+    for number in range(5):
         rules = random_rules(dice)
         batches, save_freq = dice.choice([(1, "epoch"), (2, "epoch"), (3, 2), (2, 3), (3, 3), (4, 1)])
         values = [dice.choice(VALUES) for _ in range(dice.randint(3, 8))]
@@ -185,12 +186,13 @@ def test_fits_leave_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, m
         assert [record.step for record in runs] == expected(rules, saves), (rules, values, save_freq)
 
 
-@pytest.mark.parametrize("part", range(4))
-@pytest.mark.usefixtures("part")
-def test_the_manager_leaves_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, monkeypatch, long, dice) -> None:
-    """Random histories through `CheckpointManager`, with steps in any order and pins in between."""
+@pytest.mark.sample(8)
+@pytest.mark.parametrize("seed", range(20))
+def test_the_manager_leaves_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, monkeypatch, seed) -> None:
+    """Five random histories of each seed, through `CheckpointManager`, with steps in any order and pins in between."""
+    dice = random.Random(1000 + seed)
     checkpoint = tf.train.Checkpoint(value=tf.Variable(0))
-    for number in range(25 if long else 10):
+    for number in range(5):
         rules = random_rules(dice)
         clock = Clock(dice)
         monkeypatch.setattr(time, "time", lambda clock=clock: clock.now)
