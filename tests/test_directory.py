@@ -413,7 +413,7 @@ def test_a_checkpoint_that_changes_during_a_listing_is_not_damaged(filler, monke
         if change == "pruned":
             runs.prune(LatestN(1))
         else:
-            Writer(runs).save(SaveRequest(step=10), payload(b"anew"))
+            Writer(runs).save(SaveRequest(step=10), payload(b"again"))
         return folder.size(name)
 
     monkeypatch.setattr(Folder, "size", changed_first)

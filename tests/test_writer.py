@@ -107,10 +107,10 @@ def test_saving_prunes(filler) -> None:
 def test_a_step_that_is_saved_again_supersedes_its_checkpoint(filler) -> None:
     """The new checkpoint is the newest, with the new files."""
     filler.save("10 20 30")
-    Writer(filler.runs).save(SaveRequest(step=20), payload(b"anew"))
+    Writer(filler.runs).save(SaveRequest(step=20), payload(b"again"))
 
     assert verify(filler.runs) == [10, 30, 20]
-    assert pathlib.Path(f"{filler.runs[20].prefix}.data-00000-of-00001").read_bytes() == b"anew"
+    assert pathlib.Path(f"{filler.runs[20].prefix}.data-00000-of-00001").read_bytes() == b"again"
     assert filler.runs[20].sequence == 4
 
 
@@ -129,7 +129,7 @@ def test_a_pinned_step_is_not_superseded(filler) -> None:
     filler.runs.pin(10)
 
     with pytest.warns(UserWarning, match="Step 10 is not saved .*ckpt-10 of step 10 is pinned"):
-        assert Writer(filler.runs).save(SaveRequest(step=10), payload(b"anew")) is None
+        assert Writer(filler.runs).save(SaveRequest(step=10), payload(b"again")) is None
 
     assert pathlib.Path(f"{filler.runs[10].prefix}.data-00000-of-00001").read_bytes() == b"10"
 
@@ -207,6 +207,16 @@ def test_a_process_commits_the_checkpoint_that_a_dead_process_staged(filler) -> 
     assert record == filler.runs.latest()
     assert verify(filler.runs) == [20]
     assert leftovers(filler.runs) == []
+
+
+def test_a_staged_checkpoint_that_recovery_committed_may_be_pinned(filler) -> None:
+    """The pin is of this very checkpoint, so the commit returns its record without a warning."""
+    staged = Writer(filler.runs).stage(SaveRequest(step=20), payload(b"20"))
+    Writer(filler.runs)._claim().recovered = False
+    Writer(filler.runs).open()
+    filler.runs.pin(20, "mine")
+
+    assert Writer(filler.runs).commit(staged).same_save(filler.runs[20])
 
 
 def test_a_staged_checkpoint_that_is_gone_supersedes_nothing(filler) -> None:
@@ -689,7 +699,7 @@ def test_a_checkpoint_counts_as_saved_without_a_state_file(filler, monkeypatch) 
 
 
 def test_a_checkpoint_counts_as_saved_if_the_policy_fails_afterwards(filler) -> None:
-    """The error says that the checkpoint is saved."""
+    """The error says that the checkpoint is saved, and listeners hear of the save."""
 
     class Fails(PreservationPolicy):
         calls = 0
@@ -700,10 +710,13 @@ def test_a_checkpoint_counts_as_saved_if_the_policy_fails_afterwards(filler) -> 
                 raise ValueError("no answer")
             return {record.step for record in records}
 
+    heard = []
+    filler.runs.subscribe(lambda change: heard.append((change.kind, change.record.step)))
     with pytest.raises(SaveError, match=r"is saved, but older ones could not be removed from .*no answer"):
         Writer(filler.runs, Fails()).save(SaveRequest(step=10), payload())
 
     assert verify(filler.runs) == [10]
+    assert heard == [("saved", 10)]
 
 
 def test_a_failed_withdrawal_leaves_the_older_checkpoint_untouched(filler, monkeypatch) -> None:

@@ -44,7 +44,7 @@ class Start:
 
 
 class _Backup(NamedTuple):
-    """An open backup: its files, which nobody can change meanwhile, its name and its record."""
+    """An open backup: its files, held so that no process can change them, its name and its record."""
 
     files: Folder
     name: str

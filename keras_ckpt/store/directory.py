@@ -11,12 +11,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from keras_ckpt.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    DamagedCheckpointError,
-    PlanError,
-)
+from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
 from keras_ckpt.store import background, commit, layout, tables
 from keras_ckpt.store.checks import check
 from keras_ckpt.store.files import Folder
@@ -107,14 +102,7 @@ class CheckpointDirectory(tables.Shown):
         self._listeners: list[Callable[[Change], object]] = []
 
     def subscribe(self, listener: Callable[[Change], object]) -> None:
-        """Calls a function after each save or removal of a checkpoint through this object.
-
-        Example:
-
-        ```python
-        checkpoint = keras_ckpt.ModelCheckpoint("runs/digits")
-        checkpoint.directory.subscribe(lambda change: print(change.kind, change.record.step))
-        ```
+        """Calls a function after each save or removal of a checkpoint through this object; `Change` has an example.
 
         Args:
             listener: Receives a `Change`, in the thread that saves or removes. Its errors become warnings.
@@ -365,7 +353,7 @@ class CheckpointDirectory(tables.Shown):
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
-        """Opens and lists the directory under the mutex: nobody else changes the set of checkpoints."""
+        """Opens and lists the directory under the mutex, which keeps others from changing the set of checkpoints."""
         background.wait()
         with _naming(self.path), Folder(self.path) as folder, folder.mutex():
             yield folder, examine(folder)

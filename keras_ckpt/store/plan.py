@@ -94,9 +94,9 @@ def resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkpo
 
     # An unknown metric is the worse mistake, so this error comes first.
     _refuse_unknown(policy, known, unknown)
-    resolved = policy.resolve(listing.records[-1].monitor, mode_of)
-    _refuse_unknown(resolved, known, unknown)
-    return resolved
+    complete = policy.resolve(listing.records[-1].monitor, mode_of)
+    _refuse_unknown(complete, known, unknown)
+    return complete
 
 
 def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: type[CheckpointError]) -> None:
@@ -110,6 +110,7 @@ def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: typ
 
 
 def decide(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> Iterator[Decision]:
+    """The decision of a policy for each checkpoint, oldest first. A pin keeps a checkpoint too."""
     selected = [(repr(part), selection(part, records)) for part in policy.parts]
     reasons: dict[CheckpointRecord, list[str]] = {}
     for record in records:

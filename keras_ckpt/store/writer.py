@@ -12,7 +12,7 @@ import os
 import re
 import time as clock
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -217,8 +217,8 @@ class Writer:
     def stage(self, request: SaveRequest, write: Write) -> Staged | None:
         """Writes the files and the sidecar of a checkpoint into a private folder, durably.
 
-        Arguments and errors are those of `save`. A staged checkpoint that nobody commits is committed by the next
-        recovery.
+        Arguments and errors are those of `save`. The next recovery commits a staged checkpoint that no writer has
+        committed.
 
         Returns:
             The argument of `commit`; `None` if the checkpoint is not wanted.
@@ -260,24 +260,34 @@ class Writer:
             return Staged(_sealed(stage, candidate, request, write), name)
 
     def _commit(self, folder: Folder, lock: WriterLock, staged: Staged) -> CheckpointRecord | None:
-        record, gone = staged.record, []
-        with self.explaining(record.step), folder.stage(staged.stage) as stage, folder.mutex():
-            listing = examine(folder, self._known)
-            wanted = not _pinned(listing, record) and not _pinned_and_damaged(folder, listing, record)
-            if any(each.same_save(record) for each in listing.records):
-                gone = self.retain(folder, listing)  # recovery has committed it
-            elif wanted:
-                _refuse_disorder(listing, stage, record)
-                gone = superseded(record, listing.records)
-                commit.publish(folder, stage, record, gone)
-                gone += self.retain(folder, listing.joined_by(record))
-            # The next start removes what cannot be removed now.
-            with contextlib.suppress(OSError):
-                stage.empty()
-                lock.stage = staged.stage
-        if wanted:
-            self.directory.notify([Change("saved", record), *(Change("removed", each) for each in gone)])
-        return record if wanted else None
+        record = staged.record
+        changes: list[Change] = []
+        try:
+            with self.explaining(record.step), folder.stage(staged.stage) as stage, folder.mutex():
+                committed = self._publish(folder, stage, record, changes)
+                # The next start removes what cannot be removed now.
+                with contextlib.suppress(OSError):
+                    stage.empty()
+                    lock.stage = staged.stage
+        finally:
+            # A checkpoint may be saved although the pruning after it failed.
+            self.directory.notify(changes)
+        return record if committed else None
+
+    def _publish(self, folder: Folder, stage: Folder, record: CheckpointRecord, changes: list[Change]) -> bool:
+        """Publishes a staged checkpoint, unless recovery has, and prunes. Returns whether it is committed."""
+        listing = examine(folder, self._known)
+        if any(each.same_save(record) for each in listing.records):
+            changes += _removals(self.retain(folder, listing))
+            return True
+        if _pinned(listing, record) or _pinned_and_damaged(folder, listing, record):
+            return False
+        _refuse_disorder(listing, stage, record)
+        earlier, joined = superseded(record, listing.records), listing.joined_by(record)
+        commit.publish(folder, stage, record, earlier)
+        changes += [Change("saved", record), *_removals(earlier)]
+        changes += _removals(self.retain(folder, joined))
+        return True
 
     def latest(self) -> CheckpointRecord | None:
         """The newest checkpoint. Records that the last save has read are not read again."""
@@ -305,7 +315,7 @@ class Writer:
                 return None
             changed = amend(folder, change(current[0]))
             gone = self.retain(folder, listing.joined_by(changed))
-        self.directory.notify(Change("removed", each) for each in gone)
+        self.directory.notify(_removals(gone))
         return changed
 
     def retain(self, folder: Folder, listing: Listing) -> list[CheckpointRecord]:
@@ -422,6 +432,10 @@ def _sealed(stage: Folder, candidate: CheckpointRecord, request: SaveRequest, wr
     stage.create(layout.sidecar(record.name), sidecars.encode(record))
     stage.sync()
     return record
+
+
+def _removals(records: Iterable[CheckpointRecord]) -> list[Change]:
+    return [Change("removed", record) for record in records]
 
 
 def _refuse_disorder(listing: Listing, stage: Folder, record: CheckpointRecord) -> None:

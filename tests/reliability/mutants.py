@@ -70,7 +70,7 @@ MUTANTS = {
         replaced("store.commit.withdraw", _remove_data_first), f"{STATES}[an explicit prune]"
     ),
     "a save prunes before it publishes": Mutant(
-        swapped("store.writer.Writer._commit", "publish", "retain 2"), f"{STATES}[saves with pruning]"
+        swapped("store.writer.Writer._publish", "publish", "retain 2"), f"{STATES}[saves with pruning]"
     ),
     "a save supersedes the same step only, not the same name": Mutant(
         replaced("store.record.superseded", _same_step), f"{STATES}[another step under the same name]"

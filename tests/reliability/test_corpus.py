@@ -57,7 +57,7 @@ def model() -> keras.Model:
 
 
 def write(name: str, data: bytes | Callable[[bytes], bytes]) -> Harm:
-    """Writes a file anew, or what a function makes of its bytes."""
+    """Replaces the bytes of a file, by other bytes or by a function of its bytes."""
 
     def harm(run: pathlib.Path) -> None:
         path = run / name
@@ -67,7 +67,7 @@ def write(name: str, data: bytes | Callable[[bytes], bytes]) -> Harm:
 
 
 def text(old: str, new: str) -> Harm:
-    """Replaces text in the sidecar, and seals it anew."""
+    """Replaces text in the sidecar, and seals it again."""
 
     def harm(run: pathlib.Path) -> None:
         body = (run / SIDECAR).read_text().rpartition(",")[0]
@@ -78,7 +78,7 @@ def text(old: str, new: str) -> Harm:
 
 
 def member(name: str, value: object) -> Harm:
-    """Replaces a member of the sidecar, and seals it anew."""
+    """Replaces a member of the sidecar, and seals it again."""
 
     def harm(run: pathlib.Path) -> None:
         facts = json.loads((run / SIDECAR).read_text())
@@ -89,7 +89,7 @@ def member(name: str, value: object) -> Harm:
 
 
 def file(**changes: object) -> Harm:
-    """Changes what the sidecar says of its first file, and seals it anew."""
+    """Changes what the sidecar says of its first file, and seals it again."""
 
     def harm(run: pathlib.Path) -> None:
         files = json.loads((run / SIDECAR).read_text())["files"]
@@ -246,7 +246,7 @@ def touch_at(run: pathlib.Path, seconds: int) -> None:
 
 
 HARMLESS: dict[str, Harm] = {
-    "a member that nobody knows": member("later", {"a": 1}),
+    "an unknown member": member("later", {"a": 1}),
     "another file of that name": lambda run: write_more(run, "ckpt-10.notes"),
     "a digest in capitals": lambda run: file(digest="blake3:" + digest_of(run / DATA).upper())(run),
     "the data is a hard link": lambda run: os.link(run / DATA, run / "mine"),

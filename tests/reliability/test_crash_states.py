@@ -177,12 +177,12 @@ def save_without_a_state_file(run: Run) -> None:
 def step_saved_again(run: Run) -> None:
     run.save(10)
     run.save(20)
-    run.save(10, content="anew")
+    run.save(10, content="again")
 
 
 def step_saved_again_in_other_files(run: Run) -> None:
     run.save(10, shards=2)
-    run.save(10, content="anew", shards=1)
+    run.save(10, content="again", shards=1)
 
 
 def step_saved_again_under_another_name(run: Run) -> None:
@@ -253,7 +253,7 @@ def prune_of_a_copy(run: Run) -> None:
 
 
 def save_into_a_copy(run: Run) -> None:
-    run.save(10, content="anew")
+    run.save(10, content="again")
 
 
 def copy(path: pathlib.Path) -> None:

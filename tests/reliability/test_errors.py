@@ -38,7 +38,7 @@ class Fault:
         call: Which call; none at 0.
         number: The error's name.
         lasting: `""` for that call only, `"same"` for each later call of that function, `"all"` for each later call;
-            but for reads. Where no sidecar can be read any more, all are damaged, and the order of saving starts anew.
+            but for reads. Where no sidecar can be read any more, all are damaged, and the order of saving starts again.
     """
 
     def __init__(self, call: int = 0, number: str = "EIO", lasting: str = "") -> None:
@@ -156,7 +156,7 @@ class Sweep:
         error = self.run(runs, fault)
         self.tally["errors"] += error is not None
         if error is None:
-            # A prune on a full disk frees some of it, and writes the state file anew: nothing is synced twice.
+            # A prune on a full disk frees some of it, and writes the state file again: nothing is synced twice.
             full = self.promise.before - self.promise.after and number in ("ENOSPC", "EDQUOT")
             self.tally["acknowledged after a failed sync"] += fault.failed == "fsync" and not full
             self.tally["untrue"] += not self.promise.after - self.promise.before <= seen(runs)
