@@ -21,7 +21,7 @@ import savers
 
 import keras_ckpt as kc
 from keras_ckpt.formats import sharing
-from keras_ckpt.model import checkpoint_reader, model_state, naming, snapshot, transfer
+from keras_ckpt.model import checkpoint_reader, comparison, model_state, naming, snapshot
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.resume import backed_up_fit
 from keras_ckpt.store import background, writer
@@ -50,7 +50,7 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     "restore: all else": [(kc, "restore")],
     "restore: the index": [(checkpoint_reader, "read_index")],
     "restore: the model's names": [(naming, "named_variables"), (naming, "build_optimizers")],
-    "restore: do the names and shapes fit": [(transfer._Transfer, "_match"), (transfer._Transfer, "_check")],
+    "restore: do the names and shapes fit": [(comparison.Comparison, "_match"), (comparison.Comparison, "_check")],
     "restore: memory for the values": [(backend, "allocate")],
     "restore: reading, digests and checksums": [(checkpoint_reader, "read_values")],
     "restore: assigning": [(backend, "assign"), (backend, "is_finite")],

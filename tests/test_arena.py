@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keras_ckpt.formats import arena
-from keras_ckpt.formats.arena import Arena, Packed, Saved, arena_of
+from keras_ckpt.formats.arena import Arena, Packed, Saved
 from keras_ckpt.formats.bundle_index import Entry
 from keras_ckpt.formats.bundle_writer import Value, checksum_of, number_value, string_value
 from support.runs import history
@@ -186,21 +186,3 @@ def test_take_does_not_copy_strings() -> None:
 
     assert memory.take(b"text", text) is text
     assert not memory.has(b"text", text)
-
-
-def test_the_arena_of_a_model_lives_while_it_is_referenced() -> None:
-    """The callbacks of a fit share it, later callbacks get a new arena."""
-
-    class Model:
-        pass
-
-    model, other = Model(), Model()
-    first = arena_of(model)
-    assert arena_of(model) is first
-    assert arena_of(other) is not first
-    first.make_room({b"a": 4})
-    first.take(b"a", value(np.ones(1)))
-
-    del first
-
-    assert not arena_of(model).saved

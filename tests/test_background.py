@@ -24,9 +24,8 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.formats import arena
-from keras_ckpt.formats.arena import arena_of
 from keras_ckpt.model.model_state import ModelState
-from keras_ckpt.model.snapshot import Snapshot
+from keras_ckpt.model.snapshot import Snapshot, arena_of
 from keras_ckpt.store import background
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.writer import Writer

@@ -4,6 +4,7 @@ import concurrent.futures
 import operator
 import os
 import threading
+import weakref
 from typing import NamedTuple
 
 import keras
@@ -16,7 +17,7 @@ from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.bundle_writer import Value
 from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.model_state import ModelState
-from keras_ckpt.model.snapshot import Snapshot
+from keras_ckpt.model.snapshot import Snapshot, arena_of
 from keras_ckpt.model.tensorflow import Reader, array_of
 from support.bundles import NUMBERS
 
@@ -203,7 +204,7 @@ class TestDetached:
 
         for each, values in taken:
             assert [copy.data.tobytes() for copy in each.move(arena).values()] == values
-            assert len(arena.aside) == 1  # one buffer is kept for the next snapshot, not one for each
+            assert len(arena.spare) == 1  # one buffer is kept for the next snapshot, not one for each
 
     @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
     def test_a_detached_snapshot_keeps_small_values_of_every_dtype(self, dtype) -> None:
@@ -423,3 +424,17 @@ def test_the_next_snapshot_reads_a_variable_whose_tf_variable_was_replaced() -> 
     model.dense.kernel._value = tf.Variable([[1.0], [2.0]])
 
     assert state.snapshot().values["model/dense/kernel/.ATTRIBUTES/VARIABLE_VALUE"].numpy().tolist() == [[1], [2]]
+
+
+def test_all_that_save_a_model_share_one_arena_which_ends_with_the_last_of_them() -> None:
+    """An arena has the size of its model, so it must not stay when no callback needs it."""
+    model, other = keras.Sequential(), keras.Sequential()
+    arena = arena_of(model)
+    assert arena_of(model) is arena
+    assert arena_of(other) is not arena
+    lives = weakref.ref(arena)
+
+    del arena
+
+    assert lives() is None
+    assert isinstance(arena_of(model), Arena)

@@ -10,7 +10,6 @@ import ctypes
 import io
 import mmap
 import threading
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -81,11 +80,11 @@ class Arena:
 
     Attributes:
         saved: The checkpoints that hold values of the arena, by directory, the latest last.
-        aside: Unused memory for packed values of the next snapshot, if there is any.
+        spare: Unused memory for the packed values of the next snapshot, if there is any.
     """
 
     def __init__(self) -> None:
-        self.aside: collections.deque[io.BytesIO] = collections.deque(maxlen=1)
+        self.spare: collections.deque[io.BytesIO] = collections.deque(maxlen=1)
         self.saved: dict[str, Saved] = {}
         self._rooms: dict[bytes, _Room] = {}
         self._filled: set[bytes] = set()
@@ -171,14 +170,6 @@ class Arena:
         for saved in self.saved.values():
             for key in keys:
                 saved.entries.pop(key, None)
-
-
-def arena_of(model: object) -> Arena:
-    """The arena of a model, shared by all that hold a reference to it."""
-    return _arenas.setdefault(id(model), Arena())
-
-
-_arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
 
 
 def _whole_pages(size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,12 +41,16 @@ class Source:
     Attributes:
         foreign: Whether TensorFlow named the variables, by its object graph.
         description: The description of the model, `None` if TensorFlow or an older version wrote the checkpoint.
+        prefix: The path of the checkpoint, for messages.
+        arrays: The arrays of the learned state of the model's objects.
+        assets: The assets of that state.
 
     Raises:
         DamagedCheckpointError: The checkpoint cannot be read.
     """
 
     def __init__(self, folder: Folder, name: str, digested: Sequence[CheckpointFile] = ()) -> None:
+        self.prefix = os.path.join(folder.path, name)
         self._folder = folder
         self._name = name
         self._digested = [file for file in digested if file.name != layout.index(name)]
@@ -58,6 +63,7 @@ class Source:
             self.description = description.decode(self._text(description.KEY))
         self._keys = names_in(self._index)
         self._kinds: dict[str, Kind] = {}
+        self.arrays, self.assets = self._read_learned()
 
     def kinds(self) -> Mapping[str, Kind]:
         """The kinds of the variables, by name."""
@@ -98,7 +104,7 @@ class Source:
         tensors = {key: backend.tensor_of(value) for key, value in values.items()}
         return {name: tensors[key] for name, key in keys.items()}
 
-    def read_learned(self) -> tuple[list[np.ndarray], list[bytes]]:
+    def _read_learned(self) -> tuple[list[np.ndarray], list[bytes]]:
         """Reads and checks the arrays and the assets of the learned state of the model's objects."""
         objects = () if self.description is None else self.description.objects.values()
         assets = {asset.index: asset for each in objects for asset in each.assets.values()}

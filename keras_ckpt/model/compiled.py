@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
 
+from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import arguments_of, loss_weights
 
 _IGNORED = {"name", "module", "registered_name", "is_legacy_optimizer"}
 RATE = "learning_rate"
 CLASS = "class"
 
-# The settings of each optimizer when it was first seen: a callback may change the learning rate later.
-_seen: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+class _FirstSettings(dict[str, Any]):
+    """The settings of an optimizer when it was first seen: a callback may change the learning rate later."""
 
 
 def settings_of(model: keras.Model, optimizers: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,9 +31,10 @@ def settings_of(model: keras.Model, optimizers: Mapping[str, Any]) -> dict[str, 
     """
     found: dict[str, Any] = {}
     for prefix, optimizer in optimizers.items():
-        if optimizer not in _seen:
-            _seen[optimizer] = dict(_settings(optimizer))
-        found |= {f"{prefix}/{name}": value for name, value in _seen[optimizer].items()}
+        first = companion(optimizer, _FirstSettings)
+        if not first:
+            first.update(_settings(optimizer))
+        found |= {f"{prefix}/{name}": value for name, value in first.items()}
     if getattr(model, "compiled", False):
         found |= dict(_flatten("loss", _loss(getattr(model, "loss", None))))
         weights = loss_weights(model)
@@ -43,7 +45,7 @@ def settings_of(model: keras.Model, optimizers: Mapping[str, Any]) -> dict[str, 
 def replace(optimizers: Mapping[str, Any], name: str, value: Any) -> None:
     """Replaces a setting of an optimizer, which the program gave, with the restored setting of a checkpoint."""
     prefix, _, setting = name.rpartition("/")
-    _seen[optimizers[prefix]][setting] = value
+    companion(optimizers[prefix], _FirstSettings)[setting] = value
 
 
 def encoded(settings: Mapping[str, Any]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-import weakref
 from typing import Any
 
 import keras
 
+from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress
 from keras_ckpt.store.notices import warn
 
@@ -30,13 +30,17 @@ class Position:
     batch: int = 0
 
 
-# Each position with the model's optimizer at that time, or `None` if any optimizer fits. A new optimizer has no state.
-_positions: weakref.WeakKeyDictionary[keras.Model, tuple[Position, Any]] = weakref.WeakKeyDictionary()
+@dataclasses.dataclass
+class _Current:
+    """The position of a model, and the optimizer with the state of that position, `None` if any optimizer fits."""
+
+    position: Position | None = None
+    optimizer: Any = None
 
 
 def position_of(model: keras.Model) -> Position | None:
     """The position of a model in its run, `None` if the model belongs to no run."""
-    return _positions[model][0] if model in _positions else None
+    return companion(model, _Current).position
 
 
 def set_position(model: keras.Model, position: Position | None, with_optimizer: bool = True) -> None:
@@ -47,9 +51,9 @@ def set_position(model: keras.Model, position: Position | None, with_optimizer: 
         position: The position. `None` takes the model out of its run.
         with_optimizer: Whether the optimizer of the model has the state of the position.
     """
-    _positions.pop(model, None)
-    if position is not None:
-        _positions[model] = position, _optimizer(model) if with_optimizer else None
+    current = companion(model, _Current)
+    current.position = position
+    current.optimizer = _optimizer(model) if position and with_optimizer else None
 
 
 class Progress:
@@ -69,7 +73,7 @@ class Progress:
         self._least = 0 if fit.is_known else 1
         self._data_end = steps if fit.steps_per_epoch is None else None
         self.position = position_of(model) or Position(uuid.uuid4().hex)
-        if model in _positions and _positions[model][1] not in (None, _optimizer(model)):
+        if companion(model, _Current).optimizer not in (None, _optimizer(model)):
             warn(
                 f"The model was compiled again since step {self.position.step} of its run, so its optimizer has no "
                 "state. To resume exactly, compile the model first, then restore it. To begin a phase with a new "

@@ -6,11 +6,12 @@ import os
 
 import keras
 
+from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.learned import learners
 from keras_ckpt.model.naming import named_objects, named_variables
 from keras_ckpt.model.parts import is_built
 from keras_ckpt.model.report import RestoreReport
-from keras_ckpt.model.transfer import Request, transfer
+from keras_ckpt.model.transfer import transfer
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.notices import log
@@ -71,7 +72,7 @@ def restore(
         )
     if not (model.variables or named_variables(model, weights_only=True) or learners(named_objects(model))):
         raise ValueError(f"The model {model.name!r} is built and has no variables, so there is nothing to restore.")
-    request = Request(strict, weights_only, check_digests)
+    request = RestoreRequest(strict, weights_only, check_digests)
     report = read_checkpoint(checkpoint, lambda files, name, record: transfer(model, files, name, record, request))
     log.info("restored %s", report.prefix)
     return report

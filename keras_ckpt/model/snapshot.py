@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from keras_ckpt.formats.bundle_writer import Value, array_value, string_value
 from keras_ckpt.formats.dtypes import STRING
 from keras_ckpt.formats.threads import share_out
 from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.companions import companion
 
 
 class Late(Protocol):
@@ -70,7 +72,7 @@ class Snapshot:
         self._names = [*self.values]
         self._small = reader.small
         self._is_moved = False
-        self._aside: io.BytesIO | None = None
+        self._packed: io.BytesIO | None = None
         self._copies: dict[bytes, Value] = {}
 
     @property
@@ -81,7 +83,7 @@ class Snapshot:
     @property
     def is_copied(self) -> bool:
         """Whether the values are copies, which training cannot affect."""
-        return self._aside is not None
+        return self._packed is not None
 
     def detach(self, arena: Arena, change: bool) -> None:
         """Copies the values at once: training with XLA would have to copy held values before its next batch.
@@ -92,7 +94,7 @@ class Snapshot:
         """
         if self.is_copied:
             return
-        self._aside = self._copy_small(arena)
+        self._packed = self._copy_small(arena)
         self._copies = self._encoded()
         self.values.clear()
         _copy(self._copies, arena, change)
@@ -109,12 +111,12 @@ class Snapshot:
         if self._is_moved:
             raise RuntimeError("A snapshot is saved once: another snapshot may use the memory of its copies by now.")
         self._is_moved = True
-        aside = self._aside or self._copy_small(arena)
+        packed = self._packed or self._copy_small(arena)
         late = self._late()
         values = {**self._encoded(), **late, **self._constants}
         self.values.clear()
         _copy(values, arena)
-        values |= self._copies | self._place_small(arena, aside)
+        values |= self._copies | self._place_small(arena, packed)
         # The order of the arena, whichever value was copied first.
         order = [*(name.encode() for name in self._names), *late, *self._constants]
         self._copies = {}
@@ -122,16 +124,16 @@ class Snapshot:
 
     def _copy_small(self, arena: Arena) -> io.BytesIO:
         """Copies the small values in one call: a call for each would cost more than its bytes."""
-        aside = arena.aside.pop() if arena.aside else io.BytesIO()
-        aside.seek(0)
-        aside.writelines([self.values.pop(key) for key in self._small])
-        return aside
+        packed = arena.spare.pop() if arena.spare else io.BytesIO()
+        packed.seek(0)
+        packed.writelines([self.values.pop(key) for key in self._small])
+        return packed
 
-    def _place_small(self, arena: Arena, aside: io.BytesIO) -> dict[bytes, Value]:
+    def _place_small(self, arena: Arena, packed: io.BytesIO) -> dict[bytes, Value]:
         """Copies the small values to their places in the arena."""
-        arena.make_room({packed.key: packed.size for packed in self._small.values()})
-        values = arena.take_packed(self._small.values(), np.frombuffer(aside.getbuffer(), np.uint8))
-        arena.aside.append(aside)
+        arena.make_room({each.key: each.size for each in self._small.values()})
+        values = arena.take_packed(self._small.values(), np.frombuffer(packed.getbuffer(), np.uint8))
+        arena.spare.append(packed)
         return values
 
     def _late(self) -> dict[bytes, Value]:
@@ -140,6 +142,21 @@ class Snapshot:
 
     def _encoded(self) -> dict[bytes, Value]:
         return {key.encode(): array_value(backend.array_of(tensor)) for key, tensor in self.values.items()}
+
+
+class _ArenaOfModel:
+    """A weak reference to the arena of a model, because an arena has the size of its model."""
+
+    def __init__(self) -> None:
+        self.find: Callable[[], Arena | None] = lambda: None
+
+
+def arena_of(model: object) -> Arena:
+    """The arena of a model. All callbacks of a `fit` share it, and it is freed with the last of them."""
+    shared = companion(model, _ArenaOfModel)
+    arena = shared.find() or Arena()
+    shared.find = weakref.ref(arena)
+    return arena
 
 
 def _value(content: np.ndarray | str) -> Value:

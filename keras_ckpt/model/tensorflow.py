@@ -35,8 +35,8 @@ Tracked = tf.Module.__mro__[-2]
 OutOfMemory = tf.errors.ResourceExhaustedError
 
 _NO_NUMBERS = (tf.string, tf.resource, tf.variant)
-_SMALL, _ASIDE = 1 << 16, 16 << 20
-"""Values of fewer bytes may be put aside, and so many bytes of them."""
+_SMALL, _MOST_PACKED = 1 << 16, 16 << 20
+"""Values of fewer bytes are packed, up to so many bytes in all."""
 _EMPTY = {
     dtype.as_datatype_enum: dtype
     for dtype in (
@@ -56,7 +56,7 @@ class Reader:
 
     Attributes:
         variables: In the order in which they were given.
-        small: Where the values of small variables are when they are put aside, one after another.
+        small: The places of small variables when their values are packed, one after another.
     """
 
     def __init__(self, variables: Mapping[str, Variable]) -> None:
@@ -99,14 +99,14 @@ class _Call:
 
 
 def _small(variables: Mapping[str, Variable]) -> Mapping[str, Packed]:
-    """The variables with small values, as many as may be put aside."""
+    """The variables with small values that are packed, and their places."""
     found, end = {}, 0
     for key, variable in variables.items():
         dtype, shape = variable.dtype, variable.shape
         if dtype in _NO_NUMBERS or not shape.is_fully_defined():
             continue
         size = shape.num_elements() * dtype.size
-        if size < _SMALL and end + size <= _ASIDE:
+        if size < _SMALL and end + size <= _MOST_PACKED:
             found[key] = Packed(key.encode(), dtype.as_datatype_enum, tuple(shape), end, size)
             end += size
     return found

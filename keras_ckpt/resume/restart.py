@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_ckpt.errors import FormatVersionError, MismatchError
+from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.report import RestoreReport
-from keras_ckpt.model.transfer import Request, transfer
+from keras_ckpt.model.transfer import transfer
 from keras_ckpt.resume import random_state
 from keras_ckpt.resume.fit_state import ENDED, INITIAL_EPOCH, STOPPED, VERSION, FitState, read_document, settings
 from keras_ckpt.store.files import Folder
@@ -111,7 +112,7 @@ class Restart:
             raise RuntimeError("Restart.begin() comes before resume_within().")
         batch = self.start.batch
         self._build_metrics()
-        report = self._transfer(self._backup, Request(check_digests=False, again=True))
+        report = self._transfer(self._backup, RestoreRequest(check_digests=False, again=True))
         self.close()
         if batch < self.document["steps"] and any(name.startswith("metrics/") for name in report.unexpected):
             warn("The metrics of the epoch in progress begin at zero: they are made in its first step.")
@@ -134,13 +135,13 @@ class Restart:
                 raise MismatchError(f"{name} in {self._listing.path} has no sidecar, so it is no backup.")
             self.document = read_document(files, name)
             backup = _Backup(files, name, record)
-            self._transfer(backup, Request(backup=self._listing.path))
+            self._transfer(backup, RestoreRequest(backup=self._listing.path))
             return backup
 
         self._backup = read_checkpoint(self._listing, read, self._files)
         return self._backup.record
 
-    def _transfer(self, backup: _Backup, request: Request) -> RestoreReport:
+    def _transfer(self, backup: _Backup, request: RestoreRequest) -> RestoreReport:
         return transfer(self._state.model, backup.files, backup.name, backup.record, request)
 
     def _begin(self, record: CheckpointRecord) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import time
 import weakref
@@ -14,13 +15,13 @@ import keras
 import msgspec
 
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
-from keras_ckpt.formats.arena import arena_of
 from keras_ckpt.formats.sharing import SharingWrite
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model import model_state
+from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
 from keras_ckpt.model.position import Position, Progress
-from keras_ckpt.model.snapshot import Late, Snapshot
+from keras_ckpt.model.snapshot import Late, Snapshot, arena_of
 from keras_ckpt.store import background
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
@@ -33,12 +34,24 @@ from keras_ckpt.training.schedule import SaveSchedule
 
 OnFullDisk = Literal["warn", "raise"]
 
-_first_saves: weakref.WeakKeyDictionary[keras.Model, tuple[object, Callable[[], Any]]] = weakref.WeakKeyDictionary()
-"""By model, the fit and the method that must save before any other save of that fit."""
-_checked: weakref.WeakKeyDictionary[keras.Model, tuple[set[int], set[str]]] = weakref.WeakKeyDictionary()
-"""By model, the epochs in which its unsaved state was searched, and the places that a warning named."""
 _CHECKS = 2
 """The number of epochs in which the unsaved state of a model is searched."""
+
+
+@dataclasses.dataclass
+class _FirstSave:
+    """The fit and the method that must save a model before any other save of that fit."""
+
+    fit: object = None
+    save: Callable[[], Callable[[], object] | None] = lambda: None
+
+
+@dataclasses.dataclass
+class _Searched:
+    """The epochs in which the unsaved state of a model was searched, and the places that a warning named."""
+
+    epochs: set[int] = dataclasses.field(default_factory=set)
+    named: set[str] = dataclasses.field(default_factory=set)
 
 
 class Outcome(NamedTuple):
@@ -183,12 +196,14 @@ class Session:
 
     def hold_first(self, save: Callable[[], object]) -> None:
         """Registers a method that saves before any other save of the model in this fit. Holds it weakly."""
-        _first_saves[self.progress.model] = self._fit, weakref.WeakMethod(save)
+        first = companion(self.progress.model, _FirstSave)
+        first.fit, first.save = self._fit, weakref.WeakMethod(save)
 
     def save_first(self) -> None:
         """Calls the method that `hold_first` registered, once."""
-        fit, save = _first_saves.pop(self.progress.model, (None, lambda: None))
-        method = save() if fit is self._fit else None
+        first = companion(self.progress.model, _FirstSave)
+        fit, first.fit = first.fit, None
+        method = first.save() if fit is self._fit else None
         if method is not None:
             method()
 
@@ -297,13 +312,13 @@ class Session:
         Two, because some state first changes when an epoch ends, after a save.
         """
         model, position = self.progress.model, self.progress.position
-        epochs, named = _checked.setdefault(model, (set(), set()))
-        if position.step == self._began_at or position.epoch in epochs or len(epochs) == _CHECKS:
+        searched = companion(model, _Searched)
+        if position.step == self._began_at or position.epoch in searched.epochs or len(searched.epochs) == _CHECKS:
             return
-        epochs.add(position.epoch)
-        unsaved = [place for place in self._state.unsaved(self._attributes) if place not in named]
+        searched.epochs.add(position.epoch)
+        unsaved = [place for place in self._state.unsaved(self._attributes) if place not in searched.named]
         if unsaved:
-            named.update(unsaved)
+            searched.named.update(unsaved)
             warn(
                 f"Checkpoints of {model.name!r} do not have this state of it: {', '.join(unsaved[:20])}. In a restored "
                 "model it has the program's initial values. Use keras.Variable. Hold variables, layers and optimizers "
