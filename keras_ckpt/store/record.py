@@ -217,15 +217,19 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
 def _refuse_duplicates(data: bytes) -> None:
     """Refuses a duplicate member: readers differ in which of the two they take."""
     try:
-        json.loads(data, object_pairs_hook=_once)
+        _find_duplicates(data.decode())
     except _UNREADABLE as error:
         raise DamagedCheckpointError(f"it is not a sidecar: {_line(error)}") from None
 
 
 def _once(members: list[tuple[str, object]]) -> None:
-    names = [name for name, _ in members]
-    if len(set(names)) != len(names):
+    if len(dict(members)) != len(members):
+        names = [name for name, _ in members]
         raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r:.100} twice")
+
+
+# json.loads would construct a decoder for each sidecar, at a tenth of the time of a listing.
+_find_duplicates = json.JSONDecoder(object_pairs_hook=_once).decode
 
 
 def _check_names(files: tuple[CheckpointFile, ...], name: str) -> None:
