@@ -10,6 +10,7 @@ from blake3 import blake3
 
 import keras_ckpt as kc
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.layout import TENSORFLOW
 from keras_ckpt.store.listing import Known, examine, scan, verify
 from keras_ckpt.store.policies import BestN, LatestN
 from keras_ckpt.store.reading import Stamp
@@ -143,6 +144,7 @@ class Archive:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = str(path)
+        self.series = TENSORFLOW
         self.files = zipfile.ZipFile(path)
 
     def names(self) -> list[str]:
@@ -167,8 +169,11 @@ class Archive:
     def stamp(self, name: str) -> Stamp:
         return Stamp(self.files.getinfo(name).CRC, self.size(name), 0)
 
-    def digest(self, name: str, advance=None) -> tuple[int, str]:
-        data = self.files.read(name)
+    def read_end(self, name: str, size: int) -> tuple[int, bytes]:
+        return self.size(name), self.files.read(name)[-size:]
+
+    def digest(self, name: str, advance=None, end=None) -> tuple[int, str]:
+        data = self.files.read(name)[:end]
         if advance is not None:
             advance(len(data))
         return len(data), f"blake3:{blake3(data).hexdigest()}"

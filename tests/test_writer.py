@@ -90,8 +90,8 @@ def test_a_checkpoint_that_would_be_pruned_at_once_is_not_written(filler) -> Non
     filler.save("10:0.5")
     writer = Writer(filler.runs, BestN(1, "loss", "min"))
 
-    def unwanted(folder, name) -> None:
-        raise AssertionError(name)
+    def unwanted(folder, record) -> None:
+        raise AssertionError(record.name)
 
     assert writer.save(SaveRequest(step=20, metrics={"loss": 0.6}, batch=0), unwanted) is None
     assert verify(filler.runs) == [10]
@@ -162,9 +162,10 @@ def test_a_pinned_checkpoint_is_not_superseded_by_another_step_of_its_name(fille
 def test_the_state_file_names_only_checkpoints_of_tensorflow(filler) -> None:
     """A newer checkpoint without an index is not TensorFlow's, so TensorFlow's functions do not see it."""
 
-    def without_index(folder, name):
-        folder.create(f"{name}.weights", b"other")
-        return [CheckpointFile(f"{name}.weights", *folder.digest(f"{name}.weights"))]
+    def without_index(folder, record):
+        name = f"{record.name}.weights"
+        folder.create(name, b"other")
+        return [CheckpointFile(name, *folder.digest(name))]
 
     filler.save("10")
     Writer(filler.runs).save(SaveRequest(step=20, name="best"), without_index)
@@ -263,9 +264,9 @@ def test_a_save_that_fails_changes_nothing(filler, number, mend) -> None:
     """The error names the directory and the reason. Other checkpoints are whole, and the next save works."""
     filler.save("10 20")
 
-    def failing(folder, name) -> None:
-        payload()(folder, name)
-        raise OSError(number, os.strerror(number), name)
+    def failing(folder, record) -> None:
+        payload()(folder, record)
+        raise OSError(number, os.strerror(number), record.name)
 
     with pytest.raises(SaveError, match=f"Could not save step 30 into .*{os.strerror(number)}.*{mend}"):
         Writer(filler.runs, LatestN(1)).save(SaveRequest(step=30), failing)

@@ -50,7 +50,7 @@ class SharingWrite:
         self._entries: Mapping[bytes, Entry] = {}
         self._stamps: Mapping[str, Stamp] = {}
 
-    def __call__(self, stage: Folder, name: str) -> Sequence[CheckpointFile]:
+    def __call__(self, stage: Folder, record: CheckpointRecord) -> Sequence[CheckpointFile]:
         if not self._arena.saved and (newest := self._directory.latest()):
             self._compare(newest)
         values = dict(self._values)
@@ -61,7 +61,7 @@ class SharingWrite:
             if _size(values) >= _WORTHWHILE:
                 linked += _link(stage, saved, self._candidates(saved, values), values, unchanged, stamps)
         look_for_room(stage, _size(values))
-        files, self._entries = write_bundle(stage, name, _grouped(values, unchanged), linked)
+        files, self._entries = write_bundle(stage, record.name, _grouped(values, unchanged), linked)
         self._stamps = {file.name: stamp for file, stamp in zip(files, stamps, strict=False)}
         return files
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError
-from keras_ckpt.store import layout
+from keras_ckpt.store import layout, tails
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.reading import Reading
@@ -41,8 +41,38 @@ def read_record(folder: Reading, name: str) -> CheckpointRecord:
 
     Raises:
         DamagedCheckpointError, FormatVersionError: The sidecar cannot be trusted.
-        FileNotFoundError: The checkpoint has no sidecar.
+        FileNotFoundError: The checkpoint has no sidecar, or no file of Keras with a record.
     """
+    if not folder.series.template:
+        return _read_sidecar(folder, name)
+    try:
+        found = tails.read_tail(folder, name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(error) from error
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, "it has no record", name)
+    # The sidecar also has what was added later. Where it is of another save, the file's own record holds.
+    return _read_sidecar(folder, name) if has_sidecar(folder, found[1]) else found[1]
+
+
+def has_record(folder: Reading, name: str) -> bool:
+    """Whether a checkpoint has a record, even one that cannot be trusted."""
+    if folder.series.template:
+        return tails.read_tail(folder, name) is not None
+    return folder.exists(layout.sidecar(name))
+
+
+def has_sidecar(folder: Reading, record: CheckpointRecord) -> bool:
+    """Whether the sidecar beside a checkpoint is of the same save."""
+    with contextlib.suppress(CheckpointError, FileNotFoundError):
+        sidecar = _read_sidecar(folder, record.name)
+        return sidecar.same_save(record) and sidecar.files == record.files
+    return False
+
+
+def _read_sidecar(folder: Reading, name: str) -> CheckpointRecord:
     try:
         data = folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT)
     except FileNotFoundError:
@@ -84,8 +114,12 @@ def check_files(
         DamagedCheckpointError: A file is missing, or differs from the saved bytes.
     """
     for file in record.files:
+        end = file.size if record.template else None
         try:
-            size, digest = folder.digest(file.name, advance) if digests else (folder.size(file.name), None)
+            if digests:
+                size, digest = folder.digest(file.name, advance, end)
+            else:
+                size, digest = tails.content_size(folder, file.name) if end else folder.size(file.name), None
         except OSError as error:
             if error.filename != file.name:
                 raise  # the error came from `advance`

@@ -15,7 +15,8 @@ from collections.abc import Container, Iterable, Sequence
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, DirectoryNotEmptyError, FormatVersionError
 from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
-from keras_ckpt.store.files import PRIVATE, Folder, UnfinishedError
+from keras_ckpt.store.checks import check_files, has_sidecar, is_current, read_record
+from keras_ckpt.store.files import Folder, UnfinishedError
 from keras_ckpt.store.listing import Listing, scan
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, superseded
@@ -40,12 +41,15 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: It
         UnfinishedError: The checkpoint is not published, but another is withdrawn for it. Recovery finishes it.
         OSError: The checkpoint is not published.
     """
+    if record.template:
+        _publish_file(folder, stage, record, earlier)
+        return
     sidecar = layout.sidecar(record.name)
     previous = _read(folder, sidecar)
     if previous is None or not _is_whole(folder, previous):
         previous = None
         _set_damaged_aside(folder, record.name)
-    with folder.folder(PRIVATE) as private, private.folder("trash", create=True) as trash:
+    with folder.private() as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
     # From here on, a crash is recovered from the stage, which is durable.
     withdrawn = [each for each in earlier if each.name != record.name]
@@ -68,6 +72,22 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: It
         raise UnfinishedError(*error.args) from error
 
 
+def _publish_file(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: Iterable[CheckpointRecord]) -> None:
+    """Publishes a file of Keras. It holds its record, so one rename commits both, also over a file of this name."""
+    sidecar = layout.sidecar(record.name)
+    if not folder.exists(sidecar) or not has_sidecar(folder, record):
+        folder.remove(layout.pin(record.name))  # it belonged to an earlier file, which was removed by hand
+    if stage.exists(record.name):
+        stage.move(record.name, folder)
+    try:
+        folder.sync()
+        stage.move(sidecar, folder)
+        folder.sync()
+        withdraw(folder, [each for each in earlier if each.name != record.name])
+    except OSError as error:
+        raise UnfinishedError(*error.args) from error
+
+
 def _undo(folder: Folder, stage: Folder, names: Iterable[str], earlier: Iterable[CheckpointRecord]) -> bool:
     """Moves the published files back into the stage. Returns whether the directory is as it was before."""
     try:
@@ -83,12 +103,25 @@ def withdraw(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
     """Removes checkpoints: first the sidecars, then the listed files and no other files."""
     if not records:
         return
-    with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
+    if folder.series.template:
+        _withdraw_files(folder, records)
+        return
+    with folder.private(create=True) as private, private.folder("trash", create=True) as trash:
         for record in records:
             folder.move(layout.sidecar(record.name), trash)
         trash.sync()
         folder.sync()
         _empty_trash(folder, trash, records)
+
+
+def _withdraw_files(folder: Folder, records: Sequence[CheckpointRecord]) -> None:
+    """Removes files of Keras, which hold their records: first the files, then the sidecars."""
+    for record in records:
+        if is_current(folder, record):  # a file that its user wrote by hand stays
+            folder.remove(record.name)
+    folder.sync()
+    for record in records:
+        folder.remove(layout.sidecar(record.name))
 
 
 def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord]) -> None:
@@ -109,7 +142,7 @@ def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord])
 
 def recover(folder: Folder) -> None:
     """Finishes the work of a process that died: rolls complete stages forward, and removes incomplete stages."""
-    with folder.folder(PRIVATE, create=True) as private, private.folder("trash", create=True) as trash:
+    with folder.private(create=True) as private, private.folder("trash", create=True) as trash:
         # A process that was killed may not have synced everything.
         for changed in (trash, private, folder):
             changed.sync()
@@ -140,6 +173,8 @@ def write_state(folder: Folder, records: Iterable[CheckpointRecord], last_preser
         last_preserved: When `keep_checkpoint_every_n_hours` last preserved a checkpoint. Defaults to the time in the
             file.
     """
+    if folder.series.template:
+        return
     records = [record for record in records if _is_tensorflows(record)]
     if not records:
         # The file goes with the last checkpoint, unless it names a checkpoint that TensorFlow wrote.
@@ -187,7 +222,7 @@ def _set_damaged_aside(folder: Folder, name: str) -> None:
         if isinstance(error, OSError) and error.errno not in _NO_FILE:
             raise  # the error may be temporary and the checkpoint whole
         place = f"damaged-{uuid.uuid4().hex}"
-        with folder.folder(PRIVATE, create=True) as private, private.folder(place, create=True) as aside:
+        with folder.private(create=True) as private, private.folder(place, create=True) as aside:
             for file in [file for file in folder.names() if layout.is_of(file, name)]:
                 folder.move(file, aside)
             warn(f"{name} is damaged ({error}); its remaining files are in {aside.path}")
@@ -197,11 +232,13 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
     record = _read(stage, sidecar) if layout.is_sidecar(sidecar) else None
     if record is None:
         return
-    earlier = superseded(record, scan(folder).records)
+    earlier = superseded(record, scan(folder).of_run(record.run_id).records)
     pinned = folder.exists(sidecar) and folder.exists(layout.pin(record.name))
     if pinned or any(each.pinned or each.sequence >= record.sequence for each in earlier):
         return  # the stage is out of date: this checkpoint or a newer one is published, or a pin protects it
-    for file in record.files:
+    if record.template and not _may_replace(folder, stage, record):
+        return
+    for file in record.files if not record.template else ():
         # Beside a published sidecar, a file belongs to that checkpoint, even if the bytes are the same.
         holder = stage if folder.exists(sidecar) or stage.exists(file.name) else folder
         if not _holds(holder, file):
@@ -216,6 +253,17 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
     with contextlib.suppress(DirectoryNotEmptyError):
         publish(folder, stage, record, earlier)
         log.info("recovered %s/%s", folder.path, record.name)
+
+
+def _may_replace(folder: Folder, stage: Folder, record: CheckpointRecord) -> bool:
+    """Whether a staged file of Keras is whole, and replaces no file that is newer or that its user wrote by hand."""
+    if not stage.exists(record.name):
+        return is_current(folder, record)
+    try:
+        check_files(stage, record)
+        return not folder.exists(record.name) or read_record(folder, record.name).sequence < record.sequence
+    except (CheckpointError, FileNotFoundError):
+        return False
 
 
 def _is_tensorflows(record: CheckpointRecord) -> bool:

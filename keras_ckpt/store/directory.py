@@ -85,7 +85,8 @@ class CheckpointDirectory(tables.Shown):
     ```
 
     Args:
-        path: The directory. It need not exist yet.
+        path: The directory. It need not exist yet. For the files of a template or one file of Keras, such as
+            `"runs/{epoch:02d}.keras"`, the path that `ModelCheckpoint` was given.
 
     Raises:
         ValueError: The path is a URL, or empty.
@@ -98,8 +99,17 @@ class CheckpointDirectory(tables.Shown):
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
             raise ValueError(f"Checkpoint directories must be local. Received: {path!r}. Copy it, or mount it.")
         # A program may change its working directory between two saves.
-        self.path = os.path.abspath(path)
+        path = os.path.abspath(path)
+        self.path, self.series = (path, layout.TENSORFLOW) if os.path.isdir(path) else layout.split(path)
         self._listeners: list[Callable[[Change], object]] = []
+
+    def open(self, *, create: bool = False) -> Folder:
+        """Opens the directory. The caller closes it.
+
+        Args:
+            create: Whether to create the directory and its parents where missing.
+        """
+        return Folder(self.path, self.series, create=create)
 
     def subscribe(self, listener: Callable[[Change], object]) -> None:
         """Calls a function after each save or removal of a checkpoint through this object; `Change` has an example.
@@ -355,16 +365,16 @@ class CheckpointDirectory(tables.Shown):
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
         """Opens and lists the directory under the mutex, which keeps others from changing the set of checkpoints."""
         background.wait()
-        with _naming(self.path), Folder(self.path) as folder, folder.mutex():
+        with _naming(self.path), self.open() as folder, folder.mutex():
             yield folder, examine(folder)
 
     def _read(self, reader: Callable[[Folder], Listing]) -> Listing:
         background.wait()
         try:
-            with _naming(self.path), Folder(self.path) as folder:
+            with _naming(self.path), self.open() as folder:
                 return reader(folder)
         except FileNotFoundError:
-            return Listing(self.path)
+            return Listing(self.path, series=self.series)
 
 
 @contextlib.contextmanager
@@ -389,7 +399,7 @@ def _shown(path: str) -> str:
 
 def _refuse_damaged(plan: PrunePlan) -> None:
     """Refuses a plan that keeps a damaged checkpoint."""
-    with _naming(plan.listing.path), Folder(plan.listing.path) as folder:
+    with _naming(plan.listing.path), Folder(plan.listing.path, plan.listing.series) as folder:
         for record in plan.kept:
             try:
                 check(folder, record)

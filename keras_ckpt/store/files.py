@@ -21,6 +21,7 @@ from typing import Self
 
 from blake3 import blake3
 
+from keras_ckpt.store.layout import TENSORFLOW, Series
 from keras_ckpt.store.locks import WriterLock, claim
 from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.streams import NewFile, OpenFile, read_into
@@ -44,6 +45,7 @@ class Folder:
 
     Args:
         path: The directory.
+        series: The series of checkpoints, whose private folder is used.
         create: Whether to create the directory and its parents where missing.
 
     Raises:
@@ -51,8 +53,9 @@ class Folder:
         NotADirectoryError: The path is a file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], series: Series = TENSORFLOW, *, create: bool = False) -> None:
         self.path = os.fspath(path)
+        self.series = series
         if create:
             _make_directories(self.path)
         try:
@@ -66,7 +69,7 @@ class Folder:
         """Opens a sub-folder, but no link to a folder. The name of a created sub-folder is durable."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inner = Folder.__new__(Folder)
-        inner.path = os.path.join(self.path, name)
+        inner.path, inner.series = os.path.join(self.path, name), self.series
         try:
             inner.descriptor = os.open(name, flags, dir_fd=self.descriptor)
         except FileNotFoundError:
@@ -77,6 +80,16 @@ class Folder:
                 self.sync()
             inner.descriptor = os.open(name, flags, dir_fd=self.descriptor)
         return inner
+
+    @contextlib.contextmanager
+    def private(self, *, create: bool = False) -> Iterator[Folder]:
+        """Opens the private folder of the series."""
+        with self.folder(PRIVATE, create=create) as private:
+            if not self.series.private:
+                yield private
+                return
+            with private.folder(self.series.private, create=create) as inner:
+                yield inner
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -94,7 +107,7 @@ class Folder:
     def moving(self) -> set[str]:
         """The names of files that a writer publishes or removes now: the files in its stage and its trash."""
         found: set[str] = set()
-        with contextlib.suppress(OSError), self.folder(PRIVATE) as private:
+        with contextlib.suppress(OSError), self.private() as private:
             for name in private.names():
                 if name == "trash" or name.startswith("stage-"):
                     with contextlib.suppress(OSError), private.folder(name) as inner:
@@ -129,6 +142,14 @@ class Folder:
             if len(data) != size:
                 raise OSError(errno.EBUSY, "it changed while it was read", name)
             return data
+        finally:
+            os.close(descriptor)
+
+    def read_end(self, name: str, size: int) -> tuple[int, bytes]:
+        """The size of a file, and the bytes at its end, at most `size` bytes."""
+        descriptor, whole = self._open_regular(name)
+        try:
+            return whole, os.pread(descriptor, size, max(0, whole - size))
         finally:
             os.close(descriptor)
 
@@ -173,17 +194,20 @@ class Folder:
         status = os.fstatvfs(self.descriptor)
         return status.f_bavail * status.f_frsize
 
-    def digest(self, name: str, advance: Callable[[int], object] | None = None) -> tuple[int, str]:
-        """The size of a file in bytes, and `"blake3:"` with its digest in hexadecimal.
+    def digest(
+        self, name: str, advance: Callable[[int], object] | None = None, end: int | None = None
+    ) -> tuple[int, str]:
+        """The number of bytes that were read, and `"blake3:"` with their digest in hexadecimal.
 
         Args:
             name: The file.
+            end: The number of bytes to read; defaults to the whole file.
             advance: Called with the number of bytes after each piece that was read.
         """
         descriptor, _ = self._open_regular(name)
         try:
             hasher, size, buffer = blake3(), 0, memoryview(bytearray(_CHUNK))
-            while count := read_into(descriptor, [buffer], size, name):
+            while count := read_into(descriptor, [buffer[: None if end is None else end - size]], size, name):
                 hasher.update(buffer[:count])
                 size += count
                 if advance is not None:
@@ -250,7 +274,7 @@ class Folder:
     def replace(self, name: str, data: bytes) -> None:
         """Replaces a file by one rename: readers see the old or the new bytes, complete and durable."""
         new = f"swap-{uuid.uuid4().hex}"
-        with self.folder(PRIVATE, create=True) as private:
+        with self.private(create=True) as private:
             try:
                 private.create(new, data)
                 private.move(new, self, name)
@@ -318,7 +342,7 @@ class Folder:
             for name in names:
                 descriptors[name], _ = self._open_regular(name)
                 stack.callback(os.close, descriptors[name])
-            yield _Held(self.path, descriptors)
+            yield _Held(self.path, self.series, descriptors)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Folder]:
@@ -327,7 +351,7 @@ class Folder:
         An error removes the folder. An interrupt, such as Ctrl-C, acts like a crash: the folder stays for recovery. It
         also stays if the commit cannot be undone.
         """
-        with self.folder(PRIVATE, create=True) as private, private.folder(name, create=True) as folder:
+        with self.private(create=True) as private, private.folder(name, create=True) as folder:
             try:
                 yield folder
             except UnfinishedError:
@@ -345,7 +369,7 @@ class Folder:
         """Removes the lock's empty stage, if any."""
         name, lock.stage = lock.stage, ""
         if name:
-            with self.folder(PRIVATE) as private:
+            with self.private() as private:
                 private.remove_folder(name)
 
     @contextlib.contextmanager
@@ -375,11 +399,11 @@ class Folder:
         """The descriptor of a private lock file."""
         # The file is never unlinked: a lock on an unlinked file guards nothing.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with self.folder(PRIVATE, create=True) as private:
+        with self.private(create=True) as private:
             try:
                 return os.open(name, flags, 0o666, dir_fd=private.descriptor)
             except OSError as error:
-                error.filename = os.path.join(self.path, PRIVATE, name)
+                error.filename = os.path.join(private.path, name)
                 raise
 
     def _open_regular(self, name: str) -> tuple[int, int]:
@@ -398,8 +422,9 @@ class Folder:
 class _Held(Folder):
     """A folder of open files, which can be read and hard-linked."""
 
-    def __init__(self, path: str, descriptors: Mapping[str, int]) -> None:
+    def __init__(self, path: str, series: Series, descriptors: Mapping[str, int]) -> None:
         self.path = path
+        self.series = series
         self._descriptors = descriptors
 
     def size(self, name: str) -> int:

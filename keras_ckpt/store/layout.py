@@ -6,17 +6,75 @@
     ckpt-120.json                    the sidecar; without a sidecar there is no checkpoint
     ckpt-120.keep                    a pin
 
-The folder `.keras_ckpt/` beside these files has locks, stages and trash. `files` and `commit` name its contents.
+    07-0.31.keras                    a file of the template {epoch:02d}-{val_loss:.2f}.keras, with its record at its end
+    07-0.31.keras.json               its sidecar
+    07-0.31.keras.keep               its pin
+
+The folder `.keras_ckpt/` beside these files has locks, stages and trash; those of a template are in a folder of their
+own there. `files` and `commit` name the contents.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
+import string
 from collections.abc import Iterable
 
 STATE_FILE = "checkpoint"
+KERAS_SUFFIXES = (".keras", ".h5")
+"""The suffixes of files in Keras's own formats."""
 _SIDECAR, _PIN, _INDEX, _DATA = ".json", ".keep", ".index", ".data-"
 _SHARD = r"\.data-\d{5}-of-\d{5}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """The checkpoints of a directory with one form of names.
+
+    Attributes:
+        template: The template of the names of Keras's files; `""` for TensorFlow checkpoints.
+    """
+
+    template: str = ""
+
+    @property
+    def private(self) -> str:
+        """The name of the private folder of a template, `""` for TensorFlow checkpoints."""
+        return self.template and f"series-{self.template}"
+
+    def checkpoints(self, files: Iterable[str]) -> set[str]:
+        """The names of the checkpoints among the files of a directory.
+
+        Files of other programs and of other templates may also match a template. Their records tell.
+        """
+        if not self.template:
+            return {name for name in of_sidecars(files) if not is_keras_file(name)}
+        return {name for name in files if self._pattern.fullmatch(name)}
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        fields = string.Formatter().parse(self.template)
+        parts = (re.escape(literal) + ("" if field is None else ".+") for literal, field, *_ in fields)
+        return re.compile("".join(parts), re.DOTALL)
+
+
+TENSORFLOW = Series()
+"""The TensorFlow checkpoints of a directory."""
+
+
+def split(path: str) -> tuple[str, Series]:
+    """The directory and the series of a path: of a directory, of a file of Keras, or of a template."""
+    folder, _, template = path.rpartition("/")
+    return (
+        (folder or "/" * path.startswith("/") or ".", Series(template)) if is_keras_file(path) else (path, TENSORFLOW)
+    )
+
+
+def is_keras_file(path: str) -> bool:
+    """Whether a path has the suffix of a file in Keras's own formats."""
+    return path.endswith(KERAS_SUFFIXES)
 
 
 def numbered(step: int, base: str = "ckpt") -> str:

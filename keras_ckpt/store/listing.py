@@ -15,8 +15,9 @@ import msgspec
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
 from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
-from keras_ckpt.store.checks import check, is_current, read_record
+from keras_ckpt.store.checks import check, has_sidecar, is_current, read_record
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.layout import TENSORFLOW, Series
 from keras_ckpt.store.reading import Reading
 from keras_ckpt.store.record import CheckpointRecord, superseded
 
@@ -45,8 +46,11 @@ class Listing:
         path: The directory.
         records: The checkpoints, oldest first in the order of saving.
         damaged: The error of each checkpoint that cannot be trusted, by name. Its files are never removed.
-        unmanaged: Names of TensorFlow checkpoints without a sidecar, which other programs wrote.
+        unmanaged: Names of TensorFlow checkpoints without a sidecar, or of files without a record, which other programs
+            wrote.
         sequence: The largest place in the order of saving.
+        series: The series of the checkpoints.
+        other_runs: The files of earlier runs, for files of Keras: a later run leaves them, and does not rank them.
     """
 
     path: str
@@ -54,9 +58,19 @@ class Listing:
     damaged: Mapping[str, CheckpointError] = dataclasses.field(default_factory=dict)
     unmanaged: tuple[str, ...] = ()
     sequence: int = 0
+    series: Series = TENSORFLOW
+    other_runs: tuple[CheckpointRecord, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.records or self.damaged or self.unmanaged)
+
+    def of_run(self, run_id: str) -> Listing:
+        """The listing as a run sees it: the files of all other runs are apart."""
+        if not self.records or self.records[-1].run_id == run_id:
+            return self
+        everything = _oldest_first([*self.records, *self.other_runs])
+        records, others = _apart(everything, run_id)
+        return dataclasses.replace(self, records=records, other_runs=others)
 
     def find(self, step: int) -> CheckpointRecord:
         """The checkpoint of a step.
@@ -91,7 +105,8 @@ class Listing:
         """The listing with one newer record, saved or changed."""
         gone = superseded(record, self.records)
         others = [other for other in self.records if other not in gone]
-        return dataclasses.replace(self, records=_oldest_first([*others, record]))
+        other_runs = tuple(other for other in self.other_runs if other.name != record.name)
+        return dataclasses.replace(self, records=_oldest_first([*others, record]), other_runs=other_runs)
 
 
 class Known:
@@ -146,19 +161,35 @@ def scan(files: Reading, check: Check = lambda record: None) -> Listing:
 
 
 def _listed(files: Reading, present: Set[str], check: Check, known: Known) -> Listing:
-    damaged, sequence, present = _read_others(files, present, check, known)
+    damaged, foreign, sequence, present = _read_others(files, present, check, known)
     sound = sorted(known.records.values(), key=operator.attrgetter("sequence"))
-    newest = {record.step: record for record in sound}
+    newest = {(record.run_id, record.step): record for record in sound}
     for record in sound:
-        if (newer := newest[record.step]) is not record:
+        if (newer := newest[record.run_id, record.step]) is not record:
             damaged[record.name] = DamagedCheckpointError(f"{newer.name} has the same step, and is newer")
-    indexed = layout.of_indexes(present) - known.records.keys() - damaged.keys()
+    if not files.series.template:
+        indexed = layout.of_indexes(present) - known.records.keys() - damaged.keys()
+        foreign = unmanaged(files, {name for name in indexed if sidecars.step_in(name) is not None})
+    records = tuple(record for record in sound if newest[record.run_id, record.step] is record)
+    records, other_runs = _apart(records, records[-1].run_id) if records and files.series.template else (records, ())
     return Listing(
         files.path,
-        tuple(record for record in sound if newest[record.step] is record),
-        {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(name, present, damaged[name])},
-        _by_step(unmanaged(files, {name for name in indexed if sidecars.step_in(name) is not None})),
+        records,
+        {name: damaged[name] for name in _by_step(damaged) if _is_checkpoint(files, name, present, damaged[name])},
+        _by_step(foreign),
         max([sequence, *(record.sequence for record in sound[-1:])]),
+        files.series,
+        other_runs,
+    )
+
+
+def _apart(
+    records: Iterable[CheckpointRecord], run_id: str
+) -> tuple[tuple[CheckpointRecord, ...], tuple[CheckpointRecord, ...]]:
+    """The records of a run, and the records of all other runs."""
+    return (
+        tuple(record for record in records if record.run_id == run_id),
+        tuple(record for record in records if record.run_id != run_id),
     )
 
 
@@ -227,38 +258,49 @@ def _links(records: Sequence[CheckpointRecord]) -> list[list[tuple[int, int, int
 def amend(folder: Folder, record: CheckpointRecord) -> CheckpointRecord:
     """Replaces the sidecar of a checkpoint for a changed record, by one rename. The caller holds the mutex."""
     file = layout.sidecar(record.name)
-    folder.replace(file, sidecars.update(folder.read(file, sidecars.SIZE_LIMIT), record))
+    data = sidecars.encode(record)
+    if has_sidecar(folder, record):
+        data = sidecars.update(folder.read(file, sidecars.SIZE_LIMIT), record)
+    folder.replace(file, data)
     return record
 
 
 def _read_others(
     folder: Reading, present: Set[str], check: Check, known: Known
-) -> tuple[dict[str, CheckpointError], int, Set[str]]:
+) -> tuple[dict[str, CheckpointError], set[str], int, Set[str]]:
     """Reads the checkpoints that are not known.
 
     Returns:
-        The errors of the damaged checkpoints, the largest place in the order of saving among the checkpoints read,
-        and the names of all files.
+        The errors of the damaged checkpoints, the files of the template without a record, the largest place in the
+        order of saving among the checkpoints read, and the names of all files.
     """
     damaged: dict[str, CheckpointError] = {}
+    foreign: set[str] = set()
+    other: set[str] = set()
     sequence = 0
     again = True
     while again:
         again = False
-        names = layout.of_sidecars(present) - known.records.keys() - damaged.keys()
+        names = folder.series.checkpoints(present) - known.records.keys() - damaged.keys() - foreign - other
         for name in names:
             try:
                 record = _read(folder, name, present)
+                if record.template != folder.series.template:
+                    other.add(name)
+                    continue
                 sequence = max(sequence, record.sequence)
                 check(record)
                 known.add(record)
             except FileNotFoundError:
-                again = True  # a removed checkpoint may have a successor, which this list of names lacks
+                if folder.series.template and folder.exists(name):
+                    foreign.add(name)  # it has no record
+                else:
+                    again = True  # a removed checkpoint may have a successor, which this list of names lacks
             except CheckpointError as error:
                 damaged[name] = error
         if again:
             present = set(folder.names())
-    return damaged, sequence, present
+    return damaged, foreign, sequence, present
 
 
 def _files(record: CheckpointRecord) -> list[str]:
@@ -286,8 +328,10 @@ def _read_pin(folder: Reading, name: str, present: Set[str]) -> str | None:
         return ""
 
 
-def _is_checkpoint(name: str, present: Set[str], error: CheckpointError) -> bool:
+def _is_checkpoint(folder: Reading, name: str, present: Set[str], error: CheckpointError) -> bool:
     """Whether an invalid sidecar was meant as a sidecar; a user may have an unrelated history-2.json."""
+    if folder.series.template:
+        return True
     usual = (step := sidecars.step_in(name)) is not None and name == layout.numbered(step)
     return usual or layout.index(name) in present or isinstance(error, FormatVersionError)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
 from keras_ckpt.store import background, commit, layout
-from keras_ckpt.store.checks import check_files, held, read_record
+from keras_ckpt.store.checks import check_files, has_record, held, read_record
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Listing, unmanaged
@@ -51,11 +51,11 @@ def read_checkpoint(checkpoint: object, read: Read[Result], keep_open: contextli
         except FileNotFoundError as error:
             # The checkpoint was pruned or saved again after the listing; the next listing differs.
             gone = error
-    raise CheckpointNotFoundError(f"There is no checkpoint {os.path.join(directory, names[0])}.") from gone
+    raise CheckpointNotFoundError(f"There is no checkpoint {os.path.join(directory.path, names[0])}.") from gone
 
 
 def _read_first(
-    directory: str,
+    directory: CheckpointDirectory,
     names: Sequence[str],
     expected: CheckpointRecord | None,
     read: Read[Result],
@@ -66,28 +66,28 @@ def _read_first(
         try:
             # `read` compares the digests while it reads the values.
             with contextlib.ExitStack() as stack:
-                folder = stack.enter_context(Folder(directory))
+                folder = stack.enter_context(directory.open())
                 record, files = stack.enter_context(opened(folder, name, expected, check_digests=False))
                 result = read(files, name, record)
                 if keep_open is not None:
                     keep_open.enter_context(stack.pop_all())
                 return result
         except (DamagedCheckpointError, FormatVersionError) as error:
-            message = f"{os.path.join(directory, name)} cannot be trusted: {error}"
+            message = f"{os.path.join(directory.path, name)} cannot be trusted: {error}"
             if older is None or isinstance(error, FormatVersionError):
                 raise type(error)(message) from error
             warn(f"{message}. Going back to {older}.")
-    raise CheckpointNotFoundError(f"There is no checkpoint in {directory}.")
+    raise CheckpointNotFoundError(f"There is no checkpoint in {directory.path}.")
 
 
-def _locate(checkpoint: object) -> tuple[str, list[str]]:
+def _locate(checkpoint: object) -> tuple[CheckpointDirectory, list[str]]:
     """The directory of a checkpoint, and its name; for a directory, all names, newest first."""
     if isinstance(checkpoint, CheckpointRecord):
-        return checkpoint.directory, [checkpoint.name]
+        return CheckpointDirectory(os.path.join(checkpoint.directory, checkpoint.template)), [checkpoint.name]
     if isinstance(checkpoint, CheckpointDirectory):
-        return checkpoint.path, _newest_first(checkpoint.listing())
+        return checkpoint, _newest_first(checkpoint.listing())
     if isinstance(checkpoint, Listing):
-        return checkpoint.path, _newest_first(checkpoint)
+        return CheckpointDirectory(os.path.join(checkpoint.path, checkpoint.series.template)), _newest_first(checkpoint)
     if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
         raise TypeError(
             "Expected a record, a directory, or a path of a checkpoint. "
@@ -95,13 +95,12 @@ def _locate(checkpoint: object) -> tuple[str, list[str]]:
             + (", which latest() and best() return for an empty directory" * (checkpoint is None))
         )
     path = os.path.abspath(os.fspath(checkpoint))
-    if os.path.isdir(path):
-        return path, _newest_first(CheckpointDirectory(path).listing())
-    if path.endswith((".keras", ".h5")):
-        raise ValueError(
-            f"{path} is a file in Keras's format: model.load_weights() or keras.models.load_model() reads it."
-        )
-    return os.path.dirname(path), [layout.named_by(os.path.basename(path))]
+    directory = CheckpointDirectory(path)
+    if directory.series.template and "{" not in path:
+        return directory, [directory.series.template]
+    if directory.series.template or os.path.isdir(path):
+        return directory, _newest_first(directory.listing())
+    return CheckpointDirectory(os.path.dirname(path)), [layout.named_by(os.path.basename(path))]
 
 
 def _newest_first(listing: Listing) -> list[str]:
@@ -140,10 +139,8 @@ def opened(
         CheckpointNotFoundError: The checkpoint was saved again since `expected` was read.
         FileNotFoundError: No checkpoint has the name, or it was removed.
     """
-    if not folder.exists(layout.sidecar(name)):
-        if not unmanaged(folder, {name}):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        with folder.held(file for file in folder.names() if layout.is_tensorflows(file, name)) as files:
+    if not has_record(folder, name):
+        with folder.held(_files_without_record(folder, name)) as files:
             yield None, files
         return
     record = read_record(folder, name)
@@ -152,3 +149,12 @@ def opened(
     with held(folder, record) as files:
         check_files(files, record, digests=check_digests)
         yield record, files
+
+
+def _files_without_record(folder: Folder, name: str) -> list[str]:
+    """The files of a checkpoint that another program wrote."""
+    if folder.series.template:
+        return [name]
+    if not unmanaged(folder, {name}):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return [file for file in folder.names() if layout.is_tensorflows(file, name)]

@@ -46,7 +46,8 @@ class CheckpointFile(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     Attributes:
         name: The file name in the directory.
         size: The size in bytes.
-        digest: `"blake3:"` and the digest in hexadecimal.
+        digest: `"blake3:"` and the digest in hexadecimal. Size and digest of a file of Keras are those of its content,
+            without the record at its end.
         shared: Whether the file is a hard link to a file of an older checkpoint.
     """
 
@@ -84,6 +85,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             the save blocked training. Both are in milliseconds, and end when the sidecar was sealed.
         run_id: The run of the checkpoint.
         files: The checkpoint's files.
+        template: The template of the names of the series, for a file of Keras; `""` for a TensorFlow checkpoint.
         format: Always `"keras_ckpt"`.
         format_version: The version of the sidecar's format.
         directory: The path of the directory. Not in the sidecar: a directory may be moved.
@@ -94,6 +96,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     format: Literal["keras_ckpt"] = "keras_ckpt"
     format_version: Annotated[int, msgspec.Meta(ge=1)] = FORMAT_VERSION
     run_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    template: Annotated[str, msgspec.Meta(max_length=1000)] = ""
     sequence: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
     step: Count
     epoch: Count | None = None
@@ -207,11 +210,24 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
     _refuse_duplicates(data)
     if record.format_version == 1 and not name.endswith(f"-{record.step}"):
         raise DamagedCheckpointError(f"its step is {record.step}, but its name is {name}")
-    _check_names(record.files, name)
+    _check_names(record, name)
     msgspec.structs.force_setattr(record, "directory", directory)
     msgspec.structs.force_setattr(record, "name", name)
     msgspec.structs.force_setattr(record, "pin", pin)
     return record
+
+
+def decode_tail(data: bytes, name: str, directory: str) -> CheckpointRecord:
+    """Reads the record at the end of a file, which may have another name than when it was saved.
+
+    Arguments and errors are those of `decode`.
+    """
+    try:
+        files = _decode(data).files
+    except _UNREADABLE:
+        files = ()
+    record = decode(data, files[0].name if files else name, directory)
+    return msgspec.structs.replace(record, name=name, files=(msgspec.structs.replace(record.files[0], name=name),))
 
 
 def _refuse_duplicates(data: bytes) -> None:
@@ -232,8 +248,13 @@ def _once(members: list[tuple[str, object]]) -> None:
 _find_duplicates = json.JSONDecoder(object_pairs_hook=_once).decode
 
 
-def _check_names(files: tuple[CheckpointFile, ...], name: str) -> None:
+def _check_names(record: CheckpointRecord, name: str) -> None:
     """Refuses file names from disk that do not belong to the checkpoint."""
+    files = record.files
+    if record.template:
+        if [file.name for file in files] != [name]:
+            raise DamagedCheckpointError(f"it lists other files than {name}")
+        return
     own = f"{name}."
     seen = {layout.sidecar(name), layout.pin(name)}
     for file in files:
@@ -275,6 +296,8 @@ def members(record: CheckpointRecord) -> dict[str, Any]:
         found["metrics"] = {name: _number(value) for name, value in record.metrics.items()}
     for field in _CONTEXT:
         del found[field]
+    if not record.template:
+        del found["template"]
     return found
 
 

@@ -28,8 +28,8 @@ from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.store.record import REASON_LIMIT, CheckpointFile, CheckpointRecord, Mode, superseded
 
-Write = Callable[[Folder, str], Sequence[CheckpointFile]]
-"""Writes the files of a named checkpoint into a folder, durably, and returns their sizes and digests."""
+Write = Callable[[Folder, CheckpointRecord], Sequence[CheckpointFile]]
+"""Writes the files of a checkpoint into a folder, durably, and returns their sizes and digests."""
 
 _FULL = {
     errno.ENOSPC: "Free some space, or keep fewer checkpoints.",
@@ -91,13 +91,14 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     blocked_ms: float | None = None
     size: int | None = None
 
-    def record(self, sequence: int, run_id: str = "", directory: str = "") -> CheckpointRecord:
+    def record(self, sequence: int, run_id: str = "", directory: str = "", template: str = "") -> CheckpointRecord:
         """The record of this save, before its files are written.
 
         Args:
             sequence: Its place in the order of saving.
             run_id: The run, where the request names none.
             directory: Where the checkpoint will be.
+            template: The template of its series, for a file of Keras.
         """
         return CheckpointRecord(
             sequence=sequence,
@@ -105,6 +106,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
             name=self.name or layout.numbered(self.step),
             directory=directory,
             run_id=run_id if self.run_id is None else self.run_id,
+            template=template,
             time=self.time,
             versions=dict(self.versions),
             **self._description(),
@@ -157,7 +159,10 @@ class Writer:
         keep: PreservationPolicy | None = None,
         only: PreservationPolicy | None = None,
     ) -> None:
-        if os.path.realpath(target.path) in {"/", os.path.realpath(os.path.expanduser("~"))}:
+        if not target.series.template and os.path.realpath(target.path) in {
+            "/",
+            os.path.realpath(os.path.expanduser("~")),
+        }:
             raise ValueError(f"{target.path} cannot hold one run: name a directory below it, such as runs/digits.")
         self.directory = target
         self.keep = keep
@@ -190,7 +195,7 @@ class Writer:
         """Lets another process write here."""
         if self._lock is not None and self._lock.session is self._session:
             self._lock.session = None
-            with contextlib.suppress(OSError), Folder(self.directory.path) as folder:
+            with contextlib.suppress(OSError), self.directory.open() as folder:
                 folder.remove_stage(self._lock)
         self._lock = None
 
@@ -244,9 +249,12 @@ class Writer:
     def _stage(self, folder: Folder, lock: WriterLock, request: SaveRequest, write: Write) -> Staged | None:
         with self.explaining(request.step):
             listing = examine(folder, self._known)
+        series = folder.series
+        if series.template and request.run_id is not None:
+            listing = listing.of_run(request.run_id)
         newest = listing.records[-1] if listing.records else None
         run_id = newest.run_id if newest else uuid.uuid4().hex
-        candidate = request.record(listing.sequence + 1, run_id, self.directory.path)
+        candidate = request.record(listing.sequence + 1, run_id, self.directory.path, series.template)
         if self._session is not None:
             self._refuse_other_run(newest, candidate)
         # Refuses what no sidecar can hold before anything is written.
@@ -277,6 +285,8 @@ class Writer:
     def _publish(self, folder: Folder, stage: Folder, record: CheckpointRecord, changes: list[Change]) -> bool:
         """Publishes a staged checkpoint, unless recovery has, and prunes. Returns whether it is committed."""
         listing = examine(folder, self._known)
+        if record.template:
+            listing = listing.of_run(record.run_id)
         if any(each.same_save(record) for each in listing.records):
             changes += _removals(self.retain(folder, listing))
             return True
@@ -291,7 +301,7 @@ class Writer:
 
     def latest(self) -> CheckpointRecord | None:
         """The newest checkpoint. Records that the last save has read are not read again."""
-        with self._explaining("Cannot read"), Folder(self.directory.path) as folder:
+        with self._explaining("Cannot read"), self.directory.open() as folder:
             records = examine(folder, self._known).records
         return records[-1] if records else None
 
@@ -308,7 +318,7 @@ class Writer:
             The new record, `None` if the checkpoint was pruned or saved again meanwhile.
         """
         what = f"Could not add to step {record.step} in"
-        with self._explaining(what), Folder(self.directory.path) as folder, folder.mutex():
+        with self._explaining(what), self.directory.open() as folder, folder.mutex():
             listing = examine(folder, self._known)
             current = [each for each in listing.records if each.same_save(record)]
             if not current:
@@ -343,7 +353,7 @@ class Writer:
     def _writing(self) -> Iterator[tuple[Folder, WriterLock]]:
         """The open directory and its lock, while no other thread saves."""
         lock = self._claim()
-        with lock.saving, Folder(self.directory.path, create=True) as folder:
+        with lock.saving, self.directory.open(create=True) as folder:
             try:
                 yield folder, lock
             except (KeyboardInterrupt, SystemExit, SaveError):
@@ -353,7 +363,7 @@ class Writer:
 
     def _claim(self) -> WriterLock:
         # Locked on each call: the directory may have been replaced since, and its lock with it.
-        with self._explaining("Cannot write into"), Folder(self.directory.path, create=True) as folder:
+        with self._explaining("Cannot write into"), self.directory.open(create=True) as folder:
             self._lock = folder.lock()
             if self._lock.session is None:
                 self._lock.session = self._session
@@ -408,11 +418,11 @@ def look_for_room(folder: Folder, size: int) -> None:
 def by_prefix(write: Callable[[str], object]) -> Write:
     """A `Write` from a function that takes a prefix, as TensorFlow's functions do."""
 
-    def write_files(stage: Folder, name: str) -> Sequence[CheckpointFile]:
-        write(stage.tensorflow_path(name))
+    def write_files(stage: Folder, record: CheckpointRecord) -> Sequence[CheckpointFile]:
+        write(stage.tensorflow_path(record.name))
         names = sorted(stage.names())
         if not names:
-            raise OSError(f"no files were written with the prefix {name}")
+            raise OSError(f"no files were written with the prefix {record.name}")
         files = [CheckpointFile(each, *stage.digest(each)) for each in names]
         for each in names:
             stage.sync_file(each)
@@ -424,7 +434,7 @@ def by_prefix(write: Callable[[str], object]) -> Write:
 def _sealed(stage: Folder, candidate: CheckpointRecord, request: SaveRequest, write: Write) -> CheckpointRecord:
     """Writes everything into the stage, durably, the sidecar last."""
     started = clock.perf_counter()
-    files = write(stage, candidate.name)
+    files = write(stage, candidate)
     durable = clock.perf_counter()
     blocked = milliseconds(request.began, durable) if request.blocked_ms is None else request.blocked_ms
     timings = {"write_ms": milliseconds(started, durable), "blocked_ms": blocked}

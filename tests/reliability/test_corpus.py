@@ -355,8 +355,8 @@ def test_a_directory_that_is_taken_away_during_a_save_loses_nothing_else(filler,
     runs = filler.save("1")
     elsewhere = tmp_path / "elsewhere"
 
-    def write_and_take_away(folder, name):
-        written = payload()(folder, name)
+    def write_and_take_away(folder, record):
+        written = payload()(folder, record)
         if how == "removed":
             shutil.rmtree(runs.path)
         else:

@@ -34,7 +34,8 @@ def steps(text: str) -> set[int]:
 def payload(content: bytes = b"weights", shards: int = 1) -> Write:
     """A `Write` of the same files as TensorFlow's: an index and data shards."""
 
-    def write(folder: Folder, name: str) -> list[CheckpointFile]:
+    def write(folder: Folder, record: CheckpointRecord) -> list[CheckpointFile]:
+        name = record.name
         data = {f"{name}.data-{shard:05}-of-{shards:05}": content for shard in range(shards)}
         files = []
         for each, part in {**data, f"{name}.index": b"index of " + content}.items():
