@@ -29,6 +29,7 @@ from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import Writer
+from keras_ckpt.training.bundles import Bundles
 from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.training.session import OnFullDisk, Session, checked_on_full_disk
 
@@ -231,6 +232,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 self._schedule,
                 self.on_full_disk,
                 self.save_on_background,
+                Bundles(self.model, writer),
                 backs_up=True,
                 fit=self._fit,
             )

@@ -20,6 +20,7 @@ from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
+from keras_ckpt.training.bundles import Bundles
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
 from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
@@ -230,9 +231,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self._session is None:
             self._ranking = self._resolve()
             writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
-            session = Session(
-                self, writer, self._schedule, self.on_full_disk, self.save_on_background, self.save_weights_only
-            )
+            form = Bundles(self.model, writer, self.save_weights_only)
+            session = Session(self, writer, self._schedule, self.on_full_disk, self.save_on_background, form)
             session.open()
             self._session = session
         return self._session

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import time
@@ -15,13 +14,10 @@ import keras
 import msgspec
 
 from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
-from keras_ckpt.formats.sharing import SharingWrite
-from keras_ckpt.formats.variables import SUFFIX
-from keras_ckpt.model import model_state
 from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
 from keras_ckpt.model.position import Position, Progress
-from keras_ckpt.model.snapshot import Late, Snapshot, arena_of
+from keras_ckpt.model.snapshot import Late, Snapshot
 from keras_ckpt.store import background
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
@@ -30,6 +26,7 @@ from keras_ckpt.store.record import CheckpointRecord, step_in
 from keras_ckpt.store.tables import counted
 from keras_ckpt.store.writer import SaveRequest, Writer, milliseconds
 from keras_ckpt.training.backlog import MAX_WAITING, Backlog
+from keras_ckpt.training.bundles import Bundles
 from keras_ckpt.training.schedule import SaveSchedule
 
 OnFullDisk = Literal["warn", "raise"]
@@ -100,7 +97,7 @@ class Session:
         schedule: The schedule of the saves.
         on_full_disk: Whether a full disk is a warning (`"warn"`) or an error (`"raise"`).
         on_background: Whether training continues while a save is written.
-        weights_only: Whether to omit the optimizer.
+        form: The form in which the model is saved.
         backs_up: Whether its saves precede other saves of the same step.
         fit: The `fit` in progress; defaults to the calling `fit`.
 
@@ -116,7 +113,8 @@ class Session:
         schedule: SaveSchedule,
         on_full_disk: OnFullDisk,
         on_background: bool,
-        weights_only: bool = False,
+        form: Bundles,
+        *,
         backs_up: bool = False,
         fit: FitInProgress | None = None,
     ) -> None:
@@ -129,10 +127,8 @@ class Session:
         self._snapshot_size = 0
         self._on_full_disk = on_full_disk
         self.progress = Progress(callback.model, (callback.params or {}).get("steps"), fit or fit_in_progress())
-        self._state = model_state.ModelState(callback.model, weights_only)
-        self._arena = arena_of(callback.model)
+        self._form = form
         self._copies_at_once = bool(callback.model.jit_compile)
-        self._attributes = self._state.attributes()
         self._began_at = self.progress.position.step
         self._writer = writer
         self._policies = writer.keep, writer.only
@@ -185,14 +181,12 @@ class Session:
 
     def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
         """The snapshot of the model as it is now, with other values to write."""
-        # TensorFlow's own manager continues to count from here.
-        self._state.save_counter.assign(self.progress.position.step)
-        return self._state.snapshot(others, later)
+        return self._form.snapshot(self.progress.position.step, others, later)
 
     def copy(self, snapshot: Snapshot) -> None:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
         with self._writer.explaining(self.progress.position.step):
-            snapshot.detach(self._arena, background.is_idle())
+            self._form.copy(snapshot)
 
     def hold_first(self, save: Callable[[], object]) -> None:
         """Registers a method that saves before any other save of the model in this fit. Holds it weakly."""
@@ -246,7 +240,7 @@ class Session:
         """
         self.save_first()
         self._warn_of_unsaved()
-        self._snapshot_size = self._state.size + snapshot.others_size
+        self._snapshot_size = self._form.size + snapshot.others_size
         moment = self.progress.position.run_id, request.step
         number = self._backlog.due()
         candidate = request.record(number)
@@ -267,21 +261,7 @@ class Session:
         """Writes a snapshot, in a background thread or in this one."""
         if not snapshot.is_true:
             return Outcome(None, changed=True)
-        with self._writer.explaining(request.step):
-            values = snapshot.move(self._arena)
-        sharing = SharingWrite(values, self._arena, self._writer.directory)
-        newest = self._writer.latest() if amends else None
-        if newest and newest.step == request.step and sharing.is_in(newest, _is_model_variable):
-            # The save of the epoch's last batch has the values. Only the metrics of the epoch's end are new.
-            amended = self._writer.amend(newest, request.amended)
-            if amended is not None:
-                return Outcome(amended)
-        # `sharing` checks the free space itself: it may link most files.
-        request = msgspec.structs.replace(request, size=0, versions=model_state.versions())
-        record = self._writer.save(request, sharing)
-        if record is not None:
-            sharing.remember(record)
-        return Outcome(record)
+        return Outcome(self._form.write(request, snapshot, amends))
 
     def _replace_waiting(self, candidate: CheckpointRecord) -> None:
         """Drops the saves that have not begun and that the policy would not keep beside a newer save."""
@@ -316,7 +296,7 @@ class Session:
         if position.step == self._began_at or position.epoch in searched.epochs or len(searched.epochs) == _CHECKS:
             return
         searched.epochs.add(position.epoch)
-        unsaved = [place for place in self._state.unsaved(self._attributes) if place not in searched.named]
+        unsaved = [place for place in self._form.unsaved() if place not in searched.named]
         if unsaved:
             searched.named.update(unsaved)
             warn(
@@ -372,22 +352,16 @@ class Session:
     def _make_ready(self) -> None:
         """Allocates the memory of the copies before the first save, after the first batch has built the slots."""
         self._ready = True
-        sizes = self._state.sizes()
+        allocate = self._form.room()
 
         def make_room() -> Outcome:
-            with contextlib.suppress(OSError):  # a save that needs the memory raises the error
-                self._arena.make_room(sizes)
+            allocate()
             return Outcome(None)
 
         self._saves.append(_Save(background.Job(make_room, self._moment(), 0)))
 
     def _moment(self) -> tuple[str, int]:
         return self.progress.position.run_id, self.progress.position.step
-
-
-def _is_model_variable(key: bytes) -> bool:
-    """Whether a key names a variable of the model; the state of its metrics does not count."""
-    return key.endswith(SUFFIX.encode()) and not key.startswith(b"metrics/")
 
 
 def checked_on_full_disk(value: object) -> OnFullDisk:

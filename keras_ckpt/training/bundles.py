@@ -1,0 +1,107 @@
+"""Saves a model as TensorFlow checkpoints of a directory: its snapshots, and their writing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import msgspec
+
+from keras_ckpt.formats.sharing import SharingWrite
+from keras_ckpt.formats.variables import SUFFIX
+from keras_ckpt.model import model_state
+from keras_ckpt.model.snapshot import Late, Snapshot, arena_of
+from keras_ckpt.store import background
+from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.writer import SaveRequest, Writer
+
+
+class Bundles:
+    """A model that is saved as TensorFlow checkpoints.
+
+    Example:
+
+    ```python
+    bundles = Bundles(model, Writer(directory))
+    record = bundles.write(SaveRequest(step=10), bundles.snapshot(10), amends=False)
+    ```
+
+    Args:
+        model: A built model.
+        writer: The writer of the directory.
+        weights_only: Whether to omit the optimizer.
+    """
+
+    def __init__(self, model: keras.Model, writer: Writer, weights_only: bool = False) -> None:
+        self._state = model_state.ModelState(model, weights_only)
+        self._arena = arena_of(model)
+        self._attributes = self._state.attributes()
+        self._writer = writer
+
+    @property
+    def size(self) -> int:
+        """The bytes of a snapshot."""
+        return self._state.size
+
+    def snapshot(self, step: int, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
+        """The snapshot of the model as it is now.
+
+        Args:
+            step: The step of the checkpoint: TensorFlow's own manager continues to count from here.
+            others: Other values to write, by key.
+            later: Other values to write, which are known when the snapshot is moved.
+        """
+        self._state.save_counter.assign(step)
+        return self._state.snapshot(others, later)
+
+    def copy(self, snapshot: Snapshot) -> None:
+        """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
+        snapshot.detach(self._arena, background.is_idle())
+
+    def room(self) -> Callable[[], None]:
+        """A function that allocates the memory of the copies, for a thread."""
+        sizes = self._state.sizes()
+
+        def make_room() -> None:
+            with contextlib.suppress(OSError):  # a save that needs the memory raises the error
+                self._arena.make_room(sizes)
+
+        return make_room
+
+    def unsaved(self) -> list[str]:
+        """The places of state that a checkpoint of the model does not have."""
+        return self._state.unsaved(self._attributes)
+
+    def write(self, request: SaveRequest, snapshot: Snapshot, amends: bool) -> CheckpointRecord | None:
+        """Writes a snapshot, in any thread.
+
+        Args:
+            request: The request, without versions.
+            snapshot: The values.
+            amends: Whether a checkpoint of this step with the same values only gets a new sidecar.
+
+        Returns:
+            The record, `None` if the policy would not keep the checkpoint.
+        """
+        with self._writer.explaining(request.step):
+            values = snapshot.move(self._arena)
+        sharing = SharingWrite(values, self._arena, self._writer.directory)
+        newest = self._writer.latest() if amends else None
+        if newest and newest.step == request.step and sharing.is_in(newest, _is_model_variable):
+            # The save of the epoch's last batch has the values. Only the metrics of the epoch's end are new.
+            amended = self._writer.amend(newest, request.amended)
+            if amended is not None:
+                return amended
+        # `sharing` checks the free space itself: it may link most files.
+        request = msgspec.structs.replace(request, size=0, versions=model_state.versions())
+        record = self._writer.save(request, sharing)
+        if record is not None:
+            sharing.remember(record)
+        return record
+
+
+def _is_model_variable(key: bytes) -> bool:
+    """Whether a key names a variable of the model; the state of its metrics does not count."""
+    return key.endswith(SUFFIX.encode()) and not key.startswith(b"metrics/")
