@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -17,9 +15,10 @@ from keras_ckpt.formats.threads import begin
 from keras_ckpt.formats.variables import COUNTER, SUFFIX
 from keras_ckpt.model import compiled, naming, object_graph, parts
 from keras_ckpt.model import tensorflow as backend
-from keras_ckpt.model.keras_internals import layers_of, trained_by, value_of
+from keras_ckpt.model.keras_internals import trained_by, value_of
 from keras_ckpt.model.learned import LearnedState, Learners
 from keras_ckpt.model.snapshot import Late, Snapshot
+from keras_ckpt.model.structure import Structure
 from keras_ckpt.version import __version__
 
 NAMES_KEY = "_KERAS_CKPT_NAMES"
@@ -28,8 +27,6 @@ TRAINING_KEY = "_KERAS_CKPT_TRAINING"
 """The key of the fit's state in a backup: a string of JSON. Its arrays have the key with `/0`, `/1` and so on."""
 _OVERHEAD = 1 << 10
 """The approximate bytes of Python objects for each value of a snapshot."""
-
-_PARTS_OF_KERAS = keras.layers.Layer, keras.Variable
 
 
 class ModelState:
@@ -91,7 +88,7 @@ class ModelState:
         """
         if (plan := self._plan) is not None:
             # Other threads may run Python while TensorFlow reads, so a thread checks meanwhile whether the plan holds.
-            holds = begin(functools.partial(plan.holds, self.model))
+            holds = begin(plan.structure.holds)
             snapshot = plan.snapshot(others, later)
             if holds():
                 return snapshot
@@ -117,7 +114,7 @@ class ModelState:
 
     def _current_plan(self) -> _Plan:
         plan = self._plan
-        if plan is None or not plan.holds(self.model):
+        if plan is None or not plan.structure.holds():
             self._plan = plan = self._new_plan()
         return plan
 
@@ -126,7 +123,6 @@ class ModelState:
         below = parts.tracked(model)
         optimizers = parts.optimizers_of(model, below)
         owners = [*optimizers.values(), *parts.losses_of(model, below).values()]
-        made_of = _made_of(model, owners)
         names = self.names()
         by_id = {id(variable): name for name, variable in names.items()}
         variables = {f"{name}{SUFFIX}": variable for name, variable in names.items()}
@@ -143,9 +139,7 @@ class ModelState:
             learners=Learners(model, by_id, self._weights_only),
             encoded=_Encoded(),
             owners=owners,
-            made_of=made_of,
-            identities=list(map(id, made_of)),
-            built=_built(owners),
+            structure=Structure(model, owners, [*variables.values()]),
         )
 
     def _described(self, optimizers: Mapping[str, Any], names: Mapping[int, str]) -> description.Description:
@@ -175,9 +169,7 @@ class _Plan(NamedTuple):
         learners: The objects that hold more than variables.
         encoded: The encoder of the learned state of these objects.
         owners: The model's optimizers and losses.
-        made_of: The parts that the model was made of, held so that no new object gets the identity of a part.
-        identities: The identities of these parts.
-        built: Whether each owner is built.
+        structure: The structure of the model.
     """
 
     variables: Sequence[Any]
@@ -188,9 +180,7 @@ class _Plan(NamedTuple):
     learners: Learners
     encoded: _Encoded
     owners: Sequence[Any]
-    made_of: Sequence[Any]
-    identities: Sequence[int]
-    built: Sequence[bool]
+    structure: Structure
 
     def snapshot(self, others: Mapping[str, Any], later: Late | None) -> Snapshot:
         """Takes a snapshot of the present values, with other values to write."""
@@ -200,11 +190,6 @@ class _Plan(NamedTuple):
         arrays = {description.value_key(index): array for index, array in enumerate(learned.arrays)}
         constants = self.encoded.constants(self.described, learned)
         return Snapshot(self.reader, {**others, **arrays}, {**self.constants, **constants}, later)
-
-    def holds(self, model: keras.Model) -> bool:
-        """Whether the model still has the same parts, and the reader reads their values."""
-        same = list(map(id, _made_of(model, self.owners))) == self.identities and _built(self.owners) == self.built
-        return same and all(map(operator.is_, map(value_of, self.variables), self.reader.variables))
 
 
 class _Encoded:
@@ -223,27 +208,6 @@ class _Encoded:
             self._constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
             self._latest = learned
         return self._constants
-
-
-def _built(owners: Iterable[Any]) -> list[bool]:
-    """Whether each optimizer is built. A build may make no variable, so variables do not tell."""
-    return [bool(getattr(each, "built", False)) for each in owners]
-
-
-def _made_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:
-    """The variables of a model, its optimizers and its losses, and the objects whose change may mean new variables."""
-    layers = layers_of(model)
-    attributes = [each for layer in layers for each in vars(layer).values()]
-    # Checked once for each class, because TensorFlow's check is slow.
-    kinds = {kind for kind in set(map(type, attributes)) if issubclass(kind, backend.Tracked)}
-    others = {kind for kind in kinds if not issubclass(kind, _PARTS_OF_KERAS)}  # the model does not list them
-    found = [each for each in attributes if type(each) in others]
-    holders = [each for each in found if not isinstance(each, backend.Variable | keras.optimizers.Optimizer)]
-    found += [each for holder in holders for each in parts.tracked(holder).values()]
-    found += parts.contents_of(layers)
-    for owner in owners:
-        found += owner.variables if isinstance(owner, keras.optimizers.Optimizer) else vars(owner).values()
-    return [*layers, *found, *model.variables, *parts.states_of(layers), *model.metrics_variables]
 
 
 def versions() -> dict[str, str]:
