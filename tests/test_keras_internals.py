@@ -157,3 +157,10 @@ def test_the_variables_of_an_optimizer_begin_with_iteration_and_learning_rate(mo
     names = [variable.path.split("/")[-1] for variable in model.optimizer.variables[:2]]
 
     assert names == ["iteration", "learning_rate"]
+
+
+@pytest.mark.parametrize(("kind", "begin"), [("keras", b"PK"), ("weights", b"\x89HDF"), ("legacy", b"\x89HDF")])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
+def test_written_by_keras_is_a_file_in_memory(model, kind, begin) -> None:
+    """Keras's public functions write to paths alone."""
+    assert internals.written_by_keras(model, kind).startswith(begin)

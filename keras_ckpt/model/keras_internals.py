@@ -6,7 +6,9 @@ A test calls each function, and names the one whose private name has changed in 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import io
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
@@ -15,7 +17,13 @@ import keras
 
 # Keras has no public name for the generator of unseeded keras.random functions, nor for a check whether it exists.
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
+
+# Keras's public functions write files to paths alone.
+from keras.src.legacy.saving import legacy_h5_format
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+from keras.src.saving import saving_lib
+
+from keras_ckpt.formats.keras_file import hdf5_in_memory
 
 
 def layers_of(model: keras.Model) -> list[Any]:
@@ -132,3 +140,27 @@ def is_running(callbacks: keras.callbacks.CallbackList, frame: FrameType | None)
 def _list_in(frame: FrameType, callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList | None:
     caller = frame.f_locals.get("self")
     return caller if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks else None
+
+
+def written_by_keras(model: keras.Model, kind: str) -> bytes:
+    """A file that Keras's own writer makes in memory.
+
+    Args:
+        model: The model.
+        kind: `"keras"`, `"weights"`, or `"legacy"` for a whole model in HDF5.
+    """
+    if kind == "legacy":
+        return hdf5_in_memory(functools.partial(legacy_h5_format.save_model_to_hdf5, model))
+    memory = _WeightsInMemory()
+    if kind == "weights":
+        saving_lib.save_weights_only(model, memory)
+    else:
+        saving_lib.save_model(model, memory)
+    return memory.getvalue()
+
+
+class _WeightsInMemory(io.BytesIO):
+    """Memory with the name that Keras demands of a file of weights."""
+
+    def __str__(self) -> str:
+        return "model.weights.h5"
