@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import h5py
 
@@ -77,3 +79,114 @@ def hdf5_in_memory(fill: Callable[[h5py.File], object]) -> bytes:
     with h5py.File(memory, "w") as file:
         fill(file)
     return memory.getvalue()
+
+
+def places_in(image: bytes) -> dict[str, slice]:
+    """The places of the values in an HDF5 file, by the path of the dataset.
+
+    Args:
+        image: The bytes of the file.
+
+    Raises:
+        ValueError: The values of a dataset are not in one place, or not plain bytes.
+    """
+    found: dict[str, slice] = {}
+
+    def note(path: str, each: h5py.Group | h5py.Dataset) -> None:
+        if not isinstance(each, h5py.Dataset):
+            return
+        size, offset = each.id.get_storage_size(), each.id.get_offset()
+        if each.dtype.kind == "O" or size != each.nbytes or (size and offset is None):
+            raise ValueError(f"the dataset {path} of {each.dtype} is not plain bytes in one place")
+        found[path] = slice(offset, offset + size) if size else slice(0, 0)
+
+    with h5py.File(io.BytesIO(image), "r") as file:
+        file.visititems(note)
+    return found
+
+
+class Skeleton:
+    """An HDF5 file without its values: all bytes but the values are the same in each file of a model.
+
+    Example:
+
+    ```python
+    skeleton = Skeleton(image, places_in(image))
+    pieces = skeleton.filled({"layers/dense/vars/0": memoryview(kernel)})
+    ```
+
+    Args:
+        image: The bytes of a file.
+        places: The places of the values in it.
+
+    Attributes:
+        size: The bytes of a file.
+    """
+
+    def __init__(self, image: bytes, places: Mapping[str, slice]) -> None:
+        self.size = len(image)
+        self._parts: list[tuple[memoryview, str]] = []
+        end = 0
+        for path, place in sorted(places.items(), key=lambda each: each[1].start):
+            if place.stop:
+                self._parts.append((memoryview(image[end : place.start]), path))
+                end = place.stop
+        self._rest = memoryview(image[end:])
+
+    def filled(self, values: Mapping[str, memoryview]) -> Iterator[memoryview]:
+        """The bytes of a file with other values, in order.
+
+        Args:
+            values: The bytes of the values by the path of the dataset.
+        """
+        for before, path in self._parts:
+            yield before
+            yield values[path]
+        yield self._rest
+
+
+class Member(NamedTuple):
+    """A member of a zip archive: its name, its size, and its bytes in order."""
+
+    name: str
+    size: int
+    pieces: Iterable[memoryview]
+
+
+def archive(members: Iterable[Member]) -> Iterator[memoryview]:
+    """The bytes of a zip archive of members that are not compressed, in order."""
+    stream = _Stream()
+    with zipfile.ZipFile(stream, "w") as file:  # type: ignore[call-overload]
+        for member in members:
+            with file.open(member.name, "w", force_zip64=member.size > zipfile.ZIP64_LIMIT // 2) as opened:
+                for piece in member.pieces:
+                    opened.write(piece)
+                    yield from stream.taken()
+            yield from stream.taken()
+    yield memoryview(b"".join(stream.taken()))
+
+
+class _Stream:
+    """A file object that keeps the bytes which `zipfile` writes. Without `tell`, `zipfile` never seeks."""
+
+    def __init__(self) -> None:
+        self._written: list[memoryview] = []
+
+    def write(self, data: bytes | memoryview) -> int:
+        piece = memoryview(data)
+        self._written.append(piece)
+        return len(piece)
+
+    def flush(self) -> None:
+        pass
+
+    def taken(self) -> list[memoryview]:
+        """Takes the bytes that were written since the last call."""
+        taken, self._written = self._written, []
+        return taken
+
+
+def members_of(image: bytes) -> dict[str, bytes]:
+    """The members of a zip archive by name."""
+    with zipfile.ZipFile(io.BytesIO(image)) as file:
+        return {name: file.read(name) for name in file.namelist()}

@@ -1,25 +1,56 @@
 """Keras's own files, `.keras`, `.weights.h5` and `.h5`: the state of a model at one moment, written later.
 
-The content is the content that Keras writes, so `keras.models.load_model`, `model.load_weights` and h5py read it.
+Keras's own writer makes the first file of each structure of a model. The file shows the place of each value. Later
+files are the same bytes with the values of a snapshot in these places, so training waits for the snapshot alone.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import keras
+import numpy as np
 
-from keras_ckpt.formats.keras_file import Tail, write_archive, write_hdf5
-from keras_ckpt.model.keras_internals import written_by_keras
+from keras_ckpt.formats.arena import Arena
+from keras_ckpt.formats.keras_file import (
+    Member,
+    Skeleton,
+    Tail,
+    archive,
+    members_of,
+    places_in,
+    write_archive,
+    write_hdf5,
+)
+from keras_ckpt.formats.threads import begin
+from keras_ckpt.formats.variables import SUFFIX
+from keras_ckpt.model import naming, parts
+from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.keras_internals import asked_by_keras, config_of, value_of, written_by_keras
+from keras_ckpt.model.learned import Steady, files_of
+from keras_ckpt.model.snapshot import Snapshot, arena_of
+from keras_ckpt.model.structure import Structure
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointFile
 
 Kind = Literal["keras", "weights", "legacy"]
 """The kind of a file: `.keras`, `.weights.h5`, or the legacy `.h5` of a whole model."""
+Source: TypeAlias = str | np.ndarray
+"""The source of a dataset's value: the key of a variable in a snapshot, or the value itself."""
+
+_WEIGHTS, _CONFIG, _METADATA, _ASSETS = "model.weights.h5", "config.json", "metadata.json", "assets"
+"""The members of a `.keras` file, and the folder of the other members."""
 
 
 class FileState:
     """The state of a model, as one of Keras's own files has it.
+
+    The first snapshot takes longer than Keras's own save. So does the first snapshot after a change of the model's
+    structure, such as a call of `compile`. Each snapshot for a legacy `.h5` file takes as long as Keras's own save.
 
     Example:
 
@@ -35,10 +66,65 @@ class FileState:
     def __init__(self, model: keras.Model, kind: Kind) -> None:
         self._model = model
         self._kind: Kind = kind
+        self._arena = arena_of(model)
+        self._structure: Structure | None = None
+        self._plan: _Plan | None = None
+        self._has_warned = False
 
     def snapshot(self) -> FileSnapshot:
-        """Takes a snapshot of the present state. Call it in the thread that trains."""
-        return FileSnapshot(self._kind, written_by_keras(self._model, self._kind))
+        """Takes a snapshot of the present state. Call it in the thread that trains.
+
+        Raises:
+            Exception: Any error that Keras or the model raises while Keras saves the model.
+        """
+        if self._structure is not None:
+            # Other threads may run Python while TensorFlow reads.
+            holds = begin(self._structure.holds)
+            snapshot = self._by_plan()
+            if holds():
+                return snapshot or self._by_keras()[0]
+        return self._first()
+
+    def _by_plan(self) -> FileSnapshot | None:
+        """A snapshot by the plan, `None` without a plan that fits the model."""
+        if self._plan is None:
+            return None
+        try:
+            moment = self._plan.moment()
+        except Exception as error:  # noqa: BLE001 - if it is the model's error, Keras's own writer raises it too
+            self._refuse(error)
+            return None
+        contents = functools.partial(self._plan.contents, moment)
+        return FileSnapshot(self._kind, self._plan.size, contents, self._arena, moment.values)
+
+    def _by_keras(self) -> tuple[FileSnapshot, bytes]:
+        """A snapshot by Keras's own writer, and the file that it made."""
+        image = written_by_keras(self._model, self._kind)
+        return FileSnapshot(self._kind, len(image), lambda arena: [memoryview(image)], self._arena), image
+
+    def _first(self) -> FileSnapshot:
+        """A snapshot by Keras's own writer, and a plan for the next snapshots."""
+        snapshot, image = self._by_keras()
+        if self._kind != "legacy":
+            model = self._model
+            variables, below = naming.named_variables(model), parts.tracked(model)
+            owners = [*parts.optimizers_of(model, below).values(), *parts.losses_of(model, below).values()]
+            self._structure, self._plan = Structure(model, owners, [*variables.values()]), None
+            try:
+                self._plan = _Plan(model, self._kind, variables, image)
+            except Exception as error:  # noqa: BLE001 - only the next snapshots need the plan
+                self._refuse(error)
+        return snapshot
+
+    def _refuse(self, error: Exception) -> None:
+        """Drops the plan: Keras's own writer makes the files of this structure."""
+        self._plan = None
+        if not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"Keras's own writer makes the files of {self._model.name!r}, and training waits for it. The faster "
+                f"writer of keras_ckpt does not fit this model: {error!r:.300}"
+            )
 
 
 class FileSnapshot:
@@ -51,17 +137,47 @@ class FileSnapshot:
     file = snapshot.write(folder, "best.weights.h5", lambda size, digest: b"")
     ```
 
+    Args:
+        kind: The kind of the file.
+        size: The approximate bytes of the file.
+        contents: Makes the bytes of the file in order. It may copy values into an arena.
+        arena: The arena of the model.
+        values: The values that the bytes will have, if training has to copy them before it changes them.
+
     Attributes:
         size: The approximate bytes of the file.
     """
 
-    def __init__(self, kind: Kind, image: bytes) -> None:
-        self.size = len(image)
+    def __init__(
+        self,
+        kind: Kind,
+        size: int,
+        contents: Callable[[Arena], Iterable[memoryview]],
+        arena: Arena,
+        values: Snapshot | None = None,
+    ) -> None:
+        self.size = size
         self._kind = kind
-        self._image = image
+        self._contents = contents
+        self._arena = arena
+        self._values = values
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the values are copies, which training cannot affect."""
+        return self._values is None or self._values.is_copied
+
+    def detach(self, change: bool) -> None:
+        """Copies the values at once: training with XLA would have to copy held values before its next batch.
+
+        Args:
+            change: Whether the arena of the model may be changed now.
+        """
+        if self._values is not None:
+            self._values.detach(self._arena, change)
 
     def write(self, folder: Folder, name: str, tail: Tail) -> CheckpointFile:
-        """Writes the file with a tail, and makes it durable. Call it in any thread.
+        """Writes the file with a tail, and makes it durable. Call it once, in any thread.
 
         Args:
             folder: Where to write.
@@ -73,4 +189,181 @@ class FileSnapshot:
             The file, with the size and the digest of all its bytes.
         """
         write = write_archive if self._kind == "keras" else write_hdf5
-        return write(folder, name, [memoryview(self._image)], tail)
+        return write(folder, name, self._contents(self._arena), tail)
+
+
+class _Moment(NamedTuple):
+    """The state of a model at one moment.
+
+    Attributes:
+        values: The values of variables.
+        answers: The sources of the values of objects that are asked, by dataset.
+        assets: The files that objects saved, by member of the archive.
+        scalars: The values of variables without dimensions, which a config may have.
+    """
+
+    values: Snapshot
+    answers: Mapping[str, Source]
+    assets: Mapping[str, bytes]
+    scalars: list[tuple[keras.Variable, Any]]
+
+
+class _Plan:
+    """The source of each byte of the files of a model.
+
+    Args:
+        model: The model.
+        kind: The kind of the file.
+        variables: The variables of the model by name.
+        image: A file that Keras's own writer made of the present state.
+
+    Attributes:
+        size: The approximate bytes of a file.
+
+    Raises:
+        Exception: The plan would make another file, or Keras has changed.
+    """
+
+    def __init__(self, model: keras.Model, kind: Kind, variables: Mapping[str, Any], image: bytes) -> None:
+        self.size = len(image)
+        self._model = model
+        self._kind: Kind = kind
+        self._fixed: dict[str, Source] = {}
+        self._asked: dict[str, Any] = {}
+        self._savers: dict[str, Any] = {}
+        self._files = Steady()
+        read = self._note({id(variable): f"{name}{SUFFIX}" for name, variable in variables.items()})
+        self._keys = {id(variable): key for key, variable in read.items()}
+        self._reader = backend.Reader({key: value_of(variable) for key, variable in read.items()})
+        self._scalars = {key: variable for key, variable in read.items() if not tuple(variable.shape)}
+        self._kinds = {dataset: _kind(source) for dataset, source in self._answers().items()}
+        self._skeleton = self._proved(image)
+
+    def _note(self, keys: Mapping[int, str]) -> dict[str, Any]:
+        """Notes the source of each dataset. Returns the variables to read by key."""
+        read = {}
+        for path, (owner, answers) in asked_by_keras(self._model).items():
+            variables = dict(zip(answers, owner.variables, strict=True)) if _is_plain_optimizer(owner) else answers
+            is_fixed = _is_fixed(owner, variables)
+            for name, value in variables.items():
+                dataset = _dataset(path, name)
+                key = keys.get(id(value), f"file/{dataset}{SUFFIX}")
+                if isinstance(value, keras.Variable):
+                    read[key] = value
+                if is_fixed:
+                    self._fixed[dataset] = key
+            if not is_fixed:
+                self._asked[path] = owner
+            if self._kind == "keras" and hasattr(owner, "save_assets"):
+                self._savers[f"{_ASSETS}/{path}".rstrip("/")] = owner
+        return read
+
+    def moment(self) -> _Moment:
+        """The present state of the model.
+
+        Raises:
+            ValueError: An object gives other values than before.
+        """
+        values = Snapshot(self._reader, {})
+        answers = self._answers()
+        for dataset in answers.keys() | self._kinds.keys():
+            if dataset not in answers or _kind(answers[dataset]) != self._kinds.get(dataset):
+                raise ValueError(f"{dataset} is {_kind(answers.get(dataset))}, it was {self._kinds.get(dataset)}")
+        scalars = [(variable, values.values[key]) for key, variable in self._scalars.items()]
+        return _Moment(values, answers, self._saved_assets(), scalars)
+
+    def _answers(self) -> dict[str, Source]:
+        """The sources of the values of objects that are asked, by dataset."""
+        found: dict[str, Source] = {}
+        for path, owner in self._asked.items():
+            answers: dict[str, Any] = {}
+            owner.save_own_variables(answers)
+            for name, value in answers.items():
+                found[_dataset(path, name)] = self._keys.get(id(value)) or _copy(value)
+        return found
+
+    def _saved_assets(self) -> dict[str, bytes]:
+        """The files that objects save, by member of the archive."""
+        return {
+            f"{place}/{name}": data
+            for place, owner in self._savers.items()
+            for name, data in self._files.get(owner, functools.partial(files_of, owner)).items()
+        }
+
+    def contents(self, moment: _Moment, arena: Arena) -> Iterable[memoryview]:
+        """The bytes of a file in order. They do not change before the arena is changed next."""
+        values = {key.decode(): value.data for key, value in moment.values.move(arena).items()}
+        weights = self._skeleton.filled({name: each.data for name, each in self._sorted_out(moment, values).items()})
+        if self._kind == "weights":
+            return weights
+        texts = [Member(name, len(data), [memoryview(data)]) for name, data in self._texts(moment).items()]
+        return archive([*texts, Member(_WEIGHTS, self._skeleton.size, weights)])
+
+    def _sorted_out(self, moment: _Moment, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The bytes of each dataset, from the bytes of variables by key."""
+        sources = {**self._fixed, **moment.answers}
+        return {name: values[each] if isinstance(each, str) else _flat(each) for name, each in sources.items()}
+
+    def _texts(self, moment: _Moment) -> dict[str, bytes]:
+        """The members of a `.keras` file other than the weights."""
+        config, metadata = config_of(self._model, moment.scalars)
+        return {_METADATA: metadata.encode(), _CONFIG: config.encode(), **moment.assets}
+
+    def _proved(self, image: bytes) -> Skeleton:
+        """The skeleton of a file by Keras, after a proof that the plan makes the same file now."""
+        theirs = members_of(image) if self._kind == "keras" else {_WEIGHTS: image}
+        weights = theirs.pop(_WEIGHTS)
+        places, moment = places_in(weights), self.moment()
+        values = {key: _flat(backend.array_of(each)) for key, each in moment.values.values.items()}
+        ours, bytes_of = self._sorted_out(moment, values), np.frombuffer(weights, np.uint8)
+        if differing := sorted(places.keys() ^ ours.keys()):
+            raise ValueError(f"there is a dataset {differing[0]} in one of two files")
+        for dataset, place in places.items():
+            if not np.array_equal(ours[dataset], bytes_of[place]):
+                raise ValueError(f"the values of {dataset} differ")
+        texts = self._texts(moment) if self._kind == "keras" else {}
+        for name in theirs.keys() | texts.keys():
+            if _undated(name, theirs.get(name)) != _undated(name, texts.get(name)):
+                raise ValueError(f"{name} differs")
+        return Skeleton(weights, places)
+
+
+def _is_plain_optimizer(owner: Any) -> bool:
+    """Whether an object is an optimizer that saves the values of its variables, in their order."""
+    plain = keras.optimizers.Optimizer
+    return isinstance(owner, plain) and type(owner).save_own_variables is plain.save_own_variables
+
+
+def _is_fixed(owner: Any, answers: Mapping[str, Any]) -> bool:
+    """Whether an object saves the same variables until the structure of the model changes."""
+    of_keras = type(owner).save_own_variables.__module__.startswith("keras.")
+    return of_keras and all(isinstance(value, keras.Variable) for value in answers.values())
+
+
+def _dataset(path: str, name: str) -> str:
+    """The path of a dataset of an object in an HDF5 file."""
+    return f"{path}/vars/{name}".lstrip("/")
+
+
+def _kind(source: Source | None) -> object:
+    """A description that is equal for values that fit into the same place."""
+    return (source.dtype.str, source.shape) if isinstance(source, np.ndarray) else source
+
+
+def _copy(value: Any) -> np.ndarray:
+    array = np.array(keras.ops.convert_to_numpy(value), order="C")
+    if array.dtype.kind == "O":
+        raise TypeError(f"a value of type {type(value).__name__} is not an array of numbers")
+    return array
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def _undated(name: str, data: bytes | None) -> object:
+    """A member of a `.keras` file without its date."""
+    if name != _METADATA or data is None:
+        return data
+    return {key: value for key, value in json.loads(data).items() if key != "date_saved"}

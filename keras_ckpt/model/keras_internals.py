@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -157,6 +157,42 @@ def written_by_keras(model: keras.Model, kind: str) -> bytes:
     else:
         saving_lib.save_model(model, memory)
     return memory.getvalue()
+
+
+def asked_by_keras(model: keras.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The objects that Keras asks for their variables when it saves a model, by path, with their answers.
+
+    Most answers are variables themselves, not their values.
+    """
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    class Notes(saving_lib.H5IOStore):
+        def __init__(self) -> None:
+            """Opens no file."""
+
+        def __bool__(self) -> bool:
+            return True
+
+        def make(self, path: str, metadata: Any = None) -> dict[str, Any]:
+            # Keras calls `saveable.save_own_variables(store.make(path))`.
+            asker = inspect.currentframe().f_back  # type: ignore[union-attr]
+            found[path] = asker.f_locals["saveable"], {}  # type: ignore[union-attr]
+            return found[path][1]
+
+    saving_lib._save_state(model, Notes(), None, "", set())  # noqa: SLF001
+    return found
+
+
+def config_of(model: keras.Model, values: Sequence[tuple[keras.Variable, Any]]) -> tuple[str, str]:
+    """The config of a model in a `.keras` file, and the metadata, both as JSON.
+
+    Args:
+        model: The model.
+        values: The values that variables have in the config. Another thread may change the variables meanwhile.
+    """
+    with keras.StatelessScope(values, initialize_variables=False):
+        config, metadata = saving_lib._serialize_model_as_json(model)  # noqa: SLF001
+    return config, metadata
 
 
 class _WeightsInMemory(io.BytesIO):

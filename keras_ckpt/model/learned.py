@@ -11,7 +11,7 @@ import collections
 import functools
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import keras
 import msgspec
@@ -26,6 +26,8 @@ from keras_ckpt.model.keras_internals import unlock
 from keras_ckpt.model.matching import ambiguous, same_end
 from keras_ckpt.model.naming import named_objects
 from keras_ckpt.store.files import files_below, temporary_directory, write_below
+
+Result = TypeVar("Result")
 
 _PROTOCOL = (
     "save_own_variables",
@@ -86,7 +88,7 @@ class Learners:
     def __init__(self, model: keras.Model, names: Mapping[int, str], weights_only: bool = False) -> None:
         self._objects = learners(named_objects(model), weights_only)
         self._names = names
-        self._steady: dict[str, tuple[list[Any], _ObjectState]] = {}
+        self._states = Steady()
         self._latest: tuple[list[_ObjectState], LearnedState] | None = None
 
     def __len__(self) -> int:
@@ -98,7 +100,10 @@ class Learners:
 
     def collect(self) -> LearnedState:
         """The learned state now. Returns the same `LearnedState` until an object changes."""
-        states = [self._collect(name, each) for name, each in self._objects.items()]
+        states = [
+            self._states.get(each, functools.partial(_collect, name, each, self._names))
+            for name, each in self._objects.items()
+        ]
         if self._latest is None or list(map(id, states)) != list(map(id, self._latest[0])):
             self._latest = states, self._combine(states)
         return self._latest[1]
@@ -122,16 +127,32 @@ class Learners:
             )
         return LearnedState(objects, arrays, [data for _, data in assets.values()], failed)
 
-    def _collect(self, name: str, each: Any) -> _ObjectState:
+
+class Steady:
+    """Results about objects. For some layers of Keras a result is computed again only after the layer has changed.
+
+    Example:
+
+    ```python
+    results = Steady()
+    files = results.get(lookup, lambda: files_of(lookup))
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[int, tuple[Sequence[Any], Any]] = {}
+
+    def get(self, each: Any, compute: Callable[[], Result]) -> Result:
+        """The result about an object. Always computes the result of the same function."""
         if type(each) not in _STEADY_LAYERS:
-            return _collect(name, each, self._names)
+            return compute()
         # The old attributes are held, so that no new object gets the identity of an old one.
-        attributes = [*vars(each).values(), *vars(getattr(each, "_lookup_layer", None) or object).values()]
-        before, state = self._steady.get(name, ([], None))
-        if state is None or list(map(id, before)) != list(map(id, attributes)):
-            state = _collect(name, each, self._names)
-            self._steady[name] = attributes, state
-        return state
+        attributes = [each, *vars(each).values(), *vars(getattr(each, "_lookup_layer", None) or object).values()]
+        before, result = self._latest.get(id(each), ((), None))
+        if list(map(id, before)) != list(map(id, attributes)):
+            result = compute()
+            self._latest[id(each)] = attributes, result
+        return result  # type: ignore[no-any-return]
 
 
 class _ObjectState(NamedTuple):
@@ -196,7 +217,7 @@ def _collect(name: str, each: Any, names: Mapping[int, str]) -> _ObjectState:
         array = None if id(value) in names else call("save_own_variables", _as_array, value)
         if array is not None:
             arrays[str(key)] = array
-    write = _vocabulary_of if isinstance(each, _LOOKUPS) else _files_of
+    write = _vocabulary_of if isinstance(each, _LOOKUPS) else files_of
     files = call("save_assets", write, each) if _has_own(each, "save_assets") else None
     config = call("get_config", lambda: _as_json(each.get_config())) if hasattr(each, "adapt") else None
     own_build = _has_own(each, "build_from_config") or _has_own(each, "get_build_config")
@@ -217,7 +238,8 @@ def _as_json(config: Any) -> str:
     return json.dumps(keras.saving.serialize_keras_object(config), sort_keys=True)
 
 
-def _files_of(each: Any) -> dict[str, bytes]:
+def files_of(each: Any) -> dict[str, bytes]:
+    """The files that an object saves, by relative path."""
     with temporary_directory() as path:
         each.save_assets(path)
         return files_below(path, ASSET_LIMIT)
