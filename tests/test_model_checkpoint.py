@@ -3,6 +3,7 @@
 import datetime
 import math
 import pathlib
+import re
 import warnings
 
 import keras
@@ -350,10 +351,10 @@ class TestMonitor:
         }
         assert runs.best("val_loss") in list(runs)
 
-    def test_an_invalid_mode_is_refused(self, runs) -> None:
-        """Keras warns and continues with auto."""
-        with pytest.raises(ValueError, match=r"Received: mode='lowest'"):
-            kc.ModelCheckpoint(runs.path, mode="lowest")
+    def test_an_unknown_mode_warns_and_means_auto(self, runs) -> None:
+        """Keras does the same."""
+        with pytest.warns(UserWarning, match="ModelCheckpoint mode 'lowest' is unknown, fallback to auto mode"):
+            assert kc.ModelCheckpoint(runs.path, mode="lowest").mode == "auto"
 
 
 class TestSaveFreq:
@@ -726,17 +727,24 @@ class TestOneRunPerDirectory:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("weights_only", [False, True])
+    @pytest.mark.parametrize("path", ["best.hdf5", "runs/best.ckpt", "best.HD5", "a.weights", "best.Keras"])
+    def test_a_file_of_another_format_is_refused_with_a_path_to_use(self, path, weights_only) -> None:
+        """The suggested path is accepted."""
+        with pytest.raises(ValueError, match="filepath provided must end in") as error:
+            kc.ModelCheckpoint(path, save_weights_only=weights_only)
+        kc.ModelCheckpoint(str(error.value).rpartition(" ")[2], save_weights_only=weights_only)
+
     @pytest.mark.parametrize(
-        ("path", "directory"),
-        [
-            ("best.keras", "best"), ("best.h5", "best"), ("runs/best.weights.h5", "runs/best"), ("best.hdf5", "best"),
-            ("{epoch}.keras", "checkpoints"), ("runs/{epoch:02d}-{val_loss:.2f}", "runs"), ("best.ckpt", "best"),
-        ],
-    )  # fmt: skip
-    def test_a_path_of_a_file_is_refused_with_a_directory_to_use(self, path, directory) -> None:
-        """The suggested directory is accepted."""
-        with pytest.raises(ValueError, match=f"are not supported. .* Give a directory, such as '{directory}'"):
+        ("path", "directory"), [("runs/{epoch:02d}-{val_loss:.2f}", "runs"), ("{epoch}", "checkpoints")]
+    )
+    def test_a_template_of_directories_is_refused_with_paths_to_use(self, path, directory) -> None:
+        """The suggested template of files and the suggested directory are accepted."""
+        with pytest.raises(
+            ValueError, match=f"add a suffix: {re.escape(path)}.keras.* leave the fields out: '{directory}'"
+        ):
             kc.ModelCheckpoint(path)
+        kc.ModelCheckpoint(f"{path}.keras")
         kc.ModelCheckpoint(directory)
 
     @pytest.mark.parametrize("path", ["run.h5.old", "a{b", "best.keras/run"])

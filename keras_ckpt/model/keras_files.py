@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import keras
 import numpy as np
+from blake3 import blake3
 
 from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.keras_file import (
@@ -94,13 +95,14 @@ class FileState:
         except Exception as error:  # noqa: BLE001 - if it is the model's error, Keras's own writer raises it too
             self._refuse(error)
             return None
-        contents = functools.partial(self._plan.contents, moment)
-        return FileSnapshot(self._kind, self._plan.size, contents, self._arena, moment.values)
+        content = functools.partial(self._plan.content, moment)
+        return FileSnapshot(self._kind, self._plan.size, content, self._arena, moment.values)
 
     def _by_keras(self) -> tuple[FileSnapshot, bytes]:
         """A snapshot by Keras's own writer, and the file that it made."""
         image = written_by_keras(self._model, self._kind)
-        return FileSnapshot(self._kind, len(image), lambda arena: [memoryview(image)], self._arena), image
+        content = Content([memoryview(image)], fingerprint(self._model))
+        return FileSnapshot(self._kind, len(image), lambda arena: content, self._arena), image
 
     def _first(self) -> FileSnapshot:
         """A snapshot by Keras's own writer, and a plan for the next snapshots."""
@@ -140,7 +142,7 @@ class FileSnapshot:
     Args:
         kind: The kind of the file.
         size: The approximate bytes of the file.
-        contents: Makes the bytes of the file in order. It may copy values into an arena.
+        content: Makes the content of the file. It may copy values into an arena.
         arena: The arena of the model.
         values: The values that the bytes will have, if training has to copy them before it changes them.
 
@@ -152,13 +154,13 @@ class FileSnapshot:
         self,
         kind: Kind,
         size: int,
-        contents: Callable[[Arena], Iterable[memoryview]],
+        content: Callable[[Arena], Content],
         arena: Arena,
         values: Snapshot | None = None,
     ) -> None:
         self.size = size
         self._kind = kind
-        self._contents = contents
+        self._content = content
         self._arena = arena
         self._values = values
 
@@ -166,6 +168,11 @@ class FileSnapshot:
     def is_copied(self) -> bool:
         """Whether the values are copies, which training cannot affect."""
         return self._values is None or self._values.is_copied
+
+    @functools.cached_property
+    def content(self) -> Content:
+        """The content of the file, which copies the values. Ask for it once the values may be copied, in any thread."""
+        return self._content(self._arena)
 
     def detach(self, change: bool) -> None:
         """Copies the values at once: training with XLA would have to copy held values before its next batch.
@@ -189,7 +196,24 @@ class FileSnapshot:
             The file, with the size and the digest of all its bytes.
         """
         write = write_archive if self._kind == "keras" else write_hdf5
-        return write(folder, name, self._contents(self._arena), tail)
+        return write(folder, name, self.content.pieces, tail)
+
+
+class Content(NamedTuple):
+    """The content of a file.
+
+    Attributes:
+        pieces: The bytes of the file in order. They do not change before the arena is changed next.
+        weights: The fingerprint of the model's weights, `None` if the file has other values, such as merged kernels.
+    """
+
+    pieces: Iterable[memoryview]
+    weights: str | None
+
+
+def fingerprint(model: keras.Model) -> str:
+    """The digest of the weights of a model. A model that Keras loads from a file has the same fingerprint."""
+    return _digest(_flat(np.ascontiguousarray(backend.array_of(value_of(weight)))) for weight in model.weights)
 
 
 class _Moment(NamedTuple):
@@ -290,14 +314,16 @@ class _Plan:
             for name, data in self._files.get(owner, functools.partial(files_of, owner)).items()
         }
 
-    def contents(self, moment: _Moment, arena: Arena) -> Iterable[memoryview]:
-        """The bytes of a file in order. They do not change before the arena is changed next."""
+    def content(self, moment: _Moment, arena: Arena) -> Content:
+        """The content of a file."""
         values = {key.decode(): value.data for key, value in moment.values.move(arena).items()}
         weights = self._skeleton.filled({name: each.data for name, each in self._sorted_out(moment, values).items()})
+        known = [self._keys.get(id(weight), "") for weight in self._model.weights]
+        found = _digest(values[key] for key in known) if values.keys() >= {*known} else None
         if self._kind == "weights":
-            return weights
+            return Content(weights, found)
         texts = [Member(name, len(data), [memoryview(data)]) for name, data in self._texts(moment).items()]
-        return archive([*texts, Member(_WEIGHTS, self._skeleton.size, weights)])
+        return Content(archive([*texts, Member(_WEIGHTS, self._skeleton.size, weights)]), found)
 
     def _sorted_out(self, moment: _Moment, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The bytes of each dataset, from the bytes of variables by key."""
@@ -355,6 +381,13 @@ def _copy(value: Any) -> np.ndarray:
     if array.dtype.kind == "O":
         raise TypeError(f"a value of type {type(value).__name__} is not an array of numbers")
     return array
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    hasher = blake3(max_threads=blake3.AUTO)
+    for array in arrays:
+        hasher.update(array.data)
+    return f"blake3:{hasher.hexdigest()}"
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

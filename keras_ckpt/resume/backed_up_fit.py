@@ -20,6 +20,7 @@ from keras_ckpt.resume.fit_state import ENDED, INITIAL_EPOCH, FitState, Place
 from keras_ckpt.store import background
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.writer import SaveRequest
+from keras_ckpt.training.bundles import Bundles
 from keras_ckpt.training.session import Outcome, Session
 
 Logs = Mapping[str, Any] | None
@@ -60,13 +61,17 @@ class BackedUpFit:
     Args:
         model: The model.
         session: The open session that saves.
+        bundles: Takes the snapshots that the session saves.
         state: The state of the fit beside its model.
         ended: The number of fits with this directory that have ended in the process.
     """
 
-    def __init__(self, model: keras.Model, session: Session, state: FitState, ended: int) -> None:
+    def __init__(
+        self, model: keras.Model, session: Session[Snapshot], bundles: Bundles, state: FitState, ended: int
+    ) -> None:
         self._model = model
         self._session = session
+        self._bundles = bundles
         self._state = state
         self._ended = ended
         self._phase = Phase.CHANGING
@@ -236,7 +241,11 @@ class BackedUpFit:
 
     def _now(self, assumes: bool = True) -> _Moment:
         document, later = self._state.take(self._place, self._logs, self._due, assumes)
-        return _Moment(self._place, self._session.progress.position, self._session.snapshot(document, later))
+        return _Moment(
+            self._place,
+            self._session.progress.position,
+            self._bundles.snapshot(self._session.progress.position.step, document, later),
+        )
 
     def _save_the_beginning(self) -> None:
         beginning, self._beginning = self._beginning, None

@@ -226,18 +226,19 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 failed.callback(restart.close)
                 restart.begin()
                 self._patches.begin_with(self.model, self._fit.callbacks, restart.start.epoch)
+            bundles = Bundles(self.model, writer)
             session = Session(
                 self,
                 writer,
                 self._schedule,
                 self.on_full_disk,
                 self.save_on_background,
-                Bundles(self.model, writer),
+                bundles,
                 backs_up=True,
                 fit=self._fit,
             )
             session.open(listing)
-            backed_up = BackedUpFit(self.model, session, state, ended)
+            backed_up = BackedUpFit(self.model, session, bundles, state, ended)
             if restart is None:
                 for logger in self._csv_loggers:
                     empty_csv_file(logger)

@@ -85,6 +85,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             the save blocked training. Both are in milliseconds, and end when the sidecar was sealed.
         run_id: The run of the checkpoint.
         files: The checkpoint's files.
+        weights: For a file of Keras, the digest of the model's weights, by which a loaded model is recognized.
         template: The template of the names of the series, for a file of Keras; `""` for a TensorFlow checkpoint.
         format: Always `"keras_ckpt"`.
         format_version: The version of the sidecar's format.
@@ -97,6 +98,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     format_version: Annotated[int, msgspec.Meta(ge=1)] = FORMAT_VERSION
     run_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
     template: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+    weights: Digest | None = None
     sequence: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
     step: Count
     epoch: Count | None = None
@@ -297,7 +299,7 @@ def members(record: CheckpointRecord) -> dict[str, Any]:
     for field in _CONTEXT:
         del found[field]
     if not record.template:
-        del found["template"]
+        del found["template"], found["weights"]
     return found
 
 

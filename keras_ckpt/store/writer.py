@@ -68,6 +68,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
         reason: Why the save is due. A long reason is cut.
         metadata: The user's JSON-able values.
         versions: Versions of the packages that save.
+        weights: The digest of the model's weights, for a file of Keras.
         time: When the save began, in seconds since 1970.
         began: When training began to wait, by `time.perf_counter`.
         blocked_ms: How long training waited; defaults to the time until all data is durable.
@@ -86,6 +87,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     metadata: Mapping[str, Any] = {}
     versions: Mapping[str, str] = {}
+    weights: str | None = None
     time: float = msgspec.field(default_factory=_now)
     began: float = msgspec.field(default_factory=clock.perf_counter)
     blocked_ms: float | None = None
@@ -107,6 +109,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
             directory=directory,
             run_id=run_id if self.run_id is None else self.run_id,
             template=template,
+            weights=self.weights,
             time=self.time,
             versions=dict(self.versions),
             **self._description(),
@@ -403,7 +406,8 @@ class Writer:
 
     def _wanted(self, candidate: CheckpointRecord, listing: Listing) -> bool:
         """Whether the policies would keep a checkpoint; "save" and "prune" are one question."""
-        records = listing.joined_by(candidate).records
+        # A checkpoint of the same name counts too, or a worse one would replace it.
+        records = [*(record for record in listing.records if record.step != candidate.step), candidate]
         policies = (policy for policy in (self.keep, self.only) if policy is not None)
         return all(candidate.step in kept_in_training(policy, records) for policy in policies)
 

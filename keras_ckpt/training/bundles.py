@@ -40,10 +40,13 @@ class Bundles:
         self._attributes = self._state.attributes()
         self._writer = writer
 
-    @property
-    def size(self) -> int:
+    def size(self, snapshot: Snapshot) -> int:
         """The bytes of a snapshot."""
-        return self._state.size
+        return self._state.size + snapshot.others_size
+
+    def holds(self, snapshot: Snapshot) -> bool:
+        """Whether all assumptions about the values of a snapshot hold. This may take time."""
+        return snapshot.is_true
 
     def snapshot(self, step: int, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
         """The snapshot of the model as it is now.
@@ -75,16 +78,7 @@ class Bundles:
         return self._state.unsaved(self._attributes)
 
     def write(self, request: SaveRequest, snapshot: Snapshot, amends: bool) -> CheckpointRecord | None:
-        """Writes a snapshot, in any thread.
-
-        Args:
-            request: The request, without versions.
-            snapshot: The values.
-            amends: Whether a checkpoint of this step with the same values only gets a new sidecar.
-
-        Returns:
-            The record, `None` if the policy would not keep the checkpoint.
-        """
+        """Writes a snapshot, as `Form.write` in `session` says."""
         with self._writer.explaining(request.step):
             values = snapshot.move(self._arena)
         sharing = SharingWrite(values, self._arena, self._writer.directory)

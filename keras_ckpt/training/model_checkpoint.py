@@ -1,4 +1,4 @@
-"""`ModelCheckpoint`: Keras's callback, which saves into a checkpoint directory."""
+"""`ModelCheckpoint`: Keras's callback, which saves into a checkpoint directory, or files in Keras's formats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Set
 from typing import Any, Literal
@@ -14,27 +13,31 @@ from typing import Any, Literal
 import keras
 
 from keras_ckpt.errors import DiskFullError
+from keras_ckpt.model.keras_internals import fit_in_progress
 from keras_ckpt.store import tables
-from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
 from keras_ckpt.training.bundles import Bundles
+from keras_ckpt.training.keras_files import KerasFiles
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
-from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
+from keras_ckpt.training.schedule import SaveFreq
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
+from keras_ckpt.training.targets import target
 
 Logs = Mapping[str, Any] | None
 Metadata = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _NOT_KEPT = "not saved, it would not be kept"
+_WAITS = "waits for the epoch's end"
 
 
 class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
-    """Saves checkpoints during `fit` into a directory, and prunes them by a policy.
+    """Saves checkpoints during `fit` into a directory or into files of Keras, and prunes them by a policy.
 
-    Each save is a plain TensorFlow checkpoint with a sidecar, a JSON file with its metrics and metadata. The best
-    checkpoint and the checkpoints to remove are read from the directory, so a restart changes nothing.
+    Each save has a sidecar, a JSON file with its metrics and metadata. The best checkpoint and the checkpoints to
+    remove are read from the disk, so a restart changes nothing. In a directory each save is a plain TensorFlow
+    checkpoint. A filepath that ends in `.keras`, `.weights.h5` or `.h5` names files in these formats, as in Keras.
 
     Example:
 
@@ -45,25 +48,31 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     ```
 
     Args:
-        filepath: The directory of the run.
+        filepath: The directory of the run; or a file, such as `"best.keras"`, that each save replaces; or a template of
+            files, such as `"{epoch:02d}-{val_loss:.2f}.keras"`, with the epoch, the batch and metrics as fields.
         monitor: The metric by which checkpoints are ranked, where something ranks them.
         verbose: 1 prints the outcome of each save, once it is known. A background save prints at a later batch or at
             the end. 0 prints nothing.
         save_best_only: Whether to save only a model that is better than every checkpoint on disk and than
-            `initial_value_threshold`. Only the best checkpoint stays, as Keras's single file would, unless `keep` says
-            otherwise.
-        save_weights_only: Whether to omit the optimizer. Training cannot resume exactly from such a checkpoint.
+            `initial_value_threshold`. In a directory only the best checkpoint stays, as Keras's single file would,
+            unless `keep` says otherwise.
+        save_weights_only: In a directory, whether to omit the optimizer: training cannot resume exactly from such a
+            checkpoint. For files, whether they are in the format `.weights.h5`, which has the optimizer, as in Keras.
         mode: `"min"` if less of the monitored metric is better, `"max"` if more is, `"auto"` to ask Keras.
         save_freq: `"epoch"`, a number of batches, a `datetime.timedelta`, or a list of these, any of which makes a save
-            due. A save in the middle of an epoch that cannot be ranked there is ranked at the epoch's end.
+            due. A save in the middle of an epoch that cannot be ranked there is ranked at the epoch's end. In a
+            directory batches count from the beginning of the run, for files from the callback's last save, as in Keras.
         initial_value_threshold: The value that the monitored metric must beat, with `save_best_only`.
         keep: Which checkpoints to keep: a policy, or an int `n` for the newest `n`. `None` keeps all, or the best with
-            `save_best_only`. A save that the policy would remove at once is not written.
+            `save_best_only` in a directory. A save that the policy would remove at once is not written. The files of
+            an earlier run are replaced if they have the same names; otherwise they stay, and are not ranked.
         metadata: A dict to put into each sidecar, or a function of `logs` that returns a dict.
         on_full_disk: Whether a full disk is a warning and training continues (`"warn"`), or an error (`"raise"`).
-        save_on_background: Whether training continues while a save is written. The next save waits if more than 64 MB
-            would be queued. A save by batches or time in the middle of an epoch is skipped instead, unless it is
-            ranked. The first skip is a warning. An error is raised at the next batch. `fit` ends when all is written.
+        save_on_background: Whether training continues while a save is written. `"auto"` does, except for files when a
+            later callback of the user's own could read a file in the same epoch. `wait()` waits for all saves. The
+            next save waits if more than 64 MB would be queued. A save by batches or time in the middle of an epoch is
+            skipped instead, unless it is ranked. The first skip is a warning. An error is raised at the next batch.
+            `fit` ends when all is written.
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch.
@@ -79,27 +88,30 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         verbose: int = 0,
         save_best_only: bool = False,
         save_weights_only: bool = False,
-        mode: Literal["auto", "min", "max"] = "auto",
+        mode: Mode | Literal["auto"] = "auto",
         save_freq: SaveFreq | list[SaveFreq] = "epoch",
         initial_value_threshold: float | None = None,
         *,
         keep: PreservationPolicy | int | None = None,
         metadata: Metadata | None = None,
         on_full_disk: OnFullDisk = "warn",
-        save_on_background: bool = True,
+        save_on_background: bool | Literal["auto"] = "auto",
     ) -> None:
         # Keras's own __init__ accepts only a template of file names.
         keras.callbacks.Callback.__init__(self)
         if mode not in ("auto", "min", "max"):
-            raise ValueError(f"ModelCheckpoint expected mode 'auto', 'min' or 'max'. Received: mode={mode!r}")
+            warn(f"ModelCheckpoint mode {mode!r} is unknown, fallback to auto mode.")
+            mode = "auto"
         if not isinstance(monitor, str) or not monitor:
             raise TypeError(f"ModelCheckpoint expected a metric's name as monitor. Received: monitor={monitor!r}")
         if not isinstance(verbose, int):
             raise TypeError(f"ModelCheckpoint expected verbose 0 or 1. Received: verbose={verbose!r}")
         if initial_value_threshold is not None:
             initial_value_threshold = as_metric("initial_value_threshold", initial_value_threshold)
-        self.directory = CheckpointDirectory(_checked_path(filepath))
-        self.filepath = self.directory.path
+        policy = as_policy(keep)
+        self._target = target(filepath, save_weights_only, policy)
+        self.directory = self._target.directory
+        self.filepath = os.fspath(filepath) if self.directory.series.template else self.directory.path
         self.monitor = monitor
         self.verbose = verbose
         self.save_best_only = save_best_only
@@ -107,14 +119,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.mode = mode
         self.save_freq = save_freq
         self.initial_value_threshold = initial_value_threshold
-        self.keep = as_policy(BestN(1) if keep is None and save_best_only else keep)
+        self.keep = self._target.keep(policy, save_best_only)
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
         self.on_full_disk = checked_on_full_disk(on_full_disk)
         self.save_on_background = save_on_background
-        self._schedule = SaveSchedule(save_freq)
+        self._schedule = self._target.schedule(save_freq)
         self._ranking = _Ranking()
-        self._session: Session | None = None
+        self._form: Bundles | KerasFiles
+        self._session: Session[Any] | None = None
         self._pending: str | None = None
+        self._reason = ""
+        self._current_epoch = 0
         self._due = 0
         self._epochs = 0
         self._seen: set[str] = set()
@@ -132,6 +147,26 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if not known or mode == "auto":
             return None
         return min(known) if mode == "min" else max(known)
+
+    @best.setter
+    def best(self, value: float | None) -> None:
+        """Sets the value that the monitored metric must beat, as code for Keras's own callback does."""
+        self.initial_value_threshold = None if value is None else as_metric("best", value)
+
+    @property
+    def monitor_op(self) -> Callable[[Any, Any], Any] | None:
+        """The comparison that is true for a better value of the monitored metric, `None` before its mode is known."""
+        compare: dict[Mode | None, Callable[[Any, Any], Any]] = {"min": keras.ops.less, "max": keras.ops.greater}
+        return compare.get(self._ranking.mode)
+
+    def wait(self) -> None:
+        """Waits until all saves are on disk.
+
+        Raises:
+            SaveError: A save failed.
+        """
+        if self._session is not None:
+            self._session.settle(wait=True)
 
     def get_state(self) -> dict[str, Any]:
         """The state that this callback needs to resume in another process, beside the files on disk."""
@@ -183,32 +218,30 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._schedule.start()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self._current_epoch = epoch
         self._current()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        began = time.perf_counter()
-        session = self._current()
-        session.settle()
-        reason = session.batch_end(batch)
-        if reason is not None:
-            monitors = self._ranking.monitors
-            ranked = monitors <= metrics_in(logs).keys()
-            if (ranked and monitors) or not session.skips():
-                self._save(reason, logs, began, _NOT_KEPT if ranked else "waits for the epoch's end")
-            elif self.verbose > 0:
-                start = self._described(metrics_in(logs))
-                print(start, "skipped, because an earlier save is still being written")
-            if not ranked:
-                self._pending = reason
+        if not self._should_save_on_batch(batch):
+            return
+        monitors = self._ranking.monitors
+        ranked = monitors <= metrics_in(logs).keys()
+        if (ranked and monitors) or not self._current().skips():
+            self._save_model(self._current_epoch, batch, logs)
+        elif self.verbose > 0:
+            start = self._described(metrics_in(logs))
+            print(start, "skipped, because an earlier save is still being written")
+        if not ranked:
+            self._pending = self._reason
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        began = time.perf_counter()
         reasons = [reason for reason in (self._current().epoch_end(), self._pending) if reason is not None]
         self._pending = None
         self._epochs += 1
         self._check_metrics(logs or {})
         if reasons:
-            self._save(", ".join(reasons), logs, began, _NOT_KEPT)
+            self._reason = ", ".join(reasons)
+            self._save_model(epoch, None, logs)
 
     def on_train_end(self, logs: Logs = None) -> None:
         session, self._session = self._session, None
@@ -223,16 +256,21 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 "keras_ckpt.LatestN(1) to always have the newest."
             )
 
-    def _current(self) -> Session:
+    def _current(self) -> Session[Any]:
         """The session of the fit in progress, opened at the first epoch.
 
         Not in `on_train_begin`: another callback may still restore there.
         """
         if self._session is None:
             self._ranking = self._resolve()
+            self._target.adopt(self.model)
             writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
-            form = Bundles(self.model, writer, self.save_weights_only)
-            session = Session(self, writer, self._schedule, self.on_full_disk, self.save_on_background, form)
+            fit = fit_in_progress(self)
+            on_background = self.save_on_background
+            if on_background == "auto":
+                on_background = not self._target.is_read_by(self, fit.callbacks)
+            self._form = self._target.form(self.model, writer)
+            session = Session(self, writer, self._schedule, self.on_full_disk, on_background, self._form, fit=fit)
             session.open()
             self._session = session
         return self._session
@@ -253,26 +291,65 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             modes[self.monitor] = mode(self.monitor)
         return dataclasses.replace(ranking, mode=modes.pop(self.monitor, None), modes=modes)
 
-    def _save(self, reason: str, logs: Logs, began: float, otherwise: str) -> None:
-        """Saves; `otherwise` is the text to print if nothing is saved."""
+    def _should_save_on_batch(self, batch: int) -> bool:
+        """Counts the batches that ran, and decides whether a save is due. Keras's name, which subclasses use."""
+        session = self._current()
+        session.settle()
+        reason = session.batch_end(batch)
+        self._reason = reason or ""
+        return reason is not None
+
+    def _get_file_path(self, epoch: int, batch: int | None, logs: Logs) -> str:
+        """The path of the checkpoint to save. Keras's name, which subclasses use.
+
+        Args:
+            epoch: The index of the epoch in this `fit`.
+            batch: The index of the batch in the epoch, `None` at an epoch's end.
+            logs: The logs, as the callback was given them.
+        """
+        values = {"epoch": epoch + 1, **({} if batch is None else {"batch": batch + 1}), **(logs or {})}
+        return os.path.join(self.directory.path, self._target.name(values))
+
+    def _should_save_model(self, epoch: int, batch: int | None, logs: Logs, filepath: str) -> bool:
+        """Whether to save at all, before the policies decide. Keras's name, which subclasses use."""
+        return self._beats_threshold(metrics_in(logs).get(self.monitor))
+
+    def _save_model(self, epoch: int, batch: int | None, logs: Logs) -> None:
+        """Saves the model as it is now. Keras's name, which subclasses use; arguments as in `_get_file_path`."""
+        began = time.perf_counter()
         self._due += 1
         metrics = metrics_in(logs)
-        if not self._beats_threshold(metrics.get(self.monitor)):
+        filepath = self._get_file_path(epoch, batch, logs)
+        otherwise = _NOT_KEPT if self._ranking.monitors <= metrics.keys() else _WAITS
+        if not self._should_save_model(epoch, batch, logs, filepath):
             self._print(self._described(metrics), otherwise, Outcome(None))
             return
         metadata = encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata)
-        request = self._request(reason, metrics, metadata, began)
-        facts = {"reason": reason, "metrics": metrics, "metadata": metadata}
+        name = self._name_of(filepath)
+        facts: dict[str, Any] = {"name": name, "reason": self._reason, "metrics": metrics, "metadata": metadata}
+        request = self._request(**facts, began=began)
         self._last = {"step": request.step, "batch": request.batch, "facts": facts}
         self._write(request, otherwise)
 
+    def _name_of(self, filepath: str) -> str:
+        """The name of the checkpoint at a path that `_get_file_path` returned, `""` for the default name."""
+        series = self.directory.series
+        name = os.path.relpath(filepath, self.directory.path)
+        if series.template and not series.checkpoints([name]):
+            raise ValueError(
+                f"_get_file_path() returned {filepath!r}, which is not of the template {self.filepath!r}. Give the "
+                "callback a template that has all names."
+            )
+        return name if series.template else ""
+
     def _request(
-        self, reason: str, metrics: Mapping[str, float], metadata: Mapping[str, Any], began: float
+        self, name: str, reason: str, metrics: Mapping[str, float], metadata: Mapping[str, Any], began: float
     ) -> SaveRequest:
         """The request of a save at the current step."""
         position = self._current().progress.position
         return SaveRequest(
             step=position.step,
+            name=name,
             run_id=position.run_id,
             epoch=position.epoch,
             batch=position.batch,
@@ -295,7 +372,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def _write(self, request: SaveRequest, otherwise: str) -> None:
         handler = functools.partial(self._print, self._described(request.metrics), otherwise)
         session = self._current()
-        session.save(request, session.snapshot(), handler, amends=request.batch == 0)
+        session.save(request, self._form.snapshot(request.step), handler, amends=request.batch == 0)
 
     def _print(self, start: str, otherwise: str, outcome: Outcome) -> None:
         if self.verbose > 0:
@@ -370,28 +447,3 @@ def _result(outcome: Outcome, otherwise: str) -> str:
     if outcome.error is None:
         return otherwise
     return "not saved, the disk is full" if isinstance(outcome.error, DiskFullError) else "the save failed"
-
-
-def _checked_path(filepath: str | os.PathLike[str]) -> str:
-    if not isinstance(filepath, str | os.PathLike):
-        raise TypeError(f"ModelCheckpoint expected the path of a directory. Received: filepath={filepath!r}")
-    path = os.fspath(filepath)
-    if not isinstance(path, str) or not (_FILE.search(path) or _TEMPLATE.search(path)):
-        return path
-    raise ValueError(
-        "ModelCheckpoint saves into a directory. Checkpoints are named by step, and metrics are in sidecars. Files of "
-        "Keras's own formats, and templates of names, are not supported. Received: "
-        f"filepath={path!r}. Give a directory, such as {_directory_for(path)!r}."
-    )
-
-
-_FILE = re.compile(r"(\.weights)?\.(keras|h5|hdf5|hd5|ckpt)$", re.IGNORECASE)
-"""The suffixes of paths that other savers write as files."""
-_TEMPLATE = re.compile(r"\{.*\}")
-
-
-def _directory_for(path: str) -> str:
-    """The directory to suggest instead of a file or a template of names."""
-    start = _FILE.sub("", path).partition("{")[0]
-    stem = start.rstrip("-_.= ") if not start.endswith("/") else start.rstrip("/")
-    return _FILE.sub("", stem) or "checkpoints"

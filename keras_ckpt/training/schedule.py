@@ -60,7 +60,7 @@ class SaveSchedule:
         Returns:
             The reason in words, `None` if no save is due.
         """
-        reasons = [f"every {n} batches" if n > 1 else "every batch" for n in self.batches if after // n > before // n]
+        reasons = [f"every {n} batches" if n > 1 else "every batch" for n in self._due(before, after)]
         now = self._clock() if self.intervals else 0.0
         for index, interval in enumerate(self.intervals):
             if now - self._last[index] >= interval.total_seconds():
@@ -68,9 +68,45 @@ class SaveSchedule:
                 reasons.append(f"every {interval}")
         return ", ".join(reasons) or None
 
+    def _due(self, before: int, after: int) -> list[int]:
+        """The numbers of batches after which a save is due now."""
+        return [n for n in self.batches if after // n > before // n]
+
     def after_epoch(self) -> str | None:
         """The reason of a save that is due at an epoch's end, `None` if no save is due."""
         return "epoch" if self.every_epoch else None
+
+
+class CallbackSchedule(SaveSchedule):
+    """The schedule of Keras's own callback: a number of batches counts from the last save of the callback.
+
+    The count continues from epoch to epoch and from fit to fit. With 0, each batch is saved, as with 1.
+
+    Args:
+        save_freq: As in `SaveSchedule`.
+
+    Raises:
+        TypeError, ValueError: `save_freq` is no schedule.
+    """
+
+    def __init__(self, save_freq: SaveFreq | list[SaveFreq] | tuple[SaveFreq, ...]) -> None:
+        triggers = save_freq if isinstance(save_freq, list | tuple) else [save_freq]
+        super().__init__([max(1, trigger) if isinstance(trigger, int) else trigger for trigger in triggers])
+        self._seen = [0] * len(self.batches)
+
+    def elapsed(self) -> list[float]:
+        return [*super().elapsed(), *self._seen]
+
+    def resume(self, elapsed: Sequence[float]) -> None:
+        if len(elapsed) == len(self._last) + len(self._seen):
+            super().resume(elapsed[: len(self._last)])
+            self._seen = [int(count) for count in elapsed[len(self._last) :]]
+
+    def _due(self, before: int, after: int) -> list[int]:
+        self._seen = [count + after - before for count in self._seen]
+        due = [n for n, count in zip(self.batches, self._seen, strict=True) if count >= n]
+        self._seen = [0 if count >= n else count for n, count in zip(self.batches, self._seen, strict=True)]
+        return due
 
 
 def _check(trigger: object) -> None:
@@ -85,6 +121,6 @@ def _check(trigger: object) -> None:
             return
     wrong = ValueError if isinstance(trigger, str | int | datetime.timedelta) else TypeError
     raise wrong(
-        "save_freq expected 'epoch', a number of batches of at least 1, a positive datetime.timedelta, or a list of "
-        f"these. Received: {trigger!r}"
+        "Unrecognized save_freq. Invalid value: save_freq expected 'epoch', a number of batches of at least 1, a "
+        f"positive datetime.timedelta, or a list of these. Received: {trigger!r}"
     )

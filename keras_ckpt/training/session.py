@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, cast, get_args
+from collections.abc import Callable
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 import keras
 import msgspec
@@ -17,8 +18,7 @@ from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
 from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
 from keras_ckpt.model.position import Position, Progress
-from keras_ckpt.model.snapshot import Late, Snapshot
-from keras_ckpt.store import background
+from keras_ckpt.store import background, tables
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import is_known, kept_in_training
@@ -26,7 +26,6 @@ from keras_ckpt.store.record import CheckpointRecord, step_in
 from keras_ckpt.store.tables import counted
 from keras_ckpt.store.writer import SaveRequest, Writer, milliseconds
 from keras_ckpt.training.backlog import MAX_WAITING, Backlog
-from keras_ckpt.training.bundles import Bundles
 from keras_ckpt.training.schedule import SaveSchedule
 
 OnFullDisk = Literal["warn", "raise"]
@@ -49,6 +48,48 @@ class _Searched:
 
     epochs: set[int] = dataclasses.field(default_factory=set)
     named: set[str] = dataclasses.field(default_factory=set)
+
+
+class Snapshot(Protocol):
+    """The values of a model at one moment, as a session sees them."""
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the values are copies, which training cannot affect."""
+
+
+Held = TypeVar("Held", bound=Snapshot, contravariant=True)  # noqa: PLC0105
+
+
+class Form(Protocol[Held]):
+    """The form in which a model is saved: as TensorFlow checkpoints, or as files of Keras."""
+
+    def size(self, snapshot: Held) -> int:
+        """The bytes of a snapshot."""
+
+    def holds(self, snapshot: Held) -> bool:
+        """Whether all assumptions about the values of a snapshot hold. This may take time."""
+
+    def copy(self, snapshot: Held) -> None:
+        """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
+
+    def room(self) -> Callable[[], None]:
+        """A function that allocates the memory of the copies, for a thread."""
+
+    def unsaved(self) -> list[str]:
+        """The places of state that a checkpoint of the model does not have."""
+
+    def write(self, request: SaveRequest, snapshot: Held, amends: bool) -> CheckpointRecord | None:
+        """Writes a snapshot, in any thread.
+
+        Args:
+            request: The request, without versions.
+            snapshot: The values.
+            amends: Whether a checkpoint of this step with the same values only gets a new sidecar.
+
+        Returns:
+            The record, `None` if the policy would not keep the checkpoint.
+        """
 
 
 class Outcome(NamedTuple):
@@ -83,7 +124,7 @@ class _Save(NamedTuple):
     candidate: CheckpointRecord | None = None
 
 
-class Session:
+class Session(Generic[Held]):
     """The session of one `fit` that saves into one directory.
 
     Training waits for the snapshot of a save. Training does not wait for the write, unless `on_background` is false.
@@ -113,7 +154,7 @@ class Session:
         schedule: SaveSchedule,
         on_full_disk: OnFullDisk,
         on_background: bool,
-        form: Bundles,
+        form: Form[Held],
         *,
         backs_up: bool = False,
         fit: FitInProgress | None = None,
@@ -150,7 +191,10 @@ class Session:
         self._writer.open(session=self._fit)
         try:
             listing = self._writer.directory.listing() if listing is None else listing
-            refuse_other_run(listing, self.progress.position)
+            if listing.series.template:
+                warn_of_other_run(listing, self.progress.position)
+            else:
+                refuse_other_run(listing, self.progress.position)
         except Exception:
             # A notebook keeps the error, and the error's frames keep the writer alive.
             self._writer.close()
@@ -179,11 +223,7 @@ class Session:
             return None
         return self._schedule.after_epoch()
 
-    def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
-        """The snapshot of the model as it is now, with other values to write."""
-        return self._form.snapshot(self.progress.position.step, others, later)
-
-    def copy(self, snapshot: Snapshot) -> None:
+    def copy(self, snapshot: Held) -> None:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
         with self._writer.explaining(self.progress.position.step):
             self._form.copy(snapshot)
@@ -225,7 +265,7 @@ class Session:
         return True
 
     def save(
-        self, request: SaveRequest, snapshot: Snapshot, handler: Callable[[Outcome], object], amends: bool = False
+        self, request: SaveRequest, snapshot: Held, handler: Callable[[Outcome], object], amends: bool = False
     ) -> None:
         """Saves the model, unless the policy would not keep the checkpoint or the disk is full.
 
@@ -240,7 +280,7 @@ class Session:
         """
         self.save_first()
         self._warn_of_unsaved()
-        self._snapshot_size = self._form.size + snapshot.others_size
+        self._snapshot_size = self._form.size(snapshot)
         moment = self.progress.position.run_id, request.step
         number = self._backlog.due()
         candidate = request.record(number)
@@ -257,9 +297,9 @@ class Session:
         self._saves.append(_Save(job, handler, number, candidate))
         self.settle(wait=not self._on_background)
 
-    def _write(self, request: SaveRequest, snapshot: Snapshot, amends: bool) -> Outcome:
+    def _write(self, request: SaveRequest, snapshot: Held, amends: bool) -> Outcome:
         """Writes a snapshot, in a background thread or in this one."""
-        if not snapshot.is_true:
+        if not self._form.holds(snapshot):
             return Outcome(None, changed=True)
         return Outcome(self._form.write(request, snapshot, amends))
 
@@ -369,6 +409,20 @@ def checked_on_full_disk(value: object) -> OnFullDisk:
     if value not in get_args(OnFullDisk):
         raise ValueError(f"on_full_disk expected 'warn' or 'raise'. Received: {value!r}")
     return cast(OnFullDisk, value)
+
+
+def warn_of_other_run(listing: Listing, position: Position) -> None:
+    """Warns that a fit replaces files of another run that have the names of its own, as Keras does."""
+    others = listing.of_run(position.run_id).other_runs
+    if listing.records and listing.records[-1].run_id != position.run_id and others:
+        newest = others[-1]
+        metrics = "".join(f", {name} {tables.metric(value)}" for name, value in newest.metrics.items())
+        warn(
+            f"{os.path.join(listing.path, listing.series.template)} has {counted(len(others), 'file')} of an earlier "
+            f"run, the newest {newest.name} (step {newest.step}{metrics}). This fit begins a new run, so it replaces "
+            "files of the same names. To continue the earlier run, load its file first: "
+            f"model.load_weights({newest.prefix!r})."
+        )
 
 
 def refuse_other_run(listing: Listing, position: Position) -> None:

@@ -1,0 +1,79 @@
+"""Saves a model as files in a format of Keras: its snapshots, and their writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import keras
+import msgspec
+
+from keras_ckpt.model import model_state
+from keras_ckpt.model.keras_files import FileSnapshot, FileState, Kind
+from keras_ckpt.store import background, tails
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.store.writer import SaveRequest, Writer
+
+
+class KerasFiles:
+    """A model that is saved as files in a format of Keras.
+
+    Example:
+
+    ```python
+    files = KerasFiles(model, Writer(CheckpointDirectory("best.keras")), "keras")
+    record = files.write(SaveRequest(step=10, name="best.keras"), files.snapshot(10), amends=False)
+    ```
+
+    Args:
+        model: A built model.
+        writer: The writer of the files.
+        kind: The format.
+    """
+
+    def __init__(self, model: keras.Model, writer: Writer, kind: Kind) -> None:
+        self._state = FileState(model, kind)
+        self._writer = writer
+
+    def snapshot(self, step: int) -> FileSnapshot:
+        """The snapshot of the model as it is now."""
+        return self._state.snapshot()
+
+    def size(self, snapshot: FileSnapshot) -> int:
+        """The bytes of a snapshot."""
+        return snapshot.size
+
+    def holds(self, snapshot: FileSnapshot) -> bool:
+        """Whether all assumptions about the values hold: there are none."""
+        return True
+
+    def copy(self, snapshot: FileSnapshot) -> None:
+        """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
+        snapshot.detach(background.is_idle())
+
+    def room(self) -> Callable[[], None]:
+        """A function that allocates the memory of the copies, for a thread."""
+        return lambda: None
+
+    def unsaved(self) -> list[str]:
+        """The places of state that a file of Keras does not have. Keras's own files define what they have."""
+        return []
+
+    def write(self, request: SaveRequest, snapshot: FileSnapshot, amends: bool) -> CheckpointRecord | None:
+        """Writes a snapshot, as `Form.write` in `session` says."""
+
+        def write_file(stage: Folder, record: CheckpointRecord) -> Sequence[CheckpointFile]:
+            content = 0, ""
+
+            def tail(size: int, digest: str) -> bytes:
+                nonlocal content
+                content = size, digest
+                return tails.tail(record, size, digest)
+
+            snapshot.write(stage, record.name, tail)
+            return [CheckpointFile(record.name, *content)]
+
+        with self._writer.explaining(request.step):
+            weights = snapshot.content.weights
+        request = msgspec.structs.replace(request, size=snapshot.size, versions=model_state.versions(), weights=weights)
+        return self._writer.save(request, write_file)

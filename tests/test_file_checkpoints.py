@@ -1,0 +1,303 @@
+"""`ModelCheckpoint` with a path in a format of Keras: as Keras's callback, with records, policies and safe commits."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ckpt as kc
+from support.models import Reports, dense_model, fit
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> pathlib.Path:
+    """Each test works in a folder of its own, as a script does."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder: pathlib.Path) -> list[str]:
+    """The names of the files that Keras can load."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".keras", ".h5"))
+
+
+def predictions(model: keras.Model) -> bytes:
+    return model.predict(np.ones((4, 4), "float32"), verbose=0).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "weights_only"),
+    [("a.keras", False), ("a.h5", False), ("a.weights.h5", True)],
+)
+def test_keras_loads_the_file(path, weights_only) -> None:
+    """The loaded model predicts the same, to the bit."""
+    model = dense_model()
+    fit(model, kc.ModelCheckpoint(path, save_weights_only=weights_only), epochs=3)
+
+    if weights_only:
+        loaded = dense_model()
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(path)
+    else:
+        loaded = keras.models.load_model(path, compile=False)
+
+    assert predictions(loaded) == predictions(model)
+
+
+def test_a_template_names_each_file_by_epoch_and_metrics(folder) -> None:
+    """Every file stays without a policy, as with Keras."""
+    reports = Reports(val_loss=[0.5, 0.4, 0.25])
+
+    fit(dense_model(), reports, kc.ModelCheckpoint("{epoch:02d}-{val_loss:.2f}.keras"), epochs=3)
+
+    assert files(folder) == ["01-0.50.keras", "02-0.40.keras", "03-0.25.keras"]
+
+
+def test_a_policy_keeps_the_best_files_of_a_template(folder) -> None:
+    """The directory of the template lists what is kept."""
+    reports = Reports(val_loss=[0.3, 0.1, 0.2, 0.4])
+    checkpoint = kc.ModelCheckpoint("{epoch}.keras", keep=kc.BestN(2))
+
+    fit(dense_model(), reports, checkpoint, epochs=4)
+
+    assert files(folder) == ["2.keras", "3.keras"]
+    records = list(kc.CheckpointDirectory("{epoch}.keras"))
+    assert [(record.epoch, record.metrics["val_loss"]) for record in records] == [(2, 0.1), (3, 0.2)]
+
+
+def test_a_fixed_name_holds_the_best_model(folder) -> None:
+    """A worse epoch does not replace it."""
+    reports = Reports(val_loss=[0.3, 0.1, 0.2])
+    checkpoint = kc.ModelCheckpoint("best.keras", save_best_only=True)
+
+    fit(dense_model(), reports, checkpoint, epochs=3)
+
+    assert files(folder) == ["best.keras"]
+    assert kc.CheckpointDirectory("best.keras").latest().epoch == 2
+    assert checkpoint.best == 0.1
+
+
+def test_a_loaded_model_continues_its_run(folder) -> None:
+    """Keras's own callback would forget the best value, and replace the file by a worse model."""
+    checkpoint = kc.ModelCheckpoint("best.keras", save_best_only=True)
+    fit(dense_model(), Reports(val_loss=[0.3, 0.1]), checkpoint, epochs=2)
+    first = kc.CheckpointDirectory("best.keras").latest()
+
+    model = keras.models.load_model("best.keras")
+    fit(model, Reports(val_loss=[0.2, 0.05]), kc.ModelCheckpoint("best.keras", save_best_only=True), epochs=2)
+
+    record = kc.CheckpointDirectory("best.keras").latest()
+    assert (record.run_id, record.epoch, record.metrics["val_loss"]) == (first.run_id, 4, 0.05)
+
+
+def test_a_new_model_replaces_the_files_of_an_earlier_run_with_one_warning(folder) -> None:
+    """The warning names the earlier file and its metrics, and the way to continue that run."""
+    fit(dense_model(), Reports(val_loss=[0.1]), kc.ModelCheckpoint("best.keras", save_best_only=True))
+
+    with pytest.warns(UserWarning, match=r"1 file of an earlier run, the newest best.keras \(step 5, .*val_loss 0.1"):
+        fit(dense_model(), Reports(val_loss=[0.7]), kc.ModelCheckpoint("best.keras", save_best_only=True))
+
+    assert kc.CheckpointDirectory("best.keras").latest().metrics["val_loss"] == 0.7
+
+
+def test_the_files_of_an_earlier_run_with_other_names_stay(folder) -> None:
+    """They are neither ranked nor pruned."""
+    fit(dense_model(), Reports(val_loss=[0.1, 0.2]), kc.ModelCheckpoint("{epoch}-{val_loss}.keras"), epochs=2)
+
+    checkpoint = kc.ModelCheckpoint("{epoch}-{val_loss}.keras", keep=kc.BestN(1))
+    with pytest.warns(UserWarning, match="2 files of an earlier run"):
+        fit(dense_model(), Reports(val_loss=[0.9, 0.8]), checkpoint, epochs=2)
+
+    assert files(folder) == ["1-0.1.keras", "2-0.2.keras", "2-0.8.keras"]
+
+
+def test_a_number_of_batches_counts_from_the_last_save_of_the_callback(folder) -> None:
+    """Five batches an epoch: a save each seven batches, across epochs and fits, as with Keras."""
+    model, checkpoint = dense_model(), kc.ModelCheckpoint("{epoch}-{batch}.keras", save_freq=7)
+
+    fit(model, checkpoint, epochs=3)
+    fit(model, checkpoint, epochs=2)
+
+    assert files(folder) == ["2-1.keras", "2-2.keras", "3-4.keras"]
+
+
+def test_a_field_that_is_not_in_the_logs_becomes_nan_with_one_warning(folder) -> None:
+    """Keras ends the training with a KeyError, after a whole epoch."""
+    with pytest.warns(UserWarning, match=r"has {val_acc}, which a save does not have.* The metrics are: loss"):
+        fit(dense_model(), kc.ModelCheckpoint("{epoch}-{val_acc:.2f}.keras"), epochs=2)
+
+    assert files(folder) == ["1-nan.keras", "2-nan.keras"]
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("{val_loss.__class__}.keras", "has the field {val_loss.__class__}"),
+        ("{}.keras", "has the field {}"),
+        ("{0}.keras", "has the field {0}"),
+        ("{epoch!r}.keras", "has the field {epoch}"),
+        ("{epoch.keras", "malformed"),
+        ("{epoch}/m.keras", "folder"),
+    ],
+)
+def test_a_malformed_template_is_refused_before_training(path, text) -> None:
+    """With Keras each of these ends the training after an epoch, or reads attributes of objects."""
+    with pytest.raises(ValueError, match=text):
+        kc.ModelCheckpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"filepath": "a.keras", "save_weights_only": True}, "must end in `.weights.h5`"),
+        ({"filepath": "a.weights.h5"}, "Pass save_weights_only=True"),
+        ({"filepath": "a.keras", "keep": 3}, "One file cannot hold several checkpoints.*a-{epoch:02d}.keras"),
+        ({"filepath": "a.keras", "keep": kc.BestN(3)}, "One file cannot hold several checkpoints"),
+        ({"filepath": "a.keras", "save_freq": "batch"}, "Unrecognized save_freq"),
+    ],
+)
+def test_arguments_that_contradict_the_path_are_refused(arguments, text) -> None:
+    """The error names the argument."""
+    with pytest.raises(ValueError, match=text):
+        kc.ModelCheckpoint(**arguments)
+
+
+def test_an_existing_folder_at_the_path_is_refused(folder) -> None:
+    """The words are Keras's."""
+    (folder / "best.keras").mkdir()
+
+    with pytest.raises(OSError, match="Please specify a non-directory filepath for ModelCheckpoint"):
+        kc.ModelCheckpoint("best.keras")
+
+
+def test_the_best_value_can_be_assigned(folder) -> None:
+    """Scripts for Keras's callback set it after a restart."""
+    checkpoint = kc.ModelCheckpoint("best.keras", save_best_only=True)
+    checkpoint.best = 0.2
+
+    fit(dense_model(), Reports(val_loss=[0.3, 0.1, 0.25]), checkpoint, epochs=3)
+
+    assert checkpoint.best == 0.1
+    assert kc.CheckpointDirectory("best.keras").latest().epoch == 2
+
+
+class ReadsAtOnce(keras.callbacks.Callback):
+    """A callback of a user's own, which opens the file at the end of each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same: list[bool] = []
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self.same.append(predictions(keras.models.load_model("last.keras")) == predictions(self.model))
+
+
+def test_a_later_callback_finds_the_file_of_the_same_epoch(folder) -> None:
+    """Training waits for the file where a callback of the user's own comes after."""
+    reads = ReadsAtOnce()
+
+    fit(dense_model(), kc.ModelCheckpoint("last.keras"), reads, epochs=3)
+
+    assert reads.same == [True] * 3
+
+
+def test_wait_waits_for_the_file(folder) -> None:
+    """A callback that comes before, or another thread, can ask for it."""
+    checkpoint = kc.ModelCheckpoint("last.keras", save_on_background=True)
+
+    def look(epoch, logs) -> None:
+        checkpoint.wait()
+        assert kc.CheckpointDirectory("last.keras").latest().epoch == epoch + 1
+
+    fit(dense_model(), checkpoint, keras.callbacks.LambdaCallback(on_epoch_end=look), epochs=2)
+
+
+class Subclass(kc.ModelCheckpoint):
+    """A subclass that overrides the methods of Keras's callback, as trackers do."""
+
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.saved: list[str] = []
+
+    def _should_save_model(self, epoch, batch, logs, filepath) -> bool:
+        return epoch != 1 and super()._should_save_model(epoch, batch, logs, filepath)
+
+    def _get_file_path(self, epoch, batch, logs) -> str:
+        return super()._get_file_path(epoch + 100, batch, logs)
+
+    def _save_model(self, epoch, batch, logs) -> None:
+        self.saved.append(self._get_file_path(epoch, batch, logs))
+        super()._save_model(epoch, batch, logs)
+
+
+def test_the_methods_that_subclasses_of_kerass_callback_override_are_called(folder) -> None:
+    """The path, the decision and the save can be overridden."""
+    checkpoint = Subclass("model-{epoch}.keras")
+
+    fit(dense_model(), checkpoint, epochs=3)
+
+    assert files(folder) == ["model-101.keras", "model-103.keras"]
+    assert [os.path.basename(path) for path in checkpoint.saved] == [f"model-10{epoch}.keras" for epoch in (1, 2, 3)]
+    assert checkpoint.monitor_op is keras.ops.less
+
+
+class Elsewhere(kc.ModelCheckpoint):
+    def _get_file_path(self, epoch, batch, logs) -> str:
+        return "elsewhere.keras"
+
+
+def test_a_subclass_that_saves_outside_the_template_is_refused(folder) -> None:
+    """No later process would find the file."""
+    with pytest.raises(
+        ValueError, match=r"_get_file_path\(\) returned 'elsewhere.keras', which is not of the template"
+    ):
+        fit(dense_model(), Elsewhere("model-{epoch}.keras"))
+
+
+def test_two_callbacks_save_two_series_into_one_folder(folder) -> None:
+    """Each has its own records and policy."""
+    best = kc.ModelCheckpoint("best.keras", save_best_only=True)
+    latest = kc.ModelCheckpoint("{epoch}.weights.h5", save_weights_only=True, keep=2)
+
+    fit(dense_model(), Reports(val_loss=[0.1, 0.2, 0.3]), best, latest, epochs=3)
+
+    assert files(folder) == ["2.weights.h5", "3.weights.h5", "best.keras"]
+    assert kc.CheckpointDirectory("best.keras").latest().epoch == 1
+
+
+def test_a_killed_process_leaves_the_file_of_before_or_the_new_file(folder) -> None:
+    """The process is killed while it saves again and again; the file always loads, with its own record."""
+    import random
+    import signal
+    import subprocess
+    import time
+
+    script = """
+import keras, sys, keras_ckpt as kc
+sys.path[:0] = [sys.argv[1]]
+from support.models import dense_model, fit
+print("begins", flush=True)
+fit(dense_model(), kc.ModelCheckpoint("last.keras", save_freq=1), epochs=400)
+"""
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(pathlib.Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "begins\n"
+        deadline = time.monotonic() + 60
+        while not (folder / "last.keras").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(random.random())
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+        model = keras.models.load_model("last.keras")
+        record = kc.CheckpointDirectory("last.keras").latest()
+        assert record is not None
+        assert int(model.optimizer.iterations.numpy()) == record.step
+        (folder / "last.keras").unlink()

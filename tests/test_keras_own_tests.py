@@ -1,0 +1,36 @@
+"""Keras's own tests of its callbacks pass with the callbacks of this package in their place."""
+
+from __future__ import annotations
+
+import importlib
+import unittest
+
+import pytest
+
+import keras_ckpt as kc
+
+
+def failures_of(module: str, case: str, monkeypatch, **classes: type) -> tuple[int, list[str]]:
+    """Runs the tests of a module of Keras with other classes. Returns their number, and the names of the failed."""
+    tests = importlib.import_module(module)
+    for name, each in classes.items():
+        monkeypatch.setattr(tests.callbacks, name, each)
+    suite = unittest.defaultTestLoader.loadTestsFromTestCase(getattr(tests, case))
+    # The base class of Keras's test cases is a test without content.
+    result = unittest.TestResult()
+    suite.run(result)
+    return result.testsRun, [str(test) + trace for test, trace in (*result.failures, *result.errors)]
+
+
+@pytest.mark.filterwarnings("default")
+def test_keras_own_tests_of_model_checkpoint_pass(monkeypatch) -> None:
+    """They cover each argument with `.keras` and `.weights.h5` files, and loading."""
+    number, failed = failures_of(
+        "keras.src.callbacks.model_checkpoint_test",
+        "ModelCheckpointTest",
+        monkeypatch,
+        ModelCheckpoint=kc.ModelCheckpoint,
+    )
+
+    assert failed == []
+    assert number == 2

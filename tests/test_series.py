@@ -1,0 +1,286 @@
+"""Files of Keras in the store: each carries its record, and each template is a series of its own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+
+import pytest
+from blake3 import blake3
+
+from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.store import tails
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.files import PRIVATE
+from keras_ckpt.store.policies import BestN, LatestN
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
+from keras_ckpt.store.writer import SaveRequest, Write, Writer
+from test_writer import crash_in
+
+
+def content_of(text: str) -> Write:
+    """A `Write` of one file with a content and its record."""
+
+    def write(folder, record: CheckpointRecord) -> list[CheckpointFile]:
+        data = text.encode()
+        digest = f"blake3:{blake3(data).hexdigest()}"
+        folder.create(record.name, data + tails.tail(record, len(data), digest))
+        return [CheckpointFile(record.name, len(data), digest)]
+
+    return write
+
+
+def save(path: object, step: int, name: str, keep=None, only=None, **facts: object) -> CheckpointRecord | None:
+    """Saves a file whose content is its step."""
+    facts = {"run_id": "run", "batch": 0, **facts}
+    writer = Writer(CheckpointDirectory(path), keep, only)
+    record = writer.save(SaveRequest(step=step, name=name, **facts), content_of(f"content {step}"))
+    writer.close()
+    return record
+
+
+def contents(folder: pathlib.Path) -> dict[str, str]:
+    """The contents of the files in a folder, without their records, by name."""
+    files = [path for path in folder.iterdir() if path.suffix in (".keras", ".h5")]
+    return {path.name: path.read_bytes().partition(b"{")[0].decode() for path in files}
+
+
+def steps(path: object) -> list[int]:
+    """The steps of a series, with every byte checked."""
+    found = CheckpointDirectory(path).verify()
+    assert found.ok, found
+    return [record.step for record in found.listing.records]
+
+
+def test_a_file_carries_its_record(tmp_path) -> None:
+    """Without the sidecar beside it, the listing has the same record, but for the times of the save."""
+    path = tmp_path / "best.keras"
+    record = save(path, 10, "best.keras", metrics={"loss": 0.5}, metadata={"a": 1})
+
+    (tmp_path / "best.keras.json").unlink()
+    found = CheckpointDirectory(path).latest()
+
+    assert found.same_save(record)
+    assert (found.metrics, found.metadata, found.files) == ({"loss": 0.5}, {"a": 1}, record.files)
+    assert steps(path) == [10]
+
+
+def test_metadata_too_long_for_the_file_is_in_the_sidecar_alone(tmp_path) -> None:
+    """A zip archive's comment has at most 65,535 bytes."""
+    path = tmp_path / "best.keras"
+    metadata = {"text": "x" * 100_000}
+    save(path, 10, "best.keras", metadata=metadata)
+    assert CheckpointDirectory(path).latest().metadata == metadata
+
+    (tmp_path / "best.keras.json").unlink()
+
+    assert CheckpointDirectory(path).latest().metadata == {}
+
+
+def test_a_copied_file_tells_its_record_under_its_new_name(tmp_path) -> None:
+    """The copy needs neither the sidecar nor its folder."""
+    record = save(tmp_path / "best.keras", 10, "best.keras", metrics={"loss": 0.5})
+    shutil.copy(tmp_path / "best.keras", tmp_path / "mail.keras")
+    directory = CheckpointDirectory(tmp_path / "mail.keras")
+
+    with directory.open() as folder:
+        _, found = tails.read_tail(folder, "mail.keras")
+
+    assert found.same_save(record)
+    assert found.metrics == {"loss": 0.5}
+    assert found.files[0].name == "mail.keras"
+
+
+def test_a_fixed_name_holds_the_newest_save(tmp_path) -> None:
+    """Each save replaces the file and its record."""
+    path = tmp_path / "last.keras"
+    for step in (10, 20, 30):
+        save(path, step, "last.keras")
+
+    assert steps(path) == [30]
+    assert contents(tmp_path) == {"last.keras": "content 30"}
+    assert sorted(os.listdir(tmp_path)) == [PRIVATE, "last.keras", "last.keras.json"]
+
+
+def test_a_worse_save_does_not_replace_a_file_of_the_best(tmp_path) -> None:
+    """The file of the same name counts, although the save would supersede it."""
+    path, best = tmp_path / "best.keras", BestN(1, "loss", "min")
+    save(path, 10, "best.keras", only=best, metrics={"loss": 0.5})
+
+    assert save(path, 20, "best.keras", only=best, metrics={"loss": 0.6}) is None
+    assert save(path, 30, "best.keras", only=best, metrics={"loss": 0.4}).step == 30
+    assert contents(tmp_path) == {"best.keras": "content 30"}
+
+
+def test_a_policy_prunes_the_files_of_a_template(tmp_path) -> None:
+    """The files go with their sidecars."""
+    path = tmp_path / "{epoch:02d}-{loss:.1f}.keras"
+    for step in (1, 2, 3):
+        save(path, step, f"0{step}-0.5.keras", LatestN(2))
+
+    assert steps(path) == [2, 3]
+    assert sorted(os.listdir(tmp_path)) == [
+        PRIVATE, "02-0.5.keras", "02-0.5.keras.json", "03-0.5.keras", "03-0.5.keras.json",
+    ]  # fmt: skip
+
+
+def test_series_in_one_folder_do_not_see_each_other(tmp_path) -> None:
+    """A template may match the names of another series, and TensorFlow checkpoints may be there too."""
+    for step in (1, 2, 3):
+        save(tmp_path / "{epoch}.keras", step, f"{step}.keras", LatestN(2))
+        save(tmp_path / "last.keras", step, "last.keras", LatestN(1))
+
+    assert steps(tmp_path / "{epoch}.keras") == [2, 3]
+    assert steps(tmp_path / "last.keras") == [3]
+    assert steps(tmp_path) == []
+    assert set(contents(tmp_path)) == {"2.keras", "3.keras", "last.keras"}
+
+
+def test_the_files_of_another_run_stay_and_are_not_ranked(tmp_path) -> None:
+    """A new run replaces the files of its own names alone."""
+    path, best = tmp_path / "{epoch}.keras", BestN(1, "loss", "min")
+    save(path, 1, "1.keras", run_id="first", metrics={"loss": 0.1})
+    save(path, 2, "2.keras", run_id="first", metrics={"loss": 0.2})
+
+    assert save(path, 1, "1.keras", best, best, run_id="second", metrics={"loss": 0.9}).step == 1
+    save(path, 5, "5.keras", best, best, run_id="second", metrics={"loss": 0.8})
+
+    listing = CheckpointDirectory(path).listing()
+    assert [record.name for record in listing.records] == ["5.keras"]
+    assert [record.name for record in listing.other_runs] == ["2.keras"]
+    assert set(contents(tmp_path)) == {"2.keras", "5.keras"}
+
+
+def test_a_file_that_its_user_wrote_over_is_listed_as_without_a_record_and_never_pruned(tmp_path) -> None:
+    """`model.save("1.keras")` by hand makes the file the user's."""
+    path = tmp_path / "{epoch}.keras"
+    for step in (1, 2):
+        save(path, step, f"{step}.keras")
+    (tmp_path / "1.keras").write_bytes(b"by hand")
+
+    save(path, 3, "3.keras", LatestN(1))
+
+    listing = CheckpointDirectory(path).listing()
+    assert [record.step for record in listing.records] == [3]
+    assert listing.unmanaged == ("1.keras",)
+    assert contents(tmp_path) == {"1.keras": "by hand", "3.keras": "content 3"}
+
+
+def test_a_file_that_was_removed_by_hand_is_no_damage(tmp_path) -> None:
+    """Its sidecar alone is no checkpoint, and the next save of the name replaces it."""
+    path = tmp_path / "{epoch}.keras"
+    for step in (1, 2):
+        save(path, step, f"{step}.keras")
+    (tmp_path / "1.keras").unlink()
+
+    assert steps(path) == [2]
+    save(path, 3, "1.keras")
+    assert steps(path) == [2, 3]
+
+
+def test_metrics_that_are_added_later_are_in_the_sidecar(tmp_path) -> None:
+    """The file does not change; the sidecar of the same save has the metrics of both."""
+    path = tmp_path / "best.keras"
+    save(path, 10, "best.keras", metrics={"loss": 0.5})
+    before = (tmp_path / "best.keras").read_bytes()
+
+    CheckpointDirectory(path).add_metrics(10, test=0.9)
+
+    assert CheckpointDirectory(path).latest().metrics == {"loss": 0.5, "test": 0.9}
+    assert (tmp_path / "best.keras").read_bytes() == before
+
+
+def test_the_sidecar_of_another_save_is_not_believed(tmp_path) -> None:
+    """The record in the file holds, for example when a user copies an older file back."""
+    path = tmp_path / "best.keras"
+    save(path, 10, "best.keras", metrics={"loss": 0.5})
+    older = (tmp_path / "best.keras").read_bytes()
+    save(path, 20, "best.keras", metrics={"loss": 0.4})
+
+    (tmp_path / "best.keras").write_bytes(older)
+
+    record = CheckpointDirectory(path).latest()
+    assert (record.step, record.metrics) == (10, {"loss": 0.5})
+    CheckpointDirectory(path).add_metrics(10, test=0.9)
+    assert CheckpointDirectory(path).latest().metrics == {"loss": 0.5, "test": 0.9}
+
+
+def test_a_pinned_file_is_neither_replaced_nor_pruned(tmp_path) -> None:
+    """A save that would replace it is refused with a warning."""
+    path = tmp_path / "{epoch}.keras"
+    save(path, 1, "1.keras")
+    CheckpointDirectory(path).pin(1, "the paper")
+
+    with pytest.warns(UserWarning, match="1.keras of step 1 is pinned"):
+        assert save(path, 2, "1.keras") is None
+    save(path, 3, "3.keras", LatestN(1))
+
+    assert steps(path) == [1, 3]
+
+
+def test_a_changed_byte_is_found(tmp_path) -> None:
+    """The digest in the record is of all bytes before it."""
+    path = tmp_path / "best.keras"
+    save(path, 10, "best.keras")
+    data = bytearray((tmp_path / "best.keras").read_bytes())
+    data[3] ^= 1
+    (tmp_path / "best.keras").write_bytes(data)
+
+    found = CheckpointDirectory(path).verify()
+
+    assert not found.ok
+    assert isinstance(found.listing.damaged["best.keras"], DamagedCheckpointError)
+
+
+@pytest.mark.parametrize("end", [b"", b"keras_ckpt", b"\0" * 8 + b"keras_ckpt", b"\xff" * 8 + b"keras_ckpt"])
+def test_a_file_whose_end_only_looks_like_a_record_has_none(tmp_path, end) -> None:
+    """It belongs to its user."""
+    (tmp_path / "best.keras").write_bytes(b"data" + end)
+
+    listing = CheckpointDirectory(tmp_path / "best.keras").listing()
+
+    assert (listing.records, listing.damaged, listing.unmanaged) == ((), {}, ("best.keras",))
+
+
+@pytest.mark.parametrize(
+    ("names", "keep"),
+    [
+        (["last.keras"] * 3, None),
+        (["1.keras", "2.keras", "3.keras"], LatestN(1)),
+        (["1.keras", "2.keras", "1.keras"], None),
+    ],
+    ids=["one name", "pruned names", "a name again"],
+)
+def test_a_crash_at_any_change_leaves_the_old_file_or_the_new(tmp_path, monkeypatch, names, keep) -> None:
+    """A visible file is whole at every moment, and has its own record. The next start finishes the save or drops it."""
+    template = "last.keras" if "last.keras" in names else "{epoch}.keras"
+    ends = set()
+    for calls in range(200):
+        folder = tmp_path / str(calls)
+        path = folder / template
+        for step, name in enumerate(names[:-1], 1):
+            save(path, step, name, keep)
+        before = contents(folder)
+        step, name = len(names), names[-1]
+
+        crashed = crash_in(monkeypatch, calls, lambda path=path, step=step, name=name: save(path, step, name, keep))
+
+        seen = contents(folder)
+        assert seen[name] in (before.get(name), f"content {step}") if name in seen else name not in before
+        assert set(steps(path)) <= {1, 2, 3}
+        for record in CheckpointDirectory(path):
+            assert seen[record.name] == f"content {record.step}"
+        writer = Writer(CheckpointDirectory(path))
+        writer.open()
+        ends.add(step in steps(path))
+        assert step in steps(path) or contents(folder) == before
+        writer.close()
+        stages = [each for each in (folder / PRIVATE).rglob("stage-*") if any(each.iterdir())]
+        assert stages == []
+        save(path, 9, name)
+        assert 9 in steps(path)
+        if not crashed:
+            break
+    assert calls > 8
+    assert ends == {False, True}
