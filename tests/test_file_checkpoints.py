@@ -58,6 +58,14 @@ def test_a_template_names_each_file_by_epoch_and_metrics(folder) -> None:
     assert files(folder) == ["01-0.50.keras", "02-0.40.keras", "03-0.25.keras"]
 
 
+def test_a_template_may_have_fields_in_its_folders(folder) -> None:
+    """Keras creates such folders too."""
+    fit(dense_model(), kc.ModelCheckpoint("w/e{epoch:02d}/m.keras", keep=kc.LatestN(2)), epochs=3)
+
+    assert sorted(str(path) for path in pathlib.Path("w").rglob("*.keras")) == ["w/e02/m.keras", "w/e03/m.keras"]
+    assert [record.epoch for record in kc.CheckpointDirectory("w/e{epoch:02d}/m.keras")] == [2, 3]
+
+
 def test_a_policy_keeps_the_best_files_of_a_template(folder) -> None:
     """The directory of the template lists what is kept."""
     reports = Reports(val_loss=[0.3, 0.1, 0.2, 0.4])
@@ -142,7 +150,7 @@ def test_a_field_that_is_not_in_the_logs_becomes_nan_with_one_warning(folder) ->
         ("{0}.keras", "has the field {0}"),
         ("{epoch!r}.keras", "has the field {epoch}"),
         ("{epoch.keras", "malformed"),
-        ("{epoch}/m.keras", "folder"),
+        ("{val/loss}.keras", "has the field {val/loss}"),
     ],
 )
 def test_a_malformed_template_is_refused_before_training(path, text) -> None:

@@ -42,8 +42,9 @@ def save(path: object, step: int, name: str, keep=None, only=None, **facts: obje
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
     """The contents of the files in a folder, without their records, by name."""
-    files = [path for path in folder.iterdir() if path.suffix in (".keras", ".h5")]
-    return {path.name: path.read_bytes().partition(b"{")[0].decode() for path in files}
+    files = [path for path in folder.rglob("*") if path.suffix in (".keras", ".h5") and path.is_file()]
+    visible = {str(path.relative_to(folder)): path for path in files if PRIVATE not in path.parts}
+    return {name: path.read_bytes().partition(b"{")[0].decode() for name, path in visible.items()}
 
 
 def steps(path: object) -> list[int]:
@@ -123,6 +124,22 @@ def test_a_policy_prunes_the_files_of_a_template(tmp_path) -> None:
     assert sorted(os.listdir(tmp_path)) == [
         PRIVATE, "02-0.5.keras", "02-0.5.keras.json", "03-0.5.keras", "03-0.5.keras.json",
     ]  # fmt: skip
+
+
+def test_a_template_may_have_fields_in_its_folders(tmp_path) -> None:
+    """A folder that becomes empty goes with its last file; a folder with a user's file stays."""
+    path = tmp_path / "e{epoch}/{loss}/m.keras"
+    for step in (1, 2, 3):
+        save(path, step, f"e{step}/0.5/m.keras", LatestN(2))
+    assert steps(path) == [2, 3]
+    (tmp_path / "e2" / "notes.txt").write_text("mine")
+
+    save(path, 4, "e4/0.5/m.keras", LatestN(1))
+
+    assert steps(path) == [4]
+    assert CheckpointDirectory(path).latest().prefix == f"{tmp_path}/e4/0.5/m.keras"
+    assert sorted(os.listdir(tmp_path)) == [PRIVATE, "e2", "e4"]
+    assert os.listdir(tmp_path / "e2") == ["notes.txt"]
 
 
 def test_series_in_one_folder_do_not_see_each_other(tmp_path) -> None:
@@ -249,12 +266,13 @@ def test_a_file_whose_end_only_looks_like_a_record_has_none(tmp_path, end) -> No
         (["last.keras"] * 3, None),
         (["1.keras", "2.keras", "3.keras"], LatestN(1)),
         (["1.keras", "2.keras", "1.keras"], None),
+        (["e1/m.keras", "e2/m.keras", "e3/m.keras"], LatestN(1)),
     ],
-    ids=["one name", "pruned names", "a name again"],
+    ids=["one name", "pruned names", "a name again", "folders"],
 )
 def test_a_crash_at_any_change_leaves_the_old_file_or_the_new(tmp_path, monkeypatch, names, keep) -> None:
     """A visible file is whole at every moment, and has its own record. The next start finishes the save or drops it."""
-    template = "last.keras" if "last.keras" in names else "{epoch}.keras"
+    template = {"last.keras": "last.keras", "e3/m.keras": "e{epoch}/m.keras"}.get(names[-1], "{epoch}.keras")
     ends = set()
     for calls in range(200):
         folder = tmp_path / str(calls)

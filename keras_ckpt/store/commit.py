@@ -122,6 +122,7 @@ def _withdraw_files(folder: Folder, records: Sequence[CheckpointRecord]) -> None
     folder.sync()
     for record in records:
         folder.remove(layout.sidecar(record.name))
+        folder.remove_empty_folders(record.name)
 
 
 def remove(folder: Folder, listing: Listing, doomed: Sequence[CheckpointRecord]) -> None:
@@ -148,7 +149,7 @@ def recover(folder: Folder) -> None:
             changed.sync()
         for name in private.names():
             if name.startswith("stage-"):
-                with private.folder(name) as stage:
+                with private.folder(name, series=folder.series) as stage:
                     for sidecar in stage.names():
                         _roll_forward(folder, stage, sidecar)
             if name.startswith(("stage-", "swap-")):

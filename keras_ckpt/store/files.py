@@ -65,11 +65,17 @@ class Folder:
                 errno.ENOTDIR, "Expected a checkpoint directory, this is a file", self.path
             ) from error
 
-    def folder(self, name: str, *, create: bool = False) -> Folder:
-        """Opens a sub-folder, but no link to a folder. The name of a created sub-folder is durable."""
+    def folder(self, name: str, *, create: bool = False, series: Series = TENSORFLOW) -> Folder:
+        """Opens a sub-folder, but no link to a folder. The name of a created sub-folder is durable.
+
+        Args:
+            name: The name of the sub-folder.
+            create: Whether to create it where it is missing.
+            series: The series of the files in it.
+        """
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         inner = Folder.__new__(Folder)
-        inner.path, inner.series = os.path.join(self.path, name), self.series
+        inner.path, inner.series = os.path.join(self.path, name), series
         try:
             inner.descriptor = os.open(name, flags, dir_fd=self.descriptor)
         except FileNotFoundError:
@@ -101,8 +107,16 @@ class Folder:
         self.close()
 
     def names(self) -> list[str]:
-        """The names in the directory, in any order."""
-        return os.listdir(self.descriptor)
+        """The names in the directory, in any order. In folders of a template they are paths below the directory."""
+        return [name for name, _ in self._entries()] if self.series.depth else os.listdir(self.descriptor)
+
+    def _entries(self) -> Iterator[tuple[str, int]]:
+        """The names and inodes of the files in the directory, and in the folders of its template."""
+        for parent, folders, names, descriptor in os.fwalk(".", dir_fd=self.descriptor, follow_symlinks=False):
+            prefix = os.path.relpath(parent, ".") + "/" if parent != "." else ""
+            for name in names:
+                yield prefix + name, os.lstat(name, dir_fd=descriptor).st_ino
+            folders[:] = [name for name in folders if name != PRIVATE] if prefix.count("/") < self.series.depth else []
 
     def moving(self) -> set[str]:
         """The names of files that a writer publishes or removes now: the files in its stage and its trash."""
@@ -120,6 +134,8 @@ class Folder:
 
     def inodes(self) -> dict[str, int]:
         """The inodes of the files in the directory, by name. A replaced file has another inode."""
+        if self.series.depth:
+            return dict(self._entries())
         with os.scandir(self.descriptor) as entries:
             return {entry.name: entry.inode() for entry in entries}
 
@@ -259,6 +275,7 @@ class Folder:
         An existing file of that name is an error.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._make_folders(name)
         descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
         try:
             file = NewFile(descriptor)
@@ -298,12 +315,35 @@ class Folder:
 
     def move(self, name: str, target: Folder, new: str | None = None) -> None:
         """Renames a file into another directory. Replaces a file of that name."""
+        target._make_folders(new or name)
         os.rename(name, new or name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
+        target._sync_folders(new or name)
+
+    def _make_folders(self, name: str) -> None:
+        """Creates the folders of a template above a file, each with a durable name."""
+        folder = os.path.dirname(name)
+        if folder and not self.exists(folder):
+            self._make_folders(folder)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, dir_fd=self.descriptor)
+            self._sync_folders(folder)
+
+    def _sync_folders(self, name: str) -> None:
+        """Makes the name of a file in a folder of a template durable."""
+        if self.series.depth:
+            with self.folder(os.path.dirname(name) or ".") as folder:
+                folder.sync()
 
     def remove(self, name: str) -> None:
         """Unlinks a file. A missing file is no error."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
+
+    def remove_empty_folders(self, name: str) -> None:
+        """Removes the folders of a template above a file that is removed, if they are empty."""
+        while (name := os.path.dirname(name)) and self.series.depth:
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=self.descriptor)
 
     def remove_folder(self, name: str) -> None:
         """Removes a file, or a private sub-folder with its contents."""
@@ -351,7 +391,7 @@ class Folder:
         An error removes the folder. An interrupt, such as Ctrl-C, acts like a crash: the folder stays for recovery. It
         also stays if the commit cannot be undone.
         """
-        with self.private(create=True) as private, private.folder(name, create=True) as folder:
+        with self.private(create=True) as private, private.folder(name, create=True, series=self.series) as folder:
             try:
                 yield folder
             except UnfinishedError:

@@ -34,7 +34,8 @@ class Series:
     """The checkpoints of a directory with one form of names.
 
     Attributes:
-        template: The template of the names of Keras's files; `""` for TensorFlow checkpoints.
+        template: The template of the names of Keras's files; `""` for TensorFlow checkpoints. Its folders may have
+            fields too, as in `e{epoch:02d}/model.keras`: then a name is a path below the directory.
     """
 
     template: str = ""
@@ -42,7 +43,12 @@ class Series:
     @property
     def private(self) -> str:
         """The name of the private folder of a template, `""` for TensorFlow checkpoints."""
-        return self.template and f"series-{self.template}"
+        return self.template and f"series-{self.template.replace('/', '%2F')}.d"
+
+    @property
+    def depth(self) -> int:
+        """The number of folders between the directory and the files."""
+        return self.template.count("/")
 
     def checkpoints(self, files: Iterable[str]) -> set[str]:
         """The names of the checkpoints among the files of a directory.
@@ -56,7 +62,7 @@ class Series:
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
         fields = string.Formatter().parse(self.template)
-        parts = (re.escape(literal) + ("" if field is None else ".+") for literal, field, *_ in fields)
+        parts = (re.escape(literal) + ("" if field is None else "[^/]+") for literal, field, *_ in fields)
         return re.compile("".join(parts), re.DOTALL)
 
 
@@ -66,7 +72,8 @@ TENSORFLOW = Series()
 
 def split(path: str) -> tuple[str, Series]:
     """The directory and the series of a path: of a directory, of a file of Keras, or of a template."""
-    folder, _, template = path.rpartition("/")
+    folder = path.partition("{")[0].rpartition("/")[0]
+    template = path[len(folder) :].lstrip("/")
     return (
         (folder or "/" * path.startswith("/") or ".", Series(template)) if is_keras_file(path) else (path, TENSORFLOW)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +39,9 @@ class Template:
         except ValueError as error:
             raise ValueError(f"The template {template!r} is malformed: {error}. Write {{{{ for a brace.") from None
         for _, field, spec, conversion in self._parts:
-            if field is not None and (not field.isidentifier() or conversion or "{" in (spec or "")):
+            if field is not None and (
+                not re.fullmatch(r"[^\W\d][^.\[\]/]*", field) or conversion or "{" in (spec or "")
+            ):
                 raise ValueError(
                     f"The template {template!r} has the field {{{field}}}. Expected epoch, batch or the name of a "
                     "metric, with an optional format: {epoch:02d}, {val_loss:.2f}."

@@ -96,9 +96,9 @@ class Files:
     """
 
     def __init__(self, path: str, kind: Kind) -> None:
-        self._template = Template(os.path.basename(path))
         self._kind = kind
         self.directory = CheckpointDirectory(path)
+        self._template = Template(self.directory.series.template)
 
     def schedule(self, save_freq: SaveFreq | list[SaveFreq]) -> SaveSchedule:
         return CallbackSchedule(save_freq)
@@ -143,7 +143,6 @@ def target(filepath: str | os.PathLike[str], weights_only: bool, keep: Preservat
     if not layout.is_keras_file(path):
         _refuse_other_file(path, weights_only)
         return Directory(path, weights_only)
-    name = os.path.basename(path)
     if weights_only and not path.endswith(_WEIGHTS):
         raise ValueError(
             "When using `save_weights_only=True` in `ModelCheckpoint`, the filepath provided must end in `.weights.h5` "
@@ -159,12 +158,7 @@ def target(filepath: str | os.PathLike[str], weights_only: bool, keep: Preservat
             "Please specify a non-directory filepath for ModelCheckpoint. Filepath used is an existing directory: "
             f"{path}"
         )
-    if "{" in os.path.dirname(path):
-        raise ValueError(
-            f"The folder of {path!r} has a field. Put the field into the file name: "
-            f"{os.path.dirname(path).partition('{')[0]}{name}."
-        )
-    if not Template(name).fields and not (
+    if not Template(path).fields and not (
         keep is None or keep == LatestN(1) or (isinstance(keep, BestN) and keep.n == 1)
     ):
         raise ValueError(
