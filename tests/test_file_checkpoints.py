@@ -278,6 +278,16 @@ def test_two_callbacks_save_two_series_into_one_folder(folder) -> None:
     assert kc.CheckpointDirectory("best.keras").latest().epoch == 1
 
 
+def test_a_directory_of_checkpoints_and_a_file_share_a_folder(folder) -> None:
+    """Each callback sees its own checkpoints alone."""
+    best = kc.ModelCheckpoint("runs/best.keras", save_best_only=True)
+
+    fit(dense_model(), Reports(val_loss=[0.1, 0.2, 0.3]), best, kc.ModelCheckpoint("runs", keep=2), epochs=3)
+
+    assert [record.epoch for record in kc.CheckpointDirectory("runs")] == [2, 3]
+    assert [record.epoch for record in kc.CheckpointDirectory("runs/best.keras")] == [1]
+
+
 def test_a_killed_process_leaves_the_file_of_before_or_the_new_file(folder) -> None:
     """The process is killed while it saves again and again; the file always loads, with its own record."""
     import random

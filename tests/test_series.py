@@ -126,6 +126,29 @@ def test_a_policy_prunes_the_files_of_a_template(tmp_path) -> None:
     ]  # fmt: skip
 
 
+def test_a_directory_with_the_files_of_one_template_is_that_series(tmp_path) -> None:
+    """`keras-ckpt ls runs` and `CheckpointDirectory("runs")` need no template."""
+    for step in (1, 2):
+        save(tmp_path / "{epoch}.keras", step, f"{step}.keras")
+    directory = CheckpointDirectory(tmp_path)
+
+    assert [record.name for record in directory] == ["1.keras", "2.keras"]
+    assert directory.prune(LatestN(1)) == [1]
+    assert set(contents(tmp_path)) == {"2.keras"}
+
+
+def test_a_directory_with_the_files_of_several_templates_asks_for_one(tmp_path) -> None:
+    """The error has a call that works."""
+    save(tmp_path / "best.keras", 1, "best.keras")
+    save(tmp_path / "{epoch}.keras", 2, "2.keras")
+
+    with pytest.raises(ValueError, match=r"several templates: 'best.keras' and '{epoch}.keras'") as error:
+        list(CheckpointDirectory(tmp_path))
+
+    path = str(error.value).rpartition("(")[2].partition(")")[0].strip("'")
+    assert [record.step for record in CheckpointDirectory(path)] == [1]
+
+
 def test_a_template_may_have_fields_in_its_folders(tmp_path) -> None:
     """A folder that becomes empty goes with its last file; a folder with a user's file stays."""
     path = tmp_path / "e{epoch}/{loss}/m.keras"
@@ -150,7 +173,6 @@ def test_series_in_one_folder_do_not_see_each_other(tmp_path) -> None:
 
     assert steps(tmp_path / "{epoch}.keras") == [2, 3]
     assert steps(tmp_path / "last.keras") == [3]
-    assert steps(tmp_path) == []
     assert set(contents(tmp_path)) == {"2.keras", "3.keras", "last.keras"}
 
 

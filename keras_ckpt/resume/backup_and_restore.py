@@ -24,6 +24,7 @@ from keras_ckpt.resume.resumable_dataset import ResumableDataset
 from keras_ckpt.resume.signals import SignalWatch
 from keras_ckpt.store import files
 from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.layout import TENSORFLOW
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import LatestN
@@ -105,7 +106,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"BackupAndRestore expected a ResumableDataset. Received: data={data!r:.200}. Wrap the data, and give "
                 "the ResumableDataset to fit() as well."
             )
-        self.directory = CheckpointDirectory(backup_dir)
+        self.directory = CheckpointDirectory(backup_dir, TENSORFLOW)
         self.backup_dir = self.directory.path
         self.save_freq = save_freq
         self.double_checkpoint = double_checkpoint

@@ -15,7 +15,7 @@ from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedC
 from keras_ckpt.store import background, commit, layout, tables
 from keras_ckpt.store.checks import check
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, examine, scan, taken, verify
+from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, examine, scan, taken, templates_in, verify
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.plan import PrunePlan, decide, resolved
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
@@ -87,12 +87,14 @@ class CheckpointDirectory(tables.Shown):
     Args:
         path: The directory. It need not exist yet. For the files of a template or one file of Keras, such as
             `"runs/{epoch:02d}.keras"`, the path that `ModelCheckpoint` was given.
+        series: The series of the checkpoints. Defaults to the series of the path. In a directory that has files of
+            Keras of one template and no TensorFlow checkpoints, it defaults to these files.
 
     Raises:
         ValueError: The path is a URL, or empty.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], series: layout.Series | None = None) -> None:
         path = os.fspath(path)
         if not isinstance(path, str) or not path:
             raise ValueError(f"A checkpoint directory must be a path. Received: {path!r}")
@@ -100,16 +102,39 @@ class CheckpointDirectory(tables.Shown):
             raise ValueError(f"Checkpoint directories must be local. Received: {path!r}. Copy it, or mount it.")
         # A program may change its working directory between two saves.
         path = os.path.abspath(path)
-        self.path, self.series = (path, layout.TENSORFLOW) if os.path.isdir(path) else layout.split(path)
+        self._is_given = series is not None
+        is_directory = self._is_given or os.path.isdir(path)
+        self.path, self.series = (path, series or layout.TENSORFLOW) if is_directory else layout.split(path)
         self._listeners: list[Callable[[Change], object]] = []
 
     def open(self, *, create: bool = False) -> Folder:
         """Opens the directory. The caller closes it.
 
+        A directory without TensorFlow checkpoints is opened as the series of its files of Keras.
+
         Args:
             create: Whether to create the directory and its parents where missing.
+
+        Raises:
+            ValueError: The directory has files of Keras of several templates.
         """
-        return Folder(self.path, self.series, create=create)
+        folder = Folder(self.path, self.series, create=create)
+        if create or self._is_given or self.series.template:
+            return folder
+        with contextlib.ExitStack() as failed:
+            failed.callback(folder.close)
+            templates = templates_in(folder)
+            if len(templates) > 1:
+                names = " and ".join(map(repr, sorted(templates)[:5]))
+                path = os.path.join(_shown(self.path), min(templates))
+                raise ValueError(
+                    f"{self.path} has files of several templates: {names}. Name the files to use: "
+                    f"keras_ckpt.CheckpointDirectory({path!r})."
+                )
+            if not templates:
+                failed.pop_all()
+                return folder
+        return Folder(self.path, layout.Series(*templates))
 
     def subscribe(self, listener: Callable[[Change], object]) -> None:
         """Calls a function after each save or removal of a checkpoint through this object; `Change` has an example.

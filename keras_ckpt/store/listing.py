@@ -193,6 +193,18 @@ def _apart(
     )
 
 
+def templates_in(folder: Reading) -> set[str]:
+    """The templates of the files of Keras in a directory that has no TensorFlow checkpoints."""
+    names = set(folder.names())
+    if TENSORFLOW.checkpoints(names) or layout.of_indexes(names):
+        return set()
+    found = set()
+    for name in filter(layout.is_keras_file, layout.of_sidecars(names)):
+        with contextlib.suppress(CheckpointError, OSError):
+            found.add(sidecars.decode(folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT), name).template)
+    return found - {""}
+
+
 def unmanaged(folder: Reading, names: set[str]) -> set[str]:
     """The names that have an index but no sidecar, and that no writer publishes or removes now."""
     if not names:

@@ -83,11 +83,11 @@ def _read_first(
 def _locate(checkpoint: object) -> tuple[CheckpointDirectory, list[str]]:
     """The directory of a checkpoint, and its name; for a directory, all names, newest first."""
     if isinstance(checkpoint, CheckpointRecord):
-        return CheckpointDirectory(os.path.join(checkpoint.directory, checkpoint.template)), [checkpoint.name]
+        return CheckpointDirectory(checkpoint.directory, layout.Series(checkpoint.template)), [checkpoint.name]
     if isinstance(checkpoint, CheckpointDirectory):
         return checkpoint, _newest_first(checkpoint.listing())
     if isinstance(checkpoint, Listing):
-        return CheckpointDirectory(os.path.join(checkpoint.path, checkpoint.series.template)), _newest_first(checkpoint)
+        return CheckpointDirectory(checkpoint.path, checkpoint.series), _newest_first(checkpoint)
     if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
         raise TypeError(
             "Expected a record, a directory, or a path of a checkpoint. "
@@ -100,7 +100,7 @@ def _locate(checkpoint: object) -> tuple[CheckpointDirectory, list[str]]:
         return directory, [directory.series.template]
     if directory.series.template or os.path.isdir(path):
         return directory, _newest_first(directory.listing())
-    return CheckpointDirectory(os.path.dirname(path)), [layout.named_by(os.path.basename(path))]
+    return CheckpointDirectory(os.path.dirname(path), layout.TENSORFLOW), [layout.named_by(os.path.basename(path))]
 
 
 def _newest_first(listing: Listing) -> list[str]:

@@ -23,6 +23,7 @@ from keras_ckpt.store import layout
 from keras_ckpt.store.commit import read_state, write_state
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder, lasting_tensorflow_path
+from keras_ckpt.store.layout import TENSORFLOW
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.locating import opened
 from keras_ckpt.store.notices import warn
@@ -126,7 +127,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         self._mode = mode
         policy = as_policy(keep if max_to_keep is None else LatestN(max_to_keep))
         policy = policy and policy.resolve(monitor, self._mode_of)
-        target = CheckpointDirectory(self._directory)
+        target = CheckpointDirectory(self._directory, TENSORFLOW)
         self._writer = _PreservingWriter(keep_checkpoint_every_n_hours, target, policy)
 
     @property

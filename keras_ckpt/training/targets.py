@@ -62,7 +62,7 @@ class Directory:
     """
 
     def __init__(self, path: str, weights_only: bool) -> None:
-        self.directory = CheckpointDirectory(path)
+        self.directory = CheckpointDirectory(path, layout.TENSORFLOW)
         self._weights_only = weights_only
 
     def schedule(self, save_freq: SaveFreq | list[SaveFreq]) -> SaveSchedule:
