@@ -126,6 +126,26 @@ def test_a_policy_prunes_the_files_of_a_template(tmp_path) -> None:
     ]  # fmt: skip
 
 
+def test_two_saves_of_one_name_both_stay_if_the_policy_keeps_both(tmp_path) -> None:
+    """The template `{loss:.1f}.keras` gives two losses one name."""
+    path = tmp_path / "{loss:.1f}.weights.h5"
+    for step in (1, 2, 3):
+        save(path, step, "0.5.weights.h5", LatestN(2))
+
+    assert steps(path) == [2, 3]
+    assert len(contents(tmp_path)) == 2
+    assert set(contents(tmp_path).values()) == {"content 2", "content 3"}
+
+
+def test_two_saves_of_one_name_replace_each_other_without_a_policy(tmp_path) -> None:
+    """As with Keras."""
+    path = tmp_path / "{loss:.1f}.keras"
+    for step in (1, 2):
+        save(path, step, "0.5.keras")
+
+    assert contents(tmp_path) == {"0.5.keras": "content 2"}
+
+
 def test_a_directory_with_the_files_of_one_template_is_that_series(tmp_path) -> None:
     """`keras-ckpt ls runs` and `CheckpointDirectory("runs")` need no template."""
     for step in (1, 2):

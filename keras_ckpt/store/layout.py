@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 STATE_FILE = "checkpoint"
 KERAS_SUFFIXES = (".keras", ".h5")
@@ -59,11 +60,26 @@ class Series:
             return {name for name in of_sidecars(files) if not is_keras_file(name)}
         return {name for name in files if self._pattern.fullmatch(name)}
 
+    @property
+    def is_one_name(self) -> bool:
+        """Whether all checkpoints have the name that is the template, so a save replaces the checkpoint before."""
+        return all(field is None for _, field, *_ in string.Formatter().parse(self.template))
+
+    def next_to(self, name: str, taken: Container[str]) -> str:
+        """A free name for a checkpoint whose name is taken: `~2`, `~3` and so on come before the suffix."""
+        stem = name.removesuffix(self._suffix)
+        names = (f"{stem}~{number}{self._suffix}" for number in itertools.count(2))
+        return next(each for each in names if each not in taken)
+
+    @property
+    def _suffix(self) -> str:
+        return next(suffix for suffix in (".weights.h5", *KERAS_SUFFIXES) if self.template.endswith(suffix))
+
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
-        fields = string.Formatter().parse(self.template)
+        fields = string.Formatter().parse(self.template.removesuffix(self._suffix))
         parts = (re.escape(literal) + ("" if field is None else "[^/]+") for literal, field, *_ in fields)
-        return re.compile("".join(parts), re.DOTALL)
+        return re.compile(f"{''.join(parts)}(~[0-9]+)?{re.escape(self._suffix)}", re.DOTALL)
 
 
 TENSORFLOW = Series()

@@ -258,6 +258,7 @@ class Writer:
         newest = listing.records[-1] if listing.records else None
         run_id = newest.run_id if newest else uuid.uuid4().hex
         candidate = request.record(listing.sequence + 1, run_id, self.directory.path, series.template)
+        candidate = self._with_free_name(candidate, listing)
         if self._session is not None:
             self._refuse_other_run(newest, candidate)
         # Refuses what no sidecar can hold before anything is written.
@@ -403,6 +404,23 @@ class Writer:
                 f"another run, the newest of step {newest.step}, which another fit of this process has saved. Give "
                 "each fit a directory of its own. Earlier checkpoints are untouched."
             )
+
+    def _with_free_name(self, candidate: CheckpointRecord, listing: Listing) -> CheckpointRecord:
+        """A new file of a template with a name that no other step has, if the policy would keep both."""
+        series, names = listing.series, {record.name: record for record in listing.records}
+        same = names.get(candidate.name)
+        if (
+            not series.template
+            or series.is_one_name
+            or self.keep is None
+            or same is None
+            or same.step == candidate.step
+        ):
+            return candidate
+        kept = kept_in_training(self.keep, [*listing.records, candidate])
+        if not kept >= {same.step, candidate.step}:
+            return candidate
+        return msgspec.structs.replace(candidate, name=series.next_to(candidate.name, names))
 
     def _wanted(self, candidate: CheckpointRecord, listing: Listing) -> bool:
         """Whether the policies would keep a checkpoint; "save" and "prune" are one question."""
