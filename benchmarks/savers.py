@@ -119,6 +119,20 @@ SAVERS = {
         syncs=True,
         keeps=False,
     ),
+    "this: .weights.h5": Saver(
+        lambda path, every, keep: kc.ModelCheckpoint(
+            path / "{batch:04d}.weights.h5", save_freq=every, save_weights_only=True, keep=keep, save_on_background=True
+        ),
+        finished,
+        syncs=True,
+    ),
+    "this: .keras": Saver(
+        lambda path, every, keep: kc.ModelCheckpoint(
+            path / "{batch:04d}.keras", save_freq=every, keep=keep, save_on_background=True
+        ),
+        finished,
+        syncs=True,
+    ),
     "ModelCheckpoint, .weights.h5": Saver(
         lambda path, every, keep: keras.callbacks.ModelCheckpoint(
             path / ("{batch:04d}.weights.h5" if keep > 1 else "model.weights.h5"),
