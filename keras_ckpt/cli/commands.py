@@ -18,7 +18,7 @@ from keras_ckpt.store.listing import PIN_LIMIT, Listing
 from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode, members
-from keras_ckpt.store.tables import counted, printable
+from keras_ckpt.store.tables import counted, printable, text
 from keras_ckpt.version import __version__
 
 
@@ -62,7 +62,7 @@ def ls(path: str, as_json_text: bool) -> None:
     """
     runs = _existing(path)
     if not as_json_text:
-        click.echo(str(runs))
+        click.echo(text(runs, color=True))
         return
     listing = runs.listing()
     _print_json(
@@ -149,7 +149,7 @@ def prune(
     if as_json_text:
         _print_json(_plan_facts(plan))
     else:
-        click.echo(str(plan))
+        click.echo(text(plan, color=True))
         click.echo("Nothing was removed: this was a dry run." if dry_run else "Done.")
 
 
@@ -185,7 +185,7 @@ def verify(context: click.Context, path: str, as_json_text: bool) -> None:
             }
         )
     else:
-        click.echo(str(found))
+        click.echo(text(found, color=True))
     context.exit(0 if found.ok else 1)
 
 
@@ -272,8 +272,8 @@ def _show(record: CheckpointRecord, as_json_text: bool) -> None:
         return
     facts["time"] = f"{record.saved_at:%Y-%m-%d %H:%M:%S}"
     for name, value in facts.items():
-        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        click.echo(f"{name:16}{printable(text)}")
+        fact = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        click.echo(f"{name:16}{printable(fact)}")
 
 
 def _facts(record: CheckpointRecord) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _plan_facts(plan: PrunePlan) -> dict[str, Any]:
         }
         for decision in plan.decisions
     )
-    return {"policy": plan.policy, "checkpoints": list(decisions)}
+    return {"policy": repr(plan.policy), "checkpoints": list(decisions)}
 
 
 def _print_json(value: Any) -> None:

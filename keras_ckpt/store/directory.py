@@ -12,12 +12,12 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
-from keras_ckpt.store import background, commit, layout, tables
+from keras_ckpt.store import background, commit, layout, overview, tables
 from keras_ckpt.store.checks import check
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, examine, scan, taken, templates_in, verify
 from keras_ckpt.store.notices import log, warn
-from keras_ckpt.store.plan import PrunePlan, decide, resolved
+from keras_ckpt.store.plan import PrunePlan, decide, rank, resolved
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
 
@@ -64,7 +64,7 @@ class Verification(tables.Shown):
         return not self.listing.damaged
 
     def _table(self) -> tables.Table:
-        return tables.of_verification(_shown(self.listing.path), self.listing)
+        return overview.of_verification(_shown(self.listing.path), self.listing)
 
 
 class CheckpointDirectory(tables.Shown):
@@ -224,7 +224,7 @@ class CheckpointDirectory(tables.Shown):
                 f"{policy!r} would keep none of the {len(decisions)} checkpoints in {self.path}. "
                 "To remove all of them, use clear()."
             )
-        return PrunePlan(repr(policy), decisions, listing)
+        return PrunePlan(policy, decisions, listing)
 
     def prune(self, plan: PrunePlan | PreservationPolicy) -> list[int]:
         """Removes the checkpoints that a plan removes, except those pinned, saved again or removed meanwhile.
@@ -384,7 +384,8 @@ class CheckpointDirectory(tables.Shown):
     def _table(self) -> tables.Table:
         listing = self.listing()
         with _naming(self.path):
-            return tables.of_directory(_shown(self.path), listing, taken(listing.records))
+            ranking = rank(listing, BestN(1))
+            return overview.of_directory(_shown(self.path), listing, taken(listing.records), ranking)
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
@@ -418,7 +419,7 @@ def _shown(path: str) -> str:
     """A path to display: relative if it is below the working directory."""
     with contextlib.suppress(OSError):
         relative = os.path.relpath(path)
-        return path if relative.startswith("..") else relative
+        return path if relative.startswith(".") else relative
     return path
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from keras_ckpt.errors import CheckpointError, MonitorError
-from keras_ckpt.store import tables
+from keras_ckpt.store import overview, tables
 from keras_ckpt.store.listing import Listing, freed
-from keras_ckpt.store.policies import PreservationPolicy, selection
+from keras_ckpt.store.policies import BestN, PreservationPolicy, selection
 from keras_ckpt.store.record import CheckpointRecord, Mode
 
 
@@ -53,12 +55,12 @@ class PrunePlan(tables.Shown):
     ```
 
     Attributes:
-        policy: The `repr` of the policy.
+        policy: The policy, with its monitor and mode filled in.
         decisions: One decision for each checkpoint, oldest first.
         listing: The contents of the directory when the plan was made.
     """
 
-    policy: str
+    policy: PreservationPolicy
     decisions: tuple[Decision, ...]
     listing: Listing
 
@@ -71,7 +73,8 @@ class PrunePlan(tables.Shown):
         return tuple(decision.record for decision in self.decisions if not decision.kept)
 
     def _table(self) -> tables.Table:
-        return tables.of_plan(self.policy, self.decisions, self.listing)
+        ranking = rank(self.listing, self.policy)
+        return overview.of_plan(self.policy, self.decisions, self.listing, ranking)
 
 
 def resolved(policy: PreservationPolicy, listing: Listing, unknown: type[CheckpointError]) -> PreservationPolicy:
@@ -97,6 +100,18 @@ def resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkpo
     complete = policy.resolve(listing.records[-1].monitor, mode_of)
     _refuse_unknown(complete, known, unknown)
     return complete
+
+
+def rank(listing: Listing, policy: PreservationPolicy) -> overview.Ranking:
+    """The metrics that a policy ranks by, or else the metric that training monitored, and the best checkpoints."""
+    first = [BestN(1, part.monitor, part.mode) for part in policy.parts if isinstance(part, BestN)] or [BestN(1)]
+    if not listing.records:
+        return overview.Ranking()
+    try:
+        complete = resolved(functools.reduce(operator.or_, first), listing, MonitorError)
+    except MonitorError:
+        return overview.Ranking()
+    return overview.Ranking(complete.monitors, complete.select(listing.records))
 
 
 def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: type[CheckpointError]) -> None:

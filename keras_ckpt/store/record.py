@@ -17,7 +17,7 @@ import msgspec
 from blake3 import blake3
 
 from keras_ckpt.errors import DamagedCheckpointError, FormatVersionError
-from keras_ckpt.store import layout
+from keras_ckpt.store import layout, tables
 
 FORMAT_VERSION = 2
 """keras_ckpt 0.1.0 writes version 1: its checkpoint names end in their steps."""
@@ -57,7 +57,7 @@ class CheckpointFile(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     shared: bool = False
 
 
-class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The facts about one checkpoint: a frozen value, read from the sidecar file.
 
     Example:
@@ -130,6 +130,24 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def __repr__(self) -> str:
         metrics = "".join(f", {name}={value:.6g}" for name, value in self.metrics.items())
         return f"CheckpointRecord(step={self.step}, epoch={self.epoch}{metrics}, prefix={self.prefix!r})"
+
+    def _table(self) -> tables.Table:
+        """The table of the facts that a person asks for first."""
+        names = sorted(self.metrics, key=lambda name: (name != self.monitor, not name.startswith("val_")))
+        facts = [
+            ("step", str(self.step)),
+            ("epoch", "" if self.epoch is None else str(self.epoch)),
+            ("batch", str(self.batch or "")),
+            *((name, tables.metric(self.metrics[name])) for name in names),
+            ("saved", f"{self.saved_at:%Y-%m-%d %H:%M:%S}"),
+            ("reason", self.reason),
+            ("size", tables.size(self.size)),
+            ("pin", "" if self.pin is None else self.pin or "pinned"),
+            ("metadata", msgspec.json.encode(self.metadata).decode() if self.metadata else ""),
+        ]
+        cells = [(tables.printable(name), tables.printable(fact)) for name, fact in facts if fact]
+        columns = (tables.Column("", column, words=True) for column in zip(*cells, strict=True))
+        return tables.Table(tables.printable(self.prefix), tuple(columns))
 
     @property
     def prefix(self) -> str:

@@ -1,83 +1,132 @@
-"""Tables of directories, plans and verifications: as text for terminals, as HTML for notebooks."""
+"""Tables, sizes and counts for people: text that fits a terminal, HTML for notebooks."""
 
 from __future__ import annotations
 
-import abc
-import collections
 import dataclasses
-import io
 import shutil
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from keras_ckpt.store.listing import Listing
-from keras_ckpt.store.record import CheckpointRecord
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
-_ROWS = 40
-_METRICS = 5
+    from keras_ckpt.store.record import CheckpointRecord
+
+_GAP = 2
+"""The width between two columns."""
+_WISH, _LEAST = 30, 14
+"""The width that words get before a less important column is shown, and their smallest width."""
+_NAMES = 5
+"""The number of names in a list."""
+_PIPE = 10_000
+"""The width of a pipe: all columns fit, and nothing wraps."""
+
+
+class Column(NamedTuple):
+    """A column of a table: a name, and a cell for each row.
+
+    Attributes:
+        name: The name.
+        cells: The cells.
+        rank: A narrow terminal drops columns, the largest rank first. A column of rank 0 always stays.
+        words: Whether the cells are words, which may wrap. A number never wraps.
+    """
+
+    name: str
+    cells: tuple[str, ...]
+    rank: int = 0
+    words: bool = False
+
+    def width(self, most: int) -> int:
+        """The width of the longest cell and the name, of which words take `most`."""
+        from rich.cells import cell_len
+
+        longest = max(map(cell_len, self.cells), default=0)
+        return max(min(cell_len(self.name), most), min(longest, most) if self.words else longest)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A title, number columns, then word columns, rows of cells for both, and notes below the rows."""
+    """A title, columns with cells, and notes below the rows.
+
+    Attributes:
+        title: The title.
+        columns: The columns, all with the same number of cells.
+        notes: Lines below the rows.
+        colors: The color of each row, by a name that rich and CSS know, or an empty string.
+    """
 
     title: str
-    numbers: tuple[str, ...]
-    words: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    columns: tuple[Column, ...] = ()
     notes: tuple[str, ...] = ()
+    colors: tuple[str, ...] = ()
+
+    def rows(self, columns: Sequence[Column]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The color and the cells of each row, of some columns."""
+        cells = list(zip(*(column.cells for column in columns), strict=True))
+        return zip(self.colors or [""] * len(cells), cells, strict=True)
 
 
-class Shown(abc.ABC):
-    """Base class of objects that display as a table, printed and in a notebook."""
+class Shown:
+    """Base class of values that display as a table: printed, printed by rich, and in a notebook."""
 
-    @abc.abstractmethod
+    # No abstract base class: the metaclass of a record is msgspec's.
+    __slots__ = ()
+
     def _table(self) -> Table:
         """The table."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
-        return text(self._table())
+        return text(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return _rendered(self._table(), console, options)
 
     def _repr_html_(self) -> str:
         return html(self._table())
 
 
-def of_directory(path: str, listing: Listing, taken: int) -> Table:
-    """The table of a directory: its checkpoints, the bytes they take, and notes on the damaged and unmanaged."""
-    rows = [
-        _Row(
-            record,
-            (size(record.size), f"{record.saved_at:%Y-%m-%d %H:%M:%S}"),
-            (record.reason, _pin(record)),
-            record.pinned,
-        )
-        for record in listing.records
-    ]
-    shared = sum(record.size for record in listing.records) - taken
-    count = f"{counted(len(rows), 'checkpoint')}, {size(taken)}" if rows else "no checkpoints"
-    count += f" on disk, for {size(shared)} of their sizes are shared" if shared > 0 else ""
-    return _table(printable(path), listing, rows, _METRICS, ("size", "saved"), ("reason", "pin"), count)
+def text(shown: Shown, *, color: bool = False) -> str:
+    """The table of a value as text. It fits the terminal; a pipe has no width, so all columns fit.
+
+    Args:
+        shown: The value.
+        color: Whether to add colors, if the output is a terminal and `NO_COLOR` is not set.
+    """
+    import rich.console
+
+    width, height = shutil.get_terminal_size((_PIPE, 25))
+    console = rich.console.Console(
+        width=width,
+        height=height,
+        color_system="auto" if color else None,
+        # In a notebook, rich would otherwise display the text itself.
+        force_jupyter=False,
+    )
+    with console.capture() as captured:
+        console.print(shown, crop=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def of_plan(policy: str, decisions: Sequence[tuple[CheckpointRecord, bool, str, int]], listing: Listing) -> Table:
-    """The table of a plan: each record, whether it stays, the reason and the bytes."""
-    rows = [
-        _Row(record, (size(taken),), ("keep" if kept else "remove", reason), kept)
-        for record, kept, reason, taken in decisions
-    ]
-    removed = [taken for _, kept, _, taken in decisions if not kept]
-    summary = f"{len(rows) - len(removed)} kept, {len(removed)} removed, which frees {size(sum(removed))}"
-    return _table(f"keep {printable(policy)}", listing, rows, _METRICS // 2, ("size",), ("plan", "why"), summary)
+def html(table: Table) -> str:
+    """The table as HTML for a notebook."""
+    from html import escape
 
-
-def of_verification(path: str, listing: Listing) -> Table:
-    """The table of a verification: the damaged checkpoints."""
-    rows = [(printable(name), printable(str(error))) for name, error in listing.damaged.items()]
-    whole = size(sum(record.size for record in listing.records))
-    notes = [f"{counted(len(listing.records), 'checkpoint')} whole, {whole}; {len(rows)} damaged"]
-    if listing.unmanaged:
-        notes.append(f"without a sidecar, cannot be verified: {_few(listing.unmanaged)}")
-    return Table(printable(path), (), ("damaged", "why"), tuple(rows), tuple(notes))
+    # A notebook aligns all cells to the right, and wraps all.
+    styles = ["text-align:left" if column.words else "white-space:nowrap" for column in table.columns]
+    heads = "".join(
+        f'<th style="{style}">{escape(column.name)}</th>' for style, column in zip(styles, table.columns, strict=True)
+    )
+    rows = "".join(
+        (f'<tr style="color:{color}">' if color else "<tr>")
+        + "".join(f'<td style="{style}">{escape(cell)}</td>' for style, cell in zip(styles, cells, strict=True))
+        + "</tr>"
+        for color, cells in table.rows(table.columns)
+    )
+    grid = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+    notes = "".join(f"<div>{escape(note)}</div>" for note in table.notes)
+    return f"<div><strong>{escape(table.title)}</strong>{grid}{notes}</div>"
 
 
 def save(record: CheckpointRecord) -> str:
@@ -87,51 +136,6 @@ def save(record: CheckpointRecord) -> str:
     return (
         f"{size(record.size - record.size_shared)}{shared}, blocked {timings['blocked_ms']:.3g} ms, "
         f"written in {timings['write_ms']:.3g} ms"
-    )
-
-
-def text(table: Table) -> str:
-    """The table as text, as wide as the terminal."""
-    import rich.box
-    import rich.console
-    import rich.table
-    import rich.text
-
-    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
-    for column in table.numbers:
-        grid.add_column(rich.text.Text(column), justify="right", no_wrap=True)
-    for column in table.words:
-        grid.add_column(rich.text.Text(column), min_width=len(column))
-    for row in table.rows:
-        grid.add_row(*map(rich.text.Text, row))
-    buffer = io.StringIO()
-    console = rich.console.Console(
-        file=buffer,
-        width=max(100, shutil.get_terminal_size((160, 40)).columns),
-        color_system=None,
-        # In a notebook, rich would otherwise display the text itself.
-        force_jupyter=False,
-        force_terminal=False,
-    )
-    console.print(rich.text.Text(table.title))
-    if table.rows:
-        console.print(grid)
-    for note in table.notes:
-        console.print(rich.text.Text(note))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
-
-
-def html(table: Table) -> str:
-    """The table as HTML for a notebook."""
-    import html as markup
-
-    head = "".join(f"<th>{markup.escape(column)}</th>" for column in (*table.numbers, *table.words))
-    rows = ("".join(f"<td>{markup.escape(cell)}</td>" for cell in row) for row in table.rows)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    notes = "".join(f"<div>{markup.escape(note)}</div>" for note in table.notes)
-    return (
-        f"<div><strong>{markup.escape(table.title)}</strong>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}</div>"
     )
 
 
@@ -154,85 +158,51 @@ def printable(value: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in value)
 
 
+def few(names: Sequence[str]) -> str:
+    """The first names of a list, and the number of the others."""
+    more = [f"and {len(names) - _NAMES} more"] if len(names) > _NAMES else []
+    return printable(", ".join([*names[:_NAMES], *more]))
+
+
 def metric(value: float | None) -> str:
     """A metric's value, or an empty string without a value."""
     return "" if value is None else f"{value:.5g}"
 
 
-class _Row(NamedTuple):
-    """A record, its number cells, its word cells, and whether a long table shows the row too."""
+def _rendered(table: Table, console: Console, options: ConsoleOptions) -> RenderResult:
+    """The parts of a table for rich."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as Grid
+    from rich.text import Text
 
-    record: CheckpointRecord
-    numbers: tuple[str, ...]
-    words: tuple[str, ...]
-    matters: bool
-
-
-def _table(
-    title: str,
-    listing: Listing,
-    rows: Sequence[_Row],
-    most: int,
-    numbers: tuple[str, ...],
-    words: tuple[str, ...],
-    summary: str,
-) -> Table:
-    metrics = _metric_names(listing.records)
-    columns = ("step", "epoch", "batch", *map(printable, metrics[:most]), *numbers, *words)
-    cells: list[tuple[str, ...]] = []
-    for skipped, row in _visible(rows):
-        if row is None:
-            cells.append((f"... {skipped} more", *("",) * (len(columns) - 1)))
-            continue
-        record = row.record
-        facts = (str(record.step), "" if record.epoch is None else str(record.epoch), str(record.batch or ""))
-        values = (metric(record.metrics.get(name)) for name in metrics[:most])
-        cells.append((*facts, *values, *row.numbers, *map(printable, row.words)))
-    # Empty columns would waste the width.
-    used = [place for place in range(len(columns)) if any(row[place] for row in cells)]
-    return Table(
-        title,
-        tuple(columns[place] for place in used if place < len(columns) - len(words)),
-        tuple(columns[place] for place in used if place >= len(columns) - len(words)),
-        tuple(tuple(row[place] for place in used) for row in cells),
-        (summary, *_notes(listing, metrics[most:])),
-    )
+    yield Text(table.title)
+    columns = _fitting(table.columns, options.max_width)
+    if any(column.cells for column in columns):
+        heads = any(column.name for column in columns)
+        grid = Grid(
+            box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=heads, header_style=""
+        )
+        for column in columns:
+            justify: Literal["left", "right"] = "left" if column.words else "right"
+            grid.add_column(Text(column.name), justify=justify, overflow="fold", min_width=column.width(_LEAST))
+        for color, cells in table.rows(columns):
+            grid.add_row(*map(Text, cells), style=color)
+        # Rich would cut numbers to fit a terminal that is too narrow even for the columns that always stay.
+        needed = sum(column.width(_LEAST) + _GAP for column in columns) - _GAP
+        yield from console.render(grid, options.update_width(max(needed, options.max_width)))
+    for note in table.notes:
+        yield Text(note)
+    if dropped := [column.name for column in table.columns if column not in columns]:
+        yield Text(f"not shown in {options.max_width} columns: {few(dropped)}")
 
 
-def _notes(listing: Listing, hidden: Sequence[str]) -> Iterable[str]:
-    if hidden:
-        yield f"more metrics: {printable(', '.join(hidden))}"
-    for name, error in listing.damaged.items():
-        yield f"damaged, left alone: {printable(name)}: {printable(str(error))}"
-    if listing.unmanaged:
-        yield f"without a sidecar, left alone: {_few(listing.unmanaged)}"
-
-
-def _few(names: Sequence[str]) -> str:
-    return printable(", ".join(names[:10])) + (", ..." if len(names) > 10 else "")
-
-
-def _metric_names(records: Sequence[CheckpointRecord]) -> list[str]:
-    """The names of all metrics: first the monitored metric, then by the number of records with the metric."""
-    counts = collections.Counter(name for record in records for name in record.metrics)
-    monitored = {record.monitor for record in records[-1:]}
-    return sorted(counts, key=lambda name: (name not in monitored, -counts[name], name))
-
-
-def _visible(rows: Sequence[_Row]) -> Iterable[tuple[int, _Row | None]]:
-    """The rows to show, each with 0. A gap is the number of skipped rows, with `None`."""
-    shown = set(range(len(rows)))
-    if len(rows) > _ROWS:
-        half = _ROWS // 2
-        important = [position for position, row in enumerate(rows) if row.matters][-half:]
-        shown = {0, 1, *important, *range(len(rows) - half, len(rows))}
-    last = -1
-    for position in sorted(shown):
-        if position > last + 1:
-            yield position - last - 1, None
-        yield 0, rows[position]
-        last = position
-
-
-def _pin(record: CheckpointRecord) -> str:
-    return "" if record.pin is None else record.pin or "pinned"
+def _fitting(columns: Sequence[Column], width: int) -> list[Column]:
+    """The columns that fit into a width. The smallest rank comes first; rank 0 always stays."""
+    room = width + _GAP
+    chosen = set()
+    for place, column in sorted(enumerate(columns), key=lambda each: each[1].rank):
+        needed = column.width(_WISH) + _GAP
+        if column.rank == 0 or needed <= room:
+            room -= needed
+            chosen.add(place)
+    return [columns[place] for place in sorted(chosen)]

@@ -1,0 +1,191 @@
+"""The tables of a directory, a plan and a verification: which facts they show, and which are the most important."""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from keras_ckpt.store.listing import Listing
+from keras_ckpt.store.policies import PreservationPolicy
+from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.tables import Column, Table, counted, few, metric, printable, size
+
+if TYPE_CHECKING:
+    from keras_ckpt.store.plan import Decision
+
+_ROWS = 40
+"""The largest number of rows of a complete table."""
+
+_Row = TypeVar("_Row")
+
+
+class _Rank(enum.IntEnum):
+    """The importance of a column. A narrow terminal drops the largest ranks."""
+
+    ALWAYS, EPOCH, BATCH, VALIDATION, SIZE, SAVED, TRAINING, REASON = range(8)
+
+
+class Ranking(NamedTuple):
+    """The metrics that decide which checkpoint is best, and the steps of the best checkpoints."""
+
+    monitors: Set[str] = frozenset()
+    best: Set[int] = frozenset()
+
+
+def of_directory(path: str, listing: Listing, taken: int, ranking: Ranking) -> Table:
+    """The table of a directory: its checkpoints, the bytes they take, and notes on the damaged and unmanaged.
+
+    Args:
+        path: The directory as a person names it.
+        listing: The directory.
+        taken: The bytes that the checkpoints take.
+        ranking: The metric that decides, and the best checkpoint.
+    """
+    records = listing.records
+    rows = _shortened(records, lambda record: record.pinned or record.step in ranking.best)
+    columns = [
+        *_facts(rows, records, ranking.monitors),
+        _column("size", rows, lambda record: size(record.size), rank=_Rank.SIZE),
+        _column("saved", rows, lambda record: f"{record.saved_at:%Y-%m-%d %H:%M}", rank=_Rank.SAVED),
+        _column("reason", rows, lambda record: printable(record.reason), rank=_Rank.REASON, words=True),
+        _column(
+            "mark",
+            rows,
+            lambda record: ", ".join([*_marks(record, listing, ranking), *_pin(record)]),
+            _more,
+            words=True,
+        ),
+    ]
+    shared = sum(record.size for record in records) - taken
+    count = f"{counted(len(records), 'checkpoint')}, {size(taken)}" if records else _absence(listing)
+    count += f" on disk, for {size(shared)} of their sizes are shared" if shared > 0 else ""
+    colors = _colors(rows, lambda record: "green" if record.step in ranking.best else "")
+    return Table(printable(path), _used(columns), (count, *_notes(listing)), colors)
+
+
+def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: Listing, ranking: Ranking) -> Table:
+    """The table of a plan: each record, whether it stays, the reason and the bytes."""
+    rows = _shortened(decisions, lambda decision: decision.kept)
+    records = [row if isinstance(row, int) else row.record for row in rows]
+    columns = [
+        *_facts(records, listing.records, ranking.monitors),
+        _column("size", rows, lambda decision: size(decision.size), rank=_Rank.SIZE),
+        _column("mark", records, lambda record: ", ".join(_marks(record, listing, ranking)), words=True),
+        _column("plan", rows, lambda decision: "keep" if decision.kept else "remove", words=True),
+        _column("why", rows, lambda decision: printable(decision.reason), _more, words=True),
+    ]
+    removed = [decision.size for decision in decisions if not decision.kept]
+    kept = len(decisions) - len(removed)
+    summary = f"{kept} kept, {len(removed)} removed, which frees {size(sum(removed))}"
+    colors = _colors(rows, lambda decision: "green" if decision.kept else "red")
+    notes = (summary if decisions else _absence(listing), *_notes(listing))
+    return Table(f"keep {printable(repr(policy))}", _used(columns), notes, colors)
+
+
+def of_verification(path: str, listing: Listing) -> Table:
+    """The table of a verification: the damaged checkpoints."""
+    names = tuple(map(printable, listing.damaged))
+    errors = tuple(printable(str(error)) for error in listing.damaged.values())
+    whole = size(sum(record.size for record in listing.records))
+    notes = [f"{counted(len(listing.records), 'checkpoint')} whole, {whole}; {len(names)} damaged"]
+    if not listing.records and not names:
+        notes = [_absence(listing)]
+    if listing.unmanaged:
+        notes.append(f"without a sidecar, cannot be verified: {few(listing.unmanaged)}")
+    columns = (Column("damaged", names, words=True), Column("why", errors, words=True))
+    return Table(printable(path), columns, tuple(notes), ("red",) * len(names))
+
+
+def _facts(
+    rows: Sequence[CheckpointRecord | int], records: Sequence[CheckpointRecord], monitors: Set[str]
+) -> Iterator[Column]:
+    """The step, the place in training and the metrics of some rows. A metric that decides always stays."""
+    yield _column("step", rows, lambda record: str(record.step), lambda skipped: "...")
+    yield _column("epoch", rows, lambda record: "" if record.epoch is None else str(record.epoch), rank=_Rank.EPOCH)
+    yield _column("batch", rows, lambda record: str(record.batch or ""), rank=_Rank.BATCH)
+    names = _metric_names(records, monitors)
+    for name in names:
+        rank = _Rank.VALIDATION if _is_validation(name) else _Rank.TRAINING
+        decides = name in monitors or name == names[0]
+        yield _column(printable(name), rows, functools.partial(_value, name), rank=_Rank.ALWAYS if decides else rank)
+
+
+def _value(name: str, record: CheckpointRecord) -> str:
+    return metric(record.metrics.get(name))
+
+
+def _metric_names(records: Iterable[CheckpointRecord], monitors: Set[str]) -> list[str]:
+    """The names of all metrics: those that decide, validation, the others; each by the number of its records."""
+    counts = collections.Counter(name for record in records for name in record.metrics)
+    return sorted(counts, key=lambda name: (name not in monitors, not _is_validation(name), -counts[name], name))
+
+
+def _is_validation(name: str) -> bool:
+    return name.startswith("val_")
+
+
+def _shortened(rows: Sequence[_Row], matters: Callable[[_Row], bool]) -> list[_Row | int]:
+    """The rows of a table; in a long table, the first, the newest and those that matter. A number stands for a gap."""
+    if len(rows) <= _ROWS:
+        return list(rows)
+    half = _ROWS // 2
+    important = [place for place, row in enumerate(rows) if matters(row)][-half:]
+    places = sorted({0, 1, *important, *range(len(rows) - half, len(rows))})
+    shown: list[_Row | int] = []
+    for last, place in zip([-1, *places], places, strict=False):
+        shown += [place - last - 1, rows[place]] if place > last + 1 else [rows[place]]
+    return shown
+
+
+def _column(
+    name: str,
+    rows: Sequence[_Row | int],
+    fact: Callable[[_Row], str],
+    gap: Callable[[int], str] = lambda skipped: "",
+    *,
+    rank: _Rank = _Rank.ALWAYS,
+    words: bool = False,
+) -> Column:
+    """A column of one fact of each row."""
+    cells = tuple(gap(row) if isinstance(row, int) else fact(row) for row in rows)
+    return Column(name, cells, rank, words)
+
+
+def _colors(rows: Sequence[_Row | int], color: Callable[[_Row], str]) -> tuple[str, ...]:
+    return tuple("" if isinstance(row, int) else color(row) for row in rows)
+
+
+def _more(skipped: int) -> str:
+    return f"... {skipped} more"
+
+
+def _used(columns: Iterable[Column]) -> tuple[Column, ...]:
+    """The columns without the empty ones, which would waste the width."""
+    return tuple(column for column in columns if any(column.cells))
+
+
+def _marks(record: CheckpointRecord, listing: Listing, ranking: Ranking) -> list[str]:
+    return ["best"] * (record.step in ranking.best) + ["newest"] * (record is listing.records[-1])
+
+
+def _pin(record: CheckpointRecord) -> list[str]:
+    return [] if record.pin is None else [printable(f"pinned: {record.pin}") if record.pin else "pinned"]
+
+
+def _absence(listing: Listing) -> str:
+    """The reason why a directory has no checkpoints."""
+    if listing:
+        return "no checkpoints that can be used"
+    there = os.path.lexists(listing.path)
+    return "no checkpoints: " + ("nothing was saved here yet" if there else "the directory does not exist")
+
+
+def _notes(listing: Listing) -> Iterable[str]:
+    for name, error in listing.damaged.items():
+        yield f"damaged, left alone: {printable(name)}: {printable(str(error))}"
+    if listing.unmanaged:
+        yield f"without a sidecar, left alone: {few(listing.unmanaged)}"
