@@ -1,6 +1,7 @@
 """`restore`: all or nothing, into the right layer, with a report that fits on a screen."""
 
 import pathlib
+import re
 
 import keras
 import msgspec
@@ -427,9 +428,22 @@ def test_the_report_fits_on_a_screen(tmp_path) -> None:
     assert len(str(report).splitlines()) < 40
     assert "model/a0 (2)" in str(report)
     assert repr(report) == str(report)
+    assert "in the checkpoint, not in the model: model/a0 (2), " in report._repr_html_()
     with pytest.raises(kc.MismatchError) as caught:
         kc.restore(build("b"), tmp_path)
     assert len(str(caught.value).splitlines()) < 20
+
+
+def test_a_report_is_a_table_of_the_parts_of_the_model_in_a_notebook(runs, model) -> None:
+    """The table has the counts of the text."""
+    report = kc.restore(model, runs)
+    counts = re.findall(r"(\w+) (\d+) of (\d+)", str(report))
+
+    cells = re.findall("<td[^>]*>([^<]*)", report._repr_html_())
+
+    assert counts
+    assert cells == [cell for row in counts for cell in row]
+    assert str(report).split(": ")[0] in report._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from keras_ckpt.store.tables import Column, Shown, Table
+
 _LINES = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class RestoreReport:
+class RestoreReport(Shown):
     """The result of `restore`, by the names of variables.
 
     A name that begins with `learned/` names the state of a layer beyond its variables: a vocabulary, the boundaries of
@@ -35,19 +37,44 @@ class RestoreReport:
     mismatched: Mapping[str, str]
 
     def __str__(self) -> str:
-        wanted = [*self.matched, *self.missing, *self.mismatched]
-        parts = ("model", "learned", "optimizer", "losses", "metrics")
-        counts = {part: (_count(self.matched, part), _count(wanted, part)) for part in parts}
-        restored = ", ".join(f"{part} {done} of {total}" for part, (done, total) in counts.items() if total)
-        at = "" if self.step is None else f" at step {self.step}"
-        lines = [f"restored {self.prefix}{at}: {restored}"]
-        lines += _block("learned", [name.removeprefix("learned/") for name in self.matched if _is_learned(name)])
-        lines += _block("not in the checkpoint, left as they were", by_layer(self.missing))
-        lines += _block("in the checkpoint, not in the model", by_layer(self.unexpected))
-        lines += _block("in both, left as they were", _by_reason(self.mismatched))
+        restored = ", ".join(f"{part} {done} of {total}" for part, done, total in self._counts())
+        lines = [f"{self._title()}: {restored}"]
+        for title, names in self._lists():
+            lines += [f"  {title}:", *(f"    {line}" for line in names)]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _table(self) -> Table:
+        counts = self._counts()
+        columns = (
+            Column("part", tuple(part for part, _, _ in counts), words=True),
+            Column("restored", tuple(str(done) for _, done, _ in counts)),
+            Column("of", tuple(str(total) for _, _, total in counts)),
+        )
+        notes = [f"{title}: {', '.join(lines)}" for title, lines in self._lists()]
+        return Table(self._title(), columns, tuple(notes))
+
+    def _title(self) -> str:
+        at = "" if self.step is None else f" at step {self.step}"
+        return f"restored {self.prefix}{at}"
+
+    def _counts(self) -> list[tuple[str, int, int]]:
+        """The parts of the model with the numbers of restored and of all names."""
+        wanted = [*self.matched, *self.missing, *self.mismatched]
+        parts = ("model", "learned", "optimizer", "losses", "metrics")
+        counts = [(part, _count(self.matched, part), _count(wanted, part)) for part in parts]
+        return [(part, done, total) for part, done, total in counts if total]
+
+    def _lists(self) -> list[tuple[str, list[str]]]:
+        """The titles and the lines of the lists of names, without empty lists."""
+        lists = {
+            "learned": [name.removeprefix("learned/") for name in self.matched if name.startswith("learned/")],
+            "not in the checkpoint, left as they were": by_layer(self.missing),
+            "in the checkpoint, not in the model": by_layer(self.unexpected),
+            "in both, left as they were": _by_reason(self.mismatched),
+        }
+        return [(title, shortened(lines)) for title, lines in lists.items() if lines]
 
 
 def by_layer(names: Iterable[str]) -> list[str]:
@@ -58,11 +85,7 @@ def by_layer(names: Iterable[str]) -> list[str]:
 
 def shortened(lines: list[str]) -> list[str]:
     """The lines, cut to the first ones if there are many."""
-    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"    and {len(lines) - _LINES + 1} more"]
-
-
-def _is_learned(name: str) -> bool:
-    return name.startswith("learned/")
+    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"and {len(lines) - _LINES + 1} more"]
 
 
 def _count(names: Iterable[str], part: str) -> int:
@@ -75,7 +98,3 @@ def _by_reason(reasons: Mapping[str, str]) -> list[str]:
     for name, reason in reasons.items():
         names[reason].append(name)
     return [f"{each[0] if len(each) == 1 else ', '.join(by_layer(each))}: {why}" for why, each in names.items()]
-
-
-def _block(title: str, lines: list[str]) -> list[str]:
-    return [f"  {title}:", *shortened([f"    {line}" for line in lines])] if lines else []
