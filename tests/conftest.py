@@ -18,7 +18,7 @@ import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
-os.environ.pop("COLUMNS", None)  # a table would fit this width, instead of a pipe
+os.environ.pop("COLUMNS", None)  # a table would fit this width; a pipe has none
 
 from support.runs import HOLD, Filler
 

@@ -1,5 +1,6 @@
 """The command `keras-ckpt`: its output and its exit codes."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 
 import keras_ckpt as kc
 from keras_ckpt.cli import main
+from support.runs import Filler
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -51,13 +53,131 @@ def test_ls_prints_json(runs) -> None:
     assert listed["without_sidecar"] == ["ckpt-10"]
 
 
-def test_show_prints_all_facts_of_a_checkpoint(runs) -> None:
-    """In lines, and as JSON."""
+def test_show_prints_the_most_important_facts_of_a_checkpoint(runs) -> None:
+    """The other facts would fill a screen."""
     text = run("show", runs.path, 20)
 
     assert re.search(r"^step +20$", text, re.MULTILINE)
+    assert "ckpt-20.index" not in text
+    assert len(text.splitlines()) < 10
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose"])
+def test_show_verbose_prints_all_facts_of_a_checkpoint(runs, flag) -> None:
+    """In lines, as `--json` in JSON."""
+    text = run("show", runs.path, 20, flag)
+
+    assert re.search(r"^step +20$", text, re.MULTILINE)
     assert "ckpt-20.index" in text
-    assert json.loads(run("show", runs.path, 20, "--json"))["step"] == 20
+    facts = json.loads(run("show", runs.path, 20, "--json"))
+    assert facts["step"] == 20
+    assert [line.split()[0] for line in text.splitlines()] == list(facts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "step"), [(["show", 30], 30), (["show", "latest"], 40), (["show", "best"], 20), (["best"], 20)]
+)
+def test_path_prints_the_prefix_only(runs, monkeypatch, arguments, step) -> None:
+    """For a script; the PATH defaults to the current directory."""
+    monkeypatch.chdir(runs.path)
+
+    assert run(*arguments, "--path") == f"{runs[step].prefix}\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["-v"], ["--json"], ["--path"]])
+def test_latest_and_best_serve_as_steps(runs, flags) -> None:
+    assert run("show", runs.path, "latest", *flags) == run("show", runs.path, 40, *flags)
+    assert run("show", *flags, runs.path, "best") == run("show", runs.path, 20, *flags)
+
+
+@pytest.mark.parametrize("name", ["ls", "best", "verify"])
+def test_the_path_defaults_to_the_current_directory(runs, monkeypatch, name) -> None:
+    there = run(name, runs.path)
+    monkeypatch.chdir(runs.path)
+
+    assert run(name) == run(name, ".") == there
+
+
+def test_a_directory_may_have_the_name_of_a_step(runs, monkeypatch) -> None:
+    """Two steps in a row are a PATH and a STEP."""
+    named = pathlib.Path(runs.path).with_name("7")
+    pathlib.Path(runs.path).rename(named)
+    monkeypatch.chdir(named.parent)
+
+    assert json.loads(run("show", "7", "latest", "--json"))["step"] == 40
+    run("pin", "7", 10, "mine")
+    assert kc.CheckpointDirectory(named)[10].pin == "mine"
+
+
+def test_pin_takes_a_reason_without_a_path(runs, monkeypatch) -> None:
+    monkeypatch.chdir(runs.path)
+
+    assert run("pin", "best", "mine") == "Pinned step 20.\n"
+    assert runs[20].pin == "mine"
+    assert run("unpin", "best") == "Unpinned step 20.\n"
+    assert not runs[20].pinned
+
+
+@pytest.fixture
+def two(runs, tmp_path) -> list[kc.CheckpointDirectory]:
+    """Two directories."""
+    return [runs, Filler(tmp_path / "other").save("1:0.5 2:0.4 3:0.6", monitor="loss", mode="min")]
+
+
+def test_ls_and_best_and_verify_take_several_paths(two) -> None:
+    """JSON has a line for each."""
+    paths = [runs.path for runs in two]
+
+    assert run("ls", *paths) == f"{two[0]}\n{two[1]}\n"
+    listed = [json.loads(line) for line in run("ls", *paths, "--json").splitlines()]
+    assert [len(each["checkpoints"]) for each in listed] == [4, 3]
+    assert [json.loads(line)["step"] for line in run("best", *paths, "--json").splitlines()] == [20, 2]
+    assert run("verify", *paths).count("0 damaged") == 2
+
+
+def test_verify_of_several_paths_exits_with_1_if_one_is_damaged(two) -> None:
+    """All are verified."""
+    pathlib.Path(two[0][20].prefix + ".index").write_bytes(b"")
+
+    text = run("verify", *(runs.path for runs in two), code=1)
+
+    assert "1 damaged" in text
+    assert "0 damaged" in text
+
+
+def test_prune_and_clear_take_several_paths(two) -> None:
+    paths = [runs.path for runs in two]
+
+    assert run("prune", *paths, "--keep-best", 1).endswith("Removed 5 checkpoints.\n")
+    assert [[record.step for record in runs] for runs in two] == [[20], [2]]
+
+    assert run("clear", *paths, "--yes") == "Removed 2 checkpoints.\n"
+
+
+def test_one_wrong_path_among_several_removes_nothing(two) -> None:
+    run("prune", two[0].path, "nowhere", "--keep-latest", 1, code=1)
+    run("clear", two[0].path, "nowhere", "--yes", code=1)
+
+    assert len(two[0]) == 4
+
+
+@pytest.mark.parametrize("flag", ["-q", "--quiet"])
+def test_quiet_commands_print_errors_only(runs, flag) -> None:
+    run_quietly = [
+        ["verify", runs.path], ["pin", runs.path, 10], ["unpin", runs.path, 10],
+        ["prune", runs.path, "--keep-latest", 3, "-n"], ["prune", runs.path, "--keep-latest", 3],
+        ["clear", runs.path, "--yes"],
+    ]  # fmt: skip
+    for command in run_quietly:
+        assert run(*command, flag) == ""
+    assert len(runs) == 0
+    assert "There is no directory" in run("verify", "nowhere", flag, code=1)
+
+
+def test_quiet_verify_exits_with_1_for_a_damaged_checkpoint(runs) -> None:
+    pathlib.Path(runs[20].prefix + ".index").write_bytes(b"")
+
+    assert run("verify", runs.path, "-q", code=1) == ""
 
 
 @pytest.mark.parametrize(
@@ -74,7 +194,7 @@ def test_prune_prints_its_plan_and_removes_checkpoints(runs) -> None:
 
     out = run("prune", runs.path, "--keep-latest", 1, "--keep-best", 1, "--monitor", "loss", "--mode", "min")
 
-    assert out == f"{plan}\nDone.\n"
+    assert out == f"{plan}\nRemoved 2 checkpoints.\n"
     assert [record.step for record in runs] == [20, 40]
 
 
@@ -217,27 +337,106 @@ def test_python_m_keras_ckpt_runs_the_command(runs) -> None:
     assert len(json.loads(out)["checkpoints"]) == 4
 
 
-def test_the_demo_trains_restores_the_best_and_prunes(tmp_path) -> None:
-    """It prints the table with reasons, and the restored metrics agree with the record."""
+def in_terminal(command: list[object], answer: str) -> tuple[str, int]:
+    """The output and the exit code of a command in a terminal, in which a user types an answer."""
+    master, slave = pty.openpty()
+    words = [sys.executable, "-m", "keras_ckpt", *map(str, command)]
+    with subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave) as process:
+        os.close(slave)
+        os.write(master, answer.encode())
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while chunk := os.read(master, 1 << 16):
+                shown += chunk
+    os.close(master)
+    return shown.decode(), process.returncode
+
+
+@pytest.mark.parametrize(("answer", "left", "code"), [("y\n", 1, 0), ("n\n", 4, 1), ("\n", 4, 1)])
+def test_prune_asks_at_a_terminal(runs, answer, left, code) -> None:
+    """After it printed its plan. No answer means no."""
+    text, exit_code = in_terminal(["prune", runs.path, "--keep-latest", 1], answer)
+
+    assert text.index("1 kept, 3 removed") < text.index("Remove 3 checkpoints? [y/N]")
+    assert len(runs) == left
+    assert exit_code == code
+
+
+@pytest.mark.parametrize("options", [["--keep-latest", 1, "--yes"], ["--keep-latest", 4], ["--keep-latest", 1, "-n"]])
+def test_prune_does_not_ask_with_yes_or_if_it_removes_nothing(runs, options) -> None:
+    text, exit_code = in_terminal(["prune", runs.path, *options], "")
+
+    assert "[y/N]" not in text
+    assert exit_code == 0
+
+
+def completed(*words: object) -> list[str]:
+    """The completions that a shell gets for the last of some words."""
+    line = " ".join(["keras-ckpt", *map(str, words)])
+    variables = {"_KERAS_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
     out = subprocess.run(
-        [sys.executable, "-m", "keras_ckpt", "demo", str(tmp_path / "demo")], capture_output=True, check=True, text=True
-    ).stdout
-
-    assert "BestN(3, 'val_accuracy', 'max')" in out
-    assert "LatestN(2)" in out
-    assert "They agree." in out
-    assert len(kc.CheckpointDirectory(tmp_path / "demo")) == 1
+        [sys.executable, "-c", "from keras_ckpt.cli import main; main(prog_name='keras-ckpt')"],
+        env={**os.environ, **variables}, capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    return [line.removeprefix("plain,") for line in out.stdout.splitlines() if line.startswith("plain,")]
 
 
-def test_the_demo_refuses_a_directory_of_another_run(runs) -> None:
-    """It exits with 1, and the error has the advice."""
+def test_a_shell_completes_steps(runs, monkeypatch) -> None:
+    """After a PATH, and of the current directory without a PATH."""
+    assert completed("show", runs.path, "") == ["latest", "best", "10", "20", "30", "40"]
+    assert completed("pin", runs.path, "3") == ["30"]
+    monkeypatch.chdir(runs.path)
+    assert completed("show", "") == ["latest", "best", "10", "20", "30", "40"]
+
+
+def test_a_shell_completes_metrics(runs, monkeypatch) -> None:
+    """Those in a directory; without checkpoints, none."""
+    assert completed("best", runs.path, "--monitor", "") == ["loss"]
+    assert completed("prune", runs.path, "--monitor", "lo") == ["loss"]
+    assert completed("best", "nowhere", "--monitor", "") == []
+    monkeypatch.chdir(runs.path)
+    assert completed("best", "--monitor", "") == ["loss"]
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    assert completed("pr") == ["prune"]
+    assert "--keep-best" in completed("prune", "--keep")
+
+
+def demonstrate(path: str | pathlib.Path) -> str:
+    """The output of the demo, which prints nothing on the error stream."""
     result = subprocess.run(
-        [sys.executable, "-m", "keras_ckpt", "demo", runs.path], capture_output=True, check=False, text=True
-    )
+        [sys.executable, "-m", "keras_ckpt", "demo", str(path)], capture_output=True, check=True, text=True,
+        env={name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"},
+    )  # fmt: skip
+    assert result.stderr == ""
+    return result.stdout
 
-    assert result.returncode == 1
-    assert "another directory" in result.stderr
-    assert "Traceback" not in result.stderr
+
+def test_the_demo_shows_a_policy_and_restores_the_best(tmp_path) -> None:
+    """The best epochs are in the middle, so that `BestN` and `LatestN` keep different checkpoints."""
+    out = demonstrate(tmp_path / "demo")
+
+    epochs = re.findall(r"^ +\d+ +\d\.\d{4}  ([\d ]+)$", out, re.MULTILINE)
+    assert len(epochs) == 12
+    on_disk = [int(epoch) for epoch in epochs[-1].split()]
+    assert len(on_disk) == 5
+    assert on_disk[3:] == [11, 12]
+    assert 1 < on_disk[0] < on_disk[2] < 10
+    assert out.count("keep  BestN(3, 'val_loss', 'min')") == 3
+    assert out.count("keep  LatestN(2)") == 2
+    assert "They agree." in out
+    assert [record.epoch for record in kc.CheckpointDirectory(tmp_path / "demo")] == [
+        kc.CheckpointDirectory(tmp_path / "demo").best().epoch
+    ]
+
+
+def test_the_demo_can_run_again(runs) -> None:
+    """An earlier run stays, and the demo says where it trains."""
+    out = demonstrate(runs.path)
+
+    assert f"This run has a directory of its own: {runs.path}/2" in out
+    assert len(kc.CheckpointDirectory(f"{runs.path}/2")) == 1
     assert len(runs) == 4
 
 

@@ -1,4 +1,4 @@
-"""The command `keras-ckpt`. Each subcommand calls a `CheckpointDirectory` once, and prints the result."""
+"""The command `keras-ckpt`. Each subcommand calls a method of each `CheckpointDirectory`, and prints the result."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import contextlib
 import functools
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 import msgspec
 
+from keras_ckpt.cli import arguments
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, MonitorError
-from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.directory import CheckpointDirectory, Verification
 from keras_ckpt.store.listing import PIN_LIMIT, Listing
 from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode, members
-from keras_ckpt.store.tables import counted, printable, text
+from keras_ckpt.store.tables import Shown, counted, printable, text
 from keras_ckpt.version import __version__
 
 
@@ -41,80 +43,64 @@ class _Group(click.Group):
 def main() -> None:
     """List, inspect, verify and prune the checkpoints of a run.
 
+    PATH is the directory of a run. Default: the current directory. STEP is a number, latest or best.
+
     Exit codes: 0 done, 1 not found or damaged, 2 wrong usage.
     """
 
 
-_path = click.argument("path", type=click.Path())
-_step = click.argument("step", type=int)
-_json = click.option("--json", "as_json_text", is_flag=True, help="Print JSON.")
-_monitor = click.option("--monitor", help="The metric. Default: the metric that training monitored.")
-_mode = click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of the metric is better.")
-
-
 @main.command()
-@_path
-@_json
-def ls(path: str, as_json_text: bool) -> None:
-    """List the checkpoints of the directory PATH.
+@arguments.paths
+@arguments.form("json")
+def ls(paths: Sequence[str], form: str | None) -> None:
+    """List the checkpoints of each PATH.
 
     Example: keras-ckpt ls runs/digits
     """
-    runs = _existing(path)
-    if not as_json_text:
-        click.echo(text(runs, color=True))
-        return
-    listing = runs.listing()
-    _print_json(
-        {
-            "checkpoints": [_facts(record) for record in listing.records],
-            "damaged": _reasons(listing),
-            "without_sidecar": listing.unmanaged,
-        }
-    )
+    for runs in _existing(*paths):
+        _report(form, runs, functools.partial(_directory_facts, runs))
 
 
-@main.command()
-@_path
-@_step
-@_json
-def show(path: str, step: int, as_json_text: bool) -> None:
-    """Show all facts of the checkpoint of a STEP.
+@main.command(cls=arguments.OfOneStep)
+@arguments.path
+@arguments.step
+@arguments.form("path", "json", "all")
+def show(path: str, step: int | str, form: str | None) -> None:
+    """Show the checkpoint of a STEP.
 
     Example: keras-ckpt show runs/digits 120
     """
-    _show(_existing(path)[step], as_json_text)
+    _show(_record(path, step)[1], form)
 
 
 @main.command()
-@_path
-@_monitor
-@_mode
-@_json
-def best(path: str, monitor: str | None, mode: Mode | None, as_json_text: bool) -> None:
-    """Show the best checkpoint.
+@arguments.paths
+@arguments.monitor
+@arguments.mode
+@arguments.form("path", "json", "all")
+def best(paths: Sequence[str], monitor: str | None, mode: Mode | None, form: str | None) -> None:
+    """Show the best checkpoint of each PATH.
 
     Example: keras-ckpt best runs/digits --monitor val_accuracy --mode max
     """
-    record = _existing(path).best(monitor, mode)
-    if record is None:
-        raise CheckpointNotFoundError(f"There is no checkpoint in {path}.")
-    _show(record, as_json_text)
+    for runs in _existing(*paths):
+        _show(_found(runs, runs.best(monitor, mode)), form)
 
 
 @main.command()
-@_path
+@arguments.paths
 @click.option("--keep-latest", type=int, metavar="N", help="Keep the N newest.")
 @click.option("--keep-best", type=int, metavar="N", help="Keep the N best.")
 @click.option("--keep-every-steps", type=int, metavar="N", help="Keep one checkpoint every N steps.")
 @click.option("--keep-every-epochs", type=int, metavar="N", help="Keep one checkpoint every N epochs.")
 @click.option("--keep-every-hours", type=float, metavar="H", help="Keep one checkpoint every H hours.")
-@_monitor
-@_mode
+@arguments.monitor
+@arguments.mode
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan, and remove nothing.")
-@_json
+@arguments.yes
+@arguments.form("quiet", "json")
 def prune(
-    path: str,
+    paths: Sequence[str],
     keep_latest: int | None,
     keep_best: int | None,
     keep_every_steps: int | None,
@@ -123,9 +109,12 @@ def prune(
     monitor: str | None,
     mode: Mode | None,
     dry_run: bool,
-    as_json_text: bool,
+    yes: bool,
+    form: str | None,
 ) -> None:
-    """Remove the checkpoints that no --keep option keeps. Pinned checkpoints stay.
+    """Remove the checkpoints of each PATH that no --keep option keeps. Pinned checkpoints stay.
+
+    At a terminal, the command prints its plan and asks.
 
     Example: keras-ckpt prune runs/digits --keep-latest 1 --keep-best 1 --monitor val_loss --mode min --dry-run
     """
@@ -142,92 +131,80 @@ def prune(
         policies: list[PreservationPolicy] = [kind(value) for kind, value in kinds.items() if value is not None]
     if not policies:
         raise click.UsageError("Give a --keep option, for example --keep-latest 3. To remove everything, use clear.")
-    runs = _existing(path)
-    plan = runs.plan(functools.reduce(operator.or_, policies))
-    if not dry_run:
-        runs.prune(plan)
-    if as_json_text:
-        _print_json(_plan_facts(plan))
-    else:
-        click.echo(text(plan, color=True))
-        click.echo("Nothing was removed: this was a dry run." if dry_run else "Done.")
+    plans = [(runs, runs.plan(functools.reduce(operator.or_, policies))) for runs in _existing(*paths)]
+    for _, plan in plans:
+        _report(form, plan, functools.partial(_plan_facts, plan))
+    if dry_run:
+        _say(form, "Nothing was removed: this was a dry run.")
+        return
+    planned = sum(len(plan.removed) for _, plan in plans)
+    if planned and not yes and sys.stdin.isatty() and sys.stdout.isatty():
+        click.confirm(f"Remove {counted(planned, 'checkpoint')}?", abort=True)
+    removed = sum(len(runs.prune(plan)) for runs, plan in plans)
+    _say(form, f"Removed {counted(removed, 'checkpoint')}.")
 
 
 @main.command()
-@_path
-@_json
+@arguments.paths
+@arguments.form("quiet", "json")
 @click.pass_context
-def verify(context: click.Context, path: str, as_json_text: bool) -> None:
-    """Read every byte of every checkpoint. Exit with 1 if a checkpoint is damaged. Change nothing.
+def verify(context: click.Context, paths: Sequence[str], form: str | None) -> None:
+    """Read every byte of every checkpoint of each PATH. Exit with 1 if a checkpoint is damaged. Change nothing.
 
     Example: keras-ckpt verify runs/digits
     """
-    import rich.console
-    import rich.progress
-
-    runs = _existing(path)
-    terminal = rich.console.Console(stderr=True)
-    with rich.progress.Progress(
-        *rich.progress.Progress.get_default_columns(),
-        rich.progress.DownloadColumn(),
-        console=terminal,
-        transient=True,
-        disable=not terminal.is_terminal,
-    ) as bar:
-        task = bar.add_task("verifying", total=None)
-        found = runs.verify(lambda done, total: bar.update(task, completed=done, total=total))
-    if as_json_text:
-        _print_json(
-            {
-                "whole": [record.step for record in found.listing.records],
-                "damaged": _reasons(found.listing),
-                "without_sidecar": found.listing.unmanaged,
-            }
-        )
-    else:
-        click.echo(text(found, color=True))
-    context.exit(0 if found.ok else 1)
+    verifications = [_verified(runs, form) for runs in _existing(*paths)]
+    for found in verifications:
+        _report(form, found, functools.partial(_verification_facts, found))
+    context.exit(0 if all(found.ok for found in verifications) else 1)
 
 
-@main.command()
-@_path
-@_step
+@main.command(cls=arguments.OfOneStep)
+@arguments.path
+@arguments.step
 @click.argument("reason", default="")
-def pin(path: str, step: int, reason: str) -> None:
+@arguments.form("quiet")
+def pin(path: str, step: int | str, reason: str, form: str | None) -> None:
     """Pin the checkpoint of a STEP, so that no policy removes it.
 
     Example: keras-ckpt pin runs/digits 120 "paper figure 3"
     """
     if len(reason.encode()) > PIN_LIMIT:
         raise click.UsageError(f"The reason of a pin expected at most {PIN_LIMIT} bytes. Received: {reason:.50}...")
-    _existing(path).pin(step, reason)
-    click.echo(f"Pinned step {step}.")
+    runs, record = _record(path, step)
+    runs.pin(record, reason)
+    _say(form, f"Pinned step {record.step}.")
 
 
-@main.command()
-@_path
-@_step
-def unpin(path: str, step: int) -> None:
+@main.command(cls=arguments.OfOneStep)
+@arguments.path
+@arguments.step
+@arguments.form("quiet")
+def unpin(path: str, step: int | str, form: str | None) -> None:
     """Unpin the checkpoint of a STEP, so that policies may remove it.
 
     Example: keras-ckpt unpin runs/digits 120
     """
-    _existing(path).unpin(step)
-    click.echo(f"Unpinned step {step}.")
+    runs, record = _record(path, step)
+    runs.unpin(record)
+    _say(form, f"Unpinned step {record.step}.")
 
 
 @main.command()
-@_path
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def clear(path: str, yes: bool) -> None:
-    """Remove all checkpoints of the directory PATH.
+@arguments.paths
+@arguments.yes
+@arguments.form("quiet")
+def clear(paths: Sequence[str], yes: bool, form: str | None) -> None:
+    """Remove all checkpoints of each PATH.
 
     Example: keras-ckpt clear runs/digits
     """
-    runs = _existing(path)
+    directories = _existing(*paths)
     if not yes:
-        click.confirm(f"Remove {counted(len(runs), 'checkpoint')} in {path}?", abort=True)
-    click.echo(f"Removed {counted(len(runs.clear()), 'checkpoint')}.")
+        count = counted(sum(map(len, directories)), "checkpoint")
+        click.confirm(f"Remove {count} in {', '.join(paths)}?", abort=True)
+    removed = sum(len(runs.clear()) for runs in directories)
+    _say(form, f"Removed {counted(removed, 'checkpoint')}.")
 
 
 @main.command()
@@ -237,15 +214,30 @@ def demo(path: str) -> None:
 
     Example: keras-ckpt demo runs/demo
     """
-    # TensorFlow prints a page of remarks in every program.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        from keras_ckpt.cli import demo as demonstration
+        with _without_log():
+            from keras_ckpt.cli import demo as demonstration
     except ImportError as error:
         raise click.ClickException(
             f"The demo needs a package that is not installed ({error}). Install it: pip install 'keras-ckpt[demo]'."
         ) from error
     demonstration.run(path)
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Hides the lines that TensorFlow logs from C++ before it reads `TF_CPP_MIN_LOG_LEVEL`."""
+    import tempfile
+
+    with tempfile.TemporaryFile() as log:
+        stderr = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 @contextlib.contextmanager
@@ -257,23 +249,70 @@ def _arguments() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
 
 
-def _existing(path: str) -> CheckpointDirectory:
+def _existing(*paths: str) -> list[CheckpointDirectory]:
+    """The directories, all of which exist."""
     with _arguments():
-        runs = CheckpointDirectory(path)
-    if not os.path.lexists(runs.path):
-        raise CheckpointNotFoundError(f"There is no directory {path}.")
-    return runs
+        directories = [CheckpointDirectory(path) for path in paths]
+    for path, runs in zip(paths, directories, strict=True):
+        if not os.path.lexists(runs.path):
+            raise CheckpointNotFoundError(f"There is no directory {path}.")
+    return directories
 
 
-def _show(record: CheckpointRecord, as_json_text: bool) -> None:
-    facts = _facts(record)
-    if as_json_text:
-        _print_json(facts)
-        return
-    facts["time"] = f"{record.saved_at:%Y-%m-%d %H:%M:%S}"
-    for name, value in facts.items():
-        fact = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        click.echo(f"{name:16}{printable(fact)}")
+def _record(path: str, step: int | str) -> tuple[CheckpointDirectory, CheckpointRecord]:
+    """The directory and the checkpoint of a STEP."""
+    (runs,) = _existing(path)
+    if isinstance(step, int):
+        return runs, runs[step]
+    return runs, _found(runs, runs.latest() if step == "latest" else runs.best())
+
+
+def _found(runs: CheckpointDirectory, record: CheckpointRecord | None) -> CheckpointRecord:
+    if record is None:
+        raise CheckpointNotFoundError(f"There is no checkpoint in {runs.path}.")
+    return record
+
+
+def _verified(runs: CheckpointDirectory, form: str | None) -> Verification:
+    """Verifies a directory, with a progress bar in a terminal."""
+    import rich.console
+    import rich.progress
+
+    terminal = rich.console.Console(stderr=True, quiet=form == "quiet")
+    with rich.progress.Progress(
+        *rich.progress.Progress.get_default_columns(),
+        rich.progress.DownloadColumn(),
+        console=terminal,
+        transient=True,
+        disable=not terminal.is_terminal,
+    ) as bar:
+        task = bar.add_task("verifying", total=None)
+        return runs.verify(lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _report(form: str | None, shown: Shown, facts: Callable[[], Any]) -> None:
+    """Prints a table or JSON."""
+    if form == "json":
+        _print_json(facts())
+    elif form is None:
+        click.echo(text(shown, color=True))
+
+
+def _say(form: str | None, line: str) -> None:
+    """Prints a line beside a table."""
+    if form is None:
+        click.echo(line)
+
+
+def _show(record: CheckpointRecord, form: str | None) -> None:
+    if form == "path":
+        click.echo(os.fsencode(record.prefix))
+    elif form == "all":
+        for name, value in _facts(record).items():
+            fact = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            click.echo(f"{name:16}{printable(fact)}")
+    else:
+        _report(form, record, functools.partial(_facts, record))
 
 
 def _facts(record: CheckpointRecord) -> dict[str, Any]:
@@ -290,8 +329,21 @@ def _facts(record: CheckpointRecord) -> dict[str, Any]:
     }
 
 
-def _reasons(listing: Listing) -> dict[str, str]:
-    return {name: str(error) for name, error in listing.damaged.items()}
+def _directory_facts(runs: CheckpointDirectory) -> dict[str, Any]:
+    listing = runs.listing()
+    return {"checkpoints": list(map(_facts, listing.records)), **_others(listing)}
+
+
+def _verification_facts(found: Verification) -> dict[str, Any]:
+    return {"whole": [record.step for record in found.listing.records], **_others(found.listing)}
+
+
+def _others(listing: Listing) -> dict[str, Any]:
+    """The damaged and the unmanaged checkpoints."""
+    return {
+        "damaged": {name: str(error) for name, error in listing.damaged.items()},
+        "without_sidecar": listing.unmanaged,
+    }
 
 
 def _plan_facts(plan: PrunePlan) -> dict[str, Any]:

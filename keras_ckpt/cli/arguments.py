@@ -1,0 +1,107 @@
+"""The arguments and options of the commands, and their completion in a shell."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from keras_ckpt.errors import CheckpointError
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.record import CheckpointRecord
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_NAMED = ("latest", "best")
+"""The names that stand for a step."""
+
+
+class _Step(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
+    """A step: a number, `latest` or `best`."""
+
+    name = "STEP"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if not _is_step(value):
+            self.fail(f"{value!r} is neither a number nor 'latest' nor 'best'.", param, ctx)
+        return value if value in _NAMED else int(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _matching((*_NAMED, *(str(record.step) for record in _known(ctx))), incomplete)
+
+
+class OfOneStep(click.Command):
+    """A command of the arguments [PATH] STEP, whose PATH may be missing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = [word for word in args if not word.startswith("-")]
+        if words and _is_step(words[0]) and not any(map(_is_step, words[1:2])):
+            args = [".", *args]
+        return super().parse_args(ctx, args)
+
+
+def _is_step(word: str) -> bool:
+    return word in _NAMED or (word.isascii() and word.isdecimal())
+
+
+def _known(ctx: click.Context) -> Iterable[CheckpointRecord]:
+    """The checkpoints that a completion knows: those of the PATH so far, of the current directory without a PATH."""
+    # An option that still lacks its value ends the parsing, and leaves the words before it in `args`.
+    paths = ctx.args or ctx.params.get("paths") or [ctx.params.get("path", ".")]
+    with contextlib.suppress(CheckpointError, OSError, ValueError):
+        return [record for path in paths for record in CheckpointDirectory(path)]
+    return []
+
+
+def _matching(words: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(word) for word in dict.fromkeys(words) if word.startswith(incomplete)]
+
+
+def _complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The directories, and the steps of the current directory for a command whose PATH may be missing."""
+    steps = _Step().shell_complete(ctx, param, incomplete) if isinstance(ctx.command, OfOneStep) else []
+    return [CompletionItem(incomplete, type="dir"), *steps]
+
+
+def _complete_metric(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _matching((name for record in _known(ctx) for name in record.metrics), incomplete)
+
+
+path = click.argument("path", default=".", type=click.Path(), shell_complete=_complete_path)
+paths = click.argument(
+    "paths",
+    metavar="[PATH]...",
+    nargs=-1,
+    type=click.Path(),
+    callback=lambda ctx, param, value: value or (".",),
+    shell_complete=_complete_path,
+)
+step = click.argument("step", type=_Step())
+yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+monitor = click.option(
+    "--monitor",
+    metavar="METRIC",
+    shell_complete=_complete_metric,
+    help="The metric. Default: the metric that training monitored.",
+)
+mode = click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of the metric is better.")
+_FORMS = {
+    "all": ("-v", "--verbose", "Print all facts."),
+    "json": ("--json", "Print all facts as JSON, a line for each PATH."),
+    "path": ("--path", "Print the prefix only."),
+    "quiet": ("-q", "--quiet", "Print errors only."),
+}
+
+
+def form(*names: str) -> Callable[[_Command], _Command]:
+    """The options for the form of the output; without an option, it is a table."""
+
+    def decorate(command: _Command) -> _Command:
+        for name in names:
+            *flags, help_text = _FORMS[name]
+            command = click.option(*flags, "form", flag_value=name, default=None, help=help_text)(command)
+        return command
+
+    return decorate
