@@ -113,18 +113,17 @@ def html(table: Table) -> str:
     """The table as HTML for a notebook."""
     from html import escape
 
-    # A notebook aligns all cells to the right, and wraps all.
-    styles = ["text-align:left" if column.words else "white-space:nowrap" for column in table.columns]
-    heads = "".join(
-        f'<th style="{style}">{escape(column.name)}</th>' for style, column in zip(styles, table.columns, strict=True)
-    )
-    rows = "".join(
-        (f'<tr style="color:{color}">' if color else "<tr>")
-        + "".join(f'<td style="{style}">{escape(cell)}</td>' for style, cell in zip(styles, cells, strict=True))
-        + "</tr>"
-        for color, cells in table.rows(table.columns)
-    )
-    grid = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+    # A notebook aligns all cells to the right. Only words may wrap.
+    styles = [' style="text-align:left;white-space:normal"' if column.words else "" for column in table.columns]
+
+    def row(tag: str, cells: Sequence[str], color: str = "") -> str:
+        inner = "".join(f"<{tag}{style}>{escape(cell)}</{tag}>" for style, cell in zip(styles, cells, strict=True))
+        return f'<tr style="color:{color}">{inner}</tr>' if color else f"<tr>{inner}</tr>"
+
+    grid = ""
+    if rows := "".join(row("td", cells, color) for color, cells in table.rows(table.columns)):
+        head = row("th", [column.name for column in table.columns])
+        grid = f'<table style="white-space:nowrap"><thead>{head}</thead><tbody>{rows}</tbody></table>'
     notes = "".join(f"<div>{escape(note)}</div>" for note in table.notes)
     return f"<div><strong>{escape(table.title)}</strong>{grid}{notes}</div>"
 
