@@ -419,7 +419,7 @@ def _shown(path: str) -> str:
     """A path to display: relative if it is below the working directory."""
     with contextlib.suppress(OSError):
         relative = os.path.relpath(path)
-        return path if relative.startswith(".") else relative
+        return path if relative == os.curdir or relative.startswith(os.pardir) else relative
     return path
 
 
