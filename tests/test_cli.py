@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import keras_ckpt as kc
 from keras_ckpt.cli import main
 from support.runs import Filler
+from test_series import save as save_file
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -277,6 +278,15 @@ def test_show_of_a_damaged_checkpoint_exits_with_1(runs) -> None:
 
     assert "cannot be used" in run("show", runs.path, 20, code=1)
     assert "damaged, left alone: ckpt-20" in run("ls", runs.path)
+
+
+def test_a_directory_of_several_templates_is_wrong_usage(tmp_path) -> None:
+    """The error names the templates, each of which is a PATH."""
+    for step, template in enumerate(("{epoch}.keras", "best.keras"), 1):
+        save_file(tmp_path / template, step, template.format(epoch=1))
+
+    assert "several templates: 'best.keras' and '{epoch}.keras'" in run("ls", tmp_path, code=2)
+    assert run("show", tmp_path / "{epoch}.keras", "latest", "--path") == f"{tmp_path}/1.keras\n"
 
 
 def test_a_bug_is_not_shown_as_wrong_usage(runs, monkeypatch) -> None:

@@ -250,12 +250,16 @@ def _arguments() -> Iterator[None]:
 
 
 def _existing(*paths: str) -> list[CheckpointDirectory]:
-    """The directories, all of which exist."""
-    with _arguments():
-        directories = [CheckpointDirectory(path) for path in paths]
-    for path, runs in zip(paths, directories, strict=True):
-        if not os.path.lexists(runs.path):
-            raise CheckpointNotFoundError(f"There is no directory {path}.")
+    """The directories, all of which can be opened."""
+    directories = []
+    for path in paths:
+        with _arguments():
+            runs = CheckpointDirectory(path)
+            try:
+                runs.open().close()
+            except FileNotFoundError as error:
+                raise CheckpointNotFoundError(f"There is no directory {path}.") from error
+        directories.append(runs)
     return directories
 
 
