@@ -157,6 +157,14 @@ def test_a_directory_with_the_files_of_one_template_is_that_series(tmp_path) -> 
     assert set(contents(tmp_path)) == {"2.keras"}
 
 
+def test_a_file_of_a_template_stands_for_the_files_of_the_template(tmp_path) -> None:
+    """`keras-ckpt ls 2.keras` lists all."""
+    for step in (1, 2):
+        save(tmp_path / "{epoch}.keras", step, f"{step}.keras")
+
+    assert [record.name for record in CheckpointDirectory(tmp_path / "2.keras")] == ["1.keras", "2.keras"]
+
+
 def test_a_directory_with_the_files_of_several_templates_asks_for_one(tmp_path) -> None:
     """The error has a call that works."""
     save(tmp_path / "best.keras", 1, "best.keras")

@@ -15,7 +15,7 @@ from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedC
 from keras_ckpt.store import background, commit, layout, overview, tables
 from keras_ckpt.store.checks import check
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, examine, scan, taken, templates_in, verify
+from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, examine, scan, taken, templates_of, verify
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.plan import PrunePlan, decide, rank, resolved
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
@@ -64,7 +64,7 @@ class Verification(tables.Shown):
         return not self.listing.damaged
 
     def _table(self) -> tables.Table:
-        return overview.of_verification(_shown(self.listing.path), self.listing)
+        return overview.of_verification(_title(self.listing), self.listing)
 
 
 class CheckpointDirectory(tables.Shown):
@@ -110,7 +110,8 @@ class CheckpointDirectory(tables.Shown):
     def open(self, *, create: bool = False) -> Folder:
         """Opens the directory. The caller closes it.
 
-        A directory without TensorFlow checkpoints is opened as the series of its files of Keras.
+        A directory without TensorFlow checkpoints is opened as the series of its files of Keras. A file of a template
+        is opened as the series of the template.
 
         Args:
             create: Whether to create the directory and its parents where missing.
@@ -119,11 +120,11 @@ class CheckpointDirectory(tables.Shown):
             ValueError: The directory has files of Keras of several templates.
         """
         folder = Folder(self.path, self.series, create=create)
-        if create or self._is_given or self.series.template:
+        if create or self._is_given or not self.series.is_one_name:
             return folder
         with contextlib.ExitStack() as failed:
             failed.callback(folder.close)
-            templates = templates_in(folder)
+            templates = templates_of(folder, self.series)
             if len(templates) > 1:
                 names = " and ".join(map(repr, sorted(templates)[:5]))
                 path = os.path.join(_shown(self.path), min(templates))
@@ -385,7 +386,7 @@ class CheckpointDirectory(tables.Shown):
         listing = self.listing()
         with _naming(self.path):
             ranking = rank(listing, BestN(1))
-            return overview.of_directory(_shown(self.path), listing, taken(listing.records), ranking)
+            return overview.of_directory(_title(listing), listing, taken(listing.records), ranking)
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
@@ -413,6 +414,12 @@ def _naming(path: str) -> Iterator[None]:
     except OSError as error:
         error.filename = os.path.join(path, error.filename) if isinstance(error.filename, str) else path
         raise
+
+
+def _title(listing: Listing) -> str:
+    """The path of a series, to display."""
+    template = listing.series.template
+    return _shown(os.path.join(listing.path, template) if template else listing.path)
 
 
 def _shown(path: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 import msgspec
 
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
-from keras_ckpt.store import layout
+from keras_ckpt.store import layout, tails
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.checks import check, has_sidecar, is_current, read_record
 from keras_ckpt.store.files import Folder
@@ -193,8 +193,17 @@ def _apart(
     )
 
 
-def templates_in(folder: Reading) -> set[str]:
-    """The templates of the files of Keras in a directory that has no TensorFlow checkpoints."""
+def templates_of(folder: Reading, series: Series) -> set[str]:
+    """The templates that a path without fields may mean: of a file of Keras, or of a directory.
+
+    A directory that has TensorFlow checkpoints means these.
+    """
+    if series.template:
+        with contextlib.suppress(CheckpointError, OSError):
+            read = tails.read_tail(folder, series.template)
+            if read and layout.Series(read[1].template).checkpoints([series.template]):
+                return {read[1].template}
+        return set()
     names = set(folder.names())
     if TENSORFLOW.checkpoints(names) or layout.of_indexes(names):
         return set()

@@ -97,8 +97,9 @@ class Files:
 
     def __init__(self, path: str, kind: Kind) -> None:
         self._kind = kind
-        self.directory = CheckpointDirectory(path)
-        self._template = Template(self.directory.series.template)
+        named = CheckpointDirectory(path)
+        self.directory = CheckpointDirectory(named.path, named.series)
+        self._template = Template(named.series.template)
 
     def schedule(self, save_freq: SaveFreq | list[SaveFreq]) -> SaveSchedule:
         return CallbackSchedule(save_freq)
