@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import h5py
+import numpy as np
 
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
+from keras_ckpt.store.streams import PORTION, NewFile
 
 TAIL_LIMIT = (1 << 16) - 1
 """The most bytes of a zip archive's comment."""
 _NO_DIGEST = f"blake3:{'0' * 64}"
-_END = 22
-"""The bytes of a zip archive's last record, whose last two bytes are the size of the comment."""
+_COMMENT_SIZE = struct.Struct("<H")
+_PIECE = 1 << 20
+"""The bytes of which the checksum is computed, and which are copied while they are in the processor's caches."""
 
 Tail = Callable[[int, str], bytes]
 """Makes the tail of a file from the size and the digest of all bytes before it."""
@@ -32,12 +35,11 @@ def write_hdf5(folder: Folder, name: str, pieces: Iterable[memoryview], tail: Ta
     Args:
         folder: Where to write.
         name: The name of the file.
-        pieces: The bytes of the file in order. They must not change before the end.
+        pieces: The bytes of the file in order.
         tail: Makes the tail.
     """
     with folder.writing(name) as file:
-        for piece in pieces:
-            file.write(piece)
+        _write_in_pages(file, pieces)
         file.write(memoryview(tail(*file.finish())))
         return CheckpointFile(name, *file.finish())
 
@@ -48,28 +50,49 @@ def write_archive(folder: Folder, name: str, pieces: Iterable[memoryview], tail:
     Args:
         folder: Where to write.
         name: The name of the file.
-        pieces: The bytes of an archive without a comment, in order. They must not change before the end.
+        pieces: The bytes of an archive without a comment, in order.
         tail: Makes the tail. Its size must not depend on the digest.
 
     Raises:
         ValueError: The tail is too long, or its size depends on the digest.
     """
     with folder.writing(name) as file:
-        last = memoryview(b"")
-        for piece in pieces:
-            file.write(last)
-            last = piece
-        file.write(last[:-_END])
-        size = file.size + _END
+        _write_in_pages(file, _without_comment_size(pieces))
+        size = file.size + _COMMENT_SIZE.size
         length = len(tail(size, _NO_DIGEST))
         if length > TAIL_LIMIT:
             raise ValueError(f"the tail of {name} has {length} bytes, the limit is {TAIL_LIMIT}")
-        file.write(memoryview(bytes(last[-_END:-2]) + struct.pack("<H", length)))
+        file.write(memoryview(_COMMENT_SIZE.pack(length)))
         comment = tail(*file.finish())
         if len(comment) != length:
             raise ValueError(f"the tail of {name} has {len(comment)} bytes, {length} were expected")
         file.write(memoryview(comment))
         return CheckpointFile(name, *file.finish())
+
+
+def _write_in_pages(file: NewFile, pieces: Iterable[memoryview]) -> None:
+    """Writes pieces as whole pages, so that the writes bypass the page cache."""
+    memory, filled = file.portion(), 0
+    for piece in pieces:
+        data = np.frombuffer(piece, np.uint8) if piece else np.empty(0, np.uint8)
+        while len(data):
+            if filled == PORTION:
+                file.write_pages(memory)
+                memory, filled = file.portion(), 0
+            count = min(len(data), PORTION - filled)
+            # NumPy lets other threads run meanwhile.
+            np.copyto(np.frombuffer(memory, np.uint8, count, filled), data[:count])
+            data, filled = data[count:], filled + count
+    file.write(memory[:filled])
+
+
+def _without_comment_size(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The bytes of an archive without its end: the size of its comment."""
+    last = memoryview(b"")
+    for piece in pieces:
+        yield last
+        last = piece
+    yield last[: -_COMMENT_SIZE.size]
 
 
 def hdf5_in_memory(fill: Callable[[h5py.File], object]) -> bytes:
@@ -160,8 +183,9 @@ def archive(members: Iterable[Member]) -> Iterator[memoryview]:
         for member in members:
             with file.open(member.name, "w", force_zip64=member.size > zipfile.ZIP64_LIMIT // 2) as opened:
                 for piece in member.pieces:
-                    opened.write(piece)
-                    yield from stream.taken()
+                    for begin in range(0, len(piece), _PIECE):
+                        opened.write(piece[begin : begin + _PIECE])
+                        yield from stream.taken()
             yield from stream.taken()
     yield memoryview(b"".join(stream.taken()))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -357,12 +358,12 @@ class _Plan:
 def _is_plain_optimizer(owner: Any) -> bool:
     """Whether an object is an optimizer that saves the values of its variables, in their order."""
     plain = keras.optimizers.Optimizer
-    return isinstance(owner, plain) and type(owner).save_own_variables is plain.save_own_variables
+    return isinstance(owner, plain) and owner.save_own_variables == types.MethodType(plain.save_own_variables, owner)
 
 
 def _is_fixed(owner: Any, answers: Mapping[str, Any]) -> bool:
     """Whether an object saves the same variables until the structure of the model changes."""
-    of_keras = type(owner).save_own_variables.__module__.startswith("keras.")
+    of_keras = owner.save_own_variables.__module__.startswith("keras.")
     return of_keras and all(isinstance(value, keras.Variable) for value in answers.values())
 
 
@@ -377,6 +378,11 @@ def _kind(source: Source | None) -> object:
 
 
 def _copy(value: Any) -> np.ndarray:
+    """A copy of a value, as Keras would save it.
+
+    Raises:
+        TypeError: The value is not an array of numbers.
+    """
     array = np.array(keras.ops.convert_to_numpy(value), order="C")
     if array.dtype.kind == "O":
         raise TypeError(f"a value of type {type(value).__name__} is not an array of numbers")

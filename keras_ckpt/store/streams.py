@@ -115,6 +115,7 @@ class NewFile:
         self._gathered: list[memoryview] = []
         self._gathered_size = 0
         self._threads: list[concurrent.futures.Executor] = []
+        self._memory: collections.deque[memoryview] = collections.deque()
         self._pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
 
     def write(self, data: memoryview) -> None:
@@ -125,8 +126,17 @@ class NewFile:
         if self._gathered_size >= PORTION:
             self._submit(self._taken(), direct=False)
 
+    def portion(self) -> memoryview:
+        """Memory of whole pages for the next portion, to be filled and given to `write_pages`."""
+        # The oldest memory is free again: `_submit` waits for all but the latest portions.
+        if len(self._memory) < _PORTIONS + 2:
+            self._memory.append(memoryview(pages(PORTION)))
+        else:
+            self._memory.rotate(-1)
+        return self._memory[-1]
+
     def write_pages(self, data: memoryview) -> None:
-        """Adds whole pages of memory, before any other bytes. They must not change before the end.
+        """Adds whole pages of memory, before any other bytes. Only memory of `portion` may change before the end.
 
         Where the file system can, the write bypasses the page cache: this saves a copy, and leaves nothing for the
         final sync.
@@ -137,7 +147,7 @@ class NewFile:
     def finish(self) -> tuple[int, str]:
         """Writes the rest and starts its transfer to disk, so that a later sync waits for several files together.
 
-        A second call does nothing.
+        Bytes that follow need another call.
 
         Returns:
             The size in bytes, and `"blake3:"` with the digest of all bytes in hexadecimal.
