@@ -1,7 +1,10 @@
 """Private names of Keras: each test names the function whose private name has changed in Keras."""
 
 import inspect
+import io
+import json
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -164,3 +167,29 @@ def test_the_variables_of_an_optimizer_begin_with_iteration_and_learning_rate(mo
 def test_written_by_keras_is_a_file_in_memory(model, kind, begin) -> None:
     """Keras's public functions write to paths alone."""
     assert internals.written_by_keras(model, kind).startswith(begin)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
+def test_asked_by_keras_has_the_objects_that_save_variables(model) -> None:
+    """The path of an object is its group in Keras's file."""
+    with h5py.File(io.BytesIO(internals.written_by_keras(model, "weights"))) as file:
+        saved = {f"{path}/vars/{name}" for path in ("layers/dense", "optimizer") for name in file[path]["vars"]}
+
+    asked = internals.asked_by_keras(model)
+
+    assert asked["layers/dense"][0] is model.layers[0]
+    assert asked["layers/dense"][1]["0"] is model.layers[0].kernel
+    assert asked["optimizer"][0] is model.optimizer
+    assert saved <= {f"{path}/vars/{name}" for path, (_, answers) in asked.items() for name in answers}
+
+
+def test_config_of_is_the_config_in_a_file_of_keras(model) -> None:
+    """A variable may have another value in it than now."""
+    rate = model.optimizer.variables[1]
+    value = tf.constant(0.25)
+
+    config, metadata = internals.config_of(model, [(rate, value)])
+
+    assert json.loads(config)["compile_config"]["optimizer"]["config"]["learning_rate"] == 0.25
+    assert float(rate.value) != 0.25
+    assert json.loads(metadata).keys() == {"keras_version", "date_saved"}

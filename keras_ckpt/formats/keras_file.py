@@ -17,9 +17,8 @@ import numpy as np
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.streams import PORTION, NewFile
+from keras_ckpt.store.tails import LIMIT
 
-TAIL_LIMIT = (1 << 16) - 1
-"""The most bytes of a zip archive's comment."""
 _NO_DIGEST = f"blake3:{'0' * 64}"
 _COMMENT_SIZE = struct.Struct("<H")
 _PIECE = 1 << 20
@@ -60,8 +59,8 @@ def write_archive(folder: Folder, name: str, pieces: Iterable[memoryview], tail:
         _write_in_pages(file, _without_comment_size(pieces))
         size = file.size + _COMMENT_SIZE.size
         length = len(tail(size, _NO_DIGEST))
-        if length > TAIL_LIMIT:
-            raise ValueError(f"the tail of {name} has {length} bytes, the limit is {TAIL_LIMIT}")
+        if length > LIMIT:
+            raise ValueError(f"the tail of {name} has {length} bytes, the limit is {LIMIT}")
         file.write(memoryview(_COMMENT_SIZE.pack(length)))
         comment = tail(*file.finish())
         if len(comment) != length:
