@@ -82,42 +82,46 @@ class FileState:
         if self._structure is not None:
             # Other threads may run Python while TensorFlow reads.
             holds = begin(self._structure.holds)
-            snapshot = self._by_plan()
+            snapshot = self._by_plan(self._structure)
             if holds():
-                return snapshot or self._by_keras()[0]
-        return self._first()
+                return snapshot or self._of(self._image())
+        image = self._image()
+        if self._kind != "legacy":
+            self._make_plan(image)
+        return self._of(image)
 
-    def _by_plan(self) -> FileSnapshot | None:
-        """A snapshot by the plan, `None` without a plan that fits the model."""
+    def _by_plan(self, structure: Structure) -> FileSnapshot | None:
+        """A snapshot by the plan for a structure, `None` without a plan that fits the model."""
         if self._plan is None:
             return None
         try:
             moment = self._plan.moment()
         except Exception as error:  # noqa: BLE001 - if it is the model's error, Keras's own writer raises it too
-            self._refuse(error)
+            if structure.holds():
+                self._refuse(error)
             return None
         content = functools.partial(self._plan.content, moment)
         return FileSnapshot(self._kind, self._plan.size, content, self._arena, moment.values)
 
-    def _by_keras(self) -> tuple[FileSnapshot, bytes]:
-        """A snapshot by Keras's own writer, and the file that it made."""
-        image = written_by_keras(self._model, self._kind)
-        content = Content([memoryview(image)], fingerprint(self._model))
-        return FileSnapshot(self._kind, len(image), lambda arena: content, self._arena), image
+    def _image(self) -> bytes:
+        """A file of the present state that Keras's own writer makes."""
+        return written_by_keras(self._model, self._kind)
 
-    def _first(self) -> FileSnapshot:
-        """A snapshot by Keras's own writer, and a plan for the next snapshots."""
-        snapshot, image = self._by_keras()
-        if self._kind != "legacy":
-            model = self._model
-            variables, below = naming.named_variables(model), parts.tracked(model)
-            owners = [*parts.optimizers_of(model, below).values(), *parts.losses_of(model, below).values()]
-            self._structure, self._plan = Structure(model, owners, [*variables.values()]), None
-            try:
-                self._plan = _Plan(model, self._kind, variables, image)
-            except Exception as error:  # noqa: BLE001 - only the next snapshots need the plan
-                self._refuse(error)
-        return snapshot
+    def _of(self, image: bytes) -> FileSnapshot:
+        """A snapshot that writes a file of the present state as it is."""
+        content = Content([memoryview(image)], fingerprint(self._model))
+        return FileSnapshot(self._kind, len(image), lambda arena: content, self._arena)
+
+    def _make_plan(self, image: bytes) -> None:
+        """Plans the next snapshots, from a file of the present state."""
+        model = self._model
+        variables, below = naming.named_variables(model), parts.tracked(model)
+        owners = [*parts.optimizers_of(model, below).values(), *parts.losses_of(model, below).values()]
+        self._structure, self._plan = Structure(model, owners, [*variables.values()]), None
+        try:
+            self._plan = _Plan(model, self._kind, variables, image)
+        except Exception as error:  # noqa: BLE001 - only the next snapshots need the plan
+            self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
         """Drops the plan: Keras's own writer makes the files of this structure."""
@@ -257,14 +261,14 @@ class _Plan:
         self._asked: dict[str, Any] = {}
         self._savers: dict[str, Any] = {}
         self._files = Steady()
-        read = self._note({id(variable): f"{name}{SUFFIX}" for name, variable in variables.items()})
+        read = self._note_sources({id(variable): f"{name}{SUFFIX}" for name, variable in variables.items()})
         self._keys = {id(variable): key for key, variable in read.items()}
         self._reader = backend.Reader({key: value_of(variable) for key, variable in read.items()})
         self._scalars = {key: variable for key, variable in read.items() if not tuple(variable.shape)}
         self._kinds = {dataset: _kind(source) for dataset, source in self._answers().items()}
-        self._skeleton = self._proved(image)
+        self._skeleton = self._prove(image)
 
-    def _note(self, keys: Mapping[int, str]) -> dict[str, Any]:
+    def _note_sources(self, keys: Mapping[int, str]) -> dict[str, Any]:
         """Notes the source of each dataset. Returns the variables to read by key."""
         read = {}
         for path, (owner, answers) in asked_by_keras(self._model).items():
@@ -318,39 +322,39 @@ class _Plan:
     def content(self, moment: _Moment, arena: Arena) -> Content:
         """The content of a file."""
         values = {key.decode(): value.data for key, value in moment.values.move(arena).items()}
-        weights = self._skeleton.filled({name: each.data for name, each in self._sorted_out(moment, values).items()})
+        weights = self._skeleton.filled({name: each.data for name, each in self._by_dataset(moment, values).items()})
         known = [self._keys.get(id(weight), "") for weight in self._model.weights]
         found = _digest(values[key] for key in known) if values.keys() >= {*known} else None
         if self._kind == "weights":
             return Content(weights, found)
-        texts = [Member(name, len(data), [memoryview(data)]) for name, data in self._texts(moment).items()]
-        return Content(archive([*texts, Member(_WEIGHTS, self._skeleton.size, weights)]), found)
+        others = [Member(name, len(data), [memoryview(data)]) for name, data in self._others(moment).items()]
+        return Content(archive([*others, Member(_WEIGHTS, self._skeleton.size, weights)]), found)
 
-    def _sorted_out(self, moment: _Moment, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _by_dataset(self, moment: _Moment, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The bytes of each dataset, from the bytes of variables by key."""
         sources = {**self._fixed, **moment.answers}
         return {name: values[each] if isinstance(each, str) else _flat(each) for name, each in sources.items()}
 
-    def _texts(self, moment: _Moment) -> dict[str, bytes]:
+    def _others(self, moment: _Moment) -> dict[str, bytes]:
         """The members of a `.keras` file other than the weights."""
         config, metadata = config_of(self._model, moment.scalars)
         return {_METADATA: metadata.encode(), _CONFIG: config.encode(), **moment.assets}
 
-    def _proved(self, image: bytes) -> Skeleton:
+    def _prove(self, image: bytes) -> Skeleton:
         """The skeleton of a file by Keras, after a proof that the plan makes the same file now."""
         theirs = members_of(image) if self._kind == "keras" else {_WEIGHTS: image}
         weights = theirs.pop(_WEIGHTS)
         places, moment = places_in(weights), self.moment()
         values = {key: _flat(backend.array_of(each)) for key, each in moment.values.values.items()}
-        ours, bytes_of = self._sorted_out(moment, values), np.frombuffer(weights, np.uint8)
+        ours, data = self._by_dataset(moment, values), np.frombuffer(weights, np.uint8)
         if differing := sorted(places.keys() ^ ours.keys()):
-            raise ValueError(f"there is a dataset {differing[0]} in one of two files")
+            raise ValueError(f"only one of both writers makes the dataset {differing[0]}")
         for dataset, place in places.items():
-            if not np.array_equal(ours[dataset], bytes_of[place]):
+            if not np.array_equal(ours[dataset], data[place]):
                 raise ValueError(f"the values of {dataset} differ")
-        texts = self._texts(moment) if self._kind == "keras" else {}
-        for name in theirs.keys() | texts.keys():
-            if _undated(name, theirs.get(name)) != _undated(name, texts.get(name)):
+        others = self._others(moment) if self._kind == "keras" else {}
+        for name in theirs.keys() | others.keys():
+            if _undated(name, theirs.get(name)) != _undated(name, others.get(name)):
                 raise ValueError(f"{name} differs")
         return Skeleton(weights, places)
 
