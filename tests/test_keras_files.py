@@ -199,10 +199,12 @@ class Saves(keras.callbacks.Callback):
         self.copied.append(self.waiting[0].is_copied)
 
 
-def test_a_file_that_is_written_while_training_continues_has_the_values_of_its_snapshot(tmp_path) -> None:
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"steps_per_execution": 4}])
+@pytest.mark.sample(1)
+def test_a_file_that_is_written_while_training_continues_has_the_values_of_its_snapshot(tmp_path, options) -> None:
     """The config has the learning rate of the snapshot too."""
     model = keras_zoo.MODELS["dense"]()
-    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"], **options)
     rate = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1))
     saves = Saves(tmp_path)
     x = np.random.default_rng(0).normal(size=(64, 4))
