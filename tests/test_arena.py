@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keras_ckpt.formats import arena
-from keras_ckpt.formats.arena import Arena, Packed, Saved
+from keras_ckpt.formats.arena import Arena, Packed, Saved, same_bytes
 from keras_ckpt.formats.bundle_index import Entry
 from keras_ckpt.formats.bundle_writer import Value, checksum_of, number_value, string_value
 from support.runs import history
@@ -186,3 +186,11 @@ def test_take_does_not_copy_strings() -> None:
 
     assert memory.take(b"text", text) is text
     assert not memory.has(b"text", text)
+
+
+@pytest.mark.parametrize(("other", "equal"), [(b"abc", True), (b"abd", False), (b"ab", False)])
+def test_same_bytes_compares_length_and_content(other, equal) -> None:
+    data = np.frombuffer(b"xabc", np.uint8)[1:]
+
+    assert same_bytes(data, np.frombuffer(other, np.uint8)) == equal
+    assert same_bytes(data[:0], data[3:])

@@ -172,6 +172,11 @@ class Arena:
                 saved.entries.pop(key, None)
 
 
+def same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays of bytes are equal, without memory for the result of each byte."""
+    return len(one) == len(other) and _compare(_address(one), _address(other), len(one)) == 0
+
+
 def _whole_pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from blake3 import blake3
 
-from keras_ckpt.formats.arena import Arena
+from keras_ckpt.formats.arena import Arena, same_bytes
 from keras_ckpt.formats.keras_file import (
     Member,
     Skeleton,
@@ -350,7 +350,7 @@ class _Plan:
         if differing := sorted(places.keys() ^ ours.keys()):
             raise ValueError(f"only one of both writers makes the dataset {differing[0]}")
         for dataset, place in places.items():
-            if not np.array_equal(ours[dataset], data[place]):
+            if not same_bytes(ours[dataset], data[place]):
                 raise ValueError(f"the values of {dataset} differ")
         others = self._others(moment) if self._kind == "keras" else {}
         for name in theirs.keys() | others.keys():
