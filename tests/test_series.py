@@ -7,35 +7,23 @@ import pathlib
 import shutil
 
 import pytest
-from blake3 import blake3
 
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.store import tails
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import PRIVATE
 from keras_ckpt.store.policies import BestN, LatestN
-from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
-from keras_ckpt.store.writer import SaveRequest, Write, Writer
+from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.writer import SaveRequest, Writer
+from support.runs import file_payload
 from test_writer import crash_in
-
-
-def content_of(text: str) -> Write:
-    """A `Write` of one file with a content and its record."""
-
-    def write(folder, record: CheckpointRecord) -> list[CheckpointFile]:
-        data = text.encode()
-        digest = f"blake3:{blake3(data).hexdigest()}"
-        folder.create(record.name, data + tails.tail(record, len(data), digest))
-        return [CheckpointFile(record.name, len(data), digest)]
-
-    return write
 
 
 def save(path: object, step: int, name: str, keep=None, only=None, **facts: object) -> CheckpointRecord | None:
     """Saves a file whose content is its step."""
     facts = {"run_id": "run", "batch": 0, **facts}
     writer = Writer(CheckpointDirectory(path), keep, only)
-    record = writer.save(SaveRequest(step=step, name=name, **facts), content_of(f"content {step}"))
+    record = writer.save(SaveRequest(step=step, name=name, **facts), file_payload(f"content {step}".encode()))
     writer.close()
     return record
 

@@ -12,6 +12,8 @@ import re
 import uuid
 from collections.abc import Container, Iterable, Sequence
 
+import msgspec
+
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, DirectoryNotEmptyError, FormatVersionError
 from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
@@ -81,9 +83,10 @@ def _publish_file(folder: Folder, stage: Folder, record: CheckpointRecord, earli
         stage.move(record.name, folder)
     try:
         folder.sync()
+        withdraw(folder, [each for each in earlier if each.name != record.name])
+        # The stage keeps the sidecar until all is done, so recovery can finish the work.
         stage.move(sidecar, folder)
         folder.sync()
-        withdraw(folder, [each for each in earlier if each.name != record.name])
     except OSError as error:
         raise UnfinishedError(*error.args) from error
 
@@ -154,6 +157,8 @@ def recover(folder: Folder) -> None:
                         _roll_forward(folder, stage, sidecar)
             if name.startswith(("stage-", "swap-")):
                 private.remove_folder(name)
+        if folder.series.template:
+            _drop_lone_sidecars(folder)
         for name in trash.names():
             record, published = _read(trash, name), _read(folder, name)
             if record is None or (published is None and folder.exists(name)):
@@ -233,13 +238,14 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
     record = _read(stage, sidecar) if layout.is_sidecar(sidecar) else None
     if record is None:
         return
-    earlier = superseded(record, scan(folder).of_run(record.run_id).records)
+    if record.template:
+        _roll_file_forward(folder, stage, record)
+        return
+    earlier = superseded(record, scan(folder).records)
     pinned = folder.exists(sidecar) and folder.exists(layout.pin(record.name))
     if pinned or any(each.pinned or each.sequence >= record.sequence for each in earlier):
         return  # the stage is out of date: this checkpoint or a newer one is published, or a pin protects it
-    if record.template and not _may_replace(folder, stage, record):
-        return
-    for file in record.files if not record.template else ():
+    for file in record.files:
         # Beside a published sidecar, a file belongs to that checkpoint, even if the bytes are the same.
         holder = stage if folder.exists(sidecar) or stage.exists(file.name) else folder
         if not _holds(holder, file):
@@ -248,6 +254,11 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
             # A crash in the middle of a rename may leave both names.
             folder.sync_file(file.name)
             stage.remove(file.name)
+    _publish_again(folder, stage, record, earlier)
+
+
+def _publish_again(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: list[CheckpointRecord]) -> None:
+    """Publishes the complete stage of a process that died."""
     for name in stage.names():
         stage.sync_file(name)
     stage.sync()
@@ -256,10 +267,44 @@ def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
         log.info("recovered %s/%s", folder.path, record.name)
 
 
+def _roll_file_forward(folder: Folder, stage: Folder, record: CheckpointRecord) -> None:
+    """Publishes the staged file of a template, or finishes its publication."""
+    others = [each for each in _records_of_run(folder, record.run_id) if not each.same_save(record)]
+    earlier = superseded(record, others)
+    if is_current(folder, record):
+        if has_sidecar(folder, record):
+            return  # all is done; the sidecar of now may have more metrics
+        # A crash in the middle of a rename may leave both names.
+        folder.sync_file(record.name)
+        stage.remove(record.name)
+        _publish_again(folder, stage, record, earlier)
+    elif not any(each.pinned for each in earlier) and _may_replace(folder, stage, record):
+        _publish_again(folder, stage, record, earlier)
+
+
+def _records_of_run(folder: Folder, run_id: str) -> list[CheckpointRecord]:
+    """The records of a run in a series, even those of one step, which a listing has as damaged but the newest."""
+    found = []
+    for name in folder.series.checkpoints(folder.names()):
+        with contextlib.suppress(CheckpointError, OSError):
+            record = read_record(folder, name)
+            pin = "" if folder.exists(layout.pin(name)) else None
+            if (record.run_id, record.template) == (run_id, folder.series.template):
+                found.append(msgspec.structs.replace(record, pin=pin))
+    return found
+
+
+def _drop_lone_sidecars(folder: Folder) -> None:
+    """Removes the sidecars of a series whose files are gone: of a removal that was cut short, or by hand."""
+    for name in layout.of_sidecars(folder.names()):
+        if layout.is_keras_file(name) and not folder.exists(name):
+            record = _read(folder, layout.sidecar(name))
+            if record is not None and record.template == folder.series.template:
+                folder.remove(layout.sidecar(name))
+
+
 def _may_replace(folder: Folder, stage: Folder, record: CheckpointRecord) -> bool:
     """Whether a staged file of Keras is whole, and replaces no file that is newer or that its user wrote by hand."""
-    if not stage.exists(record.name):
-        return is_current(folder, record)
     try:
         check_files(stage, record)
         return not folder.exists(record.name) or read_record(folder, record.name).sequence < record.sequence

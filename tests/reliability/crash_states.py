@@ -115,7 +115,7 @@ class Recorder:
     def _add(self, kind: str, place: str, **more: str | bytes) -> None:
         path = os.path.relpath(place, self.root)
         # Nothing ever depends on whether a lock's file is there; without them there are fewer states.
-        if path.split("/")[0] != ".." and path not in (f"{PRIVATE}/lock", f"{PRIVATE}/mutex"):
+        if path.split("/")[0] != ".." and not (path.startswith(PRIVATE) and path.endswith(("/lock", "/mutex"))):
             self.log.append(Operation(kind, path, **more))
 
 
@@ -283,7 +283,7 @@ def _snapshot(tree: Tree, contents: dict[int, bytes], folder: int) -> Snapshot:
 
 def read(path: pathlib.Path) -> Snapshot:
     """What a directory holds."""
-    names = (name for name in sorted(os.listdir(path)) if path.name != PRIVATE or name not in ("lock", "mutex"))
+    names = (name for name in sorted(os.listdir(path)) if PRIVATE not in path.parts or name not in ("lock", "mutex"))
     return {
         name: read(path / name) if stat.S_ISDIR((path / name).lstat().st_mode) else (path / name).read_bytes()
         for name in names

@@ -22,7 +22,8 @@ from keras_ckpt.formats import sharing
 from keras_ckpt.store import commit, files, streams
 from keras_ckpt.store.checks import check_files
 from keras_ckpt.store.directory import CheckpointDirectory
-from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.files import PRIVATE
+from keras_ckpt.store.layout import TENSORFLOW, Series
 from keras_ckpt.store.policies import LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import SaveRequest, Writer
@@ -38,7 +39,7 @@ from reliability.crash_states import (
     make,
     read,
 )
-from support.runs import Filler, payload, shared_payload
+from support.runs import Filler, file_payload, payload, shared_payload
 
 FOREIGN = {
     "notes.txt": b"mine",
@@ -92,8 +93,8 @@ class Promise:
 class Run:
     """A workload's hand on a directory: it does things, and notes in the log when they began and ended."""
 
-    def __init__(self, path: pathlib.Path, recorder: Recorder) -> None:
-        self.runs = CheckpointDirectory(path)
+    def __init__(self, path: pathlib.Path, recorder: Recorder, series: Series) -> None:
+        self.runs = CheckpointDirectory(path, series)
         self.recorder = recorder
         self.there = seen(self.runs)
         self.moments: list[tuple[int, Promise]] = []
@@ -110,6 +111,13 @@ class Run:
             writer = Writer(self.runs, keep)
             request = SaveRequest(step=step, name=name, run_id="run", batch=0)
             record = writer.save(request, payload(f"{step} {content}".encode(), shards))
+            writer.close()
+            assert record in list(self.runs)
+
+    def save_file(self, step: int, name: str, keep: PreservationPolicy | None = None) -> None:
+        with self._action():
+            writer = Writer(self.runs, keep)
+            record = writer.save(SaveRequest(step=step, name=name, run_id="run", batch=0), file_payload(b"%d" % step))
             writer.close()
             assert record in list(self.runs)
 
@@ -243,6 +251,24 @@ def saves_of_one_writer(run: Run) -> None:
         run.save_by(writer, step)
 
 
+def files_of_one_name(run: Run) -> None:
+    for step in (10, 20, 30):
+        run.save_file(step, "last.keras")
+
+
+def files_with_pruning(run: Run) -> None:
+    for step in (10, 20, 30):
+        run.save_file(step, f"{step}.keras", LatestN(1))
+    run.add_metrics(30, accuracy=0.5)
+
+
+def files_of_one_step(run: Run) -> None:
+    run.save_file(10, "1.keras")
+    run.save_file(20, "2.keras")
+    run.save_file(10, "3.keras")
+    run.pin(20)
+
+
 def save_over_a_leftover_pin(run: Run) -> None:
     run.save(10)
     run.save(20)
@@ -268,6 +294,7 @@ class Workload(NamedTuple):
     work: Callable[[Run], None]
     decoys: Snapshot = FOREIGN
     prepare: Callable[[pathlib.Path], object] = lambda path: None
+    series: Series = TENSORFLOW
 
 
 WORKLOADS = {
@@ -284,6 +311,9 @@ WORKLOADS = {
     "saves that share": Workload(saves_that_share),
     "a step saved again that shares": Workload(step_saved_again_that_shares),
     "saves of one writer": Workload(saves_of_one_writer),
+    "files of one name": Workload(files_of_one_name, {"notes.txt": b"mine"}, series=Series("last.keras")),
+    "files with pruning": Workload(files_with_pruning, {"0.keras": b"mine"}, series=Series("{step}.keras")),
+    "files of one step": Workload(files_of_one_step, series=Series("{number}.keras")),
     "a save over a leftover pin": Workload(save_over_a_leftover_pin, {**FOREIGN, "ckpt-20.keep": b"left"}),
     "a prune of a copy": Workload(prune_of_a_copy, prepare=copy),
     "a save into a copy": Workload(save_into_a_copy, prepare=copy),
@@ -306,7 +336,7 @@ class Recording(NamedTuple):
         return [promise for began, promise in self.moments if began <= moment][-1]
 
 
-def record(path: pathlib.Path, work: Callable[[Run], None]) -> Recording:
+def record(path: pathlib.Path, work: Callable[[Run], None], series: Series) -> Recording:
     """Does the work in a directory, and removes it."""
     start = read(path)
     recorder = Recorder(path)
@@ -314,7 +344,7 @@ def record(path: pathlib.Path, work: Callable[[Run], None]) -> Recording:
         for module in (files, streams):
             patch.setattr(module, "os", recorder)
         patch.setattr(files, "shutil", recorder)
-        run = Run(path, recorder)
+        run = Run(path, recorder, series)
         run.moments.append((0, Promise(run.there, run.there)))
         work(run)
     shutil.rmtree(path)
@@ -329,16 +359,17 @@ def perform(name: str) -> Recording:
         path = scratch / "run"
         make(workload.decoys, path)
         workload.prepare(path)
-        return record(path, workload.work)
+        return record(path, workload.work, workload.series)
 
 
 class Examiner:
     """Looks at states in a scratch directory, and counts what is wrong with them."""
 
-    def __init__(self, scratch: pathlib.Path, tally: collections.Counter[str], decoys: Snapshot) -> None:
+    def __init__(self, scratch: pathlib.Path, tally: collections.Counter[str], workload: Workload) -> None:
         self.path = scratch / "state"
         self.tally = tally
-        self.decoys = decoys
+        self.decoys = workload.decoys
+        self.series = workload.series
         self.known: set[object] = set()
 
     @property
@@ -358,7 +389,7 @@ class Examiner:
     def check(self, promise: Promise) -> None:
         """The directory before recovery, after it, and after one more save."""
         self.tally["trials"] += 1
-        runs = CheckpointDirectory(self.path)
+        runs = CheckpointDirectory(self.path, self.series)
         self.tally["lost"] += promise.lost(self.visible(runs), recovered=False)
 
         writer = Writer(runs)
@@ -367,7 +398,12 @@ class Examiner:
         self.tally["lost"] += promise.lost(there, recovered=True)
         self._count_leftovers(runs)
 
-        writer.save(SaveRequest(step=99), payload(b"next"))
+        if self.series.template:
+            next_name = self.series.template.replace("{step}", "99").replace("{number}", "99")
+            writer.save(SaveRequest(step=99, name=next_name), file_payload(b"next"))
+            there = {checkpoint for checkpoint in there if checkpoint.name != next_name}
+        else:
+            writer.save(SaveRequest(step=99), payload(b"next"))
         self.tally["lost"] += len(there - self.visible(runs))
         self.tally["lost"] += 99 not in runs
         writer.close()
@@ -375,7 +411,7 @@ class Examiner:
     def visible(self, runs: CheckpointDirectory) -> set[Checkpoint]:
         """The checkpoints that are listed, each checked to the byte."""
         there = set()
-        with Folder(runs.path) as folder:
+        with runs.open() as folder:
             for record in runs.listing().records:
                 try:
                     check_files(folder, record)
@@ -400,6 +436,8 @@ class Examiner:
         state.pop("checkpoint", None)
         private = state.pop(PRIVATE)
         assert isinstance(private, dict)
+        if self.series.private:
+            private = private[self.series.private]
         self.tally["leftovers"] += bool(state) + (private != {"trash": {}}) + bool(listing.damaged)
 
 
@@ -425,7 +463,8 @@ class Harness:
     ) -> None:
         self.path = scratch / "run"
         self.recording = perform(name)
-        self.examiner = Examiner(scratch, tally, WORKLOADS[name].decoys)
+        self.series = WORKLOADS[name].series
+        self.examiner = Examiner(scratch, tally, WORKLOADS[name])
         self.limit = limit
         self.chance = chance
 
@@ -450,7 +489,7 @@ class Harness:
             states += [(state, self.recording.promise(moment)) for state in disk.crash(self.limit, self.chance)]
         for state, promise in self.chance.sample(states, min(number, len(states))):
             make(state, self.path)
-            log = record(self.path, Run.recover).log
+            log = record(self.path, Run.recover, self.series).log
             self.crash(Recording(state, log, [(0, promise)]), order=order)
 
     def kill_and_cut(self, number: int, order: str) -> None:
@@ -462,7 +501,7 @@ class Harness:
             for operation in done:
                 disk.replay(operation)
             make(disk.whole(), self.path)
-            log = done + record(self.path, Run.recover).log
+            log = done + record(self.path, Run.recover, self.series).log
             promise = self.recording.promise(moment)
             self.crash(Recording(self.recording.start, log, [(0, promise)]), order=order, first=moment + 1)
 

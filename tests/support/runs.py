@@ -7,6 +7,9 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from blake3 import blake3
+
+from keras_ckpt.store import tails
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.policies import PreservationPolicy
@@ -43,6 +46,17 @@ def payload(content: bytes = b"weights", shards: int = 1) -> Write:
                 file.write(memoryview(part))
                 files.append(CheckpointFile(each, *file.finish()))
         return files
+
+    return write
+
+
+def file_payload(content: bytes) -> Write:
+    """A `Write` of one file of Keras with a content and its record."""
+
+    def write(folder: Folder, record: CheckpointRecord) -> list[CheckpointFile]:
+        digest = f"blake3:{blake3(content).hexdigest()}"
+        folder.create(record.name, content + tails.tail(record, len(content), digest))
+        return [CheckpointFile(record.name, len(content), digest)]
 
     return write
 
