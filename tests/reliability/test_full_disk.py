@@ -125,6 +125,43 @@ def test_an_argument_makes_it_an_error(tmp_path) -> None:
     assert found["whole"]
 
 
+FILES = """
+import json, sys, warnings
+import numpy as np
+import keras, keras_ckpt as kc
+
+path, disk = f"{sys.argv[1]}/last.{sys.argv[2]}", sys.argv[1]
+model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(500), keras.layers.Dense(1)])
+model.compile("adam", "mse", run_eagerly=True)
+x, y = np.zeros((4, 100), "float32"), np.zeros((4, 1), "float32")
+checkpoint = kc.ModelCheckpoint(path, save_weights_only=path.endswith(".weights.h5"))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model.fit(x, y, batch_size=4, epochs=1, verbose=0, callbacks=[checkpoint])
+    with open(f"{disk}/filler", "wb", buffering=0) as filler:
+        try:
+            while filler.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+    model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[checkpoint])
+runs = kc.CheckpointDirectory(path)
+print(json.dumps({
+    "full": sum("No space left" in str(each.message) or "are needed" in str(each.message) for each in caught),
+    "kept": [record.step for record in runs],
+    "whole": runs.verify().ok,
+}))
+"""
+
+
+@pytest.mark.parametrize("suffix", ["keras", "weights.h5", "h5"])
+def test_a_full_disk_leaves_the_file_of_before(tmp_path, suffix) -> None:
+    """Each save is a warning, and the process ends with exit code 0: h5py's own driver would crash it."""
+    found = on_a_small_disk(tmp_path, "1500k", FILES, str(tmp_path), suffix)
+
+    assert found == {"full": 2, "kept": [1], "whole": True}
+
+
 def test_whatever_the_room_nothing_is_lost(tmp_path, tally, long) -> None:
     """From none to more than is needed, a page more each time; with the look at the room before, and without."""
     for outcome in on_a_small_disk(tmp_path, "16k", SIZES, str(tmp_path), "80" if long else "40"):
