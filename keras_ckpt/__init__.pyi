@@ -13,6 +13,7 @@ from .errors import PlanError as PlanError
 from .errors import SaveError as SaveError
 from .formats.variables import Variables as Variables
 from .formats.variables import load_variables as load_variables
+from .model.position import initial_epoch as initial_epoch
 from .model.report import RestoreReport as RestoreReport
 from .model.restoring import restore as restore
 from .resume.backup_and_restore import BackupAndRestore as BackupAndRestore

@@ -32,10 +32,17 @@ class Position:
 
 @dataclasses.dataclass
 class _Current:
-    """The position of a model, and the optimizer with the state of that position, `None` if any optimizer fits."""
+    """The position of a model in its run.
+
+    Attributes:
+        position: The position, `None` without a run.
+        optimizer: The optimizer with the state of the position, `None` if any optimizer fits.
+        restored: The position that the user last restored.
+    """
 
     position: Position | None = None
     optimizer: Any = None
+    restored: Position | None = None
 
 
 def position_of(model: keras.Model) -> Position | None:
@@ -54,6 +61,36 @@ def set_position(model: keras.Model, position: Position | None, with_optimizer: 
     current = companion(model, _Current)
     current.position = position
     current.optimizer = _optimizer(model) if position and with_optimizer else None
+
+
+def initial_epoch(model: keras.Model) -> int:
+    """The number of epochs that the run of a model has completed, for `fit(initial_epoch=...)`; 0 without a run.
+
+    Example:
+
+    ```python
+    keras_ckpt.restore(model, "runs/digits")
+    model.fit(x, y, initial_epoch=keras_ckpt.initial_epoch(model), epochs=10)
+    ```
+
+    Args:
+        model: A model, restored or new.
+    """
+    position = position_of(model)
+    return position.epoch if position else 0
+
+
+def note_restored(model: keras.Model) -> None:
+    """Notes that the user has restored the position of a model."""
+    current = companion(model, _Current)
+    current.restored = current.position
+
+
+def restored_epochs(model: keras.Model) -> int:
+    """The completed epochs of a model that the user has restored and not trained since, else 0."""
+    current = companion(model, _Current)
+    now, restored = current.position, current.restored
+    return now.epoch if now and restored and (now.run_id, now.step) == (restored.run_id, restored.step) else 0
 
 
 class Progress:

@@ -10,6 +10,7 @@ from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.learned import learners
 from keras_ckpt.model.naming import named_objects, named_variables
 from keras_ckpt.model.parts import is_built
+from keras_ckpt.model.position import note_restored
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import transfer
 from keras_ckpt.store.directory import CheckpointDirectory
@@ -74,5 +75,6 @@ def restore(
         raise ValueError(f"The model {model.name!r} is built and has no variables, so there is nothing to restore.")
     request = RestoreRequest(strict, weights_only, check_digests)
     report = read_checkpoint(checkpoint, lambda files, name, record: transfer(model, files, name, record, request))
+    note_restored(model)
     log.info("restored %s", report.prefix)
     return report

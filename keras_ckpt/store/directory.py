@@ -23,7 +23,7 @@ from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
 
 
 class Change(NamedTuple):
-    """A checkpoint that was saved or removed.
+    """A checkpoint that was saved or removed. A checkpoint that gets the metrics of the epoch's end is saved again.
 
     Example:
 
@@ -136,6 +136,12 @@ class CheckpointDirectory(tables.Shown):
                 failed.pop_all()
                 return folder
         return Folder(self.path, layout.Series(*templates))
+
+    def subdirectory(self, name: str) -> CheckpointDirectory:
+        """The checkpoint directory in a sub-directory. Its listeners are those of this object."""
+        found = CheckpointDirectory(os.path.join(self.path, name))
+        found._listeners = self._listeners
+        return found
 
     def subscribe(self, listener: Callable[[Change], object]) -> None:
         """Calls a function after each save or removal of a checkpoint through this object; `Change` has an example.

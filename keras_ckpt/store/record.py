@@ -80,6 +80,8 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
         time: When the save began, in seconds since 1970. `saved_at` is the same as a `datetime`.
         reason: The trigger of the save, such as `"epoch"`.
         metadata: The user's metadata.
+        finished: The number of epochs that `fit` was asked for, if this checkpoint is the end of a `fit` that was the
+            whole run. `BackupAndRestore` notes it when it removes its backup.
         versions: Versions of Python and of the packages that wrote the checkpoint.
         timings: `write_ms`: the time from the first byte of data until the data was durable. `blocked_ms`: how long
             the save blocked training. Both are in milliseconds, and end when the sidecar was sealed.
@@ -110,6 +112,7 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
     time: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     reason: Annotated[str, msgspec.Meta(max_length=REASON_LIMIT)] = ""
     metadata: dict[str, Any] = {}
+    finished: Count | None = None
     versions: dict[str, str] = {}
     timings: dict[str, Annotated[float, msgspec.Meta(ge=0)]] = {}
     files: tuple[CheckpointFile, ...] = ()
@@ -153,6 +156,12 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
     def prefix(self) -> str:
         """The checkpoint's path for TensorFlow's functions, without file suffixes."""
         return f"{self.directory}/{self.name}" if self.directory else self.name
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the checkpoint's files, the sidecar first."""
+        names = [layout.sidecar(self.name), *(file.name for file in self.files)]
+        return [f"{self.directory}/{name}" for name in names]
 
     @property
     def size(self) -> int:

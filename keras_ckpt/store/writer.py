@@ -12,7 +12,7 @@ import os
 import re
 import time as clock
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import msgspec
@@ -152,6 +152,10 @@ class Writer:
         keep: The policy that retains checkpoints, asked before each save and after it; `None` keeps all.
         only: A policy that a new checkpoint must satisfy besides, or it is not written.
 
+    Attributes:
+        replaced: The runs whose checkpoints are pruned after a checkpoint of another run is saved. Policies see the run
+            of the newest checkpoint alone, and leave the checkpoints of other runs as they are.
+
     Raises:
         ValueError: The directory is `/`, or the user's home.
     """
@@ -170,6 +174,7 @@ class Writer:
         self.directory = target
         self.keep = keep
         self.only = only
+        self.replaced: Set[str] = frozenset()
         self._lock: WriterLock | None = None
         self._session: object = None
         self._known = Known()
@@ -178,7 +183,8 @@ class Writer:
         """Locks the directory for writing, and recovers the unfinished save of a process that died.
 
         Args:
-            session: The owner of the writing, such as one `fit`. A session has at most one writer in a directory.
+            session: The owner of the writing, such as one `fit`. A session has at most one writer in a directory. The
+                writer may be opened again.
 
         Raises:
             DirectoryInUseError: Another process writes here.
@@ -186,7 +192,7 @@ class Writer:
             SaveError: The directory cannot be written.
         """
         lock = self._claim()
-        if session is not None and lock.session is session:
+        if session is not None and lock.session is session is not self._session:
             self._lock = None
             raise DirectoryNotEmptyError(
                 f"Two callbacks of this training save into {self.directory.path}. Give each a directory of its own; "
@@ -329,7 +335,7 @@ class Writer:
                 return None
             changed = amend(folder, change(current[0]))
             gone = self.retain(folder, listing.joined_by(changed))
-        self.directory.notify(_removals(gone))
+        self.directory.notify([Change("saved", changed), *_removals(gone)])
         return changed
 
     def retain(self, folder: Folder, listing: Listing) -> list[CheckpointRecord]:
@@ -343,11 +349,12 @@ class Writer:
         return doomed
 
     def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
-        """The checkpoints that neither the policy nor a pin keeps, oldest first."""
-        if self.keep is None:
-            return []
-        kept = kept_in_training(self.keep, records)
-        return [record for record in records if record.step not in kept and not record.pinned]
+        """The checkpoints to prune, oldest first: those that nothing keeps, and those of a replaced run."""
+        own = _newest_run(records)
+        steps = {record.step for record in own}
+        doomed = set() if self.keep is None else steps - kept_in_training(self.keep, own)
+        doomed |= {record.step for record in records if record.step not in steps and record.run_id in self.replaced}
+        return [record for record in records if record.step in doomed and not record.pinned]
 
     def explaining(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Turns each error in the saving of a step into a `SaveError` that says how to mend it."""
@@ -398,7 +405,7 @@ class Writer:
 
     def _refuse_other_run(self, newest: CheckpointRecord | None, candidate: CheckpointRecord) -> None:
         """Refuses to save where another training saves at the same time."""
-        if newest is not None and newest.run_id != candidate.run_id:
+        if newest is not None and newest.run_id not in {candidate.run_id, *self.replaced}:
             raise SaveError(
                 f"Could not save step {candidate.step} into {self.directory.path}: by now it holds checkpoints of "
                 f"another run, the newest of step {newest.step}, which another fit of this process has saved. Give "
@@ -424,8 +431,9 @@ class Writer:
 
     def _wanted(self, candidate: CheckpointRecord, listing: Listing) -> bool:
         """Whether the policies would keep a checkpoint; "save" and "prune" are one question."""
-        # A checkpoint of the same name counts too, or a worse one would replace it.
-        records = [*(record for record in listing.records if record.step != candidate.step), candidate]
+        # A checkpoint of the same name counts too, or a worse one would replace it. Other runs do not count.
+        own = [record for record in listing.records if record.run_id == candidate.run_id]
+        records = [*(record for record in own if record.step != candidate.step), candidate]
         policies = (policy for policy in (self.keep, self.only) if policy is not None)
         return all(candidate.step in kept_in_training(policy, records) for policy in policies)
 
@@ -464,6 +472,11 @@ def _sealed(stage: Folder, candidate: CheckpointRecord, request: SaveRequest, wr
     stage.create(layout.sidecar(record.name), sidecars.encode(record))
     stage.sync()
     return record
+
+
+def _newest_run(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
+    """The checkpoints of the run of the newest checkpoint, oldest first."""
+    return [record for record in records if record.run_id == records[-1].run_id]
 
 
 def _removals(records: Iterable[CheckpointRecord]) -> list[Change]:

@@ -83,7 +83,8 @@ class Bundles:
             values = snapshot.move(self._arena)
         sharing = SharingWrite(values, self._arena, self._writer.directory)
         newest = self._writer.latest() if amends else None
-        if newest and newest.step == request.step and sharing.is_in(newest, _is_model_variable):
+        is_again = newest is not None and (newest.run_id, newest.step) == (request.run_id, request.step)
+        if newest and is_again and sharing.is_in(newest, _is_model_variable):
             # The save of the epoch's last batch has the values. Only the metrics of the epoch's end are new.
             amended = self._writer.amend(newest, request.amended)
             if amended is not None:

@@ -31,6 +31,7 @@ from keras_ckpt.store.policies import LatestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric, encodable_metadata, step_in
 from keras_ckpt.store.tables import counted
 from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
+from keras_ckpt.training.hooks import Hook, Hooks
 
 PRESERVED = "keep_checkpoint_every_n_hours"
 """The reason of a pin that the manager sets."""
@@ -68,6 +69,9 @@ class CheckpointManager(tf.train.CheckpointManager):
         metadata: A dict to put into each sidecar.
         monitor: The metric that `keep` ranks by if it names no metric.
         mode: Whether less (`"min"`) or more (`"max"`) of the metric is better.
+        on_saved: A function of a `CheckpointRecord`, called by `save` after the checkpoint is on disk. An error in it
+            is a warning.
+        on_removed: The same for each checkpoint that was removed.
 
     Raises:
         ValueError, TypeError: A wrong argument.
@@ -89,6 +93,8 @@ class CheckpointManager(tf.train.CheckpointManager):
         metadata: Mapping[str, Any] | None = None,
         monitor: str | None = None,
         mode: Mode | None = None,
+        on_saved: Hook | None = None,
+        on_removed: Hook | None = None,
     ) -> None:
         if not isinstance(checkpoint, tf.train.Checkpoint):
             raise TypeError(
@@ -128,6 +134,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         policy = as_policy(keep if max_to_keep is None else LatestN(max_to_keep))
         policy = policy and policy.resolve(monitor, self._mode_of)
         target = CheckpointDirectory(self._directory, TENSORFLOW)
+        self._hooks = Hooks(target, on_saved, on_removed)
         self._writer = _PreservingWriter(keep_checkpoint_every_n_hours, target, policy)
 
     @property
@@ -218,7 +225,10 @@ class CheckpointManager(tf.train.CheckpointManager):
             versions=model_state.versions(),
             began=began,
         )
-        record = self._writer.save(request, by_prefix(write))
+        try:
+            record = self._writer.save(request, by_prefix(write))
+        finally:
+            self._hooks.call()
         # Not earlier, so that a failed save can be tried again at once.
         self._begin_interval()
         if record is None:

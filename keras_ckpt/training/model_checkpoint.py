@@ -14,14 +14,17 @@ import keras
 
 from keras_ckpt.errors import DiskFullError
 from keras_ckpt.model.keras_internals import fit_in_progress
+from keras_ckpt.model.position import position_of, restored_epochs
 from keras_ckpt.store import tables
-from keras_ckpt.store.notices import warn
+from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
 from keras_ckpt.training.bundles import Bundles
+from keras_ckpt.training.hooks import Hook, Hooks
 from keras_ckpt.training.keras_files import KerasFiles
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
+from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory
 from keras_ckpt.training.schedule import SaveFreq
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 from keras_ckpt.training.targets import target
@@ -73,10 +76,22 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             next save waits if more than 64 MB would be queued. A save by batches or time in the middle of an epoch is
             skipped instead, unless it is ranked. The first skip is a warning. An error is raised at the next batch.
             `fit` ends when all is written.
+        new_run: What a fit does that does not continue the run in the directory. `"refuse"`: it raises an error before
+            its first batch. `"subdirectory"`: it saves into the first of `filepath`, `filepath/2`, `filepath/3` and so
+            on that has no run. A fit that continues one of these runs saves where the run is. `"replace"`: it removes
+            the other run, except pinned checkpoints, once its first checkpoint is on disk.
+        on_saved: A function of a `CheckpointRecord`, called in the training thread at the next batch or at the end of
+            `fit`, after the checkpoint is on disk. It is called again if metrics of the epoch's end are added. An
+            error in it is a warning.
+        on_removed: The same for each checkpoint that was removed.
+
+    Attributes:
+        directory: The `CheckpointDirectory` of the last `fit`, which `new_run="subdirectory"` may put below `filepath`.
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch.
-        DirectoryNotEmptyError: Before the first batch: the directory holds a run other than the model's.
+        DirectoryNotEmptyError: Before the first batch: the directory holds a run other than the model's, and `new_run`
+            is `"refuse"`; or it holds checkpoints that this package did not write.
         DirectoryInUseError: Before the first batch: another process trains into the directory.
         SaveError: A checkpoint could not be saved. The others are untouched.
     """
@@ -96,6 +111,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         metadata: Metadata | None = None,
         on_full_disk: OnFullDisk = "warn",
         save_on_background: bool | Literal["auto"] = "auto",
+        new_run: NewRun = "refuse",
+        on_saved: Hook | None = None,
+        on_removed: Hook | None = None,
     ) -> None:
         # Keras's own __init__ accepts only a template of file names.
         keras.callbacks.Callback.__init__(self)
@@ -123,6 +141,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
         self.on_full_disk = checked_on_full_disk(on_full_disk)
         self.save_on_background = save_on_background
+        self.new_run = checked_new_run(new_run, self.directory)
+        self._hooks = Hooks(self.directory, on_saved, on_removed)
         self._schedule = self._target.schedule(save_freq)
         self._ranking = _Ranking()
         self._form: Bundles | KerasFiles
@@ -142,7 +162,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def best(self) -> float | None:
         """The best value of the monitored metric on disk, or the threshold; `None` if there is no value yet."""
         mode = self._ranking.mode or self.mode
-        values = [record.finite(self.monitor) for record in self.directory]
+        records = list(self.directory)
+        newest = records[-1].run_id if records else ""
+        run_id = self._session.progress.position.run_id if self._session else newest
+        values = [record.finite(self.monitor) for record in records if record.run_id == run_id]
         known = [value for value in (*values, self.initial_value_threshold) if value is not None]
         if not known or mode == "auto":
             return None
@@ -167,6 +190,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         """
         if self._session is not None:
             self._session.settle(wait=True)
+            self._hooks.call()
 
     def get_state(self) -> dict[str, Any]:
         """The state that this callback needs to resume in another process, beside the files on disk."""
@@ -219,11 +243,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._current_epoch = epoch
+        if self._session is None:
+            self._tell_of_the_epochs(epoch)
         self._current()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        if not self._should_save_on_batch(batch):
-            return
+        if self._should_save_on_batch(batch):
+            self._save_within(batch, logs)
+        self._hooks.call()
+
+    def _save_within(self, batch: int, logs: Logs) -> None:
+        """Saves within an epoch, or lets the save wait for the epoch's end."""
         monitors = self._ranking.monitors
         ranked = monitors <= metrics_in(logs).keys()
         if (ranked and monitors) or not self._current().skips():
@@ -242,13 +272,18 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if reasons:
             self._reason = ", ".join(reasons)
             self._save_model(epoch, None, logs)
+        self._hooks.call()
 
     def on_train_end(self, logs: Logs = None) -> None:
         session, self._session = self._session, None
         if session is None:
             return
-        session.close()
-        if self._due and not session.missed and not len(self.directory):
+        try:
+            session.close()
+        finally:
+            self._hooks.call()
+        run_id = session.progress.position.run_id
+        if self._due and not session.missed and all(record.run_id != run_id for record in self.directory):
             warn(
                 f"Nothing was saved into {self.filepath}: {self._due} saves were due, and {self._ranking} would keep "
                 f"none. Was {self.monitor!r} ever a finite number, and better than "
@@ -264,16 +299,41 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self._session is None:
             self._ranking = self._resolve()
             self._target.adopt(self.model)
-            writer = Writer(self.directory, self._ranking.keep, self._ranking.only)
             fit = fit_in_progress(self)
             on_background = self.save_on_background
             if on_background == "auto":
                 on_background = not self._target.is_read_by(self, fit.callbacks)
-            self._form = self._target.form(self.model, writer)
-            session = Session(self, writer, self._schedule, self.on_full_disk, on_background, self._form, fit=fit)
-            session.open()
-            self._session = session
+            with contextlib.ExitStack() as failed:
+                writer = self._writer()
+                failed.callback(writer.close)
+                self._form = self._target.form(self.model, writer)
+                session = Session(self, writer, self._schedule, self.on_full_disk, on_background, self._form, fit=fit)
+                session.open(replaces=self.new_run == "replace")
+                failed.pop_all()
+            self._session, self.directory = session, writer.directory
         return self._session
+
+    def _writer(self) -> Writer:
+        """The writer of this fit, in the directory that `new_run` asks for."""
+        base = self._target.directory
+        make = functools.partial(Writer, keep=self._ranking.keep, only=self._ranking.only)
+        if self.new_run != "subdirectory":
+            return make(base)
+        position = position_of(self.model)
+        return opened_in_subdirectory(base, position.run_id if position else None, self.params, make)
+
+    def _tell_of_the_epochs(self, epoch: int) -> None:
+        """Says where `fit` counts its epochs from, if it does not continue the count of a restored model."""
+        done = restored_epochs(self.model)
+        if epoch or not done:
+            return
+        text = (
+            f"fit counts its epochs from 1, and the restored run has {done}. To continue its count: "
+            "fit(initial_epoch=keras_ckpt.initial_epoch(model), epochs=...), where epochs is the last of the run."
+        )
+        log.info("%s", text)
+        if (self.params or {}).get("verbose"):
+            print(text)
 
     def _resolve(self) -> _Ranking:
         """The ranking of this fit's checkpoints, with the arguments' defaults filled in from the model."""

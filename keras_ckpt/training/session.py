@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import os
 import time
 import weakref
 from collections.abc import Callable
@@ -14,18 +13,18 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, cast, get_ar
 import keras
 import msgspec
 
-from keras_ckpt.errors import DirectoryNotEmptyError, DiskFullError
+from keras_ckpt.errors import DiskFullError
 from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
-from keras_ckpt.model.position import Position, Progress
-from keras_ckpt.store import background, tables
+from keras_ckpt.model.position import Progress
+from keras_ckpt.store import background
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import is_known, kept_in_training
-from keras_ckpt.store.record import CheckpointRecord, step_in
-from keras_ckpt.store.tables import counted
+from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import SaveRequest, Writer, milliseconds
 from keras_ckpt.training.backlog import MAX_WAITING, Backlog
+from keras_ckpt.training.new_run import runs_to_replace
 from keras_ckpt.training.schedule import SaveSchedule
 
 OnFullDisk = Literal["warn", "raise"]
@@ -176,11 +175,12 @@ class Session(Generic[Held]):
         self._schedule = schedule
         self._fit = callback.params
 
-    def open(self, listing: Listing | None = None) -> None:
+    def open(self, listing: Listing | None = None, replaces: bool = False) -> None:
         """Locks the directory for this session. Call it before every other method.
 
         Args:
             listing: The listing of the directory, if it was read under the writer's lock.
+            replaces: Whether the first save of this session removes the other runs in the directory.
 
         Raises:
             DirectoryInUseError: Another process saves into the directory.
@@ -191,10 +191,7 @@ class Session(Generic[Held]):
         self._writer.open(session=self._fit)
         try:
             listing = self._writer.directory.listing() if listing is None else listing
-            if listing.series.template:
-                warn_of_other_run(listing, self.progress.position)
-            else:
-                refuse_other_run(listing, self.progress.position)
+            self._writer.replaced = runs_to_replace(listing, self.progress.position, replaces)
         except Exception:
             # A notebook keeps the error, and the error's frames keep the writer alive.
             self._writer.close()
@@ -409,41 +406,3 @@ def checked_on_full_disk(value: object) -> OnFullDisk:
     if value not in get_args(OnFullDisk):
         raise ValueError(f"on_full_disk expected 'warn' or 'raise'. Received: {value!r}")
     return cast(OnFullDisk, value)
-
-
-def warn_of_other_run(listing: Listing, position: Position) -> None:
-    """Warns that a fit replaces files of another run that have the names of its own, as Keras does."""
-    others = listing.of_run(position.run_id).other_runs
-    if listing.records and listing.records[-1].run_id != position.run_id and others:
-        newest = others[-1]
-        metrics = "".join(f", {name} {tables.metric(value)}" for name, value in newest.metrics.items())
-        warn(
-            f"{os.path.join(listing.path, listing.series.template)} has {counted(len(others), 'file')} of an earlier "
-            f"run, the newest {newest.name} (step {newest.step}{metrics}). This fit begins a new run, so it replaces "
-            "files of the same names. To continue the earlier run, load its file first: "
-            f"model.load_weights({newest.prefix!r})."
-        )
-
-
-def refuse_other_run(listing: Listing, position: Position) -> None:
-    """Refuses a fit that does not continue the run in the directory."""
-    listing.refuse_newer()
-    newest = listing.records[-1] if listing.records else None
-    if newest and newest.run_id != position.run_id:
-        raise DirectoryNotEmptyError(
-            f"{listing.path} holds {counted(len(listing.records), 'checkpoint')} of another run, the newest of step "
-            f"{newest.step}. This model does not continue that run.\n"
-            "To continue that run, compile the model and restore it: "
-            f"keras_ckpt.restore(model, {listing.path!r}). For a new phase with another optimizer, also pass "
-            "weights_only=True.\n"
-            "To start a new run, train into another directory, or remove these checkpoints: "
-            f"keras_ckpt.CheckpointDirectory({listing.path!r}).clear()."
-        )
-    unmanaged = [name for name in listing.unmanaged if newest is None or (step_in(name) or 0) > position.step]
-    if unmanaged or (listing.damaged and newest is None):
-        names = ", ".join([*unmanaged, *listing.damaged][:10])
-        raise DirectoryNotEmptyError(
-            f"{listing.path} holds checkpoints without a sidecar, or with a damaged sidecar: {names}. No run can "
-            "resume from them, so they are left alone. Move them away, or train into another directory. "
-            "keras_ckpt.restore(model, path) restores a checkpoint that TensorFlow wrote."
-        )

@@ -12,7 +12,7 @@ import pathlib
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import NamedTuple
 
 import pytest
@@ -106,10 +106,13 @@ class Run:
         content: str = "",
         shards: int = 1,
         name: str = "",
+        run_id: str = "run",
+        replaced: Set[str] = frozenset(),
     ) -> None:
         with self._action():
             writer = Writer(self.runs, keep)
-            request = SaveRequest(step=step, name=name, run_id="run", batch=0)
+            writer.replaced = replaced
+            request = SaveRequest(step=step, name=name, run_id=run_id, batch=0)
             record = writer.save(request, payload(f"{step} {content}".encode(), shards))
             writer.close()
             assert record in list(self.runs)
@@ -210,6 +213,14 @@ def step_saved_again_with_the_same_bytes(run: Run) -> None:
     run.save(10)
 
 
+def run_replaced(run: Run) -> None:
+    for step in (10, 20, 30):
+        run.save(step)
+    run.pin(30)
+    run.save(10, content="new", run_id="new", replaced={"run"})
+    run.save(20, LatestN(1), content="new", run_id="new", replaced={"run"})
+
+
 def explicit_prune(run: Run) -> None:
     for step in (10, 20, 30):
         run.save(step)
@@ -305,6 +316,7 @@ WORKLOADS = {
     "a step saved again under another name": Workload(step_saved_again_under_another_name),
     "another step under the same name": Workload(other_step_under_the_same_name),
     "a step saved again with the same bytes": Workload(step_saved_again_with_the_same_bytes),
+    "a run replaced by another": Workload(run_replaced),
     "an explicit prune": Workload(explicit_prune),
     "pins and prunes": Workload(pin_and_prune),
     "metrics added": Workload(metrics_added),

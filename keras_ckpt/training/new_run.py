@@ -1,0 +1,153 @@
+"""A new run in a directory that holds another run: refused, put into a sub-directory, or put in its place."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Literal, cast, get_args
+
+from keras_ckpt.errors import DirectoryInUseError, DirectoryNotEmptyError
+from keras_ckpt.model.position import Position
+from keras_ckpt.store import tables
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.listing import Listing
+from keras_ckpt.store.notices import warn
+from keras_ckpt.store.record import CheckpointRecord, step_in
+from keras_ckpt.store.tables import counted
+from keras_ckpt.store.writer import Writer
+
+NewRun = Literal["refuse", "subdirectory", "replace"]
+
+
+def checked_new_run(value: object, directory: CheckpointDirectory) -> NewRun:
+    """Checks the argument `new_run` of a callback."""
+    if value not in get_args(NewRun):
+        raise ValueError(f"new_run expected 'refuse', 'subdirectory' or 'replace'. Received: {value!r}")
+    if directory.series.template and value != "refuse":
+        raise ValueError(
+            f"new_run={value!r} needs a directory as filepath. A new run replaces files of Keras by their names, as in "
+            f"Keras. Received: filepath={os.path.join(directory.path, directory.series.template)!r}"
+        )
+    return cast(NewRun, value)
+
+
+def runs_to_replace(listing: Listing, position: Position, replaces: bool) -> frozenset[str]:
+    """Decides whether a fit may save into a directory or a series of files.
+
+    Args:
+        listing: The listing of the directory.
+        position: The position of the model.
+        replaces: Whether the fit may remove another run.
+
+    Returns:
+        The runs that the first save of the fit removes.
+
+    Raises:
+        DirectoryNotEmptyError: The directory holds another run, or checkpoints that no fit can continue or remove.
+        FormatVersionError: A newer version of this package wrote here.
+    """
+    newest = listing.records[-1] if listing.records else None
+    if listing.series.template:
+        _warn_of_other_run(listing, position)
+        return frozenset()
+    listing.refuse_newer()
+    if newest is not None and newest.run_id != position.run_id and not replaces:
+        raise DirectoryNotEmptyError(_ways_out(listing, newest))
+    _refuse_unreadable(listing, position)
+    return frozenset(record.run_id for record in listing.records if replaces) - {position.run_id}
+
+
+def opened_in_subdirectory(
+    base: CheckpointDirectory,
+    run_id: str | None,
+    session: object,
+    make: Callable[[CheckpointDirectory], Writer],
+) -> Writer:
+    """Opens the writer of a fit, in a directory or in a numbered sub-directory of it.
+
+    A fit that continues a run gets the directory of the run. A new run gets the first place without a run into which no
+    process saves: the directory, then its sub-directories `2`, `3` and so on. The writer's lock gives each of several
+    processes a place of its own.
+
+    Args:
+        base: The directory.
+        run_id: The run of the fit, `None` for a new run.
+        session: The owner of the writing.
+        make: Makes the writer of a directory.
+    """
+    for place in _places(base) if run_id else ():
+        if (newest := place.latest()) is not None and newest.run_id == run_id:
+            return make(place)
+    candidates = itertools.chain([base], (base.subdirectory(str(number)) for number in itertools.count(2)))
+    opened = (_opened_if_free(make(place), run_id, session) for place in candidates)
+    return next(writer for writer in opened if writer is not None)
+
+
+def _opened_if_free(writer: Writer, run_id: str | None, session: object) -> Writer | None:
+    """Opens the writer of a directory, unless the directory holds another run or another process saves into it."""
+    if writer.directory.listing():
+        return None
+    try:
+        writer.open(session)
+    except DirectoryInUseError:
+        return None
+    # The recovery of a dead process, or another process, may have saved a checkpoint since.
+    listing = writer.directory.listing()
+    if listing and not (listing.records and listing.records[-1].run_id == run_id):
+        writer.close()
+        return None
+    return writer
+
+
+def _places(base: CheckpointDirectory) -> Iterator[CheckpointDirectory]:
+    """The directory and its numbered sub-directories."""
+    yield base
+    if os.path.isdir(base.path):
+        with Folder(base.path) as folder:
+            numbers = sorted(int(name) for name in folder.names() if name.isascii() and name.isdecimal())
+        places = (base.subdirectory(str(number)) for number in numbers)
+        yield from (place for place in places if os.path.isdir(place.path))
+
+
+def _ways_out(listing: Listing, newest: CheckpointRecord) -> str:
+    path = listing.path
+    run = "another run" if newest.finished is None else f"a finished run of {newest.finished} epochs"
+    epoch = f", initial_epoch={newest.epoch}" if newest.epoch else ""
+    return (
+        f"{path} holds {counted(len(listing.records), 'checkpoint')} of {run}, the newest of step {newest.step}. "
+        "This model does not continue that run.\n"
+        f"To continue it: compile the model, keras_ckpt.restore(model, {path!r}), model.fit(...{epoch}). With another "
+        "optimizer: restore(..., weights_only=True).\n"
+        f"To begin a new run in another directory below it: ModelCheckpoint({path!r}, new_run='subdirectory').\n"
+        f"To remove it once a new run has saved: ModelCheckpoint({path!r}, new_run='replace'). To remove it now: "
+        f"keras_ckpt.CheckpointDirectory({path!r}).clear() in Python, keras-ckpt clear {shlex.quote(path)} in a shell."
+    )
+
+
+def _refuse_unreadable(listing: Listing, position: Position) -> None:
+    """Refuses a directory with checkpoints that a fit can neither continue nor remove."""
+    unmanaged = [name for name in listing.unmanaged if not listing.records or (step_in(name) or 0) > position.step]
+    if unmanaged or (listing.damaged and not listing.records):
+        names = ", ".join([*unmanaged, *listing.damaged][:10])
+        raise DirectoryNotEmptyError(
+            f"{listing.path} holds checkpoints without a sidecar, or with a damaged sidecar: {names}. No run can "
+            "resume from them, so they are left alone. Move them away, or train into another directory. "
+            "keras_ckpt.restore(model, path) restores a checkpoint that TensorFlow wrote."
+        )
+
+
+def _warn_of_other_run(listing: Listing, position: Position) -> None:
+    """Warns that a fit replaces files of another run that have the names of its own, as Keras does."""
+    others = listing.of_run(position.run_id).other_runs
+    if listing.records and listing.records[-1].run_id != position.run_id and others:
+        newest = others[-1]
+        metrics = "".join(f", {name} {tables.metric(value)}" for name, value in newest.metrics.items())
+        warn(
+            f"{os.path.join(listing.path, listing.series.template)} has {counted(len(others), 'file')} of an earlier "
+            f"run, the newest {newest.name} (step {newest.step}{metrics}). This fit begins a new run, so it replaces "
+            "files of the same names. To continue the earlier run, load its file first: "
+            f"model.load_weights({newest.prefix!r})."
+        )

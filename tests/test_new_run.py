@@ -1,0 +1,379 @@
+"""`ModelCheckpoint(new_run=...)`: a fit that does not continue the run in the directory."""
+
+import copy
+import multiprocessing
+import os
+import pathlib
+import shlex
+import signal
+
+import keras
+import pytest
+import tensorflow as tf
+from click.testing import CliRunner
+
+import keras_ckpt as kc
+from keras_ckpt.cli import main
+from keras_ckpt.store.writer import SaveRequest, Writer
+from reliability.trainer import Child, station
+from support.models import Interrupts, Reports, dense_model, fit, into_a_stage
+from support.restarts import prepare
+from support.runs import Filler, payload
+
+
+@pytest.fixture
+def runs(tmp_path) -> kc.CheckpointDirectory:
+    return kc.CheckpointDirectory(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """A process that has loaded TensorFlow, to fork trainers from."""
+    with station(prepare) as place:
+        yield place
+
+
+def below(runs: kc.CheckpointDirectory, name: str) -> kc.CheckpointDirectory:
+    return kc.CheckpointDirectory(os.path.join(runs.path, name))
+
+
+def steps(runs: kc.CheckpointDirectory) -> list[int]:
+    return [record.step for record in runs]
+
+
+def train(runs: kc.CheckpointDirectory, losses=(0.5, 0.4), model=None, callbacks=(), **options) -> keras.Model:
+    """Trains with epochs of one batch that report these validation losses. Returns the model."""
+    model = model or dense_model()
+    checkpoint = kc.ModelCheckpoint(runs.path, **options)
+    fit(model, Reports(val_loss=losses), checkpoint, *callbacks, epochs=len(losses), batches=1)
+    return model
+
+
+def test_new_run_takes_one_of_three_words(runs) -> None:
+    with pytest.raises(ValueError, match=r"'refuse', 'subdirectory' or 'replace'. Received: 'ask'"):
+        kc.ModelCheckpoint(runs.path, new_run="ask")
+
+
+class TestRefuse:
+    def test_the_refusal_names_what_to_type_to_continue_to_begin_beside_and_to_remove(self, runs) -> None:
+        """Each of the ways out works as it stands in the error."""
+        train(runs)
+        with pytest.raises(kc.DirectoryNotEmptyError) as caught:
+            train(runs)
+        first, goes_on, beside, removes = str(caught.value).splitlines()
+
+        assert first == (
+            f"{runs.path} holds 2 checkpoints of another run, the newest of step 2. This model does not continue that "
+            "run."
+        )
+        assert f"keras_ckpt.restore(model, {runs.path!r}), model.fit(..., initial_epoch=2)" in goes_on
+        assert f"ModelCheckpoint({runs.path!r}, new_run='subdirectory')" in beside
+        assert f"ModelCheckpoint({runs.path!r}, new_run='replace')" in removes
+        assert f"keras_ckpt.CheckpointDirectory({runs.path!r}).clear() in Python" in removes
+        assert f"keras-ckpt clear {runs.path} in a shell" in removes
+
+    def test_the_shell_command_of_the_refusal_removes_the_run(self, tmp_path) -> None:
+        """The path is quoted for the shell."""
+        runs = Filler(tmp_path / "it's here").save("1 2")
+        with pytest.raises(kc.DirectoryNotEmptyError) as caught:
+            train(runs)
+        command = str(caught.value).rpartition("keras-ckpt ")[2].removesuffix(" in a shell.")
+
+        result = CliRunner().invoke(main, [*shlex.split(command), "--yes"])
+
+        assert (result.exit_code, steps(runs)) == (0, [])
+
+
+class TestSubdirectory:
+    def test_a_first_run_is_saved_into_the_directory_itself(self, runs) -> None:
+        train(runs, new_run="subdirectory")
+
+        assert steps(runs) == [1, 2]
+        assert not (pathlib.Path(runs.path) / "2").exists()
+
+    def test_further_runs_are_saved_into_numbered_subdirectories(self, runs) -> None:
+        """The attribute `directory` of the callback is the directory of the fit."""
+        found = []
+        for _ in range(3):
+            checkpoint = kc.ModelCheckpoint(runs.path, new_run="subdirectory")
+            fit(dense_model(), checkpoint)
+            found.append(checkpoint.directory.path)
+            assert checkpoint.filepath == runs.path
+
+        assert found == [runs.path, below(runs, "2").path, below(runs, "3").path]
+        assert [steps(kc.CheckpointDirectory(path)) for path in found] == [[5], [5], [5]]
+
+    def test_one_callback_serves_several_runs(self, runs) -> None:
+        """As in a loop over the folds of a cross-validation."""
+        checkpoint = kc.ModelCheckpoint(runs.path, new_run="subdirectory", save_best_only=True, monitor="loss")
+        for _ in range(2):
+            fit(dense_model(), checkpoint)
+
+        assert steps(runs) == steps(below(runs, "2")) == [5]
+        assert checkpoint.best == below(runs, "2").best().metrics["loss"]
+
+    def test_a_deep_copy_of_the_callback_serves_another_run(self, runs) -> None:
+        """KerasTuner copies the callbacks for each trial."""
+        heard = []
+        checkpoint = kc.ModelCheckpoint(runs.path, new_run="subdirectory", on_saved=heard.append)
+        for _ in range(2):
+            fit(dense_model(), copy.deepcopy(checkpoint))
+
+        assert [record.directory for record in heard] == [runs.path, below(runs, "2").path]
+
+    @pytest.mark.parametrize("name", ["", "2"])
+    def test_a_fit_that_continues_a_run_saves_where_the_run_is(self, runs, name) -> None:
+        for _ in range(3):
+            train(runs, new_run="subdirectory")
+        place = below(runs, name) if name else runs
+        model = dense_model()
+        kc.restore(model, place)
+
+        train(runs, model=model, new_run="subdirectory")
+
+        assert steps(place) == [1, 2, 3, 4]
+        assert (
+            sorted(os.listdir(runs.path))[-2:] == ["ckpt-4.json", "checkpoint"][::-1]
+            or not (pathlib.Path(runs.path) / "4").exists()
+        )
+
+    def test_a_second_fit_of_the_model_saves_where_its_first_fit_did(self, runs) -> None:
+        train(runs)
+        checkpoint = kc.ModelCheckpoint(runs.path, new_run="subdirectory")
+        model = dense_model()
+        for _ in range(2):
+            fit(model, checkpoint)
+
+        assert steps(below(runs, "2")) == [5, 10]
+
+    def test_a_run_stays_where_it_is_when_an_earlier_place_becomes_free(self, runs) -> None:
+        """The model continues its run in `3`, and a new run gets the free place."""
+        train(runs)
+        train(runs, new_run="subdirectory")
+        model = train(runs, new_run="subdirectory")
+        below(runs, "2").clear()
+
+        train(runs, model=model, new_run="subdirectory")
+        train(runs, [0.3], new_run="subdirectory")
+
+        assert steps(below(runs, "3")) == [1, 2, 3, 4]
+        assert steps(below(runs, "2")) == [1]
+
+    def test_a_place_with_checkpoints_of_others_is_skipped(self, runs) -> None:
+        """TensorFlow's checkpoints are left alone."""
+        pathlib.Path(runs.path).mkdir()
+        tf.train.CheckpointManager(tf.train.Checkpoint(step=tf.Variable(1)), runs.path, 3).save()
+
+        train(runs, new_run="subdirectory")
+
+        assert steps(runs) == []
+        assert steps(below(runs, "2")) == [1, 2]
+
+    def test_a_place_whose_checkpoint_a_recovery_publishes_is_skipped(self, runs) -> None:
+        """A process died before it committed a complete checkpoint."""
+        train(runs, [0.5])
+        into_a_stage(pathlib.Path(runs.path))
+        assert steps(runs) == []
+
+        train(runs, [0.4], new_run="subdirectory")
+
+        assert steps(runs) == [1]
+        assert steps(below(runs, "2")) == [1]
+
+    def test_two_callbacks_of_one_fit_cannot_share_the_directory(self, runs) -> None:
+        """Each would take the run of the other for a new run."""
+        train(runs)
+        checkpoints = [kc.ModelCheckpoint(runs.path, new_run="subdirectory") for _ in range(2)]
+
+        with pytest.raises(kc.DirectoryNotEmptyError, match="Two callbacks of this training"):
+            fit(dense_model(), *checkpoints)
+
+    def test_listeners_of_the_directory_hear_of_the_subdirectory(self, runs) -> None:
+        train(runs)
+        checkpoint, heard = kc.ModelCheckpoint(runs.path, new_run="subdirectory"), []
+        checkpoint.directory.subscribe(heard.append)
+
+        fit(dense_model(), checkpoint)
+
+        assert [change.record.prefix for change in heard] == [f"{runs.path}/2/ckpt-5"]
+
+    def test_a_killed_run_resumes_in_its_subdirectory(self, runs, tmp_path) -> None:
+        """With `BackupAndRestore`."""
+
+        def callbacks() -> list[keras.callbacks.Callback]:
+            checkpoint = kc.ModelCheckpoint(runs.path, new_run="subdirectory")
+            return [checkpoint, kc.BackupAndRestore(tmp_path / "backup")]
+
+        train(runs)
+        with pytest.raises(RuntimeError):
+            fit(dense_model(), *callbacks(), Interrupts(12, RuntimeError()), epochs=4)
+
+        fit(dense_model(), *callbacks(), epochs=4)
+
+        assert steps(below(runs, "2")) == [5, 10, 15, 20]
+        assert not (pathlib.Path(runs.path) / "3").exists()
+
+    def test_processes_that_start_at_once_get_a_place_each(self, runs, forks) -> None:
+        """Each is in its first epoch while the others look for a place."""
+        assert forks.submit(train_at_once, runs.path, 3).result() == [0, 0, 0]
+
+        assert steps(runs) == steps(below(runs, "2")) == steps(below(runs, "3")) == [5]
+        assert len({place.latest().run_id for place in (runs, below(runs, "2"), below(runs, "3"))}) == 3
+
+
+def train_at_once(path: str, number: int) -> list[int]:
+    """Trains in so many processes at once. Returns their exit codes."""
+    barrier = multiprocessing.get_context("fork").Barrier(number)
+    children = [Child(train_behind, path, barrier) for _ in range(number)]
+    for child in children:
+        child.go()
+    return [child.end() for child in children]
+
+
+def train_behind(acknowledge, path: str, barrier) -> None:
+    """Trains, and ends the first batch when the others have begun theirs."""
+    wait = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: batch or barrier.wait(60))
+    fit(dense_model(), kc.ModelCheckpoint(path, new_run="subdirectory"), wait)
+
+
+class TestReplace:
+    def test_the_old_run_is_removed_after_the_first_checkpoint_of_the_new_run(self, runs) -> None:
+        """Until then it is whole."""
+        train(runs, [0.1, 0.2, 0.3])
+        old = list(runs)
+        seen = []
+        look = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: seen.append(list(runs)))
+
+        fit(dense_model(), look, kc.ModelCheckpoint(runs.path, new_run="replace"), epochs=2)
+
+        assert seen[0] == old
+        assert [(record.step, record.sequence) for record in runs] == [(5, 4), (10, 5)]
+        assert runs.verify().ok
+        assert tf.train.latest_checkpoint(runs.path) == runs[10].prefix
+        assert {record.run_id for record in runs}.isdisjoint(record.run_id for record in old)
+
+    def test_a_new_run_that_saves_nothing_leaves_the_old_run(self, runs) -> None:
+        train(runs)
+        old = list(runs)
+
+        with pytest.raises(RuntimeError):
+            fit(dense_model(), kc.ModelCheckpoint(runs.path, new_run="replace"), Interrupts(3, RuntimeError()))
+
+        assert list(runs) == old
+
+    @pytest.mark.parametrize("options", [{"keep": kc.BestN(2)}, {"save_best_only": True}, {"keep": kc.LatestN(2)}])
+    def test_the_new_run_is_not_ranked_against_the_old_run(self, runs, options) -> None:
+        """The checkpoints of the new run are saved although all are worse than those of the old run."""
+        train(runs, [0.1, 0.2, 0.3])
+
+        train(runs, [0.9, 0.8], new_run="replace", **options)
+
+        losses = [record.metrics["val_loss"] for record in runs]
+        assert losses == ([0.8] if "save_best_only" in options else [0.9, 0.8])
+
+    def test_the_best_value_is_of_the_new_run_from_its_beginning(self, runs) -> None:
+        """The attribute `best` agrees with `save_best_only`."""
+        train(runs, [0.1])
+        checkpoint, seen = kc.ModelCheckpoint(runs.path, new_run="replace", mode="min", save_best_only=True), []
+        assert checkpoint.best == 0.1
+        look = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: seen.append(checkpoint.best))
+
+        fit(dense_model(), look, Reports(val_loss=[0.9, 0.8]), checkpoint, epochs=2)
+
+        assert seen == [None, 0.9]
+        assert checkpoint.best == 0.8
+
+    def test_a_pinned_checkpoint_of_the_old_run_stays_and_is_not_ranked(self, runs) -> None:
+        train(runs, [0.1, 0.2, 0.3])
+        runs.pin(3, "production")
+
+        train(runs, [0.9, 0.8, 0.7][:2], new_run="replace", keep=kc.BestN(1))
+
+        assert [(record.step, record.metrics["val_loss"]) for record in runs] == [(3, 0.3), (2, 0.8)]
+        assert runs.latest().step == 2
+
+    def test_a_pinned_checkpoint_is_not_superseded_by_the_new_run(self, runs) -> None:
+        """A warning says so. The next step of the new run replaces the rest of the old run."""
+        train(runs, [0.1, 0.2, 0.3])
+        runs.pin(1)
+
+        with pytest.warns(UserWarning, match=r"Step 1 is not saved into .*: ckpt-1 of step 1 is pinned"):
+            train(runs, [0.9, 0.8], new_run="replace")
+
+        assert [(record.step, record.metrics["val_loss"]) for record in runs] == [(1, 0.1), (2, 0.8)]
+
+    def test_a_fit_that_continues_the_run_replaces_nothing(self, runs) -> None:
+        model = train(runs)
+
+        train(runs, model=model, new_run="replace")
+
+        assert steps(runs) == [1, 2, 3, 4]
+
+    def test_a_new_run_with_equal_values_is_a_run_of_its_own(self, runs) -> None:
+        """A script with fixed seeds computes the values of the old run again."""
+        for options in ({}, {"new_run": "replace"}):
+            keras.utils.set_random_seed(1)
+            checkpoint = kc.ModelCheckpoint(runs.path, save_freq=["epoch", 5], **options)
+            fit(dense_model(), checkpoint, epochs=len(options) + 1)
+
+        assert steps(runs) == [5, 10]
+        assert len({record.run_id for record in runs}) == 1
+
+    def test_checkpoints_of_other_programs_are_refused(self, runs) -> None:
+        """They are never removed."""
+        pathlib.Path(runs.path).mkdir()
+        tf.train.CheckpointManager(tf.train.Checkpoint(step=tf.Variable(1)), runs.path, 3).save()
+
+        with pytest.raises(kc.DirectoryNotEmptyError, match=r"without a sidecar.*ckpt-1.*left alone"):
+            train(runs, new_run="replace")
+
+    def test_a_kill_before_the_old_run_is_removed_leaves_a_directory_that_continues(self, runs, forks) -> None:
+        """Both runs are listed, the new run is the newest, and its next save removes the old run."""
+        train(runs, [0.1, 0.2, 0.3])
+
+        assert forks.submit(die_before_pruning, runs.path).result() == -signal.SIGKILL
+
+        assert [(record.step, record.metrics["val_loss"]) for record in runs] == [(2, 0.2), (3, 0.3), (1, 0.9)]
+        assert runs.verify().ok
+        model = dense_model()
+        assert kc.restore(model, runs).step == 1
+        train(runs, [0.8, 0.7], model=model, new_run="replace", keep=kc.BestN(1))
+        assert [(record.step, record.metrics["val_loss"]) for record in runs] == [(3, 0.7)]
+
+    def test_the_rest_of_an_old_run_is_left_alone_by_a_fit_that_replaces_nothing(self, runs, forks) -> None:
+        """After a kill before the removal. The policy sees the new run alone."""
+        train(runs, [0.1, 0.2, 0.3])
+        assert forks.submit(die_before_pruning, runs.path).result() == -signal.SIGKILL
+        model = dense_model()
+        kc.restore(model, runs)
+
+        fit(model, Reports(val_loss=[0.8]), kc.ModelCheckpoint(runs.path, keep=kc.BestN(1)), batches=4)
+
+        assert [(record.step, record.metrics["val_loss"]) for record in runs] == [(2, 0.2), (3, 0.3), (5, 0.8)]
+
+
+def die_before_pruning(path: str) -> int:
+    """Trains a new run that is killed when its first checkpoint is committed. Returns the exit code."""
+    with Child(train_and_die, path) as child:
+        child.go()
+        return child.end()
+
+
+def train_and_die(acknowledge, path: str) -> None:
+    Writer.retain = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    train(kc.CheckpointDirectory(path), [0.9, 0.8], new_run="replace")
+
+
+def test_a_writer_refuses_a_run_that_it_does_not_replace(filler) -> None:
+    """Two fits of one process save at once."""
+    filler.save("10", run_id="other")
+    writer = Writer(filler.runs)
+    writer.open(session=object())
+
+    with pytest.raises(kc.SaveError, match="checkpoints of another run, the newest of step 10"):
+        writer.save(SaveRequest(step=20, run_id="new"), payload())
+    writer.replaced = {"other"}
+    writer.save(SaveRequest(step=20, run_id="new"), payload())
+
+    assert steps(filler.runs) == [20]
+    writer.close()
