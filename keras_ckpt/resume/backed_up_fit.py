@@ -97,6 +97,11 @@ class BackedUpFit:
         return stopped and (self._phase is Phase.STOPPED or epochs_left)
 
     @property
+    def is_whole_run(self) -> bool:
+        """Whether the epochs of the fit are those of its run: no other fit has trained the model before."""
+        return self._state.epochs is not None and self._session.progress.position.epoch == self._place.epoch
+
+    @property
     def is_broken(self) -> bool:
         """Whether a callback has stopped the fit because of a loss that is not finite."""
         loss = self._logs.get("loss", 0.0)

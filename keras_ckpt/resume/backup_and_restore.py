@@ -17,6 +17,7 @@ from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress, is_
 from keras_ckpt.model.parts import is_built
 from keras_ckpt.resume.backed_up_fit import BackedUpFit, errors_as_warnings
 from keras_ckpt.resume.callback_states import empty_csv_file
+from keras_ckpt.resume.finished_run import note_end, restore_end
 from keras_ckpt.resume.fit_state import INITIAL_EPOCH, STOPPED, FitState
 from keras_ckpt.resume.patches import Patches
 from keras_ckpt.resume.restart import Restart
@@ -31,6 +32,7 @@ from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import Writer
 from keras_ckpt.training.bundles import Bundles
+from keras_ckpt.training.model_checkpoint import ModelCheckpoint
 from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.training.session import OnFullDisk, Session, checked_on_full_disk
 
@@ -72,7 +74,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         save_freq: When to save, as in `ModelCheckpoint`.
         double_checkpoint: Whether to keep the last two backups instead of the last one.
         delete_checkpoint: Whether to remove the backup at the end of `fit`. If it stays, the same script trains nothing
-            when it is run again.
+            when it is run again. If it is removed, the script trains nothing beside a `ModelCheckpoint` whose newest
+            checkpoint is the end of the run.
         data: The `ResumableDataset` that `fit` trains on.
         on_full_disk: `"warn"` or `"raise"`, as in `ModelCheckpoint`.
         save_on_background: Whether training continues while a backup is written. After a signal or an error, the
@@ -123,6 +126,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._watch: SignalWatch | None = None
         self._restart: Restart | None = None
         self._backed_up: BackedUpFit | None = None
+        self._is_finished = False
 
     def __enter__(self) -> Self:
         return self
@@ -153,6 +157,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._leave_keras()
         self._end_watch()  # an error may have ended the training before
         self._backed_up = None
+        self._is_finished = False
         if not is_built(self.model):
             raise ValueError(
                 f"BackupAndRestore needs a built model, or it could not restore {self.model.name!r} after a crash. "
@@ -205,8 +210,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             backed_up.epoch_end(epoch, logs, keep=not self.delete_checkpoint)
 
     def on_train_end(self, logs: Logs = None) -> None:
-        backed_up, self._backed_up = self._current(), None
         self._leave_keras()
+        if self._is_finished:
+            self._end_watch()
+            return
+        backed_up, self._backed_up = self._current(), None
         try:
             backed_up.close()
             self._end(backed_up)
@@ -219,6 +227,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def _begin(self, writer: Writer) -> None:
         """Restores the backup, if there is one, and opens what saves the next."""
         listing = self._claim(writer)
+        if not listing and self._trains_nothing():
+            writer.close()
+            return
         ended = _ended[self.directory.path]
         state = FitState(self.model, self._fit, self.params or {}, self.data)
         restart = Restart(state, listing, ended, self._say) if listing else None
@@ -246,6 +257,25 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 backed_up.begin()
             failed.pop_all()
         self._restart, self._backed_up = restart, backed_up
+
+    def _trains_nothing(self) -> bool:
+        """Restores the end of a finished run, if `fit` begins this run again, and says so."""
+        epochs = (self.params or {}).get("epochs")
+        record = restore_end(self.model, self._checkpoints(), epochs) if self._fit.is_known and epochs else None
+        if record is None:
+            return False
+        self._say(
+            f"Found {record.prefix}, the end of a finished run; nothing is left to train after step {record.step}, "
+            f"epoch {record.epoch} of {record.finished}; restored: model. To train another run, give ModelCheckpoint "
+            "new_run='subdirectory' or new_run='replace'."
+        )
+        self._patches.begin_with(self.model, self._fit.callbacks, epochs)
+        self._is_finished = True
+        return True
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        callbacks = [] if self._fit.callbacks is None else self._fit.callbacks.callbacks
+        return [each for each in callbacks if isinstance(each, ModelCheckpoint)]
 
     def _claim(self, writer: Writer) -> Listing:
         """Becomes the only process that writes here, recovers the save of a dead process, and lists the backups."""
@@ -276,6 +306,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"{self.backup_dir}: the same script continues from it, and CheckpointDirectory.clear() removes it."
             )
         elif self.delete_checkpoint:
+            if backed_up.is_whole_run:
+                note_end(self.model, self._checkpoints(), self.params["epochs"])
             _ended[self.directory.path] += 1
             try:
                 self.directory.clear()
