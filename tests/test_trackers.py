@@ -30,10 +30,12 @@ def needed(name: str):
     return pytest.importorskip(name, reason="needs the extra 'trackers'")
 
 
-def follow(title: str, **names: object) -> None:
-    """Runs a recipe, in a namespace with data, a model and its other names."""
+def follow(title: str, **names: object) -> dict[str, object]:
+    """Runs a recipe, with data, a model and its other names. Returns all names that it leaves."""
     data = {"x": X, "y": Y, "valid": (X, Y), "model": dense_model(), "kc": kc, "keras": keras, "tf": tf}
-    exec(RECIPES[title], {**data, **names})
+    found = {**data, **names}
+    exec(RECIPES[title], found)
+    return found
 
 
 def test_tensorboard_shows_the_metrics_of_each_checkpoint(directory) -> None:
@@ -106,3 +108,22 @@ def test_each_trial_of_keras_tuner_has_a_directory(directory) -> None:
     best = [run.best("val_loss").metrics["val_loss"] for run in runs]
     assert best == pytest.approx([trial.score for trial in trials])
     assert len({run.latest().run_id for run in runs}) == 3
+
+
+@FOREIGN
+def test_aim_tracks_the_metrics_of_each_checkpoint(directory) -> None:
+    """Its run has the path of each checkpoint too."""
+    aim = needed("aim")
+    from aim.storage.context import Context
+
+    aim.Repo.from_path("aim", init=True)
+
+    names = follow("Aim", aim=aim)
+
+    run, records = names["run"], list(kc.CheckpointDirectory("runs/aim"))
+    steps, (losses, *_) = run.get_metric("val_loss", Context({"subset": "checkpoint"})).data.numpy()
+    _, (paths, *_) = run.get_text_sequence("checkpoint", Context({})).data.items_list()
+    run.close()
+    assert list(steps) == [record.step for record in records]
+    assert list(losses) == pytest.approx([record.metrics["val_loss"] for record in records])
+    assert [path.data for path in paths] == [record.prefix for record in records]

@@ -39,7 +39,8 @@ def restore(
     ```python
     model.compile("adam", "mse")
     print(keras_ckpt.restore(model, "runs/digits"))
-    model.fit(x, y, initial_epoch=3, epochs=10, callbacks=[keras_ckpt.ModelCheckpoint("runs/digits")])
+    checkpoint = keras_ckpt.ModelCheckpoint("runs/digits")
+    model.fit(x, y, initial_epoch=keras_ckpt.initial_epoch(model), epochs=10, callbacks=[checkpoint])
     ```
 
     Args:
