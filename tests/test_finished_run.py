@@ -4,10 +4,12 @@ import collections
 import pathlib
 
 import keras
+import numpy as np
 import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.resume import backup_and_restore
+from keras_ckpt.store.record import RunEnd
 from support.models import Interrupts, dense_model, fit, same
 
 EPOCHS = 3
@@ -51,7 +53,7 @@ def test_a_finished_script_trains_nothing_and_says_so(place, capsys) -> None:
     assert batches == 15
     assert not (place / "backup").exists()
     records = list(kc.CheckpointDirectory(place))
-    assert [record.finished for record in records] == [None, None, EPOCHS]
+    assert [record.end for record in records] == [None, None, RunEnd(EPOCHS, 15)]
     capsys.readouterr()
 
     again, batches = run(place)
@@ -60,8 +62,8 @@ def test_a_finished_script_trains_nothing_and_says_so(place, capsys) -> None:
     assert same(first, again)
     assert list(kc.CheckpointDirectory(place)) == records
     assert capsys.readouterr().out.splitlines()[0] == (
-        f"Found {place}/ckpt-15, the end of a finished run; nothing is left to train after step 15, epoch 3 of 3; "
-        "restored: model. To train another run, give ModelCheckpoint new_run='subdirectory' or new_run='replace'."
+        f"Found a finished run in {place}; nothing is left to train; restored: model, as the run left it, from step "
+        "15. To train another run, give ModelCheckpoint new_run='subdirectory' or new_run='replace'."
     )
 
 
@@ -92,13 +94,52 @@ def test_a_script_that_early_stopping_ended_trains_nothing(place) -> None:
     assert same(first, again)
 
 
-def test_a_model_that_a_callback_changed_at_the_end_is_not_taken_for_its_last_checkpoint(place) -> None:
-    """`EarlyStopping` restores the best weights, and no checkpoint is the end. The next start is refused."""
+@pytest.mark.parametrize("options", [{}, {"monitor": "loss", "save_best_only": True}])
+def test_the_best_weights_that_early_stopping_restored_are_the_end(place, options) -> None:
+    """They are in an earlier checkpoint than the last, or in the only one."""
+
+    class Reports(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            logs["loss"] = [0.5, 0.3, 0.4, 0.6][epoch]
+
+    def callbacks() -> list[keras.callbacks.Callback]:
+        stop = keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True)
+        return [Reports(), kc.ModelCheckpoint(place, **options), kc.BackupAndRestore(place / "backup"), stop]
+
+    first, again, batches = dense_model(), dense_model(), Batches()
+    fit(first, *callbacks(), epochs=9)
+    newest = kc.CheckpointDirectory(place).latest()
+    assert (newest.step, newest.end) == (10 if options else 20, RunEnd(9, 10))
+
+    fit(again, *callbacks(), batches, epochs=9)
+
+    assert batches.count == 0
+    assert all(np.array_equal(a, b) for a, b in zip(first.get_weights(), again.get_weights(), strict=True))
+
+
+def test_weights_that_no_checkpoint_has_are_not_taken_for_an_end(place) -> None:
+    """A callback changed them when the training ended. The next start is refused."""
+
+    class Changes(keras.callbacks.Callback):
+        def on_train_end(self, logs=None) -> None:
+            self.model.layers[0].bias.assign([1.0, 2.0, 3.0])
+
+    run(place, Changes())
+    assert [record.end for record in kc.CheckpointDirectory(place)] == [None] * EPOCHS
+
+    with pytest.raises(kc.DirectoryNotEmptyError, match="3 checkpoints of another run"):
+        run(place)
+
+
+def test_a_run_whose_end_was_pruned_is_refused(place) -> None:
+    """The newest checkpoint says that the run has ended with another."""
     stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=9.0, restore_best_weights=True)
     run(place, stop, epochs=9)
-    assert [record.finished for record in kc.CheckpointDirectory(place)] == [None] * 2
+    runs = kc.CheckpointDirectory(place)
+    assert runs.latest().end == RunEnd(9, 5)
+    runs.prune(kc.LatestN(1))
 
-    with pytest.raises(kc.DirectoryNotEmptyError, match="2 checkpoints of another run"):
+    with pytest.raises(kc.DirectoryNotEmptyError, match="1 checkpoint of a finished run of 9 epochs"):
         run(place, epochs=9)
 
 
@@ -139,7 +180,7 @@ def test_a_finished_script_that_asks_for_a_new_run_trains_it(place, new_run) -> 
 
     assert batches == 15
     newest = kc.CheckpointDirectory(place / "2" if new_run == "subdirectory" else place).latest()
-    assert (newest.step, newest.finished) == (15, EPOCHS)
+    assert newest.end == RunEnd(EPOCHS, 15)
 
 
 def test_a_second_fit_of_the_model_trains(place) -> None:
@@ -149,7 +190,7 @@ def test_a_second_fit_of_the_model_trains(place) -> None:
     _, batches = run(place, model=model)
 
     assert batches == 15
-    assert [record.finished for record in kc.CheckpointDirectory(place)][-1] is None
+    assert kc.CheckpointDirectory(place).latest().end is None
 
 
 def test_the_fits_of_a_script_that_train_one_model_are_not_taken_for_its_end(place) -> None:
@@ -189,13 +230,13 @@ def test_a_kill_between_the_note_and_the_removal_of_the_backup_resumes(place, mo
         patch.setattr(backup_and_restore, "_ended", collections.Counter())  # it would die with the process
         with pytest.raises(RuntimeError, match="killed"):
             run(place)
-    assert kc.CheckpointDirectory(place).latest().finished == EPOCHS
+    assert kc.CheckpointDirectory(place).latest().end == RunEnd(EPOCHS, 15)
     assert len(kc.CheckpointDirectory(place / "backup")) == 1
 
     _, batches = run(place)
 
     assert batches == 0
-    assert kc.CheckpointDirectory(place).latest().finished == EPOCHS
+    assert kc.CheckpointDirectory(place).latest().end == RunEnd(EPOCHS, 15)
     assert not (place / "backup").exists()
 
 
@@ -219,3 +260,17 @@ def test_the_next_fit_of_a_model_whose_run_was_finished_trains(place, tmp_path) 
     fit(model, batches, epochs=2)
 
     assert batches.count == 10
+
+
+def test_a_finished_script_that_saves_files_of_keras_trains_again(place) -> None:
+    """As in Keras: the files are replaced, with a warning."""
+
+    def run_with_files() -> int:
+        batches = Batches()
+        callbacks = [kc.ModelCheckpoint(place / "last.keras"), kc.BackupAndRestore(place / "backup"), batches]
+        fit(dense_model(), *callbacks, epochs=EPOCHS)
+        return batches.count
+
+    assert run_with_files() == 15
+    with pytest.warns(UserWarning, match="of an earlier run"):
+        assert run_with_files() == 15

@@ -88,6 +88,20 @@ def test_a_checkpoint_that_gets_the_metrics_of_the_epochs_end_is_told_again(runs
     assert [(record.step, "val_loss" in record.metrics) for record in heard] == [(5, False), (5, True)]
 
 
+def test_a_file_of_keras_is_told_with_its_sidecar(tmp_path) -> None:
+    """The removed file too."""
+    heard = []
+    checkpoint = kc.ModelCheckpoint(
+        tmp_path / "{epoch}.keras", keep=1, on_saved=heard.append, on_removed=heard.append, save_on_background=False
+    )
+
+    fit(dense_model(), checkpoint, epochs=2)
+
+    assert [record.paths for record in heard] == [
+        [f"{tmp_path}/{epoch}.keras.json", f"{tmp_path}/{epoch}.keras"] for epoch in (1, 2, 1)
+    ]
+
+
 def test_an_error_of_on_saved_is_a_warning(runs) -> None:
     """The training continues, and the checkpoints are on disk."""
 

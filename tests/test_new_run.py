@@ -54,6 +54,13 @@ def test_new_run_takes_one_of_three_words(runs) -> None:
         kc.ModelCheckpoint(runs.path, new_run="ask")
 
 
+@pytest.mark.parametrize("new_run", ["subdirectory", "replace"])
+def test_a_new_run_of_files_of_keras_has_no_choice(tmp_path, new_run) -> None:
+    """They are replaced by their names, as in Keras."""
+    with pytest.raises(ValueError, match=f"new_run='{new_run}' needs a directory .*Received: filepath=.*best.keras"):
+        kc.ModelCheckpoint(tmp_path / "best.keras", new_run=new_run)
+
+
 class TestRefuse:
     def test_the_refusal_names_what_to_type_to_continue_to_begin_beside_and_to_remove(self, runs) -> None:
         """Each of the ways out works as it stands in the error."""

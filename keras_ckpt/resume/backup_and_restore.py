@@ -74,8 +74,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         save_freq: When to save, as in `ModelCheckpoint`.
         double_checkpoint: Whether to keep the last two backups instead of the last one.
         delete_checkpoint: Whether to remove the backup at the end of `fit`. If it stays, the same script trains nothing
-            when it is run again. If it is removed, the script trains nothing beside a `ModelCheckpoint` whose newest
-            checkpoint is the end of the run.
+            when it is run again. If it is removed, the script trains nothing beside a `ModelCheckpoint` whose directory
+            has the weights that `fit` left.
         data: The `ResumableDataset` that `fit` trains on.
         on_full_disk: `"warn"` or `"raise"`, as in `ModelCheckpoint`.
         save_on_background: Whether training continues while a backup is written. After a signal or an error, the
@@ -265,9 +265,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if record is None:
             return False
         self._say(
-            f"Found {record.prefix}, the end of a finished run; nothing is left to train after step {record.step}, "
-            f"epoch {record.epoch} of {record.finished}; restored: model. To train another run, give ModelCheckpoint "
-            "new_run='subdirectory' or new_run='replace'."
+            f"Found a finished run in {record.directory}; nothing is left to train; restored: model, as the run left "
+            f"it, from step {record.step}. To train another run, give ModelCheckpoint new_run='subdirectory' or "
+            "new_run='replace'."
         )
         self._patches.begin_with(self.model, self._fit.callbacks, epochs)
         self._is_finished = True

@@ -57,6 +57,18 @@ class CheckpointFile(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     shared: bool = False
 
 
+class RunEnd(msgspec.Struct, frozen=True, gc=False):
+    """The end of a run that one `fit` trained.
+
+    Attributes:
+        epochs: The number of epochs that `fit` was asked for.
+        step: The step of the checkpoint with the weights that `fit` left.
+    """
+
+    epochs: Count
+    step: Count
+
+
 class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The facts about one checkpoint: a frozen value, read from the sidecar file.
 
@@ -80,8 +92,7 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
         time: When the save began, in seconds since 1970. `saved_at` is the same as a `datetime`.
         reason: The trigger of the save, such as `"epoch"`.
         metadata: The user's metadata.
-        finished: The number of epochs that `fit` was asked for, if this checkpoint is the end of a `fit` that was the
-            whole run. `BackupAndRestore` notes it when it removes its backup.
+        end: The end of the run, if `fit` has ended and this checkpoint is its last. `BackupAndRestore` notes it.
         versions: Versions of Python and of the packages that wrote the checkpoint.
         timings: `write_ms`: the time from the first byte of data until the data was durable. `blocked_ms`: how long
             the save blocked training. Both are in milliseconds, and end when the sidecar was sealed.
@@ -112,7 +123,7 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
     time: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     reason: Annotated[str, msgspec.Meta(max_length=REASON_LIMIT)] = ""
     metadata: dict[str, Any] = {}
-    finished: Count | None = None
+    end: RunEnd | None = None
     versions: dict[str, str] = {}
     timings: dict[str, Annotated[float, msgspec.Meta(ge=0)]] = {}
     files: tuple[CheckpointFile, ...] = ()

@@ -114,7 +114,7 @@ def _places(base: CheckpointDirectory) -> Iterator[CheckpointDirectory]:
 
 def _ways_out(listing: Listing, newest: CheckpointRecord) -> str:
     path = listing.path
-    run = "another run" if newest.finished is None else f"a finished run of {newest.finished} epochs"
+    run = "another run" if newest.end is None else f"a finished run of {newest.end.epochs} epochs"
     epoch = f", initial_epoch={newest.epoch}" if newest.epoch else ""
     return (
         f"{path} holds {counted(len(listing.records), 'checkpoint')} of {run}, the newest of step {newest.step}. "
