@@ -10,13 +10,12 @@ from typing import Literal, cast, get_args
 
 from keras_ckpt.errors import DirectoryInUseError, DirectoryNotEmptyError
 from keras_ckpt.model.position import Position
-from keras_ckpt.store import tables
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord, step_in
-from keras_ckpt.store.tables import counted
+from keras_ckpt.store.tables import counted, metric
 from keras_ckpt.store.writer import Writer
 
 NewRun = Literal["refuse", "subdirectory", "replace"]
@@ -49,15 +48,16 @@ def runs_to_replace(listing: Listing, position: Position, replaces: bool) -> fro
         DirectoryNotEmptyError: The directory holds another run, or checkpoints that no fit can continue or remove.
         FormatVersionError: A newer version of this package wrote here.
     """
-    newest = listing.records[-1] if listing.records else None
     if listing.series.template:
         _warn_of_other_run(listing, position)
         return frozenset()
     listing.refuse_newer()
+    newest = listing.records[-1] if listing.records else None
     if newest is not None and newest.run_id != position.run_id and not replaces:
         raise DirectoryNotEmptyError(_ways_out(listing, newest))
     _refuse_unreadable(listing, position)
-    return frozenset(record.run_id for record in listing.records if replaces) - {position.run_id}
+    runs = {record.run_id for record in listing.records} if replaces else set()
+    return frozenset(runs - {position.run_id})
 
 
 def opened_in_subdirectory(
@@ -144,7 +144,7 @@ def _warn_of_other_run(listing: Listing, position: Position) -> None:
     others = listing.of_run(position.run_id).other_runs
     if listing.records and listing.records[-1].run_id != position.run_id and others:
         newest = others[-1]
-        metrics = "".join(f", {name} {tables.metric(value)}" for name, value in newest.metrics.items())
+        metrics = "".join(f", {name} {metric(value)}" for name, value in newest.metrics.items())
         warn(
             f"{os.path.join(listing.path, listing.series.template)} has {counted(len(others), 'file')} of an earlier "
             f"run, the newest {newest.name} (step {newest.step}{metrics}). This fit begins a new run, so it replaces "
