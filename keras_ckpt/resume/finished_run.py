@@ -70,7 +70,7 @@ def restore_end(model: keras.Model, checkpoints: Iterable[ModelCheckpoint], epoc
 def _directories(checkpoints: Iterable[ModelCheckpoint]) -> list[CheckpointDirectory]:
     """The directories of checkpoints. A new run replaces files of Keras without a refusal, as in Keras."""
     found = [each.directory for each in checkpoints if not each.directory.series.template]
-    return [CheckpointDirectory(each.path) for each in found]
+    return [CheckpointDirectory(each.path, each.series) for each in found]
 
 
 def _has(record: CheckpointRecord, model: keras.Model) -> bool:

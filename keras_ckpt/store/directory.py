@@ -139,7 +139,7 @@ class CheckpointDirectory(tables.Shown):
 
     def subdirectory(self, name: str) -> CheckpointDirectory:
         """The checkpoint directory in a sub-directory. Its listeners are those of this object."""
-        found = CheckpointDirectory(os.path.join(self.path, name))
+        found = CheckpointDirectory(os.path.join(self.path, name), self.series)
         found._listeners = self._listeners
         return found
 
