@@ -334,6 +334,23 @@ class TestReplace:
         with pytest.raises(kc.DirectoryNotEmptyError, match=r"without a sidecar.*ckpt-1.*left alone"):
             train(runs, new_run="replace")
 
+    @pytest.mark.parametrize("batches", [3, 8])
+    def test_a_killed_run_resumes_and_replaces_the_old_run(self, runs, tmp_path, batches) -> None:
+        """Killed before its first checkpoint, or after it."""
+
+        def callbacks() -> list[keras.callbacks.Callback]:
+            checkpoint = kc.ModelCheckpoint(runs.path, new_run="replace")
+            return [checkpoint, kc.BackupAndRestore(tmp_path / "backup")]
+
+        train(runs, [0.1, 0.2, 0.3])
+        with pytest.raises(RuntimeError):
+            fit(dense_model(), *callbacks(), Interrupts(batches, RuntimeError()), epochs=3)
+        assert steps(runs) == ([1, 2, 3] if batches == 3 else [5])
+
+        fit(dense_model(), *callbacks(), epochs=3)
+
+        assert steps(runs) == [5, 10, 15]
+
     def test_a_kill_before_the_old_run_is_removed_leaves_a_directory_that_continues(self, runs, forks) -> None:
         """Both runs are listed, the new run is the newest, and its next save removes the old run."""
         train(runs, [0.1, 0.2, 0.3])
