@@ -194,6 +194,22 @@ def test_the_best_value_can_be_assigned(folder) -> None:
     assert kc.CheckpointDirectory("best.keras").latest().epoch == 2
 
 
+def test_verbose_prints_the_lines_of_keras(folder, capsys) -> None:
+    """The second line of a save comes when the file is on disk."""
+    checkpoint = kc.ModelCheckpoint("best.keras", save_best_only=True, verbose=1)
+
+    fit(dense_model(), Reports(val_loss=[0.25, 0.5, 0.125]), checkpoint, epochs=3)
+
+    lines = [line.replace(f"{folder}/", "") for line in capsys.readouterr().out.splitlines() if line]
+    assert sorted(lines) == [
+        "Epoch 1: finished saving model to best.keras",
+        "Epoch 1: val_loss improved from None to 0.25000, saving model to best.keras",
+        "Epoch 2: val_loss did not improve from 0.25000",
+        "Epoch 3: finished saving model to best.keras",
+        "Epoch 3: val_loss improved from 0.25000 to 0.12500, saving model to best.keras",
+    ]
+
+
 class ReadsAtOnce(keras.callbacks.Callback):
     """A callback of a user's own, which opens the file at the end of each epoch."""
 

@@ -12,10 +12,8 @@ from typing import Any, Literal
 
 import keras
 
-from keras_ckpt.errors import DiskFullError
 from keras_ckpt.model.keras_internals import fit_in_progress
 from keras_ckpt.model.position import position_of, restored_epochs
-from keras_ckpt.store import tables
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
@@ -23,6 +21,7 @@ from keras_ckpt.store.writer import SaveRequest, Writer
 from keras_ckpt.training.bundles import Bundles
 from keras_ckpt.training.hooks import Hook, Hooks
 from keras_ckpt.training.keras_files import KerasFiles
+from keras_ckpt.training.lines import Handler, Lines, Save, Silent
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
 from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory
 from keras_ckpt.training.schedule import SaveFreq
@@ -32,6 +31,7 @@ from keras_ckpt.training.targets import target
 Logs = Mapping[str, Any] | None
 Metadata = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _NOT_KEPT = "not saved, it would not be kept"
+_SKIPPED = "skipped, because an earlier save is still being written"
 _WAITS = "waits for the epoch's end"
 
 
@@ -144,6 +144,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.new_run = checked_new_run(new_run, self.directory)
         self._hooks = Hooks(self.directory, on_saved, on_removed)
         self._schedule = self._target.schedule(save_freq)
+        self._lines: Lines = self._target.lines(save_best_only) if verbose else Silent()
         self._ranking = _Ranking()
         self._form: Bundles | KerasFiles
         self._session: Session[Any] | None = None
@@ -228,7 +229,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if not owed or (owed["step"], owed["batch"]) != (position.step, position.batch):
             return
         if all(record.step != position.step for record in self.directory):
-            self._write(self._request(**owed["facts"], began=time.perf_counter()), _NOT_KEPT)
+            request = self._request(**owed["facts"], began=time.perf_counter())
+            path = os.path.join(self.directory.path, request.name)
+            self._write(request, self._told(self._current_epoch, path, request.metrics, _NOT_KEPT))
 
     def on_train_begin(self, logs: Logs = None) -> None:
         self._session = None
@@ -258,9 +261,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         ranked = monitors <= metrics_in(logs).keys()
         if (ranked and monitors) or not self._current().skips():
             self._save_model(self._current_epoch, batch, logs)
-        elif self.verbose > 0:
-            start = self._described(metrics_in(logs))
-            print(start, "skipped, because an earlier save is still being written")
+        else:
+            path = self._get_file_path(self._current_epoch, batch, logs)
+            self._told(self._current_epoch, path, metrics_in(logs), _SKIPPED)(Outcome(None))
         if not ranked:
             self._pending = self._reason
 
@@ -311,6 +314,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 session.open(replaces=self.new_run == "replace")
                 failed.pop_all()
             self._session, self.directory = session, writer.directory
+            best = self.best if self.verbose and self.save_best_only else None
+            self._lines.begin(self.monitor, self._ranking.mode, best)
         return self._session
 
     def _writer(self) -> Writer:
@@ -381,15 +386,16 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         metrics = metrics_in(logs)
         filepath = self._get_file_path(epoch, batch, logs)
         otherwise = _NOT_KEPT if self._ranking.monitors <= metrics.keys() else _WAITS
+        handler = self._told(epoch, filepath, metrics, otherwise)
         if not self._should_save_model(epoch, batch, logs, filepath):
-            self._print(self._described(metrics), otherwise, Outcome(None))
+            handler(Outcome(None))
             return
         metadata = encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata)
         name = self._name_of(filepath)
         facts: dict[str, Any] = {"name": name, "reason": self._reason, "metrics": metrics, "metadata": metadata}
         request = self._request(**facts, began=began)
         self._last = {"step": request.step, "batch": request.batch, "facts": facts}
-        self._write(request, otherwise)
+        self._write(request, handler)
 
     def _name_of(self, filepath: str) -> str:
         """The name of the checkpoint at a path that `_get_file_path` returned, `""` for the default name."""
@@ -429,20 +435,14 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._modes.update({name: known.get(name) for name in new})
         return {name: mode for name in metrics if name != self.monitor and (mode := self._modes[name])}
 
-    def _write(self, request: SaveRequest, otherwise: str) -> None:
-        handler = functools.partial(self._print, self._described(request.metrics), otherwise)
+    def _write(self, request: SaveRequest, handler: Handler) -> None:
         session = self._current()
         session.save(request, self._form.snapshot(request.step), handler, amends=request.batch == 0)
 
-    def _print(self, start: str, otherwise: str, outcome: Outcome) -> None:
-        if self.verbose > 0:
-            print(start, _result(outcome, otherwise))
-
-    def _described(self, metrics: Mapping[str, float]) -> str:
-        """The first half of a save's printed line, before its outcome."""
-        position = self._current().progress.position
-        value = tables.metric(metrics.get(self.monitor)) or "not known"
-        return f"\nStep {position.step}, epoch {position.epoch}: {self.monitor} {value},"
+    def _told(self, epoch: int, filepath: str, metrics: Mapping[str, float], otherwise: str) -> Handler:
+        """Prints what is known of a save before it is written. Returns the handler that prints its outcome."""
+        position, value = self._current().progress.position, metrics.get(self.monitor)
+        return self._lines.save(Save(epoch + 1, position, filepath, value, otherwise))
 
     def _beats_threshold(self, value: float | None) -> bool:
         threshold = self.initial_value_threshold
@@ -499,11 +499,3 @@ class _Ranking:
 
     def __str__(self) -> str:
         return " and ".join(repr(policy) for policy in (self.keep, self.only) if policy)
-
-
-def _result(outcome: Outcome, otherwise: str) -> str:
-    if outcome.record is not None:
-        return f"saved {outcome.record.prefix} ({tables.save(outcome.record)})"
-    if outcome.error is None:
-        return otherwise
-    return "not saved, the disk is full" if isinstance(outcome.error, DiskFullError) else "the save failed"

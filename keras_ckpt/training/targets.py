@@ -18,6 +18,7 @@ from keras_ckpt.store.writer import Writer
 from keras_ckpt.training.bundles import Bundles
 from keras_ckpt.training.file_names import Template
 from keras_ckpt.training.keras_files import KerasFiles
+from keras_ckpt.training.lines import Lines, OfDirectory, OfFiles
 from keras_ckpt.training.schedule import CallbackSchedule, SaveFreq, SaveSchedule
 
 _WEIGHTS = ".weights.h5"
@@ -45,6 +46,9 @@ class Target(Protocol):
 
     def keep(self, policy: PreservationPolicy | None, best_only: bool) -> PreservationPolicy | None:
         """The policy, with the default for callbacks that save only the best."""
+
+    def lines(self, best_only: bool) -> Lines:
+        """The lines that `verbose=1` prints."""
 
     def adopt(self, model: keras.Model) -> None:
         """Lets a model without a run continue the run of the checkpoint whose weights it has."""
@@ -76,6 +80,9 @@ class Directory:
 
     def keep(self, policy: PreservationPolicy | None, best_only: bool) -> PreservationPolicy | None:
         return BestN(1) if policy is None and best_only else policy
+
+    def lines(self, best_only: bool) -> Lines:
+        return OfDirectory()
 
     def adopt(self, model: keras.Model) -> None:
         return
@@ -112,6 +119,9 @@ class Files:
 
     def keep(self, policy: PreservationPolicy | None, best_only: bool) -> PreservationPolicy | None:
         return policy
+
+    def lines(self, best_only: bool) -> Lines:
+        return OfFiles(best_only)
 
     def adopt(self, model: keras.Model) -> None:
         listing = self.directory.listing()
