@@ -23,7 +23,7 @@ from keras_ckpt.resume.patches import Patches
 from keras_ckpt.resume.restart import Restart
 from keras_ckpt.resume.resumable_dataset import ResumableDataset
 from keras_ckpt.resume.signals import SignalWatch
-from keras_ckpt.store import files
+from keras_ckpt.store import files, layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.layout import TENSORFLOW
 from keras_ckpt.store.listing import Listing
@@ -109,6 +109,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"BackupAndRestore expected a ResumableDataset. Received: data={data!r:.200}. Wrap the data, and give "
                 "the ResumableDataset to fit() as well."
             )
+        if not backup_dir:
+            raise ValueError(f"Empty `backup_dir` argument passed. Received: backup_dir={backup_dir!r}")
         self.directory = CheckpointDirectory(backup_dir, TENSORFLOW)
         self.backup_dir = self.directory.path
         self.save_freq = save_freq
@@ -127,6 +129,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._restart: Restart | None = None
         self._backed_up: BackedUpFit | None = None
         self._is_finished = False
+        self._current_epoch = 0  # these two are Keras's names, for code that reads them
+        self._last_batch_seen = 0
 
     def __enter__(self) -> Self:
         return self
@@ -177,6 +181,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._watch.start()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self._current_epoch = epoch
         backed_up, restart, callbacks = self._current(), self._restart, self._fit.callbacks
         backed_up.epoch_begin(epoch)
         self._restart = None
@@ -194,6 +199,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         with self._answering() as backed_up:
             backed_up.batch_end(batch, logs)
+        self._last_batch_seen = batch
+        if batch + 1 == (self.params or {}).get("steps"):
+            self._current_epoch += 1  # another callback may raise before this callback is told of the epoch's end
 
     def on_test_begin(self, logs: Logs = None) -> None:
         if self._backed_up is not None:
@@ -208,6 +216,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         with self._answering() as backed_up:
             backed_up.epoch_end(epoch, logs, keep=not self.delete_checkpoint)
+        self._current_epoch, self._last_batch_seen = epoch + 1, 0
 
     def on_train_end(self, logs: Logs = None) -> None:
         self._leave_keras()
@@ -223,6 +232,32 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 self._watch.stop()  # the effect of a signal might hide the error
             raise
         self._end_watch()
+
+    @property
+    def _weights_path(self) -> str | None:
+        """The file with the values of the newest backup, as Keras's callback names it."""
+        return self._path_of(1, weights=True)
+
+    @property
+    def _training_metadata_path(self) -> str | None:
+        return self._path_of(1, weights=False)
+
+    @property
+    def _prev_weights_path(self) -> str | None:
+        return self._path_of(2, weights=True)
+
+    @property
+    def _prev_training_metadata_path(self) -> str | None:
+        return self._path_of(2, weights=False)
+
+    def _path_of(self, age: int, *, weights: bool) -> str | None:
+        """A file of the newest backup (1) or the backup before (2), `None` without the backup."""
+        records = list(self.directory)
+        if len(records) < age:
+            return None
+        record = records[-age]
+        names = [file.name for file in record.files if layout.is_data(file.name)]
+        return os.path.join(record.directory, names[0] if weights else layout.sidecar(record.name))
 
     def _begin(self, writer: Writer) -> None:
         """Restores the backup, if there is one, and opens what saves the next."""

@@ -21,7 +21,7 @@ class SaveSchedule:
         clock: Returns the time in seconds.
 
     Raises:
-        TypeError, ValueError: `save_freq` is none of these.
+        ValueError: `save_freq` is none of these.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class CallbackSchedule(SaveSchedule):
         save_freq: As in `SaveSchedule`.
 
     Raises:
-        TypeError, ValueError: `save_freq` is no schedule.
+        ValueError: `save_freq` is no schedule.
     """
 
     def __init__(self, save_freq: SaveFreq | list[SaveFreq] | tuple[SaveFreq, ...]) -> None:
@@ -119,8 +119,7 @@ def _check(trigger: object) -> None:
             return
         case datetime.timedelta() if trigger.total_seconds() > 0:
             return
-    wrong = ValueError if isinstance(trigger, str | int | datetime.timedelta) else TypeError
-    raise wrong(
+    raise ValueError(
         "Unrecognized save_freq. Invalid value: save_freq expected 'epoch', a number of batches of at least 1, a "
         f"positive datetime.timedelta, or a list of these. Received: {trigger!r}"
     )
