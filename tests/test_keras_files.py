@@ -430,6 +430,20 @@ def test_files_and_checkpoints_of_a_model_use_the_same_memory(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", NAMES)
+def test_the_content_has_the_states_of_the_seed_generators_at_the_moment_of_the_snapshot(kind) -> None:
+    """A file of Keras lacks them."""
+    model = keras_zoo.made("convolution")
+    (seed,) = [variable for variable in model.variables if "seed" in variable.path]
+    state = FileState(model, kind)
+    for save in range(2):
+        seed.assign([save, 7])
+        snapshot = state.snapshot()
+        seed.assign([100, 100])
+
+        assert snapshot.content.seeds == {"model/seed_generator/seed_generator_state": [save, 7]}
+
+
+@pytest.mark.parametrize("kind", NAMES)
 def test_the_tail_is_made_from_the_size_and_the_digest_of_the_bytes_before_it(tmp_path, kind) -> None:
     """The file that is returned has the size and the digest of all bytes."""
     model = keras_zoo.made("dense")

@@ -67,6 +67,18 @@ def test_metadata_too_long_for_the_file_is_in_the_sidecar_alone(tmp_path) -> Non
     assert CheckpointDirectory(path).latest().metadata == {}
 
 
+def test_seeds_too_many_for_the_file_are_in_the_sidecar_alone(tmp_path) -> None:
+    """The metadata gives way first."""
+    path = tmp_path / "best.keras"
+    seeds = {f"model/dropout_{number}/seed_generator/seed_generator_state": [1, 2] for number in range(1000)}
+    save(path, 10, "best.keras", seeds=seeds)
+    assert CheckpointDirectory(path).latest().seeds == seeds
+
+    (tmp_path / "best.keras.json").unlink()
+
+    assert CheckpointDirectory(path).latest().seeds == {}
+
+
 def test_a_copied_file_tells_its_record_under_its_new_name(tmp_path) -> None:
     """The copy needs neither the sidecar nor its folder."""
     record = save(tmp_path / "best.keras", 10, "best.keras", metrics={"loss": 0.5})

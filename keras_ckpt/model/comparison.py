@@ -16,12 +16,12 @@ from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.checkpoint_reader import Source
 from keras_ckpt.model.keras_internals import trained_by
 from keras_ckpt.model.matching import Matching
+from keras_ckpt.model.naming import SEED
 from keras_ckpt.model.parts import lora_scales
 from keras_ckpt.model.report import RestoreReport, shortened
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord
 
-SEED = "/seed_generator_state"
 OPTIMIZER = "optimizer/"
 
 

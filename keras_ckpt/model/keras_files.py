@@ -109,7 +109,9 @@ class FileState:
 
     def _of(self, image: bytes) -> FileSnapshot:
         """A snapshot that writes a file of the present state as it is."""
-        content = Content([memoryview(image)], fingerprint(self._model))
+        seeds = naming.seeds_in(naming.named_variables(self._model))
+        states = _listed({name: value_of(variable) for name, variable in seeds.items()})
+        content = Content([memoryview(image)], fingerprint(self._model), states)
         return FileSnapshot(self._kind, len(image), lambda arena: content, self._arena)
 
     def _make_plan(self, image: bytes) -> None:
@@ -210,10 +212,12 @@ class Content(NamedTuple):
     Attributes:
         pieces: The bytes of the file in order. They do not change before the arena is changed next.
         weights: The fingerprint of the model's weights, `None` if the file has other values, such as merged kernels.
+        seeds: The states of the model's seed generators by name, which the file lacks.
     """
 
     pieces: Iterable[memoryview]
     weights: str | None
+    seeds: Mapping[str, list[int]]
 
 
 def fingerprint(model: keras.Model) -> str:
@@ -229,12 +233,14 @@ class _Moment(NamedTuple):
         answers: The sources of the values of objects that are asked, by dataset.
         assets: The files that objects saved, by member of the archive.
         scalars: The values of variables without dimensions, which a config may have.
+        seeds: The states of seed generators by name.
     """
 
     values: Snapshot
     answers: Mapping[str, Source]
     assets: Mapping[str, bytes]
     scalars: list[tuple[keras.Variable, Any]]
+    seeds: Mapping[str, Any]
 
 
 class _Plan:
@@ -262,6 +268,9 @@ class _Plan:
         self._savers: dict[str, Any] = {}
         self._files = Steady()
         read = self._note_sources({id(variable): f"{name}{SUFFIX}" for name, variable in variables.items()})
+        seeds = naming.seeds_in(variables)
+        self._seeds = {f"{name}{SUFFIX}": name for name in seeds}
+        read |= zip(self._seeds, seeds.values(), strict=True)
         self._keys = {id(variable): key for key, variable in read.items()}
         self._reader = backend.Reader({key: value_of(variable) for key, variable in read.items()})
         self._scalars = {key: variable for key, variable in read.items() if not tuple(variable.shape)}
@@ -299,7 +308,8 @@ class _Plan:
             if dataset not in answers or _kind(answers[dataset]) != self._kinds.get(dataset):
                 raise ValueError(f"{dataset} is {_kind(answers.get(dataset))}, it was {self._kinds.get(dataset)}")
         scalars = [(variable, values.values[key]) for key, variable in self._scalars.items()]
-        return _Moment(values, answers, self._saved_assets(), scalars)
+        seeds = {name: values.values[key] for key, name in self._seeds.items()}
+        return _Moment(values, answers, self._saved_assets(), scalars, seeds)
 
     def _answers(self) -> dict[str, Source]:
         """The sources of the values of objects that are asked, by dataset."""
@@ -325,10 +335,11 @@ class _Plan:
         weights = self._skeleton.filled({name: each.data for name, each in self._by_dataset(moment, values).items()})
         known = [self._keys.get(id(weight), "") for weight in self._model.weights]
         found = _digest(values[key] for key in known) if values.keys() >= {*known} else None
+        seeds = _listed(moment.seeds)
         if self._kind == "weights":
-            return Content(weights, found)
+            return Content(weights, found, seeds)
         others = [Member(name, len(data), [memoryview(data)]) for name, data in self._others(moment).items()]
-        return Content(archive([*others, Member(_WEIGHTS, self._skeleton.size, weights)]), found)
+        return Content(archive([*others, Member(_WEIGHTS, self._skeleton.size, weights)]), found, seeds)
 
     def _by_dataset(self, moment: _Moment, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The bytes of each dataset, from the bytes of variables by key."""
@@ -391,6 +402,11 @@ def _copy(value: Any) -> np.ndarray:
     if array.dtype.kind == "O":
         raise TypeError(f"a value of type {type(value).__name__} is not an array of numbers")
     return array
+
+
+def _listed(states: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The states of seed generators as lists."""
+    return {name: backend.array_of(state).tolist() for name, state in states.items()}
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> str:

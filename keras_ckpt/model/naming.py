@@ -27,6 +27,8 @@ from keras_ckpt.model.parts import (
     variables_in,
 )
 
+SEED = "/seed_generator_state"
+"""The end of the name of the state of a seed generator."""
 _FEATURE_SPACE_NAME = re.compile(r"((?:float|integer|string)(?:_[a-z]+)?)(?:_\d+)?(_preprocessor)")
 """The automatic names of the layers in a `FeatureSpace`."""
 
@@ -57,6 +59,11 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
         found += _metric_variables(model)
     unique = _unique([name for name, _ in found])
     return dict(zip(unique, (variable for _, variable in found), strict=True))
+
+
+def seeds_in(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of seed generators among named variables."""
+    return {name: variable for name, variable in variables.items() if name.endswith(SEED)}
 
 
 def build_optimizers(

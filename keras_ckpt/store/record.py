@@ -99,6 +99,7 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
         run_id: The run of the checkpoint.
         files: The checkpoint's files.
         weights: For a file of Keras, the digest of the model's weights, by which a loaded model is recognized.
+        seeds: For a file of Keras, the states of the model's seed generators by name: the file's format lacks them.
         template: The template of the names of the series, for a file of Keras; `""` for a TensorFlow checkpoint.
         format: Always `"keras_ckpt"`.
         format_version: The version of the sidecar's format.
@@ -112,6 +113,7 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
     run_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
     template: Annotated[str, msgspec.Meta(max_length=1000)] = ""
     weights: Digest | None = None
+    seeds: dict[str, list[int]] = {}
     sequence: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
     step: Count
     epoch: Count | None = None
@@ -337,7 +339,7 @@ def members(record: CheckpointRecord) -> dict[str, Any]:
     for field in _CONTEXT:
         del found[field]
     if not record.template:
-        del found["template"], found["weights"]
+        del found["template"], found["weights"], found["seeds"]
     return found
 
 

@@ -24,7 +24,8 @@ _LOOK = 1 << 12
 def tail(record: CheckpointRecord, size: int, digest: str) -> bytes:
     """The bytes that follow the content of a file.
 
-    A record that is too long for a zip archive's comment is shortened: only its sidecar has the metadata.
+    A record that is too long for a zip archive's comment is shortened: only its sidecar has the metadata, and where
+    that does not suffice, the seeds.
 
     Args:
         record: The record, without its file.
@@ -33,8 +34,10 @@ def tail(record: CheckpointRecord, size: int, digest: str) -> bytes:
     """
     record = msgspec.structs.replace(record, files=(CheckpointFile(record.name, size, digest),))
     data = sidecars.encode(record)
-    if len(data) > LIMIT - _END:
-        data = sidecars.encode(msgspec.structs.replace(record, metadata={}))
+    for member in ("metadata", "seeds"):
+        if len(data) > LIMIT - _END:
+            record = msgspec.structs.replace(record, **{member: {}})
+            data = sidecars.encode(record)
     return data + len(data).to_bytes(8) + _MARK
 
 

@@ -69,6 +69,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
         metadata: The user's JSON-able values.
         versions: Versions of the packages that save.
         weights: The digest of the model's weights, for a file of Keras.
+        seeds: The states of the model's seed generators by name, for a file of Keras.
         time: When the save began, in seconds since 1970.
         began: When training began to wait, by `time.perf_counter`.
         blocked_ms: How long training waited; defaults to the time until all data is durable.
@@ -88,6 +89,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     metadata: Mapping[str, Any] = {}
     versions: Mapping[str, str] = {}
     weights: str | None = None
+    seeds: Mapping[str, list[int]] = {}
     time: float = msgspec.field(default_factory=_now)
     began: float = msgspec.field(default_factory=clock.perf_counter)
     blocked_ms: float | None = None
@@ -110,6 +112,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
             run_id=run_id if self.run_id is None else self.run_id,
             template=template,
             weights=self.weights,
+            seeds=dict(self.seeds),
             time=self.time,
             versions=dict(self.versions),
             **self._description(),

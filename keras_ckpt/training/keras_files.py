@@ -63,17 +63,23 @@ class KerasFiles:
         """Writes a snapshot, as `Form.write` in `session` says."""
 
         def write_file(stage: Folder, record: CheckpointRecord) -> Sequence[CheckpointFile]:
-            content = 0, ""
+            written = 0, ""
 
             def tail(size: int, digest: str) -> bytes:
-                nonlocal content
-                content = size, digest
+                nonlocal written
+                written = size, digest
                 return tails.tail(record, size, digest)
 
             snapshot.write(stage, record.name, tail)
-            return [CheckpointFile(record.name, *content)]
+            return [CheckpointFile(record.name, *written)]
 
         with self._writer.explaining(request.step):
-            weights = snapshot.content.weights
-        request = msgspec.structs.replace(request, size=snapshot.size, versions=model_state.versions(), weights=weights)
+            content = snapshot.content
+        request = msgspec.structs.replace(
+            request,
+            size=snapshot.size,
+            versions=model_state.versions(),
+            weights=content.weights,
+            seeds=content.seeds,
+        )
         return self._writer.save(request, write_file)
