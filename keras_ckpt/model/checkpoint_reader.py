@@ -1,4 +1,4 @@
-"""A checkpoint on disk as a source of variables: their kinds, their values, and the description of the model."""
+"""A TensorFlow checkpoint as the source of a restore."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _STRING_OVERHEAD = 32
 """The most bytes that a string takes on disk besides its content: its length and two checksums."""
 
 
-class Source:
-    """An open checkpoint.
+class BundleSource:
+    """An open TensorFlow checkpoint, as the protocol `Source` describes it.
 
     Args:
         folder: The directory of the checkpoint, open as long as the source is read.
@@ -39,11 +39,7 @@ class Source:
         digested: The files whose every byte is compared with the digests: the index at once, the others when read.
 
     Attributes:
-        foreign: Whether TensorFlow named the variables, by its object graph.
-        description: The description of the model, `None` if TensorFlow or an older version wrote the checkpoint.
-        prefix: The path of the checkpoint, for messages.
-        arrays: The arrays of the learned state of the model's objects.
-        assets: The assets of that state.
+        foreign: Whether TensorFlow named the variables, by its object graph. Call `find` first.
 
     Raises:
         DamagedCheckpointError: The checkpoint cannot be read.
@@ -63,27 +59,34 @@ class Source:
             self.description = description.decode(self._text(description.KEY))
         self._keys = names_in(self._index)
         self._kinds: dict[str, Kind] = {}
+        self.unfit: Sequence[str] = ()
+        self.lacking: Sequence[str] = ()
         self.arrays, self.assets = self._read_learned()
 
+    @property
+    def origin(self) -> str:
+        return "TensorFlow" if self.foreign else "an older version of keras_ckpt"
+
+    @property
+    def lacks_seeds(self) -> bool:
+        return self.foreign
+
     def kinds(self) -> Mapping[str, Kind]:
-        """The kinds of the variables, by name."""
         if not self._kinds:
             self._kinds = {name: self._kind(key) for name, key in self._keys.items()}
         return self._kinds
 
     def build_optimizers(self, model: keras.Model, wanted: Mapping[str, Any]) -> None:
-        """Builds the optimizers of a model as in this checkpoint. An error of an optimizer is not damage."""
+        if self.foreign:
+            return  # `find` has built them
         built = None if self.description is None else self.description.optimizers
         with backend.scope(model):
             naming.build_optimizers(model, wanted, self._keys, built)
 
-    def find(self, model: keras.Model) -> list[str]:
+    def find(self, model: keras.Model) -> None:
         """Finds a model in the object graph of a foreign checkpoint, and builds its optimizers.
 
         Afterwards the variables have the names that they have in the model.
-
-        Returns:
-            Descriptions of the optimizers in the graph that do not fit the model's.
         """
         with errors_as_damage():
             graph = object_graph.ObjectGraph(self._text(object_graph.KEY))
@@ -94,10 +97,9 @@ class Source:
             raise DamagedCheckpointError(
                 f"it cannot be read: its object graph names {unknown[0]!r:.200}, which its index does not"
             )
-        return found.unfit_optimizers
+        self.unfit = found.unfit_optimizers
 
     def read(self, names: Sequence[str]) -> dict[str, backend.Tensor]:
-        """Reads the values of variables, all before any is used, and checks digests and checksums."""
         keys = {name: self._keys[name].encode() for name in names}
         with errors_as_damage():
             values = read_values(self._folder, self._index, set(keys.values()), backend.allocate, self._digested)

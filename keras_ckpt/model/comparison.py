@@ -13,12 +13,12 @@ import keras
 from keras_ckpt.errors import MismatchError
 from keras_ckpt.model import compiled, learned, matching, naming
 from keras_ckpt.model import tensorflow as backend
-from keras_ckpt.model.checkpoint_reader import Source
 from keras_ckpt.model.keras_internals import trained_by
 from keras_ckpt.model.matching import Matching
 from keras_ckpt.model.naming import SEED
 from keras_ckpt.model.parts import lora_scales
 from keras_ckpt.model.report import RestoreReport, shortened
+from keras_ckpt.model.source import Source
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord
 
@@ -130,19 +130,17 @@ class Comparison:
             (learned.build if name in lacking else learned.rebuild)(each, entry)
         if lacking:
             self._wanted = self._names()
-        if self._source.foreign:
-            unfit = self._source.find(self._model)
-            if unfit and not self._request.weights_only:
-                warn(f"{self._source.prefix} has {' and '.join(unfit)}. It is skipped; the model's stays as compiled.")
-        elif not self._request.weights_only and not all(each.built for each in self._optimizers.values()):
+        if self._request.weights_only:
+            return
+        if unfit := self._source.unfit:
+            warn(f"{self._source.prefix} has {' and '.join(unfit)}. It is skipped; the model's stays as compiled.")
+        if not all(each.built for each in self._optimizers.values()):
             other = self._trained_differently()
             # A difference is reported before an optimizer is built in vain.
             self._check(self._report(self._match("model/"), (), other))
             if not other:
                 self._source.build_optimizers(self._model, self._wanted)
-        else:
-            return
-        self._wanted = self._names()
+                self._wanted = self._names()
 
     def _trained_differently(self) -> dict[str, str]:
         """The weights that only the saved or only the compiled optimizer trains, each with the reason.
@@ -298,7 +296,7 @@ class Comparison:
         not_compiled = not any(name.startswith(OPTIMIZER) for name in known)
         if saved_without or not_compiled:
             counts = ("model/", "learned/")
-        missing = [name for name in report.missing if not (self._source.foreign and name.endswith(SEED))]
+        missing = [name for name in report.missing if not (self._source.lacks_seeds and name.endswith(SEED))]
         reasons = dict.fromkeys(missing, "not in the checkpoint")
         reasons |= dict.fromkeys(report.unexpected, "in the checkpoint, not in the model")
         reasons |= report.mismatched

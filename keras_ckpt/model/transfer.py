@@ -12,11 +12,12 @@ from keras_ckpt.errors import DamagedCheckpointError, MismatchError
 from keras_ckpt.formats.description import Learned
 from keras_ckpt.model import compiled, learned, matching, naming
 from keras_ckpt.model import tensorflow as backend
-from keras_ckpt.model.checkpoint_reader import Source
+from keras_ckpt.model.checkpoint_reader import BundleSource
 from keras_ckpt.model.comparison import OPTIMIZER, Comparison, Fit, RestoreRequest
 from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.position import Position, set_position
 from keras_ckpt.model.report import RestoreReport, by_layer, shortened
+from keras_ckpt.model.source import Source
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord
@@ -41,7 +42,7 @@ def transfer(
     objects = naming.named_objects(model)
     undo = learned.Undo(learned.learners(objects, request.weights_only).values())
     try:
-        source = Source(files, name, record.files if record and request.check_digests else ())
+        source = _opened(model, files, name, record, request)
         fit = Comparison(model, source, record, request, objects).fit()
         _Transfer(model, source, request, fit).run()
         _set_position(model, record, request, fit.differs)
@@ -49,6 +50,16 @@ def transfer(
     except BaseException:
         undo.undo()
         raise
+
+
+def _opened(
+    model: keras.Model, files: Folder, name: str, record: CheckpointRecord | None, request: RestoreRequest
+) -> Source:
+    """The source of the checkpoint, whose variables have the names of the model."""
+    source = BundleSource(files, name, record.files if record and request.check_digests else ())
+    if source.foreign:
+        source.find(model)
+    return source
 
 
 class _Transfer:
@@ -122,11 +133,10 @@ class _Transfer:
                 f"{self._prefix} has low-rank updates (LoRA) that the model lacks. Without them its predictions "
                 f"differ: {', '.join(shortened(by_layer(updates)))}. restore(..., weights_only=True) merges them."
             )
-        if self._fit.objects.unknown:
-            kind = "TensorFlow" if self._source.foreign else "an older version of keras_ckpt"
+        if unknown := [*self._fit.objects.unknown, *self._source.lacking]:
             warn(
-                f"{self._prefix} was written by {kind}. It lacks the state beyond variables, such as a vocabulary, "
-                f"of these layers. They are as they were: {', '.join(self._fit.objects.unknown)}."
+                f"{self._prefix} was written by {self._source.origin}. It lacks the state beyond variables, such as a "
+                f"vocabulary, of these layers. They are as they were: {', '.join(unknown)}."
             )
         if not self._request.weights_only:
             self._warn_of_settings(values)

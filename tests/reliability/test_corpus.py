@@ -24,7 +24,7 @@ from blake3 import blake3
 
 import keras_ckpt as kc
 from keras_ckpt.model import transfer
-from keras_ckpt.model.checkpoint_reader import Source
+from keras_ckpt.model.checkpoint_reader import BundleSource
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import examine
 from keras_ckpt.store.policies import LatestN
@@ -418,11 +418,11 @@ def test_files_that_are_swapped_after_the_check_are_not_read(run, monkeypatch) -
     expected, other = dense_model(), dense_model()
     kc.restore(expected, run / "ckpt-10")
 
-    def swap_then_open(*arguments) -> Source:
+    def swap_then_open(*arguments) -> BundleSource:
         swap(INDEX, DATA)(run)
-        return Source(*arguments)
+        return BundleSource(*arguments)
 
-    monkeypatch.setattr(transfer, "Source", swap_then_open)
+    monkeypatch.setattr(transfer, "BundleSource", swap_then_open)
 
     kc.restore(other, run / "ckpt-10")
 
