@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from keras_ckpt.errors import DamagedCheckpointError
-from keras_ckpt.formats import bundle_reader
+from keras_ckpt.formats import targets
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_reader import read_values
 from keras_ckpt.model.tensorflow import allocate, tensor_of
@@ -231,11 +231,11 @@ def test_short_reads_are_continued(tmp_path, monkeypatch, tensors) -> None:
 
 def test_threads_get_groups_of_about_equal_bytes(monkeypatch) -> None:
     """One thread reads a small checkpoint."""
-    monkeypatch.setattr(bundle_reader, "_THREADS", 3)
+    monkeypatch.setattr(targets, "_THREADS", 3)
 
     def groups(*sizes: int) -> list[int]:
-        targets = [bundle_reader._Target(b"", "file", 0, memoryview(bytes(size)), 0) for size in sizes]
-        return sorted(sum(len(each.memory) for each in group) for group in bundle_reader._of_equal_size(targets))
+        wanted = [targets.Target(b"", "file", 0, memoryview(bytes(size)), 0) for size in sizes]
+        return sorted(sum(len(each.memory) for each in group) for group in targets._of_equal_size(wanted))
 
     assert groups(10, 20, 30) == [60]
     assert groups(9 << 20) == [9 << 20]

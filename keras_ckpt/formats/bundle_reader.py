@@ -1,15 +1,12 @@
-"""Reads values of a checkpoint by several threads into memory of the caller, and verifies checksums and digests."""
+"""Reads values of a TensorFlow checkpoint into memory of the caller, and verifies checksums and digests."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import itertools
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
@@ -17,30 +14,12 @@ from crc32c import crc32c
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats.bundle_index import CHECKSUM, WHOLE, Entry, Index, Slice, masked, slice_key, varint
 from keras_ckpt.formats.dtypes import ITEM_SIZES, NAMES, STRING
-from keras_ckpt.store.checks import refuse_changed
+from keras_ckpt.formats.targets import Target, fill
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
 
-_PIECE = 1 << 20
-_SMALL = 8 << 20
-"""One thread reads this many bytes before a second thread would have started."""
-_THREADS = min(os.cpu_count() or 1, 8)
-
 Allocate = Callable[[int, tuple[int, ...]], tuple[Any, memoryview]]
 """Allocates numbers of a type and a shape. Returns the object that holds them, and its memory to fill."""
-
-
-class _Target(NamedTuple):
-    """Bytes to read: their file and offset, the memory to fill, and their checksum.
-
-    The checksum is `None` for strings, which contain their own.
-    """
-
-    key: bytes
-    file: str
-    offset: int
-    memory: memoryview
-    checksum: int | None
 
 
 def read_values(
@@ -66,7 +45,7 @@ def read_values(
     """
     values: dict[bytes, Any] = {}
     joined: dict[bytes, _Joined] = {}
-    targets: list[_Target] = []
+    targets: list[Target] = []
     for key in keys:
         entry = index.entries[key]
         if entry.dtype != STRING and entry.dtype not in ITEM_SIZES:
@@ -77,13 +56,13 @@ def read_values(
         else:
             values[key], memory = allocate(entry.dtype, entry.shape)
             targets.append(_target(index, key, entry, memory))
-    _fill(files, targets, digested)
+    fill(files, targets, digested)
     return values | {key: parts.value(allocate) for key, parts in joined.items()}
 
 
-def _target(index: Index, key: bytes, entry: Entry, memory: memoryview) -> _Target:
+def _target(index: Index, key: bytes, entry: Entry, memory: memoryview) -> Target:
     checksum = None if entry.dtype == STRING else entry.checksum
-    return _Target(key, index.files[entry.shard], entry.offset, memory, checksum)
+    return Target(key, index.files[entry.shard], entry.offset, memory, checksum)
 
 
 class _Joined:
@@ -150,55 +129,3 @@ def _strings(key: bytes, entry: Entry, memory: memoryview) -> np.ndarray:
     ends = list(itertools.accumulate(lengths, initial=0))
     array[:] = [content[begin:end] for begin, end in itertools.pairwise(ends)]
     return array.reshape(entry.shape)
-
-
-def _fill(files: Folder, targets: Sequence[_Target], digested: Sequence[CheckpointFile]) -> None:
-    """Reads and verifies targets, by several threads."""
-    names = {file.name for file in digested}
-    targets = [target for target in targets if target.memory]
-    groups = _of_equal_size([target for target in targets if target.file not in names])
-    if not digested and len(groups) <= 1:
-        for group in groups:
-            _read_together(files, group)
-        return
-    # The calling thread computes the digests.
-    with concurrent.futures.ThreadPoolExecutor(max(1, _THREADS - bool(digested)), "keras_ckpt-read") as threads:
-        for file in digested:
-            wanted = sorted((target for target in targets if target.file == file.name), key=_offset)
-            found = files.scatter(file.name, [(target.offset, target.memory) for target in wanted], threads)
-            refuse_changed(file, *found)
-        for _ in threads.map(functools.partial(_read_together, files), groups):
-            pass
-
-
-def _offset(target: _Target) -> int:
-    return target.offset
-
-
-def _read_together(files: Folder, targets: Sequence[_Target]) -> None:
-    """Reads targets one after another, and compares their checksums."""
-    for file, group in itertools.groupby(targets, lambda target: target.file):
-        with files.reading(file) as opened:
-            for target in group:
-                checksum = 0
-                for at in range(0, len(target.memory), _PIECE):
-                    piece = target.memory[at : at + _PIECE]
-                    opened.read_into([piece], target.offset + at)
-                    checksum = crc32c(piece, checksum)
-                if target.checksum not in (None, masked(checksum)):
-                    raise DamagedCheckpointError(
-                        f"{file} was changed after it was written: a checksum in it does not match, of "
-                        f"{target.key.decode(errors='replace')}"
-                    )
-
-
-def _of_equal_size(targets: Sequence[_Target]) -> list[list[_Target]]:
-    """Splits targets into at most `_THREADS` groups of about equal size."""
-    number = _THREADS if sum(len(target.memory) for target in targets) >= _SMALL else 1
-    groups: list[list[_Target]] = [[] for _ in range(number)]
-    filled = [0] * number
-    for target in sorted(targets, key=lambda target: -len(target.memory)):
-        least = filled.index(min(filled))
-        groups[least].append(target)
-        filled[least] += len(target.memory)
-    return [sorted(sorted(group, key=_offset), key=lambda target: target.file) for group in groups if group]

@@ -242,7 +242,11 @@ class Folder:
             os.close(descriptor)
 
     def scatter(
-        self, name: str, parts: Sequence[tuple[int, memoryview]], threads: concurrent.futures.Executor
+        self,
+        name: str,
+        parts: Sequence[tuple[int, memoryview]],
+        threads: concurrent.futures.Executor,
+        end: int | None = None,
     ) -> tuple[int, str]:
         """Reads a whole file, with given parts of it into given memory.
 
@@ -250,18 +254,20 @@ class Folder:
             name: The file.
             parts: The offset of each part, with its memory, in the order of the file.
             threads: The threads that read.
+            end: The number of bytes to read; defaults to the whole file.
 
         Returns:
             The size and the digest, as `digest` returns them.
         """
         with self.reading(name) as file:
             # One thread digests short pieces faster.
-            several = file.size > len(parts) * _CHUNK
+            size = file.size if end is None else end
+            several = size > len(parts) * _CHUNK
             hasher = blake3(max_threads=blake3.AUTO if several else 1)
-            for memory in file.in_portions(parts, threads):
+            for memory in file.in_portions(size, parts, threads):
                 for piece in memory:
                     hasher.update(piece)
-            return file.size, f"blake3:{hasher.hexdigest()}"
+            return size, f"blake3:{hasher.hexdigest()}"
 
     def create(self, name: str, data: bytes) -> None:
         """Writes a new file and makes its bytes durable. An existing file of that name is an error."""

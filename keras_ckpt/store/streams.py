@@ -50,13 +50,13 @@ class OpenFile:
                 left[0] = left[0][count:]
 
     def in_portions(
-        self, parts: Sequence[tuple[int, memoryview]], threads: concurrent.futures.Executor
+        self, size: int, parts: Sequence[tuple[int, memoryview]], threads: concurrent.futures.Executor
     ) -> Iterator[Sequence[memoryview]]:
-        """Reads the whole file, some portions ahead. Yields the memory of each portion, in the order of the file."""
+        """Reads the first `size` bytes, some portions ahead. Yields the memory of each portion, in the file's order."""
         pending: collections.deque[tuple[concurrent.futures.Future[None], Sequence[memoryview]]]
         pending = collections.deque()
         try:
-            for offset, portion in _portions(self.size, parts):
+            for offset, portion in _portions(size, parts):
                 pending.append((threads.submit(self.read_into, portion, offset), portion))
                 if len(pending) > _PORTIONS:
                     reading, memory = pending.popleft()
