@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from keras_ckpt.formats.keras_file import Member, Skeleton, archive, members_of, places_in, write_archive, write_hdf5
+from keras_ckpt.formats.keras_file import Member, Skeleton, archive, datasets_in, members_of, write_archive, write_hdf5
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.streams import PORTION
 
@@ -22,6 +22,11 @@ def image(fill) -> bytes:
     with h5py.File(memory, "w") as file:
         fill(file)
     return memory.getvalue()
+
+
+def places_in(image: bytes) -> dict[str, slice]:
+    with h5py.File(io.BytesIO(image)) as file:
+        return {path: slice(each.offset, each.offset + each.size) for path, each in datasets_in(file).items()}
 
 
 def written(path: pathlib.Path, write, pieces) -> bytes:
@@ -77,10 +82,12 @@ def test_a_skeleton_is_filled_with_other_values() -> None:
 
     first, second = image(fill), image(lambda file: fill(file, 2))
     places = places_in(first)
+    with h5py.File(io.BytesIO(first)) as file:
+        skeleton = Skeleton(first, datasets_in(file))
     assert places.keys() == {"a/vars/0", "a/vars/1", "a/vars/empty", "b"}
     values = {name: memoryview(second)[place] for name, place in places.items()}
 
-    filled = Skeleton(first, places).filled(values)
+    filled = skeleton.filled(values)
 
     assert b"".join(filled) == second
 

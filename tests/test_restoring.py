@@ -538,15 +538,6 @@ def test_arguments_in_the_wrong_order_are_an_error_with_the_right_order(runs, mo
         kc.restore(runs.path, model)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras's writing of HDF5
-def test_the_error_of_a_keras_file_names_load_model(runs, model, tmp_path) -> None:
-    """A `.keras` file is not a checkpoint of this package."""
-    model.save(tmp_path / "model.keras")
-
-    with pytest.raises(ValueError, match=r"keras\.models\.load_model"):
-        kc.restore(model, tmp_path / "model.keras")
-
-
 @pytest.mark.parametrize(
     ("checkpoint", "error", "text"),
     [

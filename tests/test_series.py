@@ -300,6 +300,15 @@ def test_a_changed_byte_is_found(tmp_path) -> None:
     assert isinstance(found.listing.damaged["best.keras"], DamagedCheckpointError)
 
 
+def test_a_changed_byte_of_the_record_is_damage(tmp_path) -> None:
+    """The file would lose its metrics and its run without a word."""
+    path = tmp_path / "best.keras"
+    save(path, 10, "best.keras", metrics={"loss": 0.5})
+    path.write_bytes(path.read_bytes().replace(b'"loss"', b'"lass"'))
+
+    assert isinstance(CheckpointDirectory(path).listing().damaged["best.keras"], DamagedCheckpointError)
+
+
 @pytest.mark.parametrize("end", [b"", b"keras_ckpt", b"\0" * 8 + b"keras_ckpt", b"\xff" * 8 + b"keras_ckpt"])
 def test_a_file_whose_end_only_looks_like_a_record_has_none(tmp_path, end) -> None:
     """It belongs to its user."""

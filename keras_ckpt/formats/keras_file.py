@@ -6,12 +6,14 @@ A tail is a zip archive's comment, or bytes after the end of HDF5's data. Every 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import h5py
+import ml_dtypes
 import numpy as np
 
 from keras_ckpt.store.files import Folder
@@ -103,28 +105,43 @@ def hdf5_in_memory(fill: Callable[[h5py.File], object]) -> bytes:
     return memory.getvalue()
 
 
-def places_in(image: bytes) -> dict[str, slice]:
-    """The places of the values in an HDF5 file, by the path of the dataset.
+class Dataset(NamedTuple):
+    """The place of a value in an HDF5 file.
 
-    Args:
-        image: The bytes of the file.
+    Attributes:
+        offset: The offset of its bytes.
+        size: The number of its bytes.
+        shape: The shape of the value.
+        dtype: Its type.
+    """
+
+    offset: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def datasets_in(file: h5py.File) -> dict[str, Dataset]:
+    """The places of the values in an HDF5 file, by the path of the dataset. Follows no link.
 
     Raises:
         ValueError: The values of a dataset are not in one place, or not plain bytes.
     """
-    found: dict[str, slice] = {}
+    paths: list[bytes] = []
+    h5py.h5o.visit(file.id, paths.append)
+    objects = {path.decode(): h5py.h5o.open(file.id, path) for path in paths}
+    return {path: _dataset(path, each) for path, each in objects.items() if isinstance(each, h5py.h5d.DatasetID)}
 
-    def note(path: str, each: h5py.Group | h5py.Dataset) -> None:
-        if not isinstance(each, h5py.Dataset):
-            return
-        size, offset = each.id.get_storage_size(), each.id.get_offset()
-        if each.dtype.kind == "O" or size != each.nbytes or (size and offset is None):
-            raise ValueError(f"the dataset {path} of {each.dtype} is not plain bytes in one place")
-        found[path] = slice(offset, offset + size) if size else slice(0, 0)
 
-    with h5py.File(io.BytesIO(image), "r") as file:
-        file.visititems(note)
-    return found
+def _dataset(path: str, each: h5py.h5d.DatasetID) -> Dataset:
+    dtype, shape = each.dtype, tuple(each.shape)
+    size, offset = each.get_storage_size(), each.get_offset()
+    plain = dtype.kind != "O" and dtype.isnative and size == math.prod(shape) * dtype.itemsize
+    if not plain or (size and offset is None):
+        raise ValueError(f"the dataset {path:.200} of {dtype} is not plain bytes in one place")
+    if dtype.kind == "V" and h5py.Dataset(each).attrs.get("dtype") == "bfloat16":
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    return Dataset(offset if size else 0, size, shape, dtype)
 
 
 class Skeleton:
@@ -133,26 +150,26 @@ class Skeleton:
     Example:
 
     ```python
-    skeleton = Skeleton(image, places_in(image))
+    skeleton = Skeleton(image, datasets_in(file))
     pieces = skeleton.filled({"layers/dense/vars/0": memoryview(kernel)})
     ```
 
     Args:
         image: The bytes of a file.
-        places: The places of the values in it.
+        datasets: The places of the values in it.
 
     Attributes:
         size: The bytes of a file.
     """
 
-    def __init__(self, image: bytes, places: Mapping[str, slice]) -> None:
+    def __init__(self, image: bytes, datasets: Mapping[str, Dataset]) -> None:
         self.size = len(image)
         self._parts: list[tuple[memoryview, str]] = []
         end = 0
-        for path, place in sorted(places.items(), key=lambda each: each[1].start):
-            if place.stop:
-                self._parts.append((memoryview(image[end : place.start]), path))
-                end = place.stop
+        for path, each in sorted(datasets.items(), key=lambda item: item[1].offset):
+            if each.size:
+                self._parts.append((memoryview(image[end : each.offset]), path))
+                end = each.offset + each.size
         self._rest = memoryview(image[end:])
 
     def filled(self, values: Mapping[str, memoryview]) -> Iterator[memoryview]:

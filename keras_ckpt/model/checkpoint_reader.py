@@ -65,7 +65,7 @@ class BundleSource:
 
     @property
     def origin(self) -> str:
-        return "TensorFlow" if self.foreign else "an older version of keras_ckpt"
+        return f"was written by {'TensorFlow' if self.foreign else 'an older version of keras_ckpt'}"
 
     @property
     def lacks_seeds(self) -> bool:

@@ -277,6 +277,11 @@ class Comparison:
                 "The checkpoint has low-rank updates (LoRA) of kernels. To merge them into the kernels, restore with "
                 "weights_only=True. To train them further, enable LoRA in the model as in the saved model."
             )
+        if any(map(matching.is_lora, report.missing)):
+            return (
+                "The checkpoint has no low-rank updates (LoRA), or has them merged into the kernels. To begin them at "
+                "zero, restore with weights_only=True."
+            )
         if of_model:
             return (
                 "Build and compile the model as it was when the checkpoint was saved, or restore what matches with "

@@ -7,11 +7,12 @@ files are the same bytes with the values of a snapshot in these places, so train
 from __future__ import annotations
 
 import functools
+import io
 import json
-import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import h5py
 import keras
 import numpy as np
 from blake3 import blake3
@@ -22,8 +23,8 @@ from keras_ckpt.formats.keras_file import (
     Skeleton,
     Tail,
     archive,
+    datasets_in,
     members_of,
-    places_in,
     write_archive,
     write_hdf5,
 )
@@ -280,11 +281,10 @@ class _Plan:
     def _note_sources(self, keys: Mapping[int, str]) -> dict[str, Any]:
         """Notes the source of each dataset. Returns the variables to read by key."""
         read = {}
-        for path, (owner, answers) in asked_by_keras(self._model).items():
-            variables = dict(zip(answers, owner.variables, strict=True)) if _is_plain_optimizer(owner) else answers
+        for path, (owner, variables) in asked_by_keras(self._model).items():
             is_fixed = _is_fixed(owner, variables)
             for name, value in variables.items():
-                dataset = _dataset(path, name)
+                dataset = dataset_of(path, name)
                 key = keys.get(id(value), f"file/{dataset}{SUFFIX}")
                 if isinstance(value, keras.Variable):
                     read[key] = value
@@ -318,7 +318,7 @@ class _Plan:
             answers: dict[str, Any] = {}
             owner.save_own_variables(answers)
             for name, value in answers.items():
-                found[_dataset(path, name)] = self._keys.get(id(value)) or _copy(value)
+                found[dataset_of(path, name)] = self._keys.get(id(value)) or _copy(value)
         return found
 
     def _saved_assets(self) -> dict[str, bytes]:
@@ -355,25 +355,20 @@ class _Plan:
         """The skeleton of a file by Keras, after a proof that the plan makes the same file now."""
         theirs = members_of(image) if self._kind == "keras" else {_WEIGHTS: image}
         weights = theirs.pop(_WEIGHTS)
-        places, moment = places_in(weights), self.moment()
+        with h5py.File(io.BytesIO(weights)) as file:
+            datasets, moment = datasets_in(file), self.moment()
         values = {key: _flat(backend.array_of(each)) for key, each in moment.values.values.items()}
         ours, data = self._by_dataset(moment, values), np.frombuffer(weights, np.uint8)
-        if differing := sorted(places.keys() ^ ours.keys()):
+        if differing := sorted(datasets.keys() ^ ours.keys()):
             raise ValueError(f"only one of both writers makes the dataset {differing[0]}")
-        for dataset, place in places.items():
-            if not same_bytes(ours[dataset], data[place]):
-                raise ValueError(f"the values of {dataset} differ")
+        for path, each in datasets.items():
+            if not same_bytes(ours[path], data[each.offset : each.offset + each.size]):
+                raise ValueError(f"the values of {path} differ")
         others = self._others(moment) if self._kind == "keras" else {}
         for name in theirs.keys() | others.keys():
             if _undated(name, theirs.get(name)) != _undated(name, others.get(name)):
                 raise ValueError(f"{name} differs")
-        return Skeleton(weights, places)
-
-
-def _is_plain_optimizer(owner: Any) -> bool:
-    """Whether an object is an optimizer that saves the values of its variables, in their order."""
-    plain = keras.optimizers.Optimizer
-    return isinstance(owner, plain) and owner.save_own_variables == types.MethodType(plain.save_own_variables, owner)
+        return Skeleton(weights, datasets)
 
 
 def _is_fixed(owner: Any, answers: Mapping[str, Any]) -> bool:
@@ -382,7 +377,7 @@ def _is_fixed(owner: Any, answers: Mapping[str, Any]) -> bool:
     return of_keras and all(isinstance(value, keras.Variable) for value in answers.values())
 
 
-def _dataset(path: str, name: str) -> str:
+def dataset_of(path: str, name: str) -> str:
     """The path of a dataset of an object in an HDF5 file."""
     return f"{path}/vars/{name}".lstrip("/")
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import types
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -164,6 +165,7 @@ def asked_by_keras(model: keras.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
 
     Most answers are variables themselves, not their values.
     """
+    _remember_skipped_attributes()
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     class Notes(saving_lib.H5IOStore):
@@ -180,7 +182,22 @@ def asked_by_keras(model: keras.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
             return found[path][1]
 
     saving_lib._save_state(model, Notes(), None, "", set())  # noqa: SLF001
-    return found
+    return {path: (owner, _as_variables(owner, answers)) for path, (owner, answers) in found.items()}
+
+
+def _as_variables(owner: Any, answers: dict[str, Any]) -> dict[str, Any]:
+    """The answers of an object. An optimizer answers with the values of its variables, in their order."""
+    plain = keras.optimizers.Optimizer
+    if isinstance(owner, plain) and owner.save_own_variables == types.MethodType(plain.save_own_variables, owner):
+        return dict(zip(answers, owner.variables, strict=True))
+    return answers
+
+
+def _remember_skipped_attributes() -> None:
+    """Fills a cache that Keras 3.15 reads under another name than it writes. Each visit of an object would miss it."""
+    for kind in ("Layer", "Functional", "Sequential", "Metric", "Optimizer", "Loss"):
+        if get_global_attribute(f"saving_attr_skiplist_{kind}") is None:
+            set_global_attribute(f"saving_attr_skiplist_{kind}", saving_lib.get_attr_skipset(kind))
 
 
 def config_of(model: keras.Model, values: Sequence[tuple[keras.Variable, Any]]) -> tuple[str, str]:

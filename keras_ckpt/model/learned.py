@@ -373,6 +373,18 @@ def _learned_more(state: _ObjectState) -> bool:
     return bool(state.failed or state.arrays or state.files or config.get("bin_boundaries") is not None)
 
 
+def learns_elsewhere(each: Any, with_assets: bool) -> bool:
+    """Whether an object has learned state that no file of Keras gives back: in its config, or in its assets.
+
+    Args:
+        each: The object.
+        with_assets: Whether the file has the assets of objects.
+    """
+    if isinstance(each, keras.layers.Discretization):
+        return each.num_bins is not None and each.bin_boundaries is not None
+    return not with_assets and _has_own(each, "save_assets") and bool(files_of(each))
+
+
 def rebuild(each: Any, learned: Learned) -> None:
     """Builds a built object again as in the checkpoint, if its build config differs.
 

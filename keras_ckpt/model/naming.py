@@ -221,6 +221,11 @@ def _automatic_names(named: Iterable[Any]) -> dict[str, str]:
     return {name: stem for name, stem in stems.items() if stem is not None}
 
 
+def is_same_name(name: str, other: str, kind: str) -> bool:
+    """Whether two names of objects of a class are equal, but for the number of an automatic name."""
+    return (_stem(name, kind) or name) == (_stem(other, kind) or other)
+
+
 def _stem(name: str, kind: str) -> str | None:
     """The stem of a name, with `{}` for the number, if the name is an automatic name of that class."""
     if feature := _FEATURE_SPACE_NAME.fullmatch(name):

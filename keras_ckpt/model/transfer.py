@@ -14,6 +14,7 @@ from keras_ckpt.model import compiled, learned, matching, naming
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.checkpoint_reader import BundleSource
 from keras_ckpt.model.comparison import OPTIMIZER, Comparison, Fit, RestoreRequest
+from keras_ckpt.model.file_reader import FileSource
 from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.position import Position, set_position
 from keras_ckpt.model.report import RestoreReport, by_layer, shortened
@@ -42,7 +43,7 @@ def transfer(
     objects = naming.named_objects(model)
     undo = learned.Undo(learned.learners(objects, request.weights_only).values())
     try:
-        source = _opened(model, files, name, record, request)
+        source = _opened(model, objects, files, name, record, request.check_digests)
         fit = Comparison(model, source, record, request, objects).fit()
         _Transfer(model, source, request, fit).run()
         _set_position(model, record, request, fit.differs)
@@ -53,10 +54,17 @@ def transfer(
 
 
 def _opened(
-    model: keras.Model, files: Folder, name: str, record: CheckpointRecord | None, request: RestoreRequest
+    model: keras.Model,
+    objects: Mapping[str, Any],
+    files: Folder,
+    name: str,
+    record: CheckpointRecord | None,
+    check_digests: bool,
 ) -> Source:
     """The source of the checkpoint, whose variables have the names of the model."""
-    source = BundleSource(files, name, record.files if record and request.check_digests else ())
+    if files.series.template:
+        return FileSource(model, objects, files, name, record, check_digests)
+    source = BundleSource(files, name, record.files if record and check_digests else ())
     if source.foreign:
         source.find(model)
     return source
@@ -135,8 +143,8 @@ class _Transfer:
             )
         if unknown := [*self._fit.objects.unknown, *self._source.lacking]:
             warn(
-                f"{self._prefix} was written by {self._source.origin}. It lacks the state beyond variables, such as a "
-                f"vocabulary, of these layers. They are as they were: {', '.join(unknown)}."
+                f"{self._prefix} {self._source.origin}. It lacks the state beyond variables, such as a vocabulary, of "
+                f"these layers. They are as they were: {', '.join(unknown)}."
             )
         if not self._request.weights_only:
             self._warn_of_settings(values)

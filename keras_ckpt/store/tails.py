@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import msgspec
 
-from keras_ckpt.errors import CheckpointError, FormatVersionError
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.reading import Reading
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
@@ -42,9 +41,10 @@ def tail(record: CheckpointRecord, size: int, digest: str) -> bytes:
 
 
 def read_tail(folder: Reading, name: str) -> tuple[int, CheckpointRecord] | None:
-    """The bytes of a file's content and the record after it, `None` if the file has no valid record.
+    """The bytes of a file's content and the record after it, `None` if the file has no record.
 
     Raises:
+        DamagedCheckpointError: The file ends as a record does, but the record was changed.
         FormatVersionError: A newer version of this package wrote the record.
         OSError: The file cannot be read.
     """
@@ -54,12 +54,7 @@ def read_tail(folder: Reading, name: str) -> tuple[int, CheckpointRecord] | None
         return None
     if length + _END > len(end):
         size, end = folder.read_end(name, length + _END)
-    try:
-        return size - length - _END, sidecars.decode_tail(end[-_END - length : -_END], name, folder.path)
-    except FormatVersionError:
-        raise
-    except CheckpointError:
-        return None
+    return size - length - _END, sidecars.decode_tail(end[-_END - length : -_END], name, folder.path)
 
 
 def content_size(folder: Reading, name: str) -> int:

@@ -1,0 +1,217 @@
+"""One of Keras's own files as the source of a restore.
+
+Keras names values by the path of attributes that leads to their object. A walk over the model, as Keras takes it when
+it saves, tells which variable of the model each path means.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from blake3 import blake3
+
+from keras_ckpt.formats import arrays
+from keras_ckpt.formats.description import Asset, Description, Learned
+from keras_ckpt.formats.keras_reader import read_keras_file
+from keras_ckpt.formats.targets import Target, fill
+from keras_ckpt.model import naming
+from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.checkpoint_reader import errors_as_damage
+from keras_ckpt.model.keras_files import dataset_of
+from keras_ckpt.model.keras_internals import asked_by_keras
+from keras_ckpt.model.learned import learners, learns_elsewhere
+from keras_ckpt.model.matching import Kind, is_lora
+from keras_ckpt.model.parts import optimizers_of
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.record import CheckpointRecord
+
+_OPTIMIZER, _VALUES = "optimizer", "/vars/"
+
+
+class FileSource:
+    """An open file of Keras, as the protocol `Source` describes it.
+
+    Args:
+        model: The built model that is restored.
+        objects: The objects of the model by name.
+        folder: The directory of the file, open as long as the source is read.
+        name: The name of the file.
+        record: The record of the file, `None` if it has none.
+        check_digests: Whether to compare every byte with the digest in the record. Without a record, the checksums of
+            an archive are compared.
+
+    Raises:
+        DamagedCheckpointError: The file cannot be read.
+        ValueError: The file is a whole model in the legacy format.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        objects: Mapping[str, Any],
+        folder: Folder,
+        name: str,
+        record: CheckpointRecord | None,
+        check_digests: bool,
+    ) -> None:
+        self.prefix = os.path.join(folder.path, name)
+        self.description: Description | None = None
+        self.arrays: list[np.ndarray] = []
+        self.unfit: Sequence[str] = ()
+        self._folder = folder
+        self._name = name
+        self._objects = objects
+        self._digested = record.files if record and check_digests else ()
+        self._seeds = record.seeds if record else {}
+        with errors_as_damage():
+            self._file = read_keras_file(folder, name, verify=check_digests and record is None)
+        if self._file.is_legacy:
+            raise ValueError(
+                f"{self.prefix} is a file of Keras's legacy format, which names no objects to restore. Load the whole "
+                f"model: keras.models.load_model({self.prefix!r}). Save in the format of .keras to restore later."
+            )
+        self._find(model)
+
+    @property
+    def origin(self) -> str:
+        return f"is a file of {'Keras' if self._file.is_archive else 'weights'}"
+
+    @property
+    def lacks_seeds(self) -> bool:
+        return not self._seeds
+
+    def kinds(self) -> Mapping[str, Kind]:
+        return self._kinds
+
+    def build_optimizers(self, model: keras.Model, wanted: Mapping[str, Any]) -> None:
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None or optimizer.built:
+            return
+        saved = [path for path in self._file.datasets if path.startswith(f"{self._places[id(optimizer)]}/")]
+        if len(saved) > len(optimizer.variables):
+            with backend.scope(model):
+                optimizer.build(model.trainable_variables)
+            self._find(model)
+
+    def read(self, names: Sequence[str]) -> dict[str, backend.Tensor]:
+        values: dict[str, Any] = {}
+        targets = []
+        with errors_as_damage():
+            for name in names:
+                if name in self._paths:
+                    each = self._file.datasets[self._paths[name]]
+                    values[name], memory = backend.allocate(arrays.number_of(each.dtype), each.shape)
+                    targets.append(Target(name.encode(), self._name, each.offset, memory, None))
+                else:
+                    values[name] = np.array(self._seeds[name], self._kinds[name].dtype)
+            fill(self._folder, targets, self._digested)
+        return {name: backend.tensor_of(value) for name, value in values.items()}
+
+    def _find(self, model: keras.Model) -> None:
+        """Gives the values of the file the names of the model's variables, and describes the model's objects."""
+        variables = naming.named_variables(model)
+        names = {id(variable): name for name, variable in variables.items()}
+        asked = asked_by_keras(model)
+        self._places = {id(owner): path for path, (owner, _) in asked.items()}
+        asked = {path: pair for path, pair in asked.items() if not path or self._is_of(path, pair[0])}
+        known = {
+            value: name
+            for path, (owner, answers) in asked.items()
+            for value, name in self._known(path, owner, answers, names)
+        }
+        places = {self._places[id(each)]: name for name, each in self._objects.items() if id(each) in self._places}
+        named = {place: name for place, name in places.items() if place in asked}
+        self._names = {path: known.get(path) or self._name_of_other(path, named) for path in self._file.datasets}
+        self._paths = {name: path for path, name in self._names.items()}
+        there = {name: self._file.datasets[path] for name, path in self._paths.items()}
+        self._kinds = {name: Kind(each.shape, each.dtype.name) for name, each in there.items()}
+        for name, state in self._seeds.items():
+            dtype = backend.kind_of(variables[name]).dtype if name in variables else "int64"
+            self._kinds[name] = Kind((len(state),), dtype)
+        trained = [names[id(variable)] for variable in model.trainable_variables]
+        built = {prefix: trained for prefix in optimizers_of(model) if self._is_built(prefix, named, trained)}
+        self.description = Description(optimizers=built, objects=self._learned(known))
+
+    def _known(
+        self, path: str, owner: Any, answers: Mapping[str, Any], names: Mapping[int, str]
+    ) -> Iterator[tuple[str, str]]:
+        """The names of variables by the paths of their values, for an object with its answers."""
+        for key, value in answers.items():
+            if id(value) in names:
+                yield dataset_of(path, key), names[id(value)]
+            elif getattr(owner, "lora_enabled", False):
+                # Keras merges the low-rank update (LoRA) of a kernel when it saves the kernel.
+                kernels = [
+                    names[id(each)] for each in owner.variables if backend.kind_of(each) == backend.kind_of(value)
+                ]
+                yield from ((dataset_of(path, key), name) for name in kernels if not is_lora(name))
+
+    def _is_of(self, path: str, owner: Any) -> bool:
+        """Whether the values at a path are of an object: a name that a user gave tells objects apart."""
+        saved = self._file.names.get(f"{path}{_VALUES}".rstrip("/"))
+        return not saved or naming.is_same_name(owner.name, saved, type(owner).__name__)
+
+    def _name_of_other(self, path: str, objects: Mapping[str, str]) -> str:
+        """The name of a value that no variable of the model has.
+
+        Args:
+            path: The path of the value.
+            objects: The names of the model's objects by place.
+        """
+        place, _, key = f"/{path}".rpartition(_VALUES)
+        place = place.removeprefix("/")
+        if place in objects:
+            return f"{objects[place]}/{key}"
+        segments = [segment for segment in place.split("/") if segment != "layers"]
+        part, *inner = segments if segments[0] == _OPTIMIZER else ("model", *segments)
+        if saved := self._file.names.get(path.rpartition("/")[0]):
+            inner[-1:] = [saved]
+        return "/".join([part, *inner, key])
+
+    def _is_built(self, prefix: str, named: Mapping[str, str], trained: Sequence[str]) -> bool:
+        """Whether the file has slots of an optimizer, or the state of an optimizer of another name."""
+        slots = tuple(f"/{name.removeprefix('model/')}/" for name in trained)
+        own = [name for name in self._paths if name.startswith(f"{prefix}/")]
+        return bool(own) and (prefix not in named.values() or any(slot in name for name in own for slot in slots))
+
+    def _learned(self, known: Mapping[str, str]) -> dict[str, Learned]:
+        """The learned state of the model's objects in the file, by name. Collects their assets.
+
+        Args:
+            known: The names of the model's variables by the paths of their values.
+        """
+        found = {name: each for name, each in learners(self._objects).items() if id(each) in self._places}
+        self.assets: list[bytes] = []
+        self.lacking: Sequence[str] = [
+            name.removeprefix("model/")
+            for name, each in found.items()
+            if learns_elsewhere(each, with_assets=self._file.is_archive)
+        ]
+        described = {}
+        for name, each in found.items():
+            place = self._places[id(each)]
+            inside = {path: other for path, other in self._names.items() if path.startswith(f"{place}/")}
+            variables = {path.rpartition("/")[2]: other for path, other in inside.items() if _owner(path) == place}
+            own = [other for path, other in inside.items() if path not in known]
+            described[name] = Learned(type(each).__name__, variables, own, assets=self._assets_at(place))
+        return described
+
+    def _assets_at(self, place: str) -> dict[str, Asset]:
+        """The files of an object. The files of objects in it are their own."""
+        inner = tuple(f"{path}/" for path in self._places.values() if path.startswith(f"{place}/"))
+        found = {}
+        for path, data in self._file.assets.items():
+            if path.startswith(f"{place}/") and not path.startswith(inner):
+                digest = f"blake3:{blake3(data).hexdigest()}"
+                found[path.removeprefix(f"{place}/")] = Asset(len(self.assets), len(data), digest)
+                self.assets.append(data)
+        return found
+
+
+def _owner(path: str) -> str:
+    """The place of the object that has a value."""
+    return path.rpartition(_VALUES)[0]
