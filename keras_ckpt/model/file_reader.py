@@ -25,7 +25,6 @@ from keras_ckpt.model.keras_files import dataset_of
 from keras_ckpt.model.keras_internals import asked_by_keras
 from keras_ckpt.model.learned import learners, learns_elsewhere
 from keras_ckpt.model.matching import Kind, is_lora
-from keras_ckpt.model.parts import optimizers_of
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointRecord
 
@@ -133,7 +132,8 @@ class FileSource:
             dtype = backend.kind_of(variables[name]).dtype if name in variables else "int64"
             self._kinds[name] = Kind((len(state),), dtype)
         trained = [names[id(variable)] for variable in model.trainable_variables]
-        built = {prefix: trained for prefix in optimizers_of(model) if self._is_built(prefix, named, trained)}
+        optimizers = [name for name, each in self._objects.items() if isinstance(each, keras.optimizers.Optimizer)]
+        built = {prefix: trained for prefix in optimizers if self._is_built(prefix, named, trained)}
         self.description = Description(optimizers=built, objects=self._learned(known))
 
     def _known(
@@ -168,8 +168,9 @@ class FileSource:
             return f"{objects[place]}/{key}"
         segments = [segment for segment in place.split("/") if segment != "layers"]
         part, *inner = segments if segments[0] == _OPTIMIZER else ("model", *segments)
-        if saved := self._file.names.get(path.rpartition("/")[0]):
-            inner[-1:] = [saved]
+        saved, own = self._file.names.get(path.rpartition("/")[0]), "".join(inner[-1:])
+        if saved and not naming.is_same_name(own, saved, own.rstrip("_0123456789")):
+            inner[-1:] = [saved]  # a user's name
         return "/".join([part, *inner, key])
 
     def _is_built(self, prefix: str, named: Mapping[str, str], trained: Sequence[str]) -> bool:

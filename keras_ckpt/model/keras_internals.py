@@ -163,7 +163,8 @@ def written_by_keras(model: keras.Model, kind: str) -> bytes:
 def asked_by_keras(model: keras.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
     """The objects that Keras asks for their variables when it saves a model, by path, with their answers.
 
-    Most answers are variables themselves, not their values.
+    Most answers are variables themselves, not their values. A plain optimizer is not asked: it would copy the values of
+    its variables, in their order.
     """
     _remember_skipped_attributes()
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
@@ -173,7 +174,13 @@ def asked_by_keras(model: keras.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
             """Opens no file."""
 
         def __bool__(self) -> bool:
-            return True
+            # Keras asks `saveable` if the store is true.
+            asker = inspect.currentframe().f_back.f_locals  # type: ignore[union-attr]
+            each = asker["saveable"]
+            if not _is_plain_optimizer(each):
+                return True
+            found[asker["inner_path"]] = each, {str(place): variable for place, variable in enumerate(each.variables)}
+            return False
 
         def make(self, path: str, metadata: Any = None) -> dict[str, Any]:
             # Keras calls `saveable.save_own_variables(store.make(path))`.
@@ -182,15 +189,13 @@ def asked_by_keras(model: keras.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
             return found[path][1]
 
     saving_lib._save_state(model, Notes(), None, "", set())  # noqa: SLF001
-    return {path: (owner, _as_variables(owner, answers)) for path, (owner, answers) in found.items()}
+    return found
 
 
-def _as_variables(owner: Any, answers: dict[str, Any]) -> dict[str, Any]:
-    """The answers of an object. An optimizer answers with the values of its variables, in their order."""
+def _is_plain_optimizer(each: Any) -> bool:
+    """Whether an object is an optimizer that saves the values of its variables, in their order."""
     plain = keras.optimizers.Optimizer
-    if isinstance(owner, plain) and owner.save_own_variables == types.MethodType(plain.save_own_variables, owner):
-        return dict(zip(answers, owner.variables, strict=True))
-    return answers
+    return isinstance(each, plain) and each.save_own_variables == types.MethodType(plain.save_own_variables, each)
 
 
 def _remember_skipped_attributes() -> None:
