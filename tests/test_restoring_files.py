@@ -442,6 +442,44 @@ def test_an_object_reads_its_own_state_or_refuses_all(path, number) -> None:
         assert (other.layers[1].number, stateful(other)) == (3, stateful(model))
 
 
+@keras.saving.register_keras_serializable("restoring_files")
+class Counts(keras.Model):
+    """A model with a number and a text of its own, beside its layers."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.head = keras.layers.Dense(2)
+        self.number, self.notes = 0, ""
+
+    def call(self, x):
+        return self.head(x)
+
+    def save_own_variables(self, store) -> None:
+        store["number"] = np.array(self.number)
+
+    def load_own_variables(self, store) -> None:
+        self.number = int(store["number"])
+
+    def save_assets(self, path) -> None:
+        pathlib.Path(path, "notes.txt").write_text(self.notes)
+
+    def load_assets(self, path) -> None:
+        self.notes = pathlib.Path(path, "notes.txt").read_text()
+
+
+def test_the_own_state_of_a_model_is_restored_from_a_file() -> None:
+    """The file has it beside the state of the layers."""
+    model, other = Counts(), Counts()
+    for each in (model, other):
+        each(np.zeros((1, 4), "float32"))
+    model.number, model.notes = 3, "first"
+    by_keras(model, "model.keras")
+
+    kc.restore(other, "model.keras")
+
+    assert (other.number, other.notes, stateful(other)) == (3, "first", stateful(model))
+
+
 def test_a_vocabulary_is_restored_from_an_archive() -> None:
     """The program adapted its layer to other words."""
     name = "TextVectorization weighed"

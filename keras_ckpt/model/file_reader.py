@@ -153,7 +153,7 @@ class FileSource:
     def _is_of(self, path: str, owner: Any) -> bool:
         """Whether the values at a path are of an object: a name that a user gave tells objects apart."""
         saved = self._file.names.get(f"{path}{_VALUES}".rstrip("/"))
-        return not saved or naming.is_same_name(owner.name, saved, type(owner).__name__)
+        return not saved or naming.is_same_name(getattr(owner, "name", saved), saved, type(owner).__name__)
 
     def _name_of_other(self, path: str, objects: Mapping[str, str]) -> str:
         """The name of a value that no variable of the model has.
@@ -162,8 +162,7 @@ class FileSource:
             path: The path of the value.
             objects: The names of the model's objects by place.
         """
-        place, _, key = f"/{path}".rpartition(_VALUES)
-        place = place.removeprefix("/")
+        place, key = _owner(path), path.rpartition("/")[2]
         if place in objects:
             return f"{objects[place]}/{key}"
         segments = [segment for segment in place.split("/") if segment != "layers"]
@@ -195,7 +194,8 @@ class FileSource:
         described = {}
         for name, each in found.items():
             place = self._places[id(each)]
-            inside = {path: other for path, other in self._names.items() if path.startswith(f"{place}/")}
+            start = f"{place}/" if place else "vars/"  # all objects are in the model, and have their own state
+            inside = {path: other for path, other in self._names.items() if path.startswith(start)}
             variables = {path.rpartition("/")[2]: other for path, other in inside.items() if _owner(path) == place}
             own = [other for path, other in inside.items() if path not in known]
             described[name] = Learned(type(each).__name__, variables, own, assets=self._assets_at(place))
@@ -203,16 +203,17 @@ class FileSource:
 
     def _assets_at(self, place: str) -> dict[str, Asset]:
         """The files of an object. The files of objects in it are their own."""
-        inner = tuple(f"{path}/" for path in self._places.values() if path.startswith(f"{place}/"))
+        start = f"{place}/".lstrip("/")
+        inner = tuple(f"{path}/" for path in self._places.values() if path != place and path.startswith(start))
         found = {}
         for path, data in self._file.assets.items():
-            if path.startswith(f"{place}/") and not path.startswith(inner):
+            if path.startswith(start) and not path.startswith(inner):
                 digest = f"blake3:{blake3(data).hexdigest()}"
-                found[path.removeprefix(f"{place}/")] = Asset(len(self.assets), len(data), digest)
+                found[path.removeprefix(start)] = Asset(len(self.assets), len(data), digest)
                 self.assets.append(data)
         return found
 
 
 def _owner(path: str) -> str:
     """The place of the object that has a value."""
-    return path.rpartition(_VALUES)[0]
+    return f"/{path}".rpartition(_VALUES)[0].removeprefix("/")
