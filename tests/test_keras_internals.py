@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.saving import saving_lib
 
 from keras_ckpt.model import keras_internals as internals
 from support.models import X, Y, dense_model, fit
@@ -180,7 +181,18 @@ def test_asked_by_keras_has_the_objects_that_save_variables(model) -> None:
     assert asked["layers/dense"][0] is model.layers[0]
     assert asked["layers/dense"][1]["0"] is model.layers[0].kernel
     assert asked["optimizer"][0] is model.optimizer
+    assert asked["optimizer"][1]["2"] is model.optimizer.variables[2]
     assert saved <= {f"{path}/vars/{name}" for path, (_, answers) in asked.items() for name in answers}
+
+
+def test_asked_by_keras_makes_the_sets_of_skipped_attributes_once(model) -> None:
+    """Keras 3.15 would make an optimizer or a layer for each set."""
+    keras.backend.clear_session()
+
+    internals.asked_by_keras(model)
+
+    for kind in ("Layer", "Sequential", "Optimizer"):
+        assert saving_lib.get_attr_skipset(kind) is saving_lib.get_attr_skipset(kind)
 
 
 def test_config_of_is_the_config_in_a_file_of_keras(model) -> None:

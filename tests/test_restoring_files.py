@@ -87,6 +87,21 @@ def test_restore_takes_the_newest_file_of_a_template() -> None:
     assert (report.epoch, same(model, other)) == (3, True)
 
 
+@pytest.mark.parametrize("harm", ["record", "content"])
+def test_restore_falls_back_from_a_damaged_file_of_a_template(folder, harm) -> None:
+    """A byte of the record or of the content was changed. A warning names the damaged file."""
+    fit(dense_model(), callback("{epoch}.weights.h5"), epochs=3)
+    path = folder / "3.weights.h5"
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"epoch"') + 1 if harm == "record" else data.index(b"dense")] ^= 1
+    path.write_bytes(data)
+
+    with pytest.warns(UserWarning, match=r"3.weights.h5.*Going back to 2.weights.h5"):
+        report = kc.restore(dense_model(), kc.CheckpointDirectory("{epoch}.weights.h5"))
+
+    assert report.epoch == 2
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_training_of_a_restored_model_ends_like_an_unbroken_training(path) -> None:
     """Two epochs with dropout, a restore and two more epochs give the same bits as four epochs."""
@@ -280,7 +295,18 @@ def test_a_file_from_before_the_first_batch_resets_the_slots_of_the_optimizer() 
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("harm", ["cut", "content cut", "a byte of the content", "a byte of the record", "other bytes"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "cut",
+        "content cut",
+        "record cut",
+        "a byte of the content",
+        "a byte of the record",
+        "the last byte",
+        "other bytes",
+    ],
+)
 def test_a_damaged_file_changes_nothing(folder, path, harm) -> None:
     """The content is compared with the digest in its record."""
     model = saved(path, epochs=1)
@@ -289,6 +315,8 @@ def test_a_damaged_file_changes_nothing(folder, path, harm) -> None:
     damaged = {
         "cut": data[: len(data) // 2],
         "content cut": data[:-3000] if path.endswith(".h5") else data[:5000] + data[5100:],
+        "record cut": data[:-100],
+        "the last byte": data[:-1] + b"T",
         "a byte of the content": data.replace(kernel, kernel[:-1] + bytes([kernel[-1] ^ 1])),
         "a byte of the record": data.replace(b'"epoch": 1', b'"epoch": 2'),
         "other bytes": b"no file of Keras" * 500,

@@ -46,12 +46,14 @@ def restore(
     Args:
         model: A built model. To continue training, compile it before.
         checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint.
-            Checkpoints of TensorFlow are restored too.
+            Checkpoints of TensorFlow are restored too, and `.keras` and `.weights.h5` files. A file that Keras itself
+            wrote has no seeds and no run. A file of weights has no vocabularies.
         strict: Whether a difference in weights, seeds or optimizer is an error. If not, the matching variables are
             restored, and a warning names the rest. After a difference the model belongs to no run. An optimizer that
             differs is left as it is. If nothing of the model matches, that is always an error.
         check_digests: Whether to compare every byte with the digests. If not, the sizes of the files are compared, and
-            TensorFlow's checksums of the values that are read.
+            TensorFlow's checksums of the values that are read. A file of Keras without a record has no digest: then the
+            checksums of a `.keras` file are compared.
         weights_only: Whether to restore weights and seeds alone, and to leave the optimizer as compiled. The model
             continues the run: the next phase of a fine-tuning may unfreeze layers and use another optimizer. Low-rank
             updates (LoRA) are merged into their kernels if the model has none.
@@ -63,7 +65,7 @@ def restore(
         MismatchError: The checkpoint does not fit the model, or a layer refuses its state; nothing was changed.
         DamagedCheckpointError: The checkpoint differs from its digests or cannot be read; nothing was changed.
         CheckpointNotFoundError: There is no such checkpoint.
-        ValueError: The model is not built.
+        ValueError: The model is not built, or the file is a whole model in Keras's legacy `.h5` format.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"restore(model, checkpoint) expected a Keras model first. Received: {model!r:.200}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatVersionError
-from keras_ckpt.store import background, commit, layout
+from keras_ckpt.store import background, commit, layout, tails
 from keras_ckpt.store.checks import check_files, has_record, held, read_record
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
@@ -112,7 +112,8 @@ def _newest_first(listing: Listing) -> list[str]:
     if names:
         newest = listing.records[-1].step
         for name, reason in zip(listing.damaged, reasons, strict=True):
-            if (step_in(name) or 0) > newest:
+            # The name of a file does not tell its step.
+            if listing.series.template or (step_in(name) or 0) > newest:
                 warn(f"{reason}. Going back to {names[0]}.")
         return names
     if not listing.unmanaged:
@@ -140,6 +141,8 @@ def opened(
         FileNotFoundError: No checkpoint has the name, or it was removed.
     """
     if not has_record(folder, name):
+        if folder.series.template and tails.is_cut(folder, name):
+            raise DamagedCheckpointError("the end of its record was cut or changed")
         with folder.held(_files_without_record(folder, name)) as files:
             yield None, files
         return

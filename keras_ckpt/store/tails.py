@@ -16,6 +16,7 @@ _MARK = b"keras_ckpt"
 _END = 8 + len(_MARK)
 LIMIT = (1 << 16) - 1
 """The most bytes of a zip archive's comment."""
+_BEGIN = b'{\n  "format": "keras_ckpt",'
 _LOOK = 1 << 12
 """The bytes at a file's end that are read first; most records are shorter."""
 
@@ -55,6 +56,11 @@ def read_tail(folder: Reading, name: str) -> tuple[int, CheckpointRecord] | None
     if length + _END > len(end):
         size, end = folder.read_end(name, length + _END)
     return size - length - _END, sidecars.decode_tail(end[-_END - length : -_END], name, folder.path)
+
+
+def is_cut(folder: Reading, name: str) -> bool:
+    """Whether a file without a record has the beginning of a record, whose end was cut or changed."""
+    return _BEGIN in folder.read_end(name, LIMIT)[1]
 
 
 def content_size(folder: Reading, name: str) -> int:
