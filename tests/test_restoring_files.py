@@ -228,10 +228,10 @@ def test_layers_that_a_user_named_are_not_confused() -> None:
     def build(*names: str) -> keras.Model:
         return keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(4, name=name) for name in names)])
 
-    by_keras(build("left", "right"), "model.weights.h5")
+    by_keras(build("left", "right"), "model.keras")
 
     with pytest.raises(kc.MismatchError, match=r"model/left/0: in the checkpoint, not in the model"):
-        kc.restore(build("right", "left"), "model.weights.h5")
+        kc.restore(build("right", "left"), "model.keras")
 
 
 def test_restore_without_strict_restores_the_matching_variables_of_a_file() -> None:
@@ -331,6 +331,20 @@ def test_a_damaged_file_changes_nothing(folder, path, harm) -> None:
             kc.restore(other, checkpoint)
 
     assert unchanged(other, before)
+
+
+def test_a_damaged_text_in_a_file_without_a_record_does_not_hang_the_restore(folder) -> None:
+    """HDF5 loops forever when it reads the name of a layer from a heap with an object of no size."""
+    by_keras(dense_model(), "model.weights.h5")
+    path = folder / "model.weights.h5"
+    data = path.read_bytes()
+    heap = data.index(b"GCOL") + 16  # index, count, 4 bytes, then the size of the first object
+    path.write_bytes(data[: heap + 8] + b"\xf0" + b"\xff" * 7 + data[heap + 16 :])
+    other = dense_model()
+
+    kc.restore(other, path)
+
+    assert np.isfinite(other.layers[0].kernel.numpy()).all()
 
 
 def test_a_changed_byte_in_an_archive_without_a_record_is_found(folder) -> None:

@@ -27,7 +27,7 @@ class KerasFile(NamedTuple):
 
     Attributes:
         datasets: The values by path. The offsets are those in the file.
-        names: The names of objects, by the paths of their values' groups.
+        names: The names of objects, by the paths of their values' groups. An unverified file has none.
         assets: The files that objects saved, by path. A file of weights has none.
         is_archive: Whether the file is an archive, which may have assets.
         is_legacy: Whether the file is HDF5 in the layout of Keras 2.
@@ -40,13 +40,14 @@ class KerasFile(NamedTuple):
     is_legacy: bool
 
 
-def read_keras_file(folder: Folder, name: str, verify: bool) -> KerasFile:
+def read_keras_file(folder: Folder, name: str, verify: bool, is_verified: bool) -> KerasFile:
     """Reads the layout of a file.
 
     Args:
         folder: Where the file is.
         name: The name of the file.
         verify: Whether to compare the checksums of an archive with every byte.
+        is_verified: Whether every byte was compared with a digest.
 
     Raises:
         ValueError, OSError, zipfile.BadZipFile: The file is damaged, or no file of Keras.
@@ -54,7 +55,7 @@ def read_keras_file(folder: Folder, name: str, verify: bool) -> KerasFile:
     with folder.reading(name) as file:
         whole = _Window(file, 0, file.size)
         if whole.read(len(_ARCHIVE)) != _ARCHIVE:
-            return KerasFile(*_read_hdf5(whole), {}, is_archive=False, is_legacy=_is_legacy(whole))
+            return KerasFile(*_read_hdf5(whole, is_verified), {}, is_archive=False, is_legacy=_is_legacy(whole))
         with zipfile.ZipFile(whole) as archive:
             _refuse_unsafe(archive, file.size)
             if verify and (bad := archive.testzip()) is not None:
@@ -66,7 +67,7 @@ def read_keras_file(folder: Folder, name: str, verify: bool) -> KerasFile:
                 for each in archive.infolist()
                 if each.filename.startswith(_ASSETS) and not each.is_dir()
             }
-        return KerasFile(*_read_hdf5(weights), assets, is_archive=True, is_legacy=False)
+        return KerasFile(*_read_hdf5(weights, is_verified or verify), assets, is_archive=True, is_legacy=False)
 
 
 def _refuse_unsafe(archive: zipfile.ZipFile, size: int) -> None:
@@ -92,10 +93,12 @@ def _begin(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     return int(member.header_offset + _HEADER + name + extra)
 
 
-def _read_hdf5(window: _Window) -> tuple[dict[str, Dataset], dict[str, str]]:
+def _read_hdf5(window: _Window, is_verified: bool) -> tuple[dict[str, Dataset], dict[str, str]]:
     with h5py.File(window, "r") as file:
         datasets = datasets_in(file)
-        names = {path: _name_of(file, path) for path in {path.rpartition("/")[0] for path in datasets} if path}
+        # HDF5 never returns from the read of a text if some of its bytes are damaged.
+        groups = {path.rpartition("/")[0] for path in datasets if is_verified}
+        names = {path: _name_of(file, path) for path in groups if path}
     if sum(each.size for each in datasets.values()) > window.size:
         raise ValueError("its values overlap")
     for path, each in datasets.items():

@@ -41,7 +41,8 @@ class FileSource:
         name: The name of the file.
         record: The record of the file, `None` if it has none.
         check_digests: Whether to compare every byte with the digest in the record. Without a record, the checksums of
-            an archive are compared.
+            an archive are compared. In an unverified file the names of objects are not read, so layers that a user
+            named, and optimizers of other classes, are told apart by their shapes alone.
 
     Raises:
         DamagedCheckpointError: The file cannot be read.
@@ -64,10 +65,12 @@ class FileSource:
         self._folder = folder
         self._name = name
         self._objects = objects
-        self._digested = record.files if record and check_digests else ()
+        digested = record.files if record and check_digests else ()
         self._seeds = record.seeds if record else {}
         with errors_as_damage():
-            self._file = read_keras_file(folder, name, verify=check_digests and record is None)
+            fill(folder, (), digested)
+            verify = check_digests and record is None
+            self._file = read_keras_file(folder, name, verify, is_verified=bool(digested))
         if self._file.is_legacy:
             raise ValueError(
                 f"{self.prefix} is a file of Keras's legacy format, which names no objects to restore. Load the whole "
@@ -107,7 +110,7 @@ class FileSource:
                     targets.append(Target(name.encode(), self._name, each.offset, memory, None))
                 else:
                     values[name] = np.array(self._seeds[name], self._kinds[name].dtype)
-            fill(self._folder, targets, self._digested)
+            fill(self._folder, targets)
         return {name: backend.tensor_of(value) for name, value in values.items()}
 
     def _find(self, model: keras.Model) -> None:
