@@ -1,5 +1,6 @@
 """The public names, each with its module: the one list, for the type checker and for `lazy_loader`."""
 
+from .errors import CannotBuildError as CannotBuildError
 from .errors import CheckpointError as CheckpointError
 from .errors import CheckpointNotFoundError as CheckpointNotFoundError
 from .errors import DamagedCheckpointError as DamagedCheckpointError
@@ -13,6 +14,7 @@ from .errors import PlanError as PlanError
 from .errors import SaveError as SaveError
 from .formats.variables import Variables as Variables
 from .formats.variables import load_variables as load_variables
+from .model.loading import load_model as load_model
 from .model.position import initial_epoch as initial_epoch
 from .model.report import RestoreReport as RestoreReport
 from .model.restoring import restore as restore

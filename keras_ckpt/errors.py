@@ -6,6 +6,7 @@ CheckpointError
 ├── DamagedCheckpointError     ValueError       a sidecar or a file differs from the saved bytes
 ├── FormatVersionError         ValueError       written by a newer version of this package
 ├── MismatchError              ValueError       the checkpoint and the model differ
+├── CannotBuildError           ValueError       the model cannot be built without its code
 ├── PlanError                  ValueError       a plan would remove all checkpoints
 ├── MonitorError               ValueError       the metric to rank by, or its mode, is not known
 ├── DirectoryInUseError        BlockingIOError  another process writes into the directory
@@ -36,6 +37,10 @@ class FormatVersionError(CheckpointError, ValueError):
 
 class MismatchError(CheckpointError, ValueError):
     """The checkpoint does not match the model; nothing was restored."""
+
+
+class CannotBuildError(CheckpointError, ValueError):
+    """The model of a checkpoint cannot be built from its config; the checkpoint is as it was."""
 
 
 class PlanError(CheckpointError, ValueError):

@@ -142,6 +142,40 @@ def test_fit_in_progress_finds_nothing_outside_of_a_training() -> None:
     assert internals.fit_in_progress(keras.callbacks.Callback()) == internals.FitInProgress()
 
 
+def test_built_from_builds_a_shared_object_once_and_in_safe_mode() -> None:
+    """Safe mode holds in a program that turned it off."""
+    shared = {"module": "keras.layers", "class_name": "Dense", "config": {"units": 1}, "shared_object_id": 7}
+    code = {"class_name": "__lambda__", "config": {"value": ["", None, None]}}
+
+    first, second = internals.built_from([shared, shared], {})
+
+    assert first is second
+    with internals.SafeModeScope(False), pytest.raises(ValueError, match="lambda"):
+        internals.built_from(code, {})
+
+
+def test_set_path_sets_the_paths_of_layers_and_variables() -> None:
+    layer = keras.layers.Dense(1, name="own")
+    layer.build((None, 2))
+
+    internals.set_path(layer, "outer/own")
+    internals.set_path(layer.kernel, "outer/own/kernel")
+
+    assert (layer.path, layer.kernel.path) == ("outer/own", "outer/own/kernel")
+
+
+def test_compile_from_compiles_a_model_in_safe_mode(model) -> None:
+    config = model.get_compile_config()
+    other = dense_model(compiled=False)
+    code = {"class_name": "__lambda__", "config": {"value": ["", None, None]}}
+
+    internals.compile_from(other, config, {})
+
+    assert type(other.optimizer) is type(model.optimizer)
+    with internals.SafeModeScope(False), pytest.raises(ValueError, match="lambda"):
+        internals.compile_from(other, {**config, "loss": code}, {})
+
+
 def test_is_running_says_whether_a_caller_uses_the_list_of_callbacks() -> None:
     """A signal handler gets the frame that the signal interrupted."""
     seen = []

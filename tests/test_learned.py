@@ -290,7 +290,7 @@ def test_plain_tensorflow_reads_a_checkpoint_with_assets(tmp_path) -> None:
 
     np.testing.assert_array_equal(restored.get_weights()[-2], model.get_weights()[-2])
     assert {name.partition("/")[0] for name in names if not name.endswith("VARIABLE_VALUE")} <= {
-        "_CHECKPOINTABLE_OBJECT_GRAPH", "_KERAS_CKPT_NAMES", "_KERAS_CKPT_MODEL",
+        "_CHECKPOINTABLE_OBJECT_GRAPH", "_KERAS_CKPT_NAMES", "_KERAS_CKPT_MODEL", "_KERAS_CKPT_CONFIG",
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt.formats import description
+from keras_ckpt.formats import config, description
 from keras_ckpt.model import object_graph
 from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX, ModelState
 from keras_ckpt.model.naming import named_variables
@@ -314,7 +314,7 @@ def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) ->
     prefix = save(model, tmp_path).prefix
 
     on_disk = dict(tf.train.list_variables(prefix))
-    extra = {object_graph.KEY, description.KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
+    extra = {object_graph.KEY, config.KEY, description.KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
     assert on_disk.keys() - extra == {f"{name}{SUFFIX}" for name in named_variables(model)}
     for name, variable in named_variables(model).items():
         assert np.array_equal(tf.train.load_variable(prefix, name + SUFFIX), variable.numpy())

@@ -69,6 +69,19 @@ def test_a_variable_takes_over_allocated_memory(dtype, shape) -> None:
     assert not tf.cast(variable, tf.float32).numpy().any()
 
 
+@pytest.mark.parametrize("initializer", ["zeros", "glorot_uniform", "orthogonal"])
+def test_a_variable_above_the_limit_is_refused_before_it_takes_memory(initializer) -> None:
+    """The variables of a scope count together, also variables of TensorFlow."""
+    memory = backend.VariableLimit(1 << 20)
+    with memory.scope():
+        keras.layers.Dense(1000, kernel_initializer=initializer).build((None, 200))
+        assert not memory.is_exceeded
+        with pytest.raises(MemoryError, match="1048576"):
+            keras.layers.Dense(10**12, kernel_initializer=initializer).build((None, 200))
+        assert memory.is_exceeded
+    keras.layers.Dense(2000, kernel_initializer="zeros").build((None, 200))
+
+
 def test_kind_and_size_of_a_variable() -> None:
     assert backend.kind_of(tf.Variable([1, 2])) == Kind((2,), "int32")
     assert backend.kind_of(keras.Variable([1.0, 2.0])) == Kind((2,), "float32")

@@ -338,6 +338,7 @@ def in_a_function():
     ],
     ids=["optimizer", "schedule", "metric", "regularizer", "constraint", "activation", "function"],
 )
+@pytest.mark.filterwarnings("ignore:keras_ckpt.load_model", "ignore:The object being serialized includes a `lambda`")
 def test_variables_in_a_users_objects_are_named(tmp_path, options, place) -> None:
     """Keras tracks no variable in an object that an optimizer, a metric or a layer holds."""
     given = {name: each() if callable(each) and name == "optimizer" else each for name, each in options.items()}

@@ -12,9 +12,10 @@ import numpy as np
 from blake3 import blake3
 
 from keras_ckpt.errors import CheckpointError, DamagedCheckpointError
-from keras_ckpt.formats import arrays, description
+from keras_ckpt.formats import arrays, config, description
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_reader import read_values
+from keras_ckpt.formats.config import Config
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description
 from keras_ckpt.formats.dtypes import NAMES, STRING
 from keras_ckpt.formats.variables import names_in
@@ -105,6 +106,14 @@ class BundleSource:
             values = read_values(self._folder, self._index, set(keys.values()), backend.allocate, self._digested)
         tensors = {key: backend.tensor_of(value) for key, value in values.items()}
         return {name: tensors[key] for name, key in keys.items()}
+
+    def config(self) -> Config | None:
+        """The config of the model, `None` if TensorFlow or an older version wrote the checkpoint."""
+        return config.decode(self._text(config.KEY)) if config.KEY in self._index.variables else None
+
+    def size(self) -> int:
+        """The bytes of the values."""
+        return sum(entry.size for entry in self._index.entries.values())
 
     def _read_learned(self) -> tuple[list[np.ndarray], list[bytes]]:
         """Reads and checks the arrays and the assets of the learned state of the model's objects."""

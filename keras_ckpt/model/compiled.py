@@ -48,6 +48,22 @@ def replace(optimizers: Mapping[str, Any], name: str, value: Any) -> None:
     companion(optimizers[prefix], _FirstSettings)[setting] = value
 
 
+def adopt(model: keras.Model, optimizers: Mapping[str, Any], saved: str) -> None:
+    """Takes the settings in a checkpoint for the program's, because the model was built from the checkpoint.
+
+    A callback may have changed the learning rate before the model's config was made.
+
+    Args:
+        model: The model.
+        optimizers: The model's optimizers by prefix.
+        saved: The settings in the checkpoint, as JSON.
+    """
+    there = json.loads(saved)
+    for name in settings_of(model, optimizers):
+        if name in there and name.rpartition("/")[0] in optimizers:
+            replace(optimizers, name, there[name])
+
+
 def encoded(settings: Mapping[str, Any]) -> str:
     """The settings as JSON."""
     return json.dumps(settings, sort_keys=True, default=repr)

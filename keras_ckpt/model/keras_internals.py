@@ -5,12 +5,13 @@ A test calls each function, and names the one whose private name has changed in 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import io
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,9 @@ from keras.src.backend.common.global_state import get_global_attribute, set_glob
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 from keras.src.saving import saving_lib
+
+# Keras's public switch of safe mode holds for the whole program.
+from keras.src.saving.serialization_lib import SafeModeScope
 
 from keras_ckpt.formats.keras_file import hdf5_in_memory
 
@@ -215,6 +219,32 @@ def config_of(model: keras.Model, values: Sequence[tuple[keras.Variable, Any]]) 
     with keras.StatelessScope(values, initialize_variables=False):
         config, metadata = saving_lib._serialize_model_as_json(model)  # noqa: SLF001
     return config, metadata
+
+
+def built_from(config: Any, custom_objects: Mapping[str, Any]) -> Any:
+    """The object that Keras builds from a config in safe mode, even in a program that turned safe mode off.
+
+    An object that the config has in several places is built once.
+    """
+    with _building(custom_objects):
+        return keras.saving.deserialize_keras_object(config, dict(custom_objects))
+
+
+def compile_from(model: keras.Model, config: Mapping[str, Any], custom_objects: Mapping[str, Any]) -> None:
+    """Compiles a model from a config in safe mode."""
+    with _building(custom_objects):
+        model.compile_from_config(dict(config))
+
+
+@contextlib.contextmanager
+def _building(custom_objects: Mapping[str, Any]) -> Iterator[None]:
+    with saving_lib.ObjectSharingScope(), SafeModeScope(True), keras.saving.custom_object_scope(dict(custom_objects)):
+        yield
+
+
+def set_path(each: keras.Layer | keras.Variable, path: str) -> None:
+    """Sets the path of a layer or a variable: the names of the scopes that it was built in."""
+    each._path = path  # noqa: SLF001
 
 
 class _WeightsInMemory(io.BytesIO):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import msgspec
 
-from keras_ckpt.formats import description
+from keras_ckpt.formats import config, description
 from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.threads import begin
 from keras_ckpt.formats.variables import COUNTER, SUFFIX
-from keras_ckpt.model import compiled, naming, object_graph, parts
+from keras_ckpt.model import building, compiled, naming, object_graph, parts
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import trained_by, value_of
 from keras_ckpt.model.learned import LearnedState, Learners
@@ -79,6 +80,11 @@ class ModelState:
         """The bytes of each variable, by its key in a snapshot."""
         return self._current_plan().sizes
 
+    def config(self) -> Callable[[], config.Config]:
+        """A function that makes the config of the model once, for a thread: it takes up to half a second."""
+        made = self._current_plan().config
+        return lambda: made.config
+
     def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
         """Takes a snapshot of the present values of the variables.
 
@@ -138,6 +144,7 @@ class ModelState:
             described=described,
             learners=Learners(model, by_id, self._weights_only),
             encoded=_Encoded(),
+            config=_Config(model),
             owners=owners,
             structure=Structure(model, owners, [*variables.values()]),
         )
@@ -168,6 +175,7 @@ class _Plan(NamedTuple):
         described: The description of the model, without the learned state of its objects.
         learners: The objects that hold more than variables.
         encoded: The encoder of the learned state of these objects.
+        config: The config of the model.
         owners: The model's optimizers and losses.
         structure: The structure of the model.
     """
@@ -179,17 +187,18 @@ class _Plan(NamedTuple):
     described: description.Description
     learners: Learners
     encoded: _Encoded
+    config: _Config
     owners: Sequence[Any]
     structure: Structure
 
     def snapshot(self, others: Mapping[str, Any], later: Late | None) -> Snapshot:
         """Takes a snapshot of the present values, with other values to write."""
-        if not self.learners:
-            return Snapshot(self.reader, others, self.constants, later)
-        learned = self.learners.collect()
-        arrays = {description.value_key(index): array for index, array in enumerate(learned.arrays)}
-        constants = self.encoded.constants(self.described, learned)
-        return Snapshot(self.reader, {**others, **arrays}, {**self.constants, **constants}, later)
+        constants = self.constants
+        if self.learners:
+            learned = self.learners.collect()
+            others = {**others, **{description.value_key(i): array for i, array in enumerate(learned.arrays)}}
+            constants = {**constants, **self.encoded.constants(self.described, learned)}
+        return Snapshot(self.reader, others, lambda: {**constants, **self.config.constants}, later)
 
 
 class _Encoded:
@@ -208,6 +217,22 @@ class _Encoded:
             self._constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
             self._latest = learned
         return self._constants
+
+
+class _Config:
+    """The config of a model, which is made when it is first needed."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+
+    @functools.cached_property
+    def config(self) -> config.Config:
+        return building.config_of(self._model)
+
+    @functools.cached_property
+    def constants(self) -> Mapping[bytes, Value]:
+        """The encoded config by its key."""
+        return {config.KEY.encode(): string_value([config.encode(self.config)], ())}
 
 
 def versions() -> dict[str, str]:

@@ -55,10 +55,22 @@ def lora_scales(model: keras.Model, names: Mapping[int, str]) -> dict[str, float
         model: The model.
         names: The names of the model's variables by identity.
     """
+    updated = _updated_by_lora(model, names)
+    return {name: float(layer.lora_alpha / layer.lora_rank) for name, layer in updated.items()}
+
+
+def set_lora_scales(model: keras.Model, names: Mapping[int, str], scales: Mapping[str, float]) -> None:
+    """Sets the scales of low-rank updates (LoRA). A dense layer that Keras builds from its config loses its scale."""
+    for name, layer in _updated_by_lora(model, names).items():
+        if name in scales:
+            layer.lora_alpha = round(scales[name] * layer.lora_rank, 9)
+
+
+def _updated_by_lora(model: keras.Model, names: Mapping[int, str]) -> dict[str, Any]:
+    """The layers with low-rank updates of their kernels, by the name of the update's first variable."""
     updated = [layer for layer in layers_of(model) if getattr(layer, "lora_enabled", False)]
     firsts = [layer.lora_kernel_a if hasattr(layer, "lora_kernel_a") else layer.lora_embeddings_a for layer in updated]
-    pairs = zip(firsts, updated, strict=True)
-    return {names[id(first)]: float(layer.lora_alpha / layer.lora_rank) for first, layer in pairs}
+    return {names[id(first)]: layer for first, layer in zip(firsts, updated, strict=True)}
 
 
 def tracked(root: Any) -> dict[str, Any]:

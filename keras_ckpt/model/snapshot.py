@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -49,7 +48,7 @@ class Snapshot:
     Args:
         reader: The reader of the variables.
         others: Arrays and texts to write too, by key.
-        constants: Encoded values to write too, by key.
+        constants: Makes encoded values to write too, by key, when the snapshot is moved.
         later: Arrays to write too, which are known when the snapshot is moved.
 
     Attributes:
@@ -61,14 +60,14 @@ class Snapshot:
         self,
         reader: backend.Reader,
         others: Mapping[str, np.ndarray | str],
-        constants: Mapping[bytes, Value] = MappingProxyType({}),
+        constants: Callable[[], Mapping[bytes, Value]] = dict,
         later: Late | None = None,
     ) -> None:
         self.values = reader.read()
-        added = {key.encode(): _value(each) for key, each in others.items()}
-        self._constants = {**added, **constants}
+        self._others = {key.encode(): _value(each) for key, each in others.items()}
+        self._constants = constants
         self._later = later
-        self.others_size = sum(len(value.data) for value in added.values()) + (later.size if later else 0)
+        self.others_size = sum(len(value.data) for value in self._others.values()) + (later.size if later else 0)
         self._names = [*self.values]
         self._small = reader.small
         self._is_moved = False
@@ -112,13 +111,13 @@ class Snapshot:
             raise RuntimeError("A snapshot is saved once: another snapshot may use the memory of its copies by now.")
         self._is_moved = True
         packed = self._packed or self._copy_small(arena)
-        late = self._late()
-        values = {**self._encoded(), **late, **self._constants}
+        rest = {**self._late(), **self._others, **self._constants()}
+        values = {**self._encoded(), **rest}
         self.values.clear()
         _copy(values, arena)
         values |= self._copies | self._place_small(arena, packed)
         # The order of the arena, whichever value was copied first.
-        order = [*(name.encode() for name in self._names), *late, *self._constants]
+        order = [*(name.encode() for name in self._names), *rest]
         self._copies = {}
         return {key: values[key] for key in order}
 

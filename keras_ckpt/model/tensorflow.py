@@ -9,7 +9,7 @@ import collections
 import contextlib
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -178,6 +178,56 @@ def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
     """The scope in which the variables of a model are made."""
     found: contextlib.AbstractContextManager[Any] = model.distribute_strategy.scope()
     return found
+
+
+class VariableLimit:
+    """A limit of the memory of new variables. A variable above it is refused before it takes memory.
+
+    Example:
+
+    ```python
+    memory = VariableLimit(1 << 30)
+    with memory.scope():
+        model = build()
+    ```
+
+    Args:
+        limit: The most bytes of all variables.
+
+    Attributes:
+        is_exceeded: Whether a variable was refused.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.is_exceeded = False
+        self._size = 0
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """A scope in which the limit holds."""
+
+        def create(creator: Callable[..., Variable], **arguments: Any) -> Variable:
+            self._size += _size_of_value(arguments.get("initial_value"))
+            if self._size > self.limit:
+                self.is_exceeded = True
+                raise MemoryError(f"the variables have more than {self.limit} bytes")
+            return creator(**arguments)
+
+        with tf.variable_creator_scope(create):
+            yield
+
+
+def _size_of_value(value: Any) -> int:
+    """The bytes of an initial value. The value of an initializer is not computed."""
+    if callable(value):
+        try:
+            with tf.Graph().as_default():
+                value = tf.convert_to_tensor(value())
+        except Exception:  # noqa: BLE001 - a user's initializer may run outside of graphs alone
+            return 0
+    value = tf.convert_to_tensor(value) if not hasattr(value, "shape") else value
+    return int(tf.TensorShape(value.shape).num_elements() or 0) * int(tf.as_dtype(value.dtype).size)
 
 
 def is_floating(value: Tensor) -> bool:

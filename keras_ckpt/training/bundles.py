@@ -63,15 +63,16 @@ class Bundles:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
         snapshot.detach(self._arena, background.is_idle())
 
-    def room(self) -> Callable[[], None]:
-        """A function that allocates the memory of the copies, for a thread."""
-        sizes = self._state.sizes()
+    def preparation(self) -> Callable[[], str]:
+        """A function that allocates the memory of the copies and makes the model's config, for a thread."""
+        sizes, config = self._state.sizes(), self._state.config()
 
-        def make_room() -> None:
+        def prepare() -> str:
             with contextlib.suppress(OSError):  # a save that needs the memory raises the error
                 self._arena.make_room(sizes)
+            return config().reason
 
-        return make_room
+        return prepare
 
     def unsaved(self) -> list[str]:
         """The places of state that a checkpoint of the model does not have."""

@@ -51,9 +51,9 @@ class KerasFiles:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
         snapshot.detach(background.is_idle())
 
-    def room(self) -> Callable[[], None]:
-        """A function that allocates the memory of the copies, for a thread."""
-        return lambda: None
+    def preparation(self) -> Callable[[], str]:
+        """A function that prepares nothing: Keras's own writer makes the first file."""
+        return lambda: ""
 
     def unsaved(self) -> list[str]:
         """The places of state that a file of Keras does not have. Keras's own files define what they have."""

@@ -42,8 +42,8 @@ class _FirstSave:
 
 
 @dataclasses.dataclass
-class _Searched:
-    """The epochs in which the unsaved state of a model was searched, and the places that a warning named."""
+class _Warned:
+    """The epochs in which the unsaved state of a model was searched, and whatever warnings named of the model."""
 
     epochs: set[int] = dataclasses.field(default_factory=set)
     named: set[str] = dataclasses.field(default_factory=set)
@@ -72,8 +72,11 @@ class Form(Protocol[Held]):
     def copy(self, snapshot: Held) -> None:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
 
-    def room(self) -> Callable[[], None]:
-        """A function that allocates the memory of the copies, for a thread."""
+    def preparation(self) -> Callable[[], str]:
+        """A function that prepares the first save, for a thread.
+
+        It returns the reason why no model can be built from the checkpoints without its code, `""` if one can.
+        """
 
     def unsaved(self) -> list[str]:
         """The places of state that a checkpoint of the model does not have."""
@@ -329,7 +332,7 @@ class Session(Generic[Held]):
         Two, because some state first changes when an epoch ends, after a save.
         """
         model, position = self.progress.model, self.progress.position
-        searched = companion(model, _Searched)
+        searched = companion(model, _Warned)
         if position.step == self._began_at or position.epoch in searched.epochs or len(searched.epochs) == _CHECKS:
             return
         searched.epochs.add(position.epoch)
@@ -387,15 +390,28 @@ class Session(Generic[Held]):
         self._writer.close()
 
     def _make_ready(self) -> None:
-        """Allocates the memory of the copies before the first save, after the first batch has built the slots."""
+        """Prepares the first save in the background, after the first batch has built the slots."""
         self._ready = True
-        allocate = self._form.room()
+        prepare = self._form.preparation()
+        reasons = []
 
-        def make_room() -> Outcome:
-            allocate()
+        def work() -> Outcome:
+            reasons.append(prepare())
             return Outcome(None)
 
-        self._saves.append(_Save(background.Job(make_room, self._moment(), 0)))
+        job = background.Job(work, self._moment(), 0)
+        self._saves.append(_Save(job, lambda outcome: self._warn_of_config(*reasons)))
+
+    def _warn_of_config(self, reason: str = "") -> None:
+        """Warns once that `load_model` cannot build the model. A backup is restored by the program that saved it."""
+        model = self.progress.model
+        named = companion(model, _Warned).named
+        if reason and reason not in named and not self._backs_up:
+            named.add(reason)
+            warn(
+                f"keras_ckpt.load_model() cannot build {model.name!r} from its checkpoints, because {reason}; "
+                "keras_ckpt.restore() needs a model that the program builds."
+            )
 
     def _moment(self) -> tuple[str, int]:
         return self.progress.position.run_id, self.progress.position.step
