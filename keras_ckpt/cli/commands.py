@@ -162,6 +162,28 @@ def verify(context: click.Context, paths: Sequence[str], form: str | None) -> No
 @main.command(cls=arguments.OfOneStep)
 @arguments.path
 @arguments.step
+@click.argument("file", type=click.Path())
+@click.option("--weights-only", is_flag=True, help="Skip the optimizer and the metrics.")
+def export(path: str, step: int | str, file: str, weights_only: bool) -> None:
+    """Export the variables of the checkpoint of a STEP to a FILE, .npz or .safetensors.
+
+    Example: keras-ckpt export runs/digits best digits.safetensors
+    """
+    import keras_ckpt  # the other commands need no NumPy
+
+    record = _record(path, step)[1]
+    try:
+        keras_ckpt.export(record, file, weights_only=weights_only)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(f"Exported step {record.step} to {file}.")
+
+
+@main.command(cls=arguments.OfOneStep)
+@arguments.path
+@arguments.step
 @click.argument("reason", default="")
 @arguments.form("quiet")
 def pin(path: str, step: int | str, reason: str, form: str | None) -> None:

@@ -20,7 +20,7 @@ def empty(dtype: int, shape: tuple[int, ...]) -> tuple[np.ndarray, memoryview]:
     Returns:
         The array, and its memory to fill.
     """
-    array = np.empty(shape, _numpy_dtype(dtype))
+    array = np.empty(shape, dtype_of(dtype))
     return array, array.reshape(-1).view(np.uint8).data
 
 
@@ -37,10 +37,12 @@ def number_of(dtype: np.dtype) -> int:
 
 
 @functools.cache
-def _numpy_dtype(number: int) -> np.dtype:
-    """The NumPy type of a number. A quantized integer becomes a plain integer."""
+def dtype_of(number: int) -> np.dtype:
+    """The NumPy type of a number in TensorFlow's `DataType`. A quantized integer becomes a plain integer."""
+    if number == STRING:
+        return np.dtype(object)
     name = NAMES[number].removeprefix("q").replace("quint", "uint")
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-_NUMBERS = {_numpy_dtype(number): number for number, name in NAMES.items() if number in ITEM_SIZES and name[0] != "q"}
+_NUMBERS = {dtype_of(number): number for number, name in NAMES.items() if number in ITEM_SIZES and name[0] != "q"}

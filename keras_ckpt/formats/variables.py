@@ -109,6 +109,11 @@ class Variables(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self._keys
 
+    def kinds(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """The types and shapes of the variables by name, without their values. Strings are of type `object`."""
+        entries = {name: self._index.entries[key.encode()] for name, key in self._keys.items()}
+        return {name: (arrays.dtype_of(entry.dtype), entry.shape) for name, entry in entries.items()}
+
     def __repr__(self) -> str:
         entries = {name: self._index.entries[key.encode()] for name, key in self._keys.items()}
         lines = [f"  {name}: {NAMES[entry.dtype]} {entry.shape}" for name, entry in entries.items()]

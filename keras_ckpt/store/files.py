@@ -307,6 +307,23 @@ class Folder:
                 raise
         self.sync()
 
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[NewFile]:
+        """Opens a file for writing that replaces a file of that name at the end, complete and durable, by one rename.
+
+        An error leaves the old file.
+        """
+        new = f"{name}.{uuid.uuid4().hex}"
+        try:
+            with self.writing(new) as file:
+                yield file
+            self.rename(new, name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.remove(new)
+            raise
+        self.sync()
+
     def rename(self, name: str, new: str) -> None:
         """Gives a file another name."""
         os.rename(name, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)

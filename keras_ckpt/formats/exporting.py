@@ -1,0 +1,136 @@
+"""Exports the variables of a checkpoint to a file of another format, without TensorFlow and without the model."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from keras_ckpt.formats.keras_file import Member, archive
+from keras_ckpt.formats.variables import Variables, load_variables
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.files import Folder
+from keras_ckpt.store.record import CheckpointRecord
+
+_OWN = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
+}  # fmt: skip
+"""The names of types in a safetensors file."""
+
+Write: TypeAlias = Callable[[Variables, Sequence[str]], Iterator[memoryview]]
+"""The bytes of a file with variables of some names, in order."""
+
+
+def export(
+    checkpoint: CheckpointRecord | CheckpointDirectory | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    weights_only: bool = False,
+) -> None:
+    """Exports the variables of a checkpoint to an `.npz` or a `.safetensors` file.
+
+    Names and values are those of `load_variables`. Numbers of a type that the format lacks, such as `bfloat16` in an
+    `.npz`, become the next larger type that it has, with the same values. One rename replaces a file at the path.
+
+    Example:
+
+    ```python
+    keras_ckpt.export(keras_ckpt.CheckpointDirectory("runs/digits").best(), "digits.safetensors")
+    ```
+
+    Args:
+        checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint.
+        path: The file to write. Its suffix is the format.
+        weights_only: Whether to skip the optimizer and the metrics.
+
+    Raises:
+        DamagedCheckpointError: The checkpoint cannot be trusted.
+        CheckpointNotFoundError: There is no such checkpoint.
+        ValueError: The suffix is unknown, or the format cannot hold a variable. No file is written.
+        OSError: The file cannot be written.
+    """
+    path = os.path.abspath(os.fspath(path))
+    suffix = os.path.splitext(path)[1]
+    if suffix not in _FORMATS:
+        raise ValueError(f"export() writes files that end in {' or '.join(_FORMATS)}. Received: {path!r}")
+    variables = load_variables(checkpoint)
+    names = [name for name in variables if name.startswith("model/") or not weights_only]
+    if weights_only and not names:
+        raise ValueError("export(..., weights_only=True) found no variable whose name begins with 'model/'.")
+    pieces = _FORMATS[suffix](variables, names)
+    with Folder(os.path.dirname(path)) as folder, folder.replacing(os.path.basename(path)) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+def _npz(variables: Variables, names: Sequence[str]) -> Iterator[memoryview]:
+    """NumPy's archive, which `np.load` reads."""
+
+    def members() -> Iterator[Member]:
+        for name in names:
+            array = variables[name]
+            # Strings have a fixed size here, because NumPy pickles other strings.
+            array = np.asarray(array, "S") if array.dtype == object else array.astype(_for_npz(array.dtype), copy=False)
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+            yield Member(f"{name}.npy", array.nbytes, [memoryview(header.getvalue()), _bytes(array)])
+
+    return archive(members())
+
+
+def _safetensors(variables: Variables, names: Sequence[str]) -> Iterator[memoryview]:
+    """A safetensors file: the length of a header, the header in JSON, and the values."""
+    kinds = variables.kinds()
+    types = {name: _for_safetensors(name, kinds[name][0]) for name in names}
+    # The largest types come first, so that each value is aligned.
+    order = sorted(names, key=lambda name: (-types[name].itemsize, name))
+    header, end = {}, 0
+    for name in order:
+        shape = kinds[name][1]
+        begin, end = end, end + math.prod(shape) * types[name].itemsize
+        header[name] = {"dtype": _OWN[types[name].name], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return _joined(text, (variables[name].astype(types[name], copy=False) for name in order))
+
+
+def _joined(header: bytes, values: Iterator[np.ndarray]) -> Iterator[memoryview]:
+    yield memoryview(len(header).to_bytes(8, "little") + header)
+    yield from map(_bytes, values)
+
+
+def _for_npz(dtype: np.dtype) -> np.dtype:
+    """The type of NumPy itself that holds all values of a type."""
+    return dtype if dtype.isbuiltin == 1 else _wider(dtype)
+
+
+def _for_safetensors(name: str, dtype: np.dtype) -> np.dtype:
+    """The type of a safetensors file that holds all values of a type.
+
+    Raises:
+        ValueError: There is none.
+    """
+    dtype = dtype if dtype.name in _OWN or dtype.kind in "Oc" else _wider(dtype)
+    if dtype.name not in _OWN:
+        kind = "strings" if dtype.kind == "O" else str(dtype)
+        raise ValueError(f"a .safetensors file cannot hold {name!r:.200}, which is of {kind}. Export to .npz.")
+    return dtype
+
+
+def _wider(dtype: np.dtype) -> np.dtype:
+    """The next larger type of NumPy for a type of `ml_dtypes`."""
+    return np.dtype("uint8" if "uint" in dtype.name else "int8" if "int" in dtype.name else "float32")
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+_FORMATS: dict[str, Write] = {".npz": _npz, ".safetensors": _safetensors}
