@@ -27,6 +27,8 @@ from support import keras_zoo
 from support.models import X, Y, dense_model, fit, same, save
 
 OWN = {kind.__name__: kind for kind in (keras_zoo.Subclassed, keras_zoo.OwnVariables, keras_zoo.OwnAssets)}
+UNADAPTED = "TextVectorization weighed"
+IN_OTHER_TESTS = "641 variables", "low-rank", UNADAPTED
 DENSE = {"module": "keras.layers", "class_name": "Dense", "config": {"units": 3}, "registered_name": None}
 
 
@@ -57,6 +59,12 @@ def sequence(*layers: keras.layers.Layer) -> keras.Model:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), *layers, keras.layers.Dense(1)])
     model.compile("adam", "mse", run_eagerly=True)
     return model
+
+
+def compiled() -> keras.Model:
+    """A model with dropout, always with the same initial values and seeds."""
+    keras.utils.set_random_seed(3)
+    return dense_model(run_eagerly=False, metrics=["mae"])
 
 
 def with_config(path: pathlib.Path, found: Config | bytes) -> pathlib.Path:
@@ -105,11 +113,6 @@ def test_a_loaded_model_has_all_values_of_the_saved_model(tmp_path, way) -> None
 
 def test_another_process_loads_the_model_and_continues_exactly(tmp_path) -> None:
     """The weights are those of a training without an interruption. The directory accepts the continued run."""
-
-    def compiled() -> keras.Model:
-        keras.utils.set_random_seed(3)
-        return dense_model(run_eagerly=False, metrics=["mae"])
-
     unbroken = compiled()
     fit(unbroken, epochs=3)
     fit(compiled(), kc.ModelCheckpoint(tmp_path / "run"), epochs=2)
@@ -242,6 +245,66 @@ def test_a_class_that_is_not_there_is_named_with_the_ways_out(tmp_path) -> None:
     assert "custom_objects={'Mine': Mine}" in text
     assert f"keras_ckpt.restore(model, {record.prefix!r})" in text
     assert isinstance(raised.value, ValueError)
+
+
+def test_a_keras_file_is_loaded_with_the_seeds_and_the_position_of_its_record(tmp_path) -> None:
+    """A training continues as if nothing had happened. Keras's own load_model draws other random numbers."""
+    path = tmp_path / "last.keras"
+    unbroken, model = compiled(), compiled()
+    fit(unbroken, epochs=3)
+    fit(model, kc.ModelCheckpoint(path), epochs=2)
+
+    loaded = kc.load_model(path)
+    fit(loaded, kc.ModelCheckpoint(path), epochs=3, initial_epoch=2)
+
+    assert same(loaded, unbroken)
+    (record,) = kc.CheckpointDirectory(path)
+    assert (record.step, record.epoch) == (15, 3)
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("name", [name for name in keras_zoo.MODELS if name not in IN_OTHER_TESTS])
+def test_keras_files_of_models_of_each_kind_are_loaded(tmp_path, name) -> None:
+    """Keras's own writer made the file, so it has no record."""
+    model = keras_zoo.made(name)
+    model.save(tmp_path / "model.keras")
+
+    loaded = kc.load_model(tmp_path / "model.keras", OWN)
+
+    theirs = keras.models.load_model(tmp_path / "model.keras", OWN)
+    assert all(map(np.array_equal, loaded.get_weights(), theirs.get_weights()))
+    assert all(map(np.array_equal, loaded.optimizer.variables, model.optimizer.variables))
+
+
+def test_a_keras_file_of_low_rank_updates_is_refused_with_the_reason(tmp_path) -> None:
+    """Keras merges them into the kernels when it saves, so a training cannot continue exactly."""
+    keras_zoo.made("low-rank").save(tmp_path / "model.keras")
+
+    with pytest.raises(kc.MismatchError, match="merged into the kernels"):
+        kc.load_model(tmp_path / "model.keras")
+
+
+@pytest.mark.xfail(reason="restore() cannot walk over a layer that Keras cannot save before it is adapted")
+def test_a_keras_file_of_weighed_words_is_loaded(tmp_path) -> None:
+    keras_zoo.made(UNADAPTED).save(tmp_path / "model.keras")
+
+    kc.load_model(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("name", ["model.weights.h5", "model.h5"])
+def test_a_file_of_keras_without_a_config_is_refused(tmp_path, name) -> None:
+    model = dense_model()
+    (model.save_weights if "weights" in name else model.save)(tmp_path / name)
+
+    with pytest.raises(kc.CannotBuildError, match="has no config of its model: it is a file of weights, or"):
+        kc.load_model(tmp_path / name)
+
+
+def test_a_keras_file_with_a_lambda_is_refused(tmp_path) -> None:
+    sequence(keras.layers.Lambda(lambda x: x + 1)).save(tmp_path / "model.keras")
+
+    with pytest.raises(kc.CannotBuildError, match=r"model\.keras has a model that contains a lambda"):
+        kc.load_model(tmp_path / "model.keras")
 
 
 LAMBDA = {"class_name": "__lambda__", "config": {"code": "4wE=", "defaults": None, "closure": None}}

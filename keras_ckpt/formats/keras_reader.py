@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import h5py
+import msgspec
 import numpy as np
 
+from keras_ckpt.formats import config
+from keras_ckpt.formats.config import Config
 from keras_ckpt.formats.keras_file import Dataset, datasets_in
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.streams import OpenFile
 
-_WEIGHTS, _ASSETS = "model.weights.h5", "assets/"
+_WEIGHTS, _ASSETS, _CONFIG, _METADATA = "model.weights.h5", "assets/", "config.json", "metadata.json"
 _ARCHIVE = b"PK\3\4"
 """The first bytes of a zip archive."""
 _HEADER = 30
@@ -68,6 +71,25 @@ def read_keras_file(folder: Folder, name: str, verify: bool, is_verified: bool) 
                 if each.filename.startswith(_ASSETS) and not each.is_dir()
             }
         return KerasFile(*_read_hdf5(weights, is_verified or verify), assets, is_archive=True, is_legacy=False)
+
+
+def read_config(folder: Folder, name: str) -> Config | None:
+    """Reads the config of the model in a file, `None` if the file has weights alone or is HDF5 in a legacy layout.
+
+    Raises:
+        ValueError, OSError, zipfile.BadZipFile: The file is damaged, or no file of Keras.
+    """
+    with folder.reading(name) as file:
+        whole = _Window(file, 0, file.size)
+        if whole.read(len(_ARCHIVE)) != _ARCHIVE:
+            return None
+        with zipfile.ZipFile(whole) as archive:
+            _refuse_unsafe(archive, file.size)
+            if archive.getinfo(_CONFIG).file_size > config.LIMIT:
+                raise ValueError(f"{_CONFIG} has more than {config.LIMIT} bytes")
+            found = msgspec.json.decode(archive.read(_CONFIG), type=dict[str, Any])
+            version = msgspec.json.decode(archive.read(_METADATA), type=dict[str, Any]).get("keras_version", "")
+    return Config(found, keras=str(version))
 
 
 def _refuse_unsafe(archive: zipfile.ZipFile, size: int) -> None:

@@ -17,10 +17,10 @@ from keras_ckpt.formats.config import Config
 from keras_ckpt.model import keras_internals
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import layers_of
+from keras_ckpt.model.naming import SEED
 from keras_ckpt.model.parts import is_built
 
 _LAMBDA = "__lambda__"
-_SEED = "seed_generator_state"
 _FUNCTION = "function"
 _OWN = "keras", "keras_hub", "keras_cv", "keras_nlp"
 """The packages whose classes Keras finds by itself."""
@@ -111,8 +111,8 @@ def _set_paths(model: Any, paths: Sequence[str]) -> None:
 
 def _end(each: Any, path: str) -> str:
     """The end of a path: the name of a layer, or of a variable and its layer."""
-    if path.endswith(_SEED):
-        return _SEED  # Keras numbers seed generators per process
+    if path.endswith(SEED):
+        return SEED  # Keras numbers seed generators per process
     return "/".join(path.split("/")[-2 if isinstance(each, keras.Variable) else -1 :])
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_ckpt.errors import CannotBuildError
+from keras_ckpt.formats.config import Config
 from keras_ckpt.formats.description import Description
+from keras_ckpt.formats.keras_reader import read_config
 from keras_ckpt.model import building, compiled, parts
-from keras_ckpt.model.checkpoint_reader import Source
+from keras_ckpt.model.checkpoint_reader import BundleSource, errors_as_damage
 from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.naming import named_objects, named_variables
 from keras_ckpt.model.transfer import transfer
@@ -43,7 +45,8 @@ def load_model(
     ```
 
     Args:
-        checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint.
+        checkpoint: A record, a directory (its newest checkpoint), or the path of a directory, a checkpoint or a
+            `.keras` file. Keras's own callbacks may have saved the file.
         custom_objects: Classes and functions of the model that are neither Keras's nor registered with
             `keras.saving.register_keras_serializable`, by name.
         compile: Whether to compile the model as it was, and to restore its optimizer.
@@ -61,7 +64,7 @@ def load_model(
     def read(files: Folder, name: str, record: CheckpointRecord | None) -> keras.Model:
         prefix = os.path.join(files.path, name)
         try:
-            model = _build(Source(files, name), custom_objects or {}, compile)
+            model = _build(_saved(files, name), custom_objects or {}, compile)
         except CannotBuildError as error:
             raise CannotBuildError(
                 f"{prefix} {error} The values need no config: build the model in code, and call "
@@ -75,14 +78,38 @@ def load_model(
     return model
 
 
-def _build(source: Source, custom_objects: Mapping[str, Any], compiles: bool) -> keras.Model:
+class _Saved(NamedTuple):
+    """The facts of a checkpoint that a model is built from.
+
+    Attributes:
+        config: The config of the model, `None` if the checkpoint has none.
+        size: The bytes of the checkpoint.
+        description: The description of the model, `None` if the checkpoint has none.
+    """
+
+    config: Config | None
+    size: int
+    description: Description | None
+
+
+def _saved(files: Folder, name: str) -> _Saved:
+    if not files.series.template:
+        source = BundleSource(files, name)
+        return _Saved(source.config(), source.size(), source.description)
+    with errors_as_damage():
+        return _Saved(read_config(files, name), files.size(name), None)
+
+
+def _build(saved: _Saved, custom_objects: Mapping[str, Any], compiles: bool) -> keras.Model:
     """Builds the model of a checkpoint, with its settings of `compile`."""
-    config = source.config()
-    if config is None:
-        raise CannotBuildError("has no config of its model: TensorFlow or an older version of keras_ckpt wrote it.")
-    model = building.build(config, custom_objects, compiles, _OPTIMIZERS * source.size() + _MORE)
-    if source.description is not None:
-        _complete(model, source.description)
+    if saved.config is None:
+        raise CannotBuildError(
+            "has no config of its model: it is a file of weights, or TensorFlow, Keras 2 or an older version of "
+            "keras_ckpt wrote it."
+        )
+    model = building.build(saved.config, custom_objects, compiles, _OPTIMIZERS * saved.size + _MORE)
+    if saved.description is not None:
+        _complete(model, saved.description)
     return model
 
 
