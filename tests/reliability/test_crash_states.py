@@ -377,11 +377,17 @@ def perform(name: str) -> Recording:
 class Examiner:
     """Looks at states in a scratch directory, and counts what is wrong with them."""
 
-    def __init__(self, scratch: pathlib.Path, tally: collections.Counter[str], workload: Workload) -> None:
+    def __init__(
+        self,
+        scratch: pathlib.Path,
+        tally: collections.Counter[str],
+        decoys: Snapshot,
+        series: Series = TENSORFLOW,
+    ) -> None:
         self.path = scratch / "state"
         self.tally = tally
-        self.decoys = workload.decoys
-        self.series = workload.series
+        self.decoys = decoys
+        self.series = series
         self.known: set[object] = set()
 
     @property
@@ -476,7 +482,7 @@ class Harness:
         self.path = scratch / "run"
         self.recording = perform(name)
         self.series = WORKLOADS[name].series
-        self.examiner = Examiner(scratch, tally, WORKLOADS[name])
+        self.examiner = Examiner(scratch, tally, WORKLOADS[name].decoys, self.series)
         self.limit = limit
         self.chance = chance
 
