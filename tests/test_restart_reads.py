@@ -12,7 +12,7 @@ PROGRAM = """
 import collections, json, os, signal, sys
 import keras
 import keras_ckpt as kc
-from keras_ckpt.formats import bundle_index, bundle_reader
+from keras_ckpt.formats import bundle_index, targets
 from keras_ckpt.store import checks, commit, listing
 from support.models import X, Y, dense_model
 
@@ -28,7 +28,7 @@ def count(module, name, what):
 
 count(listing, "_listed", lambda *_: ["listings"])
 count(commit, "recover", lambda *_: ["recoveries"])
-for module in (checks, bundle_index, bundle_reader):
+for module in (checks, bundle_index, targets):
     count(module, "refuse_changed", lambda file, size, digest: [file.name] if digest else [])
 
 class Ends(keras.callbacks.Callback):
