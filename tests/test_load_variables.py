@@ -202,3 +202,11 @@ def test_a_value_of_a_checkpoint_that_was_saved_again_is_not_found(record) -> No
 
     with pytest.raises(kc.CheckpointNotFoundError, match="was removed or saved again since it was loaded"):
         _ = found["model/dense/bias"]
+
+
+def test_a_file_of_keras_is_refused_and_not_called_damaged(tmp_path) -> None:
+    """The error names the functions that read it."""
+    (tmp_path / "best.keras").write_bytes(b"a file of Keras")
+
+    with pytest.raises(ValueError, match=r"is a file in a format of Keras.*keras_ckpt.restore\(model, 'best.keras'\)"):
+        kc.load_variables(tmp_path / "best.keras")

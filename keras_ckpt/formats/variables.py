@@ -49,6 +49,12 @@ def load_variables(checkpoint: CheckpointRecord | CheckpointDirectory | str | os
     """
 
     def read(files: Folder, name: str, record: CheckpointRecord | None) -> Variables:
+        if files.series.template:
+            raise ValueError(
+                f"{files.path}/{name} is a file in a format of Keras, and its values need its model: "
+                f"keras_ckpt.load_model({name!r}) or keras_ckpt.restore(model, {name!r}). load_variables and export "
+                "read the checkpoints of a directory."
+            )
         index = read_index(files, name, record.files if record else ())
         return Variables(files, name, index)
 

@@ -149,5 +149,5 @@ def _warn_of_other_run(listing: Listing, position: Position) -> None:
             f"{os.path.join(listing.path, listing.series.template)} has {counted(len(others), 'file')} of an earlier "
             f"run, the newest {newest.name} (step {newest.step}{metrics}). This fit begins a new run, so it replaces "
             "files of the same names. To continue the earlier run, load its file first: "
-            f"model.load_weights({newest.prefix!r})."
+            f"keras_ckpt.restore(model, {newest.prefix!r})."
         )
