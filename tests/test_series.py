@@ -286,6 +286,42 @@ def test_a_pinned_file_is_neither_replaced_nor_pruned(tmp_path) -> None:
     assert steps(path) == [1, 3]
 
 
+def test_a_new_run_does_not_replace_a_pinned_file_of_an_earlier_run(tmp_path) -> None:
+    """The script that trains again must not lose the model that its user pinned."""
+    path = tmp_path / "best.keras"
+    save(path, 1, "best.keras", run_id="first")
+    CheckpointDirectory(path).pin(1, "in production")
+
+    with pytest.warns(UserWarning, match="best.keras of step 1 is pinned"):
+        assert save(path, 5, "best.keras", run_id="second") is None
+
+    assert contents(tmp_path) == {"best.keras": "content 1"}
+    assert CheckpointDirectory(path).latest().pin == "in production"
+
+
+def test_recovery_keeps_a_pin_that_came_after_the_crash(tmp_path, monkeypatch) -> None:
+    """A process died before or after the rename of the file; its user then pinned the file that is there."""
+    pinned = set()
+    for calls in range(200):
+        folder = tmp_path / str(calls)
+        path = folder / "last.keras"
+        save(path, 1, "last.keras")
+        crashed = crash_in(monkeypatch, calls, lambda path=path: save(path, 2, "last.keras"))
+        there = contents(folder)
+        (folder / "last.keras.keep").touch()
+
+        writer = Writer(CheckpointDirectory(path))
+        writer.open()
+        writer.close()
+
+        assert contents(folder) == there
+        assert CheckpointDirectory(path).latest().pinned
+        pinned |= set(there.values())
+        if not crashed:
+            break
+    assert pinned == {"content 1", "content 2"}
+
+
 def test_a_changed_byte_is_found(tmp_path) -> None:
     """The digest in the record is of all bytes before it."""
     path = tmp_path / "best.keras"

@@ -77,7 +77,7 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: It
 def _publish_file(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: Iterable[CheckpointRecord]) -> None:
     """Publishes a file of Keras. It holds its record, so one rename commits both, also over a file of this name."""
     sidecar = layout.sidecar(record.name)
-    if not folder.exists(sidecar) or not has_sidecar(folder, record):
+    if not folder.exists(record.name):
         folder.remove(layout.pin(record.name))  # it belonged to an earlier file, which was removed by hand
     if stage.exists(record.name):
         stage.move(record.name, folder)
@@ -277,7 +277,7 @@ def _roll_file_forward(folder: Folder, stage: Folder, record: CheckpointRecord) 
         # A crash in the middle of a rename may leave both names.
         folder.sync_file(record.name)
         stage.remove(record.name)
-        _publish_again(folder, stage, record, earlier)
+        _publish_again(folder, stage, record, [each for each in earlier if not each.pinned])
     elif not any(each.pinned for each in earlier) and _may_replace(folder, stage, record):
         _publish_again(folder, stage, record, earlier)
 
@@ -305,6 +305,8 @@ def _drop_lone_sidecars(folder: Folder) -> None:
 
 def _may_replace(folder: Folder, stage: Folder, record: CheckpointRecord) -> bool:
     """Whether a staged file of Keras is whole, and replaces no file that is newer or that its user wrote by hand."""
+    if folder.exists(record.name) and folder.exists(layout.pin(record.name)):
+        return False
     try:
         check_files(stage, record)
         return not folder.exists(record.name) or read_record(folder, record.name).sequence < record.sequence

@@ -496,7 +496,11 @@ def _refuse_disorder(listing: Listing, stage: Folder, record: CheckpointRecord) 
 
 def _pinned(listing: Listing, record: CheckpointRecord) -> bool:
     """Whether the save of a record would supersede a pinned checkpoint; warns of it."""
-    pinned = [each for each in superseded(record, listing.records) if each.pinned]
+    replaced = [
+        *superseded(record, listing.records),
+        *(each for each in listing.other_runs if each.name == record.name),
+    ]
+    pinned = [each for each in replaced if each.pinned]
     for each in pinned:
         warn(
             f"Step {record.step} is not saved into {listing.path}: {each.name} of step {each.step} is pinned. "
