@@ -175,6 +175,7 @@ def test_a_directory_with_the_files_of_several_templates_asks_for_one(tmp_path) 
 
     path = str(error.value).rpartition("(")[2].partition(")")[0].strip("'")
     assert [record.step for record in CheckpointDirectory(path)] == [1]
+    assert f"keras-ckpt ls {path} in a shell" in str(error.value)
 
 
 def test_a_template_may_have_fields_in_its_folders(tmp_path) -> None:

@@ -115,7 +115,7 @@ def _for_safetensors(name: str, dtype: np.dtype) -> np.dtype:
     """The type of a safetensors file that holds all values of a type.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The format has no such type.
     """
     dtype = dtype if dtype.name in _OWN or dtype.kind in "Oc" else _wider(dtype)
     if dtype.name not in _OWN:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
@@ -130,7 +131,7 @@ class CheckpointDirectory(tables.Shown):
                 path = os.path.join(_shown(self.path), min(templates))
                 raise ValueError(
                     f"{self.path} has files of several templates: {names}. Name the files to use: "
-                    f"keras_ckpt.CheckpointDirectory({path!r})."
+                    f"keras_ckpt.CheckpointDirectory({path!r}) in Python, keras-ckpt ls {shlex.quote(path)} in a shell."
                 )
             if not templates:
                 failed.pop_all()

@@ -21,7 +21,7 @@ class SaveSchedule:
         clock: Returns the time in seconds.
 
     Raises:
-        ValueError: `save_freq` is none of these.
+        ValueError: `save_freq` has another type or value.
     """
 
     def __init__(
