@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import time
 
 import pytest
 
@@ -144,6 +145,21 @@ def test_two_saves_of_one_name_replace_each_other_without_a_policy(tmp_path) -> 
         save(path, step, "0.5.keras")
 
     assert contents(tmp_path) == {"0.5.keras": "content 2"}
+
+
+def test_a_writer_sees_its_saves_into_folders_that_are_there(tmp_path) -> None:
+    """A save into a sub-folder does not change the time of the directory above."""
+    directory = CheckpointDirectory(tmp_path / "e{epoch}/m.keras")
+    for step in (1, 2, 3):
+        save(tmp_path / "e{epoch}/m.keras", step, f"e{step}/m.keras", run_id="first")
+    time.sleep(0.2)  # then the time of the directory is trusted
+    writer = Writer(directory, LatestN(2))
+
+    for step in (1, 2, 3):
+        request = SaveRequest(step=step, name=f"e{step}/m.keras", run_id="second", batch=0)
+        writer.save(request, file_payload(b"second"))
+
+    assert [(record.step, record.sequence) for record in directory.listing().records] == [(2, 5), (3, 6)]
 
 
 def test_a_directory_with_the_files_of_one_template_is_that_series(tmp_path) -> None:

@@ -112,10 +112,15 @@ class Folder:
 
     def _entries(self) -> Iterator[tuple[str, int]]:
         """The names and inodes of the files in the directory, and in the folders of its template."""
-        for parent, folders, names, descriptor in os.fwalk(".", dir_fd=self.descriptor, follow_symlinks=False):
-            prefix = os.path.relpath(parent, ".") + "/" if parent != "." else ""
+        for prefix, names, descriptor in self._folders():
             for name in names:
                 yield prefix + name, os.lstat(name, dir_fd=descriptor).st_ino
+
+    def _folders(self) -> Iterator[tuple[str, list[str], int]]:
+        """The directory and the folders of its template: the prefix of its files, their names, and its descriptor."""
+        for parent, folders, names, descriptor in os.fwalk(".", dir_fd=self.descriptor, follow_symlinks=False):
+            prefix = os.path.relpath(parent, ".") + "/" if parent != "." else ""
+            yield prefix, names, descriptor
             folders[:] = [name for name in folders if name != PRIVATE] if prefix.count("/") < self.series.depth else []
 
     def moving(self) -> set[str]:
@@ -129,7 +134,12 @@ class Folder:
         return found
 
     def changed(self) -> int:
-        """The time of the last creation, replacement or removal in the directory, in nanoseconds."""
+        """The time of the last creation, replacement or removal in the directory, in nanoseconds.
+
+        The folders of a template count too.
+        """
+        if self.series.depth:
+            return max(os.fstat(descriptor).st_mtime_ns for _, _, descriptor in self._folders())
         return os.fstat(self.descriptor).st_mtime_ns
 
     def inodes(self) -> dict[str, int]:
