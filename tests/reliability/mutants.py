@@ -84,7 +84,7 @@ MUTANTS = {
     ),
     "recovery relies on changes that are not synced": Mutant(without("store.commit.recover", "sync"), POWER),
     "recovery rolls forward files that are not synced": Mutant(
-        without("store.commit._roll_forward", "sync_file 2", "sync"), POWER
+        without("store.commit._publish_again", "sync_file", "sync"), POWER
     ),
     "a new directory is not durably named": Mutant(
         without("store.files._make_directories", "sync"), "test_files.py::test_missing_parents_are_made"
