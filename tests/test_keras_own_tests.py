@@ -51,4 +51,5 @@ def test_keras_own_tests_of_backup_and_restore_pass_but_one(monkeypatch) -> None
     )
 
     assert number == 7
-    assert [each.partition(" ")[0] for each in failed] == ["test_best_case_step"]
+    # Its backup may still be written while Keras removes the folder, which is an error of its own.
+    assert {each.partition(" ")[0] for each in failed} == {"test_best_case_step"}
