@@ -17,7 +17,7 @@ import pytest
 from keras.src.saving import saving_lib
 
 from keras_ckpt.model import keras_internals
-from keras_ckpt.model.keras_files import FileState
+from keras_ckpt.model.file_snapshot import FileState
 from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.model.snapshot import arena_of
 from keras_ckpt.store.files import Folder

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from keras_ckpt.formats.keras_file import Member, archive
+from keras_ckpt.formats.keras_writer import Member, archive
 from keras_ckpt.formats.variables import Variables, load_variables
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder

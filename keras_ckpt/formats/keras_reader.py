@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_ckpt.formats import config
 from keras_ckpt.formats.config import Config
-from keras_ckpt.formats.keras_file import Dataset, datasets_in
+from keras_ckpt.formats.keras_writer import Dataset, datasets_in
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.streams import OpenFile
 

@@ -21,7 +21,7 @@ from keras_ckpt.formats.targets import Target, fill
 from keras_ckpt.model import naming
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.checkpoint_reader import errors_as_damage
-from keras_ckpt.model.keras_files import dataset_of
+from keras_ckpt.model.file_snapshot import dataset_of
 from keras_ckpt.model.keras_internals import asked_by_keras
 from keras_ckpt.model.learned import learners, learns_elsewhere
 from keras_ckpt.model.matching import Kind, is_lora

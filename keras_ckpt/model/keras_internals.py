@@ -28,7 +28,7 @@ from keras.src.saving import saving_lib
 # Keras's public switch of safe mode holds for the whole program.
 from keras.src.saving.serialization_lib import SafeModeScope
 
-from keras_ckpt.formats.keras_file import hdf5_in_memory
+from keras_ckpt.formats.keras_writer import hdf5_in_memory
 
 
 def layers_of(model: keras.Model) -> list[Any]:

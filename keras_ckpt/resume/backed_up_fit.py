@@ -20,7 +20,7 @@ from keras_ckpt.resume.fit_state import ENDED, INITIAL_EPOCH, FitState, Place
 from keras_ckpt.store import background
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.writer import SaveRequest
-from keras_ckpt.training.bundles import Bundles
+from keras_ckpt.training.bundle_form import Bundles
 from keras_ckpt.training.session import Outcome, Session
 
 Logs = Mapping[str, Any] | None

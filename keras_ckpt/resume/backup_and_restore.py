@@ -31,7 +31,7 @@ from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import Writer
-from keras_ckpt.training.bundles import Bundles
+from keras_ckpt.training.bundle_form import Bundles
 from keras_ckpt.training.model_checkpoint import ModelCheckpoint
 from keras_ckpt.training.schedule import SaveFreq, SaveSchedule
 from keras_ckpt.training.session import OnFullDisk, Session, checked_on_full_disk

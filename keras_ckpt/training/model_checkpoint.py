@@ -18,9 +18,9 @@ from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
-from keras_ckpt.training.bundles import Bundles
+from keras_ckpt.training.bundle_form import Bundles
+from keras_ckpt.training.file_form import KerasFiles
 from keras_ckpt.training.hooks import Hook, Hooks
-from keras_ckpt.training.keras_files import KerasFiles
 from keras_ckpt.training.lines import Handler, Lines, Save, Silent
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
 from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory

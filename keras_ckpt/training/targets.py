@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 import keras
 
-from keras_ckpt.model.keras_files import Kind, fingerprint
+from keras_ckpt.model.file_snapshot import Kind, fingerprint
 from keras_ckpt.model.position import Position, position_of, set_position
 from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import BestN, LatestN, PreservationPolicy
 from keras_ckpt.store.writer import Writer
-from keras_ckpt.training.bundles import Bundles
+from keras_ckpt.training.bundle_form import Bundles
+from keras_ckpt.training.file_form import KerasFiles
 from keras_ckpt.training.file_names import Template
-from keras_ckpt.training.keras_files import KerasFiles
 from keras_ckpt.training.lines import Lines, OfDirectory, OfFiles
 from keras_ckpt.training.schedule import CallbackSchedule, SaveFreq, SaveSchedule
 

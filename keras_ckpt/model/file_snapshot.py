@@ -18,7 +18,7 @@ import numpy as np
 from blake3 import blake3
 
 from keras_ckpt.formats.arena import Arena, same_bytes
-from keras_ckpt.formats.keras_file import (
+from keras_ckpt.formats.keras_writer import (
     Member,
     Skeleton,
     Tail,

@@ -8,7 +8,7 @@ import keras
 import msgspec
 
 from keras_ckpt.model import model_state
-from keras_ckpt.model.keras_files import FileSnapshot, FileState, Kind
+from keras_ckpt.model.file_snapshot import FileSnapshot, FileState, Kind
 from keras_ckpt.store import background, tails
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord

@@ -10,7 +10,15 @@ import h5py
 import numpy as np
 import pytest
 
-from keras_ckpt.formats.keras_file import Member, Skeleton, archive, datasets_in, members_of, write_archive, write_hdf5
+from keras_ckpt.formats.keras_writer import (
+    Member,
+    Skeleton,
+    archive,
+    datasets_in,
+    members_of,
+    write_archive,
+    write_hdf5,
+)
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.streams import PORTION
 
