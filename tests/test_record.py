@@ -117,8 +117,12 @@ def test_a_sidecar_is_plain_json_that_ends_with_a_digest_of_all_before() -> None
 
 
 def test_a_sidecar_of_another_program_is_read() -> None:
-    """The order of members, white space and the case of digests are free, and most members are optional."""
+    """The order of members, white space, escapes, the form of numbers and the case of digests are free.
+
+    Most members are optional.
+    """
     facts = {
+        "metadata": {"größe": 10**21},
         "step": 120,
         "files": [{"size": 3, "name": "ckpt-120.index", "digest": f"blake3:{'A' * 64}"}],
         "format_version": 1,
@@ -126,7 +130,11 @@ def test_a_sidecar_of_another_program_is_read() -> None:
         "sequence": 1,
     }
 
-    assert decode(sealed(json.dumps(facts, indent=7)), "ckpt-120").step == 120
+    text = json.dumps(facts, indent=7).replace(str(10**21), "1E+21")
+
+    record = decode(sealed(text), "ckpt-120")
+
+    assert (record.step, record.metadata) == (120, {"größe": 1e21})
 
 
 @pytest.mark.parametrize("cut", range(0, len(encode(RECORD)) - 2, 7))
@@ -268,6 +276,7 @@ def test_the_error_of_a_newer_format_says_to_upgrade(changes: dict) -> None:
     ("member", "again"),
     [
         ('"step": 120', '"step": 120, "step" :120'),
+        ('"step": 120', '"step": 120, "st\\u0065p": 120'),
         ('"nested": {', '"nested": 1, "nested": {'),
         ('"loss": 0.25', '"loss": 0.25, "loss": 0.5'),
         ('"size": 9', '"size": 9, "size": 8'),
