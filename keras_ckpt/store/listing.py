@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import operator
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import msgspec
 
@@ -120,7 +120,6 @@ class Known:
         self._listing: Listing | None = None
         self._inodes: Mapping[str, int] = {}
         self._changed = 0
-        self._owners: dict[str, str] = {}
 
     def look(self, folder: Folder, check: Check) -> Listing:
         """Reads the sidecars of a directory, as `scan` does."""
@@ -135,19 +134,12 @@ class Known:
         self._changed = changed if trusted else 0
         return listing
 
-    def add(self, record: CheckpointRecord) -> None:
-        """Adds a checkpoint that was read and is not damaged."""
-        self.records[record.name] = record
-        self._owners |= dict.fromkeys(_files(record), record.name)
-
     def _forget(self, inodes: Mapping[str, int]) -> None:
         """Forgets each checkpoint with a replaced file, and some others in turns."""
         replaced = {file for file, _ in inodes.items() ^ self._inodes.items()}
-        names = {self._owners.get(file, file.rpartition(".")[0]) for file in replaced}
-        for name in [*names, *itertools.islice(self.records, _CHECKED)]:
-            if record := self.records.pop(name, None):
-                for file in _files(record):
-                    self._owners.pop(file, None)
+        owners = itertools.chain.from_iterable(map(_owners, replaced))
+        for name in [*owners, *itertools.islice(self.records, _CHECKED)]:
+            self.records.pop(name, None)
 
 
 def scan(files: Reading, check: Check = lambda record: None) -> Listing:
@@ -311,7 +303,7 @@ def _read_others(
                     continue
                 sequence = max(sequence, record.sequence)
                 check(record)
-                known.add(record)
+                known.records[record.name] = record
             except FileNotFoundError:
                 if folder.series.template and folder.exists(name):
                     foreign.add(name)  # it has no record
@@ -324,8 +316,10 @@ def _read_others(
     return damaged, foreign, sequence, present
 
 
-def _files(record: CheckpointRecord) -> list[str]:
-    return [layout.sidecar(record.name), layout.pin(record.name), *(file.name for file in record.files)]
+def _owners(file: str) -> Iterator[str]:
+    """The names of the checkpoints that may have a file: a file of Keras, or a file whose name begins with theirs."""
+    parts = file.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _read(folder: Reading, name: str, present: Set[str]) -> CheckpointRecord:
