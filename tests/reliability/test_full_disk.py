@@ -1,13 +1,13 @@
 """A disk that is really full: a small file system in memory, in a name space of its own."""
 
+import contextlib
 import json
-import pathlib
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from support.fork_server import ForkServer
 
 FIT = """
 import json, sys, warnings
@@ -16,7 +16,7 @@ import keras, keras_ckpt as kc
 
 model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(500), keras.layers.Dense(1)])
 model.compile("adam", "mse", run_eagerly=True)
-on_full_disk, path = sys.argv[1], sys.argv[2] + "/run"
+path, on_full_disk = sys.argv[1] + "/run", sys.argv[2]
 checkpoint = kc.ModelCheckpoint(path, keep=kc.LatestN(9), on_full_disk=on_full_disk)
 x, y = np.zeros((4, 100), "float32"), np.zeros((4, 1), "float32")
 error = None
@@ -85,28 +85,40 @@ print(json.dumps(outcomes))
 """
 
 
-def on_a_small_disk(tmp_path: pathlib.Path, size: str, script: str, *arguments: str) -> object:
-    """Runs a script whose first argument is a file system in memory of that size, and gives what it printed."""
+MOUNT = """
+import subprocess, sys
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sys.argv[1]}", "none", sys.argv[2]], check=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[ForkServer]:
+    """A server in a name space of its own, where everybody may mount a file system."""
+    private = ("unshare", "-rm")
     probe = subprocess.run(
-        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path], check=False, capture_output=True
+        [*private, "mount", "-t", "tmpfs", "none", tmp_path_factory.mktemp("probe")], check=False, capture_output=True
     )
     if probe.returncode:
         pytest.skip(f"no file system can be mounted here: {probe.stderr.decode().strip()}")
-    mount = f'mount -t tmpfs -o size={size} none "$1" && exec "$2" -c "$3" "${{@:4}}"'
-    result = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", mount, "bash", tmp_path, sys.executable, script, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HOME": str(tmp_path)},
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    with contextlib.closing(ForkServer(*private)) as server:
+        yield server
 
 
-def test_training_goes_on_with_a_warning(tmp_path) -> None:
+@pytest.fixture
+def on_a_small_disk(server, tmp_path) -> Callable[..., object]:
+    """A function that runs a script whose first argument is a file system in memory, and gives the printed JSON."""
+
+    def run(size: str, script: str, *arguments: str) -> object:
+        for result in (server.run(MOUNT, size, tmp_path), server.run(script, tmp_path, *arguments)):
+            assert result.returncode == 0, result.stderr[-2000:]
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_training_goes_on_with_a_warning(on_a_small_disk) -> None:
     """What fits is kept whole; the user hears of what did not, and the next save works once there is room."""
-    found = on_a_small_disk(tmp_path, "1500k", FIT, "warn", str(tmp_path))
+    found = on_a_small_disk("1500k", FIT, "warn")
 
     assert found["kept"] == [1, 2]
     assert found["whole"]
@@ -116,9 +128,9 @@ def test_training_goes_on_with_a_warning(tmp_path) -> None:
     assert found["afterwards"] == [2, 5]
 
 
-def test_an_argument_makes_it_an_error(tmp_path) -> None:
+def test_an_argument_makes_it_an_error(on_a_small_disk) -> None:
     """Which ends the training."""
-    found = on_a_small_disk(tmp_path, "1500k", FIT, "raise", str(tmp_path))
+    found = on_a_small_disk("1500k", FIT, "raise")
 
     assert "Could not save step 3" in found["error"]
     assert found["kept"] == [1, 2]
@@ -155,16 +167,16 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("suffix", ["keras", "weights.h5", "h5"])
-def test_a_full_disk_leaves_the_file_of_before(tmp_path, suffix) -> None:
+def test_a_full_disk_leaves_the_file_of_before(on_a_small_disk, suffix) -> None:
     """Each save is a warning, and the process ends with exit code 0: h5py's own driver would crash it."""
-    found = on_a_small_disk(tmp_path, "1500k", FILES, str(tmp_path), suffix)
+    found = on_a_small_disk("1500k", FILES, suffix)
 
     assert found == {"full": 2, "kept": [1], "whole": True}
 
 
-def test_whatever_the_room_nothing_is_lost(tmp_path, tally, long) -> None:
+def test_whatever_the_room_nothing_is_lost(on_a_small_disk, tally, long) -> None:
     """From none to more than is needed, a page more each time; with the look at the room before, and without."""
-    for outcome in on_a_small_disk(tmp_path, "16k", SIZES, str(tmp_path), "80" if long else "40"):
+    for outcome in on_a_small_disk("16k", SIZES, "80" if long else "40"):
         tally["trials"] += 1
         tally["full"] += outcome["full"]
         tally["lost"] += outcome["lost"]
