@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -20,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.pop("COLUMNS", None)  # a table would fit this width; a pipe has none
 
+from support.fork_server import ForkServer
 from support.runs import HOLD, Filler
 
 
@@ -38,6 +40,13 @@ def holder(tmp_path):
     yield process
     process.kill()
     process.communicate()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """The server of a test worker, which runs scripts in processes of their own with Keras loaded."""
+    with contextlib.closing(ForkServer()) as server:
+        yield server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

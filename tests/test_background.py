@@ -32,6 +32,12 @@ from keras_ckpt.store.writer import Writer
 from support.models import Interrupts, X, Y, dense_model, fit, same, values
 
 
+@pytest.fixture
+def python(fork_server) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """A function that runs code with the names of this module in another process."""
+    return lambda code: fork_server.run(f"import sys, warnings\nfrom test_background import *\n{code}")
+
+
 @pytest.fixture(autouse=True)
 def _free(monkeypatch) -> Iterator[None]:
     """Frees the busy threads of a failed test, which would block the other tests."""
@@ -267,7 +273,7 @@ class TestSavesDuringASave:
             kc.restore(model, tmp_path / name)
             assert [each.tobytes() for each in values(model)] == expected
 
-    def test_a_backup_by_batches_is_skipped_but_the_backup_of_a_signal_waits(self, tmp_path) -> None:
+    def test_a_backup_by_batches_is_skipped_but_the_backup_of_a_signal_waits(self, python, tmp_path) -> None:
         """The process may end after the signal."""
         code = f"""
 warnings.simplefilter("ignore")
@@ -475,7 +481,7 @@ class TestUnreportedErrors:
 
         assert on_disk(tmp_path / "other") == ["ckpt-5"]
 
-    def test_the_end_of_the_process_prints_a_failed_save_to_stderr(self, tmp_path) -> None:
+    def test_the_end_of_the_process_prints_a_failed_save_to_stderr(self, python, tmp_path) -> None:
         (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
         ended = python(f"""
 checkpoint = kc.ModelCheckpoint({str(tmp_path)!r}, save_freq=2)
@@ -484,7 +490,7 @@ fit(dense_model(), checkpoint, Interrupts(2, RuntimeError("no more")), batches=9
 
         assert "has a file ckpt-2.data-00000-of-00001" in ended.stderr
 
-    def test_a_process_that_a_signal_ends_prints_a_failed_save_to_stderr(self, tmp_path) -> None:
+    def test_a_process_that_a_signal_ends_prints_a_failed_save_to_stderr(self, python, tmp_path) -> None:
         """The backup is saved, the checkpoint of the same batch is not."""
         code = f"""
 path = pathlib.Path({str(tmp_path)!r})
@@ -621,7 +627,7 @@ def test_a_job_whose_submission_ctrl_c_interrupts_is_waited_for_if_it_began(monk
 class TestExit:
     """The end of the training, or of the process."""
 
-    def test_a_process_ends_after_ctrl_c_during_the_start_of_the_writing_thread(self, tmp_path) -> None:
+    def test_a_process_ends_after_ctrl_c_during_the_start_of_the_writing_thread(self, python, tmp_path) -> None:
         ended = python(f"""
 start = threading.Thread.start
 def interrupted(thread):
@@ -638,7 +644,7 @@ except KeyboardInterrupt:
         assert ended.returncode == 0, ended.stderr
         assert on_disk(tmp_path) == ["ckpt-5"]
 
-    def test_the_exit_of_the_process_waits_for_all_saves(self, tmp_path) -> None:
+    def test_the_exit_of_the_process_waits_for_all_saves(self, python, tmp_path) -> None:
         """An error in another callback ended the training, which did not wait."""
         ended = python(f"""
 busy = Busy()
@@ -813,10 +819,3 @@ class Adds(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None) -> None:
         self.path.write_bytes(b"mine")
-
-
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs code with the names of this module in another process."""
-    here = os.path.dirname(__file__)
-    code = f"import sys, warnings\nsys.path.insert(0, {here!r})\nfrom test_background import *\n{code}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import sys
 
 import keras
 import numpy as np
@@ -304,31 +303,24 @@ def test_a_directory_of_checkpoints_and_a_file_share_a_folder(folder) -> None:
     assert [record.epoch for record in kc.CheckpointDirectory("runs/best.keras")] == [1]
 
 
-def test_a_killed_process_leaves_the_file_of_before_or_the_new_file(folder) -> None:
+def test_a_killed_process_leaves_the_file_of_before_or_the_new_file(fork_server, folder) -> None:
     """The process is killed while it saves again and again; the file always loads, with its own record."""
     import random
-    import signal
-    import subprocess
     import time
 
     script = """
-import keras, sys, keras_ckpt as kc
-sys.path[:0] = [sys.argv[1]]
+import keras_ckpt as kc
 from support.models import dense_model, fit
-print("begins", flush=True)
 fit(dense_model(), kc.ModelCheckpoint("last.keras", save_freq=1), epochs=400)
 """
     for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(pathlib.Path(__file__).parent)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "begins\n"
+        process = fork_server.start(script)
         deadline = time.monotonic() + 60
         while not (folder / "last.keras").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(random.random())
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.wait()
 
         model = keras.models.load_model("last.keras")
         record = kc.CheckpointDirectory("last.keras").latest()

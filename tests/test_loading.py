@@ -3,8 +3,6 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import textwrap
 import threading
 import zlib
@@ -111,25 +109,26 @@ def test_a_loaded_model_has_all_values_of_the_saved_model(tmp_path, way) -> None
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
-def test_another_process_loads_the_model_and_continues_exactly(tmp_path) -> None:
+def test_another_process_loads_the_model_and_continues_exactly(fork_server, tmp_path, monkeypatch) -> None:
     """The weights are those of a training without an interruption. The directory accepts the continued run."""
     unbroken = compiled()
     fit(unbroken, epochs=3)
     fit(compiled(), kc.ModelCheckpoint(tmp_path / "run"), epochs=2)
     np.savez(tmp_path / "data.npz", x=X, y=Y)
     program = """
-        import sys, keras, numpy as np, keras_ckpt as kc
+        import warnings, numpy as np, keras_ckpt as kc
+        warnings.simplefilter("error", UserWarning)
         data = np.load("data.npz")
         model = kc.load_model("run")
         model.fit(data["x"][:5], data["y"][:5], batch_size=1, shuffle=False, verbose=0, initial_epoch=2, epochs=3,
                   callbacks=[kc.ModelCheckpoint("run")])
         np.savez("weights.npz", *[each.numpy() for each in (*model.variables, *model.optimizer.variables)])
     """
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(kc.__file__).parents[1])}
+    monkeypatch.chdir(tmp_path)
 
-    program = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(program)]
-    subprocess.run(program, check=True, cwd=tmp_path, env=environment)
+    ended = fork_server.run(textwrap.dedent(program))
 
+    assert ended.returncode == 0, ended.stderr
     found = np.load(tmp_path / "weights.npz")
     values = [each.numpy() for each in (*unbroken.variables, *unbroken.optimizer.variables)]
     assert [found[name].tobytes() for name in found] == [value.tobytes() for value in values]

@@ -1,13 +1,9 @@
 """What the restart of a backed-up fit reads before its first new batch."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-HERE = pathlib.Path(__file__).parent
 PROGRAM = """
 import collections, json, os, signal, sys
 import keras
@@ -46,22 +42,12 @@ dense_model().fit(data, epochs=3, shuffle=False, verbose=0, callbacks=[backup, E
 """
 
 
-def run(*arguments: object) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        cwd=HERE.parent,
-        env={"PYTHONPATH": f"{HERE}:{HERE.parent}"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    ).stdout
-
-
 @pytest.mark.parametrize(("step", "batch"), [(4, 4), (10, 0)])
-def test_a_restart_lists_twice_recovers_once_and_reads_every_digest_once(tmp_path, step, batch) -> None:
+def test_a_restart_lists_twice_recovers_once_and_reads_every_digest_once(fork_server, tmp_path, step, batch) -> None:
     """A restart within an epoch restores the model twice. The second time reads files that the first has verified."""
-    run(tmp_path, step + 1, step)
-    [told] = [line for line in run(tmp_path, 0, step).splitlines() if line.startswith("{")]
+    fork_server.run(PROGRAM, tmp_path, step + 1, step)
+    printed = fork_server.run(PROGRAM, tmp_path, 0, step).stdout
+    [told] = [line for line in printed.splitlines() if line.startswith("{")]
     counts = json.loads(told)
 
     assert counts.pop("batch") == batch

@@ -504,7 +504,7 @@ def test_a_restart_with_another_jit_compile_gives_a_warning(backup) -> None:
         train(kc.BackupAndRestore(backup, data=data()), model=other)
 
 
-def test_a_restart_with_other_determinism_of_operations_gives_a_warning(backup) -> None:
+def test_a_restart_with_other_determinism_of_operations_gives_a_warning(fork_server, backup) -> None:
     """The last bits depend on determinism. It cannot be turned off in a process, so another process turns it on."""
     program = """
 import sys
@@ -519,19 +519,11 @@ if sys.argv[2] == "on":
 backup = kc.BackupAndRestore(sys.argv[1], data=kc.ResumableDataset(X, Y, batch_size=4), delete_checkpoint=False)
 dense_model().fit(backup.data, epochs=int(sys.argv[3]), shuffle=False, verbose=0, callbacks=[backup])
 """
-    warnings = [
-        subprocess.run(
-            [sys.executable, "-c", program, backup, *arguments],
-            env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-        for arguments in (("off", "1"), ("on", "2"))
-    ]
+    first, second = (fork_server.run(program, backup, *arguments) for arguments in (("off", 1), ("on", 2)))
 
-    assert "may differ" not in warnings[0]
-    assert "may differ in the last bits: deterministic operations True, False before" in warnings[1]
+    assert first.returncode == second.returncode == 0
+    assert "may differ" not in first.stderr
+    assert "may differ in the last bits: deterministic operations True, False before" in second.stderr
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras's variables, when TensorBoard reads them
@@ -810,12 +802,10 @@ train(backup, Signals())
     ids=["one", "one with an exit code", "two"],
 )
 def test_a_signal_ends_the_process_after_the_batch_and_a_second_signal_at_once(
-    backup, monkeypatch, signals, exit_code, code, steps
+    fork_server, backup, signals, exit_code, code, steps
 ) -> None:
     """The process ends with the usual exit code of the signal, or with `exit_code`."""
-    monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE}")
-
-    ended = subprocess.run([sys.executable, "-c", PROGRAM, backup, str(signals), repr(exit_code)], check=False)
+    ended = fork_server.run(PROGRAM, backup, signals, repr(exit_code))
 
     assert ended.returncode == code
     assert [record.step for record in kc.CheckpointDirectory(backup)] == steps

@@ -2,10 +2,7 @@
 
 import fcntl
 import os
-import pathlib
 import pickle
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -14,9 +11,16 @@ import pytest
 import keras_ckpt as kc
 from support import zoo
 
+PROGRAM = """
+import pathlib, sys, warnings
+from support import zoo
+warnings.simplefilter("error", UserWarning)
+zoo.main(pathlib.Path(sys.argv[1]))
+"""
+
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(fork_server, tmp_path_factory):
     """The directory where another process saved all models, and their outputs there. Test workers share it."""
     path = tmp_path_factory.getbasetemp()
     path = (path.parent if os.environ.get("PYTEST_XDIST_WORKER") else path) / "zoo"
@@ -24,9 +28,8 @@ def saved(tmp_path_factory):
     with open(path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (path / "found.pickle").exists():
-            environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(kc.__file__).parents[1])}
-            program = [sys.executable, "-W", "error::UserWarning", zoo.__file__, str(path)]
-            subprocess.run(program, check=True, env=environment)
+            ended = fork_server.run(PROGRAM, path)
+            assert ended.returncode == 0, ended.stderr
     return path, pickle.loads((path / "found.pickle").read_bytes())
 
 

@@ -126,13 +126,12 @@ def test_of_several_writers_one_writes(tmp_path, tally, long) -> None:
     assert len(acknowledged) == saves
 
 
-def test_readers_are_not_disturbed_by_one_who_prunes(tmp_path, tally, long) -> None:
+def test_readers_are_not_disturbed_by_one_who_prunes(fork_server, tmp_path, tally, long) -> None:
     """Eight processes restore while another saves and keeps one: each gets one checkpoint, whole, without a warning."""
-    process = start(READERS_AND_A_WRITER, tmp_path / "run", 8, 625 if long else 25)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors[-2000:]
+    ended = fork_server.run(READERS_AND_A_WRITER, tmp_path / "run", 8, 625 if long else 25)
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
-    *readers, writer = map(json.loads, printed.splitlines())
+    *readers, writer = map(json.loads, ended.stdout.splitlines())
     tally["trials"] = sum(reader["restores"] for reader in readers)
     tally["saves"] = writer["saves"]
     tally["invalid"] = sum(reader["mixed"] for reader in readers)

@@ -6,11 +6,9 @@ The program `python zoo.py DIRECTORY` makes, trains and saves each model, and wr
 from __future__ import annotations
 
 import inspect
-import os
 import pathlib
 import pickle
 import random
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -323,8 +321,3 @@ def main(path: pathlib.Path) -> None:
         found[f"metric {name}"] = results(model)
     with open(path / "found.pickle", "wb") as file:
         pickle.dump(found, file)
-
-
-if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
-    os._exit(0)
