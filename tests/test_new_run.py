@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import keras_ckpt as kc
 from keras_ckpt.cli import main
 from keras_ckpt.store.writer import SaveRequest, Writer
-from reliability.trainer import Child, station
+from reliability.trainer import Child, keras_station
 from support.models import Interrupts, Reports, dense_model, fit, into_a_stage
 from support.restarts import prepare
 from support.runs import Filler, payload
@@ -29,7 +29,7 @@ def runs(tmp_path) -> kc.CheckpointDirectory:
 @pytest.fixture(scope="module")
 def forks():
     """A process that has loaded TensorFlow, to fork trainers from."""
-    with station(prepare) as place:
+    with keras_station(prepare) as place:
         yield place
 
 

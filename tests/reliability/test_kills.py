@@ -51,7 +51,7 @@ def plain_station():
 @pytest.fixture(scope="module")
 def real_station():
     """A station with TensorFlow."""
-    with station(RealModel().prepare) as place:
+    with RealModel().station() as place:
         yield place
 
 

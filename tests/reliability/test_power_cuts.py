@@ -10,7 +10,7 @@ import pytest
 
 from keras_ckpt.store.policies import BestN, LatestN
 from reliability import power
-from reliability.trainer import Job, Noise, RealModel, station
+from reliability.trainer import Job, Noise, RealModel
 
 KEEPS = (LatestN(1), LatestN(3), LatestN(2) | BestN(2, "loss", "min"))
 
@@ -20,7 +20,7 @@ def disk(kind, path, payload):
     """A file system of its own: its image, a directory in it, and how to call what sees it mounted."""
     image, place = str(path / "image"), path / "mounted"
     place.mkdir()
-    with station(payload.prepare) as process:
+    with payload.station() as process:
 
         def call(function, *arguments):
             return process.submit(function, *arguments).result()

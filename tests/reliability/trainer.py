@@ -11,7 +11,7 @@ import os
 import pathlib
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 
 from keras_ckpt.store.directory import CheckpointDirectory
@@ -24,23 +24,23 @@ Acknowledge = Callable[[CheckpointRecord], None]
 _forks = multiprocessing.get_context("fork")
 
 
-def station(*prepare: Callable[[], object]) -> concurrent.futures.ProcessPoolExecutor:
-    """A process without threads, to fork trainers from once it is prepared."""
-    return concurrent.futures.ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), initializer=_run_all, initargs=(prepare,)
-    )
+def station() -> concurrent.futures.ProcessPoolExecutor:
+    """A process without threads and without TensorFlow, to fork trainers from."""
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _run_all(actions: Sequence[Callable[[], object]]) -> None:
-    for action in actions:
-        action()
+def keras_station(prepare: Callable[[], object]) -> concurrent.futures.ProcessPoolExecutor:
+    """A process without threads, to fork trainers from once it is prepared. All such processes import Keras once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["keras", "sklearn.datasets"])
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=prepare)
 
 
 class Noise:
     """Checkpoints that are made without TensorFlow; no two are equal."""
 
-    def prepare(self) -> None:
-        """Nothing is needed."""
+    def station(self) -> concurrent.futures.ProcessPoolExecutor:
+        return station()
 
     def write(self, step: int, directory: CheckpointDirectory) -> Write:
         return payload(b"%d " % step + os.urandom(random.randrange(20_000)))
@@ -55,12 +55,8 @@ class Noise:
 class RealModel:
     """Checkpoints of a small model; its first bias is the step."""
 
-    def prepare(self) -> None:
-        """Loads TensorFlow and builds the model before trainers are forked, to be there in each."""
-        from keras_ckpt.formats import sharing
-
-        _real_model()
-        sharing._WORTHWHILE = 1
+    def station(self) -> concurrent.futures.ProcessPoolExecutor:
+        return keras_station(_prepare_real_model)
 
     def write(self, step: int, directory: CheckpointDirectory) -> Write:
         import numpy as np
@@ -83,6 +79,14 @@ class RealModel:
         bias = tf.train.load_variable(record.prefix, "model/dense/bias/.ATTRIBUTES/VARIABLE_VALUE")
         (step,) = set(bias.tolist())
         return int(step)
+
+
+def _prepare_real_model() -> None:
+    """Builds the model before trainers are forked, so that each trainer has it."""
+    from keras_ckpt.formats import sharing
+
+    _real_model()
+    sharing._WORTHWHILE = 1
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from keras_ckpt.store.directory import CheckpointDirectory
-from reliability.trainer import station
+from reliability.trainer import keras_station
 from resume import script
 
 _forks = multiprocessing.get_context("fork")
@@ -22,7 +22,7 @@ _forks = multiprocessing.get_context("fork")
 
 def prepared():
     """A station that has TensorFlow loaded."""
-    return station(script.prepare)
+    return keras_station(script.prepare)
 
 
 class Process:

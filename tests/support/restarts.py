@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from reliability.trainer import Child, station
+from reliability.trainer import Child, keras_station
 
 
 def prepare() -> None:
@@ -24,7 +24,7 @@ def trainer() -> Iterator[Callable[..., list[str]]]:
 
     It returns the errors that refused the training.
     """
-    with station(prepare) as place:
+    with keras_station(prepare) as place:
         yield lambda path, batches=1000: place.submit(_run, str(path), batches).result()
 
 
