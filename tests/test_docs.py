@@ -64,7 +64,7 @@ def trained(tmp_path_factory) -> pathlib.Path:
 
     path = tmp_path_factory.mktemp("trained")
     checkpoint = kc.ModelCheckpoint(path / "runs" / "digits", monitor="val_accuracy")
-    model = dense_model(metrics=["accuracy"])
+    model = dense_model(metrics=["accuracy"], run_eagerly=False)
     fit(model, checkpoint, epochs=3, batches=40, validation_data=(X, Y))
     return path
 
@@ -78,7 +78,7 @@ def test_the_example_runs(tmp_path, monkeypatch, trained, name) -> None:
     from support.models import X, Y, dense_model
 
     monkeypatch.chdir(tmp_path)
-    model = dense_model(metrics=["accuracy"])
+    model = dense_model(metrics=["accuracy"], run_eagerly=False)
     if name not in ("ModelCheckpoint", "CheckpointManager"):
         shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
         kc.restore(model, "runs/digits")
