@@ -7,6 +7,7 @@ import pathlib
 import re
 import threading
 import time
+from collections.abc import Callable
 
 import keras
 import pytest
@@ -69,15 +70,14 @@ def steps(path: pathlib.Path) -> list[int]:
 
 
 @pytest.fixture
-def slow_disk(monkeypatch) -> None:
-    """Each sync takes 20 ms longer, so a save takes longer than several batches."""
+def slow_disk(monkeypatch) -> Callable[[float], None]:
+    """A function that makes each sync take so many seconds longer. A save takes longer than several batches then."""
     sync = os.fsync
 
-    def slow(descriptor: int) -> None:
-        time.sleep(0.02)
-        sync(descriptor)
+    def slow(seconds: float) -> None:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(seconds), sync(descriptor)))
 
-    monkeypatch.setattr(os, "fsync", slow)
+    return slow
 
 
 class Watch(keras.callbacks.Callback):
@@ -108,6 +108,7 @@ def assert_near(behind: list[tuple[int, float]]) -> None:
 
 def test_training_waits_for_a_slow_disk_with_two_callbacks_that_save_each_batch(tmp_path, slow_disk) -> None:
     """Small models train faster than the disk writes."""
+    slow_disk(0.02)
     backup, run = tmp_path / "backup", tmp_path / "run"
     watch = Watch(backup, run)
     callbacks = [kc.ModelCheckpoint(run, save_freq=1), kc.BackupAndRestore(backup, save_freq=1)]
@@ -120,6 +121,7 @@ def test_training_waits_for_a_slow_disk_with_two_callbacks_that_save_each_batch(
 
 def test_a_waiting_backup_is_not_replaced_forever(tmp_path, slow_disk) -> None:
     """The oldest waiting backup keeps its place beside a callback that fills the queue."""
+    slow_disk(0.01)
     backup, run = tmp_path / "backup", tmp_path / "run"
     watch = Watch(backup)
 
@@ -136,6 +138,7 @@ def test_a_waiting_backup_is_not_replaced_forever(tmp_path, slow_disk) -> None:
 
 def test_the_backup_of_a_step_is_written_before_the_checkpoint_of_the_step(tmp_path, slow_disk) -> None:
     """After a restart from the backup the checkpoint is saved again."""
+    slow_disk(0.01)
     run, backup = tmp_path / "run", tmp_path / "backup"
     order: list[tuple[list[int], list[int]]] = []
 
@@ -159,6 +162,7 @@ def test_the_backup_of_a_step_is_written_before_the_checkpoint_of_the_step(tmp_p
 
 def test_a_callback_without_a_policy_saves_every_due_checkpoint(tmp_path, slow_disk) -> None:
     """Training waits for a slow disk."""
+    slow_disk(0.01)
     fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1), batches=12)
 
     assert steps(tmp_path) == [*range(1, 13)]
@@ -170,6 +174,7 @@ def test_a_callback_without_a_policy_saves_every_due_checkpoint(tmp_path, slow_d
 )
 def test_a_waiting_save_that_the_policy_would_not_keep_is_replaced(tmp_path, slow_disk, keep, kept) -> None:
     """The disk has less to write, and the same checkpoints stay."""
+    slow_disk(0.01)
     written = set()
 
     class Looks(keras.callbacks.Callback):
@@ -184,6 +189,7 @@ def test_a_waiting_save_that_the_policy_would_not_keep_is_replaced(tmp_path, slo
 
 def test_a_custom_policy_never_causes_a_replacement(tmp_path, slow_disk) -> None:
     """The package does not know which records it selects."""
+    slow_disk(0.01)
 
     seen: set[int] = set()
 

@@ -441,9 +441,11 @@ def test_the_demo_shows_a_policy_and_restores_the_best(tmp_path) -> None:
     ]
 
 
-def test_the_demo_can_run_again(runs) -> None:
+def test_the_demo_can_run_again(fork_server, runs) -> None:
     """An earlier run stays, and the demo says where it trains."""
-    out = demonstrate(runs.path)
+    ended = fork_server.run("import sys\nfrom keras_ckpt.cli import main\nmain(['demo', sys.argv[1]])", runs.path)
+    assert ended.returncode == 0, ended.stderr
+    out = ended.stdout
 
     assert f"This run has a directory of its own: {runs.path}/2" in out
     assert len(kc.CheckpointDirectory(f"{runs.path}/2")) == 1

@@ -116,6 +116,7 @@ def weights(model: keras.Model) -> list[np.ndarray]:
     return [each.numpy() for each in model.weights if "seed" not in each.path]
 
 
+@pytest.mark.sample(50)
 @pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "not compiled"])
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("name", MODELS)

@@ -38,6 +38,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("batch", [3, 4, 24])
 @pytest.mark.parametrize("name", TARGETS)
 def test_class_weights_act_as_in_fit(name, batch) -> None:

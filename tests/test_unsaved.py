@@ -197,6 +197,7 @@ def model_of(layer: keras.layers.Layer) -> keras.Model:
     return model
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
 @pytest.mark.parametrize(
     "make",
