@@ -1,7 +1,4 @@
-"""Every stateful layer of Keras, every optimizer and every metric, each in a small model.
-
-The program `python zoo.py DIRECTORY` makes, trains and saves each model, and writes the outputs of the models.
-"""
+"""Every stateful layer of Keras, every optimizer and every metric, each in a small model."""
 
 from __future__ import annotations
 
