@@ -205,25 +205,29 @@ def test_written_by_keras_is_a_file_in_memory(model, kind, begin) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
-def test_asked_by_keras_has_the_objects_that_save_variables(model) -> None:
+def test_places_in_files_has_the_objects_that_save_variables(model) -> None:
     """The path of an object is its group in Keras's file."""
     with h5py.File(io.BytesIO(internals.written_by_keras(model, "weights"))) as file:
         saved = {f"{path}/vars/{name}" for path in ("layers/dense", "optimizer") for name in file[path]["vars"]}
 
-    asked = internals.asked_by_keras(model)
+    places = internals.places_in_files(model)
 
-    assert asked["layers/dense"][0] is model.layers[0]
-    assert asked["layers/dense"][1]["0"] is model.layers[0].kernel
-    assert asked["optimizer"][0] is model.optimizer
-    assert asked["optimizer"][1]["2"] is model.optimizer.variables[2]
-    assert saved <= {f"{path}/vars/{name}" for path, (_, answers) in asked.items() for name in answers}
+    assert places["layers/dense"] is model.layers[0]
+    assert places["optimizer"] is model.optimizer
+    assert saved <= {f"{path}/vars/{name}" for path, each in places.items() for name in internals.answers_of(each)}
 
 
-def test_asked_by_keras_makes_the_sets_of_skipped_attributes_once(model) -> None:
+def test_answers_of_an_object_are_its_variables(model) -> None:
+    """Keras's own optimizer would answer with copies of their values."""
+    assert internals.answers_of(model.layers[0])["0"] is model.layers[0].kernel
+    assert internals.answers_of(model.optimizer)["2"] is model.optimizer.variables[2]
+
+
+def test_places_in_files_makes_the_sets_of_skipped_attributes_once(model) -> None:
     """Keras 3.15 would make an optimizer or a layer for each set."""
     keras.backend.clear_session()
 
-    internals.asked_by_keras(model)
+    internals.places_in_files(model)
 
     for kind in ("Layer", "Sequential", "Optimizer"):
         assert saving_lib.get_attr_skipset(kind) is saving_lib.get_attr_skipset(kind)

@@ -59,9 +59,11 @@ def build(config: Config, custom_objects: Mapping[str, Any] | None, compiles: bo
     memory = backend.VariableLimit(limit)
     try:
         with memory.scope():
-            model = keras_internals.built_from({**config.config, "compile_config": None}, known)
+            plain = {**config.config, "compile_config": None} if compiles else _uncompiled(config.config)
+            model = keras_internals.built_from(plain, known)
             # The optimizer names its slots by the paths.
-            _set_paths(model, config.paths)
+            if _set_paths(model, config.paths):
+                _compile_inner_again(model, known)
             if compiles and config.config.get("compile_config"):
                 keras_internals.compile_from(model, config.config["compile_config"], known)
     except Exception as error:
@@ -94,19 +96,30 @@ def _parts(model: Any) -> list[Any]:
     return [*layers_of(model), *model.variables] if isinstance(model, keras.Model) else []
 
 
-def _set_paths(model: Any, paths: Sequence[str]) -> None:
+def _set_paths(model: Any, paths: Sequence[str]) -> bool:
     """Gives the layers and variables of a model the paths that they had when it was saved, for their names on disk.
 
     Keras builds the layers of a config one by one, not in the scope of the layers around them.
+
+    Returns:
+        Whether the paths fit the model. The layers of another model keep their own paths.
     """
     parts = _parts(model)
     if len(parts) != len(paths):
-        return
+        return False
     pairs = [*zip(parts, paths, strict=True)]
     # A subclassed model names its layers itself, and builds them in its own scope, as when it was saved.
-    if all(_end(each, each.path or "") == _end(each, path) for each, path in pairs):
-        for each, path in pairs:
-            keras_internals.set_path(each, path)
+    fits = all(_end(each, each.path or "") == _end(each, path) for each, path in pairs)
+    for each, path in pairs if fits else ():
+        keras_internals.set_path(each, path)
+    return fits
+
+
+def _compile_inner_again(model: keras.Model, known: Mapping[str, Any]) -> None:
+    """Compiles the compiled models in a model again: their optimizers named the slots by the paths of before."""
+    for each in layers_of(model)[1:]:
+        if isinstance(each, keras.Model) and each.compiled and (settings := each.get_compile_config()):
+            keras_internals.compile_from(each, settings, known)
 
 
 def _end(each: Any, path: str) -> str:
@@ -167,6 +180,13 @@ def _objects(config: Any) -> Iterator[dict[str, Any]]:
             waiting += reversed([*each.values()])
         elif isinstance(each, list):
             waiting += reversed(each)
+
+
+def _uncompiled(config: Any) -> Any:
+    """A config without the settings of `compile`, for the models in a model too."""
+    if isinstance(config, dict):
+        return {name: _uncompiled(each) for name, each in config.items() if name != "compile_config"}
+    return [*map(_uncompiled, config)] if isinstance(config, list) else config
 
 
 def _refusal(memory: backend.VariableLimit, config: Config, error: Exception | None) -> CannotBuildError:

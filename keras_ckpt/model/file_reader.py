@@ -22,7 +22,7 @@ from keras_ckpt.model import naming
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.checkpoint_reader import errors_as_damage
 from keras_ckpt.model.file_snapshot import dataset_of
-from keras_ckpt.model.keras_internals import asked_by_keras
+from keras_ckpt.model.keras_internals import answers_of, places_in_files
 from keras_ckpt.model.learned import learners, learns_elsewhere
 from keras_ckpt.model.matching import Kind, is_lora
 from keras_ckpt.store.files import Folder
@@ -117,16 +117,12 @@ class FileSource:
         """Gives the values of the file the names of the model's variables, and describes the model's objects."""
         variables = naming.named_variables(model)
         names = {id(variable): name for name, variable in variables.items()}
-        asked = asked_by_keras(model)
-        self._places = {id(owner): path for path, (owner, _) in asked.items()}
-        asked = {path: pair for path, pair in asked.items() if not path or self._is_of(path, pair[0])}
-        known = {
-            value: name
-            for path, (owner, answers) in asked.items()
-            for value, name in self._known(path, owner, answers, names)
-        }
-        places = {self._places[id(each)]: name for name, each in self._objects.items() if id(each) in self._places}
-        named = {place: name for place, name in places.items() if place in asked}
+        places = places_in_files(model)
+        self._places = {id(owner): path for path, owner in places.items()}
+        asked = {path: owner for path, owner in places.items() if not path or self._is_of(path, owner)}
+        known = {value: name for path, owner in asked.items() for value, name in self._known(path, owner, names)}
+        found = {self._places[id(each)]: name for name, each in self._objects.items() if id(each) in self._places}
+        named = {place: name for place, name in found.items() if place in asked}
         self._names = {path: known.get(path) or self._name_of_other(path, named) for path in self._file.datasets}
         self._paths = {name: path for path, name in self._names.items()}
         there = {name: self._file.datasets[path] for name, path in self._paths.items()}
@@ -139,11 +135,9 @@ class FileSource:
         built = {prefix: trained for prefix in optimizers if self._is_built(prefix, named, trained)}
         self.description = Description(optimizers=built, objects=self._learned(known))
 
-    def _known(
-        self, path: str, owner: Any, answers: Mapping[str, Any], names: Mapping[int, str]
-    ) -> Iterator[tuple[str, str]]:
-        """The names of variables by the paths of their values, for an object with its answers."""
-        for key, value in answers.items():
+    def _known(self, path: str, owner: Any, names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+        """The names of an object's variables by the paths of their values."""
+        for key, value in _answers(owner).items():
             if id(value) in names:
                 yield dataset_of(path, key), names[id(value)]
             elif getattr(owner, "lora_enabled", False):
@@ -169,7 +163,9 @@ class FileSource:
         if place in objects:
             return f"{objects[place]}/{key}"
         segments = [segment for segment in place.split("/") if segment != "layers"]
-        part, *inner = segments if segments[0] == _OPTIMIZER else ("model", *segments)
+        # A model in the model may have an optimizer too.
+        part = _OPTIMIZER if _OPTIMIZER in segments else "model"
+        inner = [segment for segment in segments if segment != _OPTIMIZER]
         saved, own = self._file.names.get(path.rpartition("/")[0]), "".join(inner[-1:])
         if saved and not naming.is_same_name(own, saved, own.rstrip("_0123456789")):
             inner[-1:] = [saved]  # a user's name
@@ -215,6 +211,14 @@ class FileSource:
                 found[path.removeprefix(start)] = Asset(len(self.assets), len(data), digest)
                 self.assets.append(data)
         return found
+
+
+def _answers(owner: Any) -> dict[str, Any]:
+    """The values that an object would save, none if it can save nothing yet, such as a layer that is not adapted."""
+    try:
+        return answers_of(owner)
+    except Exception:  # noqa: BLE001 - a restore does not need the answer
+        return {}
 
 
 def _owner(path: str) -> str:

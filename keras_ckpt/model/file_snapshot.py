@@ -32,7 +32,7 @@ from keras_ckpt.formats.threads import begin
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model import naming, parts
 from keras_ckpt.model import tensorflow as backend
-from keras_ckpt.model.keras_internals import asked_by_keras, config_of, value_of, written_by_keras
+from keras_ckpt.model.keras_internals import answers_of, config_of, places_in_files, value_of, written_by_keras
 from keras_ckpt.model.learned import Steady, files_of
 from keras_ckpt.model.snapshot import Snapshot, arena_of
 from keras_ckpt.model.structure import Structure
@@ -281,7 +281,8 @@ class _Plan:
     def _note_sources(self, keys: Mapping[int, str]) -> dict[str, Any]:
         """Notes the source of each dataset. Returns the variables to read by key."""
         read = {}
-        for path, (owner, variables) in asked_by_keras(self._model).items():
+        for path, owner in places_in_files(self._model).items():
+            variables = answers_of(owner)
             is_fixed = _is_fixed(owner, variables)
             for name, value in variables.items():
                 dataset = dataset_of(path, name)
@@ -315,9 +316,7 @@ class _Plan:
         """The sources of the values of objects that are asked, by dataset."""
         found: dict[str, Source] = {}
         for path, owner in self._asked.items():
-            answers: dict[str, Any] = {}
-            owner.save_own_variables(answers)
-            for name, value in answers.items():
+            for name, value in answers_of(owner).items():
                 found[dataset_of(path, name)] = self._keys.get(id(value)) or _copy(value)
         return found
 

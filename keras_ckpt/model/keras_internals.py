@@ -164,36 +164,35 @@ def written_by_keras(model: keras.Model, kind: str) -> bytes:
     return memory.getvalue()
 
 
-def asked_by_keras(model: keras.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """The objects that Keras asks for their variables when it saves a model, by path, with their answers.
-
-    Most answers are variables themselves, not their values. A plain optimizer is not asked: it would copy the values of
-    its variables, in their order.
-    """
+def places_in_files(model: keras.Model) -> dict[str, Any]:
+    """The objects that Keras asks for their variables when it saves a model, by path."""
     _remember_skipped_attributes()
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    found: dict[str, Any] = {}
 
     class Notes(saving_lib.H5IOStore):
         def __init__(self) -> None:
             """Opens no file."""
 
         def __bool__(self) -> bool:
-            # Keras asks `saveable` if the store is true.
+            # Keras asks an object for its variables if the store is true.
             asker = inspect.currentframe().f_back.f_locals  # type: ignore[union-attr]
-            each = asker["saveable"]
-            if not _is_plain_optimizer(each):
-                return True
-            found[asker["inner_path"]] = each, {str(place): variable for place, variable in enumerate(each.variables)}
+            found[asker["inner_path"]] = asker["saveable"]
             return False
-
-        def make(self, path: str, metadata: Any = None) -> dict[str, Any]:
-            # Keras calls `saveable.save_own_variables(store.make(path))`.
-            asker = inspect.currentframe().f_back  # type: ignore[union-attr]
-            found[path] = asker.f_locals["saveable"], {}  # type: ignore[union-attr]
-            return found[path][1]
 
     saving_lib._save_state(model, Notes(), None, "", set())  # noqa: SLF001
     return found
+
+
+def answers_of(each: Any) -> dict[str, Any]:
+    """The answers of an object that Keras asks for its variables. Most answers are variables, not their values.
+
+    A plain optimizer is not asked: it would copy the values of its variables, in their order.
+    """
+    if _is_plain_optimizer(each):
+        return {str(place): variable for place, variable in enumerate(each.variables)}
+    answers: dict[str, Any] = {}
+    each.save_own_variables(answers)
+    return answers
 
 
 def _is_plain_optimizer(each: Any) -> bool:

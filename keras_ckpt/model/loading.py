@@ -20,7 +20,7 @@ from keras_ckpt.model.transfer import transfer
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.locating import read_checkpoint
-from keras_ckpt.store.notices import log
+from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.record import CheckpointRecord
 
 _OPTIMIZERS, _MORE = 8, 64 << 20
@@ -70,7 +70,13 @@ def load_model(
                 f"{prefix} {error} The values need no config: build the model in code, and call "
                 f"keras_ckpt.restore(model, {prefix!r})."
             ) from error.__cause__
-        transfer(model, files, name, record, RestoreRequest())
+        merged = bool(files.series.template and parts.lora_scales(model, _names(model)))
+        if merged:
+            warn(
+                f"{prefix} has the low-rank updates (LoRA) of its model merged into the kernels, as Keras saves them. "
+                "The updates begin at zero, and the optimizer is new."
+            )
+        transfer(model, files, name, record, RestoreRequest(weights_only=merged))
         return model
 
     model = read_checkpoint(checkpoint, read)
@@ -115,9 +121,13 @@ def _build(saved: _Saved, custom_objects: Mapping[str, Any], compiles: bool) -> 
 
 def _complete(model: keras.Model, saved: Description) -> None:
     """Gives a model the saved settings that its config does not have, or has of another moment."""
-    names = {id(variable): name for name, variable in named_variables(model).items()}
-    parts.set_lora_scales(model, names, saved.lora)
+    parts.set_lora_scales(model, _names(model), saved.lora)
     if saved.compiled is not None:
         objects = named_objects(model).items()
         optimizers = {name: each for name, each in objects if isinstance(each, keras.optimizers.Optimizer)}
         compiled.adopt(model, optimizers, saved.compiled)
+
+
+def _names(model: keras.Model) -> dict[int, str]:
+    """The names of a model's variables by identity."""
+    return {id(variable): name for name, variable in named_variables(model).items()}
