@@ -1,8 +1,10 @@
 """`load_variables`: names to NumPy arrays, read and checked when they are asked for."""
 
+import io
 import os
 import pathlib
 
+import h5py
 import keras
 import ml_dtypes
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
+from keras_ckpt.formats.keras_writer import members_of
 from keras_ckpt.model.naming import named_variables
+from support import keras_zoo
 from support.bundles import NUMBERS, content, write
-from support.models import dense_model, save
+from support.models import dense_model, fit, save
 
 
 @pytest.fixture
@@ -204,9 +208,85 @@ def test_a_value_of_a_checkpoint_that_was_saved_again_is_not_found(record) -> No
         _ = found["model/dense/bias"]
 
 
-def test_a_file_of_keras_is_refused_and_not_called_damaged(tmp_path) -> None:
-    """The error names the functions that read it."""
-    (tmp_path / "best.keras").write_bytes(b"a file of Keras")
+def in_hdf5(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The values in a file of Keras by path, as h5py reads them."""
+    data = path.read_bytes()
+    found: dict[str, np.ndarray] = {}
+    with h5py.File(io.BytesIO(members_of(data)["model.weights.h5"] if path.suffix == ".keras" else data)) as file:
+        file.visititems(lambda name, each: found.update({name: each[()]}) if isinstance(each, h5py.Dataset) else None)
+    return found
 
-    with pytest.raises(ValueError, match=r"is a file in a format of Keras.*keras_ckpt.restore\(model, 'best.keras'\)"):
-        kc.load_variables(tmp_path / "best.keras")
+
+def saved_by_keras(model: keras.Model, path: pathlib.Path) -> pathlib.Path:
+    (model.save_weights if path.name.endswith(".weights.h5") else model.save)(path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+@pytest.mark.parametrize("name", ["best.keras", "best.weights.h5", "best.h5"])
+@pytest.mark.parametrize("ours", [True, False], ids=["keras_ckpt", "Keras"])
+def test_each_value_of_a_file_of_keras_is_loaded_by_its_path(model, tmp_path, name, ours) -> None:
+    """The whole file is compared with its digest, if it has a record."""
+    path = tmp_path / name
+    if ours:
+        fit(model, kc.ModelCheckpoint(path, save_weights_only="weights" in name))
+    else:
+        saved_by_keras(model, path)
+
+    found = kc.load_variables(path)
+
+    expected = in_hdf5(path)
+    assert found.keys() == expected.keys()
+    assert all((found[name].dtype, found[name].shape) == (expected[name].dtype, expected[name].shape) for name in found)
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in found)
+    kernel = next(each for each in found.values() if each.shape == (4, 3))
+    np.testing.assert_array_equal(kernel, model.layers[0].kernel)
+
+
+def test_a_file_of_keras_may_have_values_of_bfloat16(tmp_path) -> None:
+    model = keras_zoo.made("bfloat16")
+
+    found = kc.load_variables(saved_by_keras(model, tmp_path / "best.keras"))["layers/dense/vars/0"]
+
+    assert found.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found, model.layers[0].kernel)
+
+
+def test_a_file_of_keras_that_differs_from_its_record_is_refused_at_once(model, tmp_path) -> None:
+    path = tmp_path / "best.keras"
+    fit(model, kc.ModelCheckpoint(path))
+    damage(os.fspath(path), path.stat().st_size // 2)
+
+    with pytest.raises(kc.DamagedCheckpointError, match=r"best\.keras cannot be trusted: .*digest"):
+        kc.load_variables(path)
+
+
+def test_a_value_of_a_file_of_keras_that_was_changed_is_not_found(model, tmp_path) -> None:
+    """The file was verified when it was loaded, so no other bytes are trusted."""
+    path = saved_by_keras(model, tmp_path / "best.weights.h5")
+    found = kc.load_variables(path)
+
+    damage(os.fspath(path), -1)
+
+    with pytest.raises(kc.CheckpointNotFoundError, match="was removed or saved again since it was loaded"):
+        _ = found["layers/dense/vars/0"]
+
+
+@pytest.mark.parametrize("name", ["best.keras", "best.h5"])
+def test_a_file_that_is_no_file_of_keras_is_refused(tmp_path, name) -> None:
+    (tmp_path / name).write_bytes(b"no file of Keras")
+
+    with pytest.raises(kc.DamagedCheckpointError, match="cannot be read"):
+        kc.load_variables(tmp_path / name)
+
+
+def test_a_checkpoint_of_tensorflow_with_a_variant_is_loaded(tmp_path) -> None:
+    """A variant, such as the state of an iterator, is no array."""
+    tf.train.Checkpoint(place=iter(tf.data.Dataset.range(3))).save(str(tmp_path / "theirs"))
+    name = "place/.ATTRIBUTES/ITERATOR_STATE"
+
+    found = kc.load_variables(tmp_path)
+
+    assert name in found
+    with pytest.raises(TypeError, match=f"{name} is a variant, which no array can hold"):
+        _ = found[name]

@@ -7,7 +7,7 @@ import functools
 import ml_dtypes
 import numpy as np
 
-from keras_ckpt.formats.dtypes import ITEM_SIZES, NAMES, STRING
+from keras_ckpt.formats.dtypes import ITEM_SIZES, NAMES, STRING, VARIANT
 
 
 def empty(dtype: int, shape: tuple[int, ...]) -> tuple[np.ndarray, memoryview]:
@@ -39,7 +39,7 @@ def number_of(dtype: np.dtype) -> int:
 @functools.cache
 def dtype_of(number: int) -> np.dtype:
     """The NumPy type of a number in TensorFlow's `DataType`. A quantized integer becomes a plain integer."""
-    if number == STRING:
+    if number in (STRING, VARIANT):
         return np.dtype(object)
     name = NAMES[number].removeprefix("q").replace("quint", "uint")
     return np.dtype(getattr(ml_dtypes, name, name))

@@ -61,7 +61,7 @@ def export(
     if suffix not in _FORMATS:
         raise ValueError(f"export() writes files that end in {' or '.join(_FORMATS)}. Received: {path!r}")
     variables = load_variables(checkpoint)
-    names = [name for name in variables if name.startswith("model/") or not weights_only]
+    names = variables.weights if weights_only else [*variables]
     if weights_only and not names:
         raise ValueError("export(..., weights_only=True) found no variable whose name begins with 'model/'.")
     pieces = _FORMATS[suffix](variables, names)

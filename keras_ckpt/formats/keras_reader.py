@@ -15,7 +15,9 @@ import numpy as np
 from keras_ckpt.formats import config
 from keras_ckpt.formats.config import Config
 from keras_ckpt.formats.keras_writer import Dataset, datasets_in
+from keras_ckpt.formats.targets import fill
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.streams import OpenFile
 
 _WEIGHTS, _ASSETS, _CONFIG, _METADATA = "model.weights.h5", "assets/", "config.json", "metadata.json"
@@ -43,18 +45,25 @@ class KerasFile(NamedTuple):
     is_legacy: bool
 
 
-def read_keras_file(folder: Folder, name: str, verify: bool, is_verified: bool) -> KerasFile:
+def read_keras_file(
+    folder: Folder, name: str, record: CheckpointRecord | None, check_digests: bool = True
+) -> KerasFile:
     """Reads the layout of a file.
 
     Args:
         folder: Where the file is.
         name: The name of the file.
-        verify: Whether to compare the checksums of an archive with every byte.
-        is_verified: Whether every byte was compared with a digest.
+        record: The record of the file, `None` if it has none.
+        check_digests: Whether to compare every byte with the digest in the record. Without a record, the checksums of
+            an archive are compared. In an unverified file the names of objects are not read.
 
     Raises:
+        DamagedCheckpointError: The file differs from its digest.
         ValueError, OSError, zipfile.BadZipFile: The file is damaged, or no file of Keras.
     """
+    digested = record.files if record and check_digests else ()
+    fill(folder, (), digested)
+    verify, is_verified = check_digests and record is None, bool(digested)
     with folder.reading(name) as file:
         whole = _Window(file, 0, file.size)
         if whole.read(len(_ARCHIVE)) != _ARCHIVE:

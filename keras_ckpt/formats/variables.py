@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,12 +12,16 @@ from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError
 from keras_ckpt.formats import arrays
 from keras_ckpt.formats.bundle_index import Index, read_index
 from keras_ckpt.formats.bundle_reader import read_values
-from keras_ckpt.formats.dtypes import NAMES
+from keras_ckpt.formats.damage import errors_as_damage
+from keras_ckpt.formats.targets import Target, fill
 from keras_ckpt.store.checks import unreadable
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.record import CheckpointRecord
+
+if TYPE_CHECKING:
+    from keras_ckpt.formats.keras_writer import Dataset
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 """The suffix that TensorFlow appends to a variable's name in a checkpoint."""
@@ -28,7 +33,8 @@ _LINES = 20
 def load_variables(checkpoint: CheckpointRecord | CheckpointDirectory | str | os.PathLike[str]) -> Variables:
     """Loads the values of a checkpoint as NumPy arrays, without TensorFlow and without the model.
 
-    The names are the names that `restore` matches. Each access reads and verifies a value. No file stays open.
+    The names are the names that `restore` matches. A file of Keras has its own names, such as `layers/dense/vars/0`.
+    Each access reads a value. No file stays open.
 
     Example:
 
@@ -38,7 +44,7 @@ def load_variables(checkpoint: CheckpointRecord | CheckpointDirectory | str | os
 
     Args:
         checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint. A
-            checkpoint that TensorFlow wrote is accepted too.
+            checkpoint that TensorFlow wrote is accepted too, and a `.keras`, `.weights.h5` or `.h5` file.
 
     Returns:
         A read-only mapping of names to arrays. `ml_dtypes` has the types that NumPy lacks, such as `bfloat16`.
@@ -49,14 +55,8 @@ def load_variables(checkpoint: CheckpointRecord | CheckpointDirectory | str | os
     """
 
     def read(files: Folder, name: str, record: CheckpointRecord | None) -> Variables:
-        if files.series.template:
-            raise ValueError(
-                f"{files.path}/{name} is a file in a format of Keras, and its values need its model: "
-                f"keras_ckpt.load_model({name!r}) or keras_ckpt.restore(model, {name!r}). load_variables and export "
-                "read the checkpoints of a directory."
-            )
-        index = read_index(files, name, record.files if record else ())
-        return Variables(files, name, index)
+        values = values_in_file(files, name, record) if files.series.template else values_in_bundle(files, name, record)
+        return Variables(files, name, values)
 
     return read_checkpoint(checkpoint, read)
 
@@ -64,9 +64,10 @@ def load_variables(checkpoint: CheckpointRecord | CheckpointDirectory | str | os
 class Variables(Mapping[str, np.ndarray]):
     """The variables of a checkpoint by name: a read-only mapping to NumPy arrays.
 
-    Each access reads a value from disk into a new array. The value's checksum in the index is compared. The digest of
-    the index was compared when the checkpoint was loaded. So each value is verified, although the rest of its file is
-    not read.
+    Each access reads a value from disk into a new array. In a TensorFlow checkpoint the value's checksum in the index
+    is compared. The digest of the index was compared when the checkpoint was loaded. So each value is verified,
+    although the rest of its file is not read. A file of Keras has no checksums of values, so the whole file was
+    compared with its digest when it was loaded.
 
     Example:
 
@@ -82,21 +83,20 @@ class Variables(Mapping[str, np.ndarray]):
         CheckpointNotFoundError: When a value is read: the checkpoint was removed or saved again since it was loaded.
     """
 
-    def __init__(self, files: Folder, name: str, index: Index) -> None:
+    def __init__(self, files: Folder, name: str, values: Values) -> None:
         self._directory = files.path
         self._prefix = os.path.join(files.path, name)
-        self._index = index
-        self._inodes = {file: files.stamp(file).inode for file in index.files.values()}
-        self._keys = names_in(index)
+        self._values = values
+        self._stamps = {file: files.stamp(file) for file in values.files}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        key = self._keys[name].encode()
+        if name not in self._values.kinds:
+            raise KeyError(name)
         try:
-            with Folder(self._directory) as folder, folder.held(self._inodes) as files:
-                if any(files.stamp(file).inode != inode for file, inode in self._inodes.items()):
+            with Folder(self._directory) as folder, folder.held(self._stamps) as files:
+                if any(files.stamp(file) != stamp for file, stamp in self._stamps.items()):
                     raise FileNotFoundError(f"{self._prefix} was saved again")
-                value: np.ndarray = read_values(files, self._index, [key], arrays.empty)[key]
-                return value
+                return self._values.read(files, name)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"{self._prefix} was removed or saved again since it was loaded. Load it again."
@@ -107,24 +107,95 @@ class Variables(Mapping[str, np.ndarray]):
             raise unreadable(error) from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._values.kinds)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._values.kinds)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._keys
+        return name in self._values.kinds
 
-    def kinds(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    def kinds(self) -> Mapping[str, Kind]:
         """The types and shapes of the variables by name, without their values. Strings are of type `object`."""
-        entries = {name: self._index.entries[key.encode()] for name, key in self._keys.items()}
-        return {name: (arrays.dtype_of(entry.dtype), entry.shape) for name, entry in entries.items()}
+        return self._values.kinds
+
+    @property
+    def weights(self) -> Sequence[str]:
+        """The names of the model's own variables, without those of its optimizer and its metrics."""
+        return self._values.weights
 
     def __repr__(self) -> str:
-        entries = {name: self._index.entries[key.encode()] for name, key in self._keys.items()}
-        lines = [f"  {name}: {NAMES[entry.dtype]} {entry.shape}" for name, entry in entries.items()]
+        lines = [f"  {name}: {kind.dtype} {kind.shape}" for name, kind in self.kinds().items()]
         more = [f"  and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
         return "\n".join([f"variables of {self._prefix}:", *lines[:_LINES], *more])
+
+
+class Kind(NamedTuple):
+    """The type and the shape of a value. Strings are of type `object`."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class Values(NamedTuple):
+    """The values of a checkpoint, which are read when they are needed.
+
+    Attributes:
+        files: The names of the files that have them.
+        kinds: Their types and shapes by name.
+        weights: The names of the model's own, without those of its optimizer and its metrics.
+        read: Reads a value from a folder with the files.
+    """
+
+    files: Collection[str]
+    kinds: Mapping[str, Kind]
+    weights: Sequence[str]
+    read: Callable[[Folder, str], np.ndarray]
+
+
+def values_in_bundle(files: Folder, name: str, record: CheckpointRecord | None) -> Values:
+    """The values of a TensorFlow checkpoint."""
+    return values_of(read_index(files, name, record.files if record else ()))
+
+
+def values_of(index: Index) -> Values:
+    """The values of a TensorFlow checkpoint by its index."""
+    keys = {name: key.encode() for name, key in names_in(index).items()}
+    entries = {name: index.entries[key] for name, key in keys.items()}
+
+    def read(files: Folder, name: str) -> np.ndarray:
+        value: np.ndarray = read_values(files, index, [keys[name]], arrays.empty)[keys[name]]
+        return value
+
+    kinds = {name: Kind(arrays.dtype_of(entry.dtype), entry.shape) for name, entry in entries.items()}
+    weights = [name for name in kinds if name.startswith("model/")]
+    return Values(index.files.values(), kinds, weights, read)
+
+
+def values_in_file(files: Folder, name: str, record: CheckpointRecord | None) -> Values:
+    """The values of a file of Keras."""
+    from keras_ckpt.formats.keras_reader import read_keras_file  # the other checkpoints need no h5py
+
+    with errors_as_damage():
+        return values_at(name, read_keras_file(files, name, record).datasets)
+
+
+def values_at(file: str, datasets: Mapping[str, Dataset]) -> Values:
+    """The values at places in a file of Keras."""
+
+    def read(files: Folder, name: str) -> np.ndarray:
+        each = datasets[name]
+        array = np.empty(each.shape, each.dtype)
+        fill(files, [Target(name.encode(), file, each.offset, array.reshape(-1).view(np.uint8).data, None)])
+        return array
+
+    kinds = {name: Kind(each.dtype, each.shape) for name, each in datasets.items()}
+    return Values([file], kinds, [name for name in kinds if not is_of_optimizer(name)], read)
+
+
+def is_of_optimizer(path: str) -> bool:
+    """Whether a path in a file of Keras leads to an optimizer, of the model or of a model in it."""
+    return not {"optimizer", "optimizer_weights"}.isdisjoint(path.split("/"))
 
 
 def names_in(index: Index) -> dict[str, str]:

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
-from blake3 import blake3
 
-from keras_ckpt.errors import CheckpointError, DamagedCheckpointError
-from keras_ckpt.formats import arrays, config, description
+from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.formats import damage
 from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.formats.bundle_parts import BundleParts
 from keras_ckpt.formats.bundle_reader import read_values
 from keras_ckpt.formats.config import Config
-from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description
-from keras_ckpt.formats.dtypes import NAMES, STRING
+from keras_ckpt.formats.dtypes import NAMES
 from keras_ckpt.formats.variables import names_in
 from keras_ckpt.model import model_state, naming, object_graph
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.matching import Kind
 from keras_ckpt.store import layout
-from keras_ckpt.store.checks import unreadable
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
 
-_STRING_OVERHEAD = 32
-"""The most bytes that a string takes on disk besides its content: its length and two checksums."""
+errors_as_damage = functools.partial(damage.errors_as_damage, backend.OutOfMemory)
+"""Turns errors of readers of a damaged file into `DamagedCheckpointError`, but for the backend's lack of memory."""
 
 
 class BundleSource:
@@ -55,14 +52,13 @@ class BundleSource:
             self._index = read_index(folder, name, digested)
         listed = self._index.variables
         self.foreign = model_state.NAMES_KEY not in listed
-        self.description: Description | None = None
-        if description.KEY in listed:
-            self.description = description.decode(self._text(description.KEY))
+        self._parts = BundleParts(folder, self._index)
+        self.description = self._parts.description
+        self.arrays, self.assets = self._parts.arrays, self._parts.assets
         self._keys = names_in(self._index)
         self._kinds: dict[str, Kind] = {}
         self.unfit: Sequence[str] = ()
         self.lacking: Sequence[str] = ()
-        self.arrays, self.assets = self._read_learned()
 
     @property
     def origin(self) -> str:
@@ -90,7 +86,7 @@ class BundleSource:
         Afterwards the variables have the names that they have in the model.
         """
         with errors_as_damage():
-            graph = object_graph.ObjectGraph(self._text(object_graph.KEY))
+            graph = object_graph.ObjectGraph(self._parts.text(object_graph.KEY))
         with backend.scope(model):
             found = graph.find(model, {key.decode(): entry.shape for key, entry in self._index.entries.items()})
         self._keys, self._kinds = {**found.keys, **found.unexpected}, {}
@@ -109,59 +105,12 @@ class BundleSource:
 
     def config(self) -> Config | None:
         """The config of the model, `None` if TensorFlow or an older version wrote the checkpoint."""
-        return config.decode(self._text(config.KEY)) if config.KEY in self._index.variables else None
+        return self._parts.config()
 
     def size(self) -> int:
         """The bytes of the values."""
         return sum(entry.size for entry in self._index.entries.values())
 
-    def _read_learned(self) -> tuple[list[np.ndarray], list[bytes]]:
-        """Reads and checks the arrays and the assets of the learned state of the model's objects."""
-        objects = () if self.description is None else self.description.objects.values()
-        assets = {asset.index: asset for each in objects for asset in each.assets.values()}
-        numbers = {index for each in objects for index in each.values.values()}
-        if assets.keys() != set(range(len(assets))) or numbers != set(range(len(numbers))):
-            raise DamagedCheckpointError(
-                "its description of the model refers to arrays or assets that it does not have"
-            )
-        texts = [self._text(description.asset_key(index), assets[index]) for index in range(len(assets))]
-        keys = [description.value_key(index).encode() for index in range(len(numbers))]
-        with errors_as_damage():
-            values = read_values(self._folder, self._index, keys, arrays.empty)
-        return [_as_array(values[key]) for key in keys], texts
-
     def _kind(self, key: str) -> Kind:
         entry = self._index.entries[key.encode()]
         return Kind(entry.shape, NAMES[entry.dtype])
-
-    def _text(self, key: str, asset: Asset | None = None) -> bytes:
-        """Reads a string and compares it with its asset's size and digest. A string that is too long is not read."""
-        name = key.encode()
-        with errors_as_damage():
-            entry = self._index.entries[name]
-            if entry.dtype != STRING or entry.shape:
-                raise DamagedCheckpointError(f"{key} is not a string")
-            if entry.size > _STRING_OVERHEAD + (ASSET_LIMIT if asset is None else asset.size):
-                raise DamagedCheckpointError(f"{key} has {entry.size} bytes, which are too many")
-            text = bytes(read_values(self._folder, self._index, [name], arrays.empty)[name].item())
-            if asset and (len(text), f"blake3:{blake3(text).hexdigest()}") != (asset.size, asset.digest):
-                raise DamagedCheckpointError(f"{key} differs from its size or digest")
-            return text
-
-
-def _as_array(array: np.ndarray) -> np.ndarray:
-    """An array as it was saved: strings of a fixed size are read as objects."""
-    return np.array(array.tolist()) if array.dtype == object else array
-
-
-@contextlib.contextmanager
-def errors_as_damage() -> Iterator[None]:
-    """Turns the many errors of readers of a damaged file into `DamagedCheckpointError`; lack of memory is no damage."""
-    try:
-        yield
-    except (CheckpointError, MemoryError, backend.OutOfMemory):
-        raise
-    except OSError as error:
-        raise unreadable(error) from error
-    except Exception as error:
-        raise DamagedCheckpointError(f"it cannot be read: {error}") from error

@@ -65,12 +65,9 @@ class FileSource:
         self._folder = folder
         self._name = name
         self._objects = objects
-        digested = record.files if record and check_digests else ()
         self._seeds = record.seeds if record else {}
         with errors_as_damage():
-            fill(folder, (), digested)
-            verify = check_digests and record is None
-            self._file = read_keras_file(folder, name, verify, is_verified=bool(digested))
+            self._file = read_keras_file(folder, name, record, check_digests)
         if self._file.is_legacy:
             raise ValueError(
                 f"{self.prefix} is a file of Keras's legacy format, which names no objects to restore. Load the whole "
