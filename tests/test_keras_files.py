@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import json
 import pathlib
 import types
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -23,6 +19,7 @@ from keras_ckpt.model.snapshot import arena_of
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.tails import LIMIT
 from support import keras_zoo, zoo
+from support.keras_files import content
 
 # Keras's own writer converts variables in a way that NumPy 2 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -49,19 +46,6 @@ def by_keras(model: keras.Model, path: pathlib.Path, kind: str) -> pathlib.Path:
     return path / NAMES[kind]
 
 
-def content(path: pathlib.Path, kind: str) -> dict[str, Any]:
-    """Everything that h5py and zipfile show of a file, without the date."""
-    if kind != "keras":
-        return hdf5(path)
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-        members = {name: archive.read(name) for name in archive.namelist()}
-    metadata = json.loads(members.pop("metadata.json"))
-    assert metadata.pop("date_saved")
-    weights = hdf5(io.BytesIO(members.pop("model.weights.h5")))
-    return {"metadata": metadata, "config": json.loads(members.pop("config.json")), **members, **weights}
-
-
 def told(warned: pytest.WarningsRecorder) -> list[str]:
     """The warnings for a user."""
     return [str(each.message) for each in warned if each.category is UserWarning]
@@ -74,21 +58,6 @@ def assert_same(model: keras.Model, other: keras.Model) -> None:
         pairs.append((model.optimizer.variables, other.optimizer.variables))
     for mine, theirs in pairs:
         assert [each.numpy().tobytes() for each in mine] == [each.numpy().tobytes() for each in theirs]
-
-
-def hdf5(file: Any) -> dict[str, Any]:
-    """Everything that h5py shows of an HDF5 file, by path."""
-    found = {}
-
-    def look(name: str, each: Any) -> None:
-        attributes = {key: np.asarray(value).tolist() for key, value in each.attrs.items()}
-        values = (each.shape, each.dtype, each[()].tobytes()) if isinstance(each, h5py.Dataset) else None
-        found[name] = attributes, values
-
-    with h5py.File(file, "r") as opened:
-        look("/", opened)
-        opened.visititems(look)
-    return found
 
 
 @pytest.mark.parametrize("kind", ["keras", "weights"])

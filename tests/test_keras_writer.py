@@ -95,7 +95,7 @@ def test_a_skeleton_is_filled_with_other_values() -> None:
     assert places.keys() == {"a/vars/0", "a/vars/1", "a/vars/empty", "b"}
     values = {name: memoryview(second)[place] for name, place in places.items()}
 
-    filled = skeleton.filled(values)
+    filled = skeleton.filled(values.__getitem__)
 
     assert b"".join(filled) == second
 

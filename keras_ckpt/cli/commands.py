@@ -165,9 +165,12 @@ def verify(context: click.Context, paths: Sequence[str], form: str | None) -> No
 @click.argument("file", type=click.Path())
 @click.option("--weights-only", is_flag=True, help="Skip the optimizer and the metrics.")
 def export(path: str, step: int | str, file: str, weights_only: bool) -> None:
-    """Export the variables of the checkpoint of a STEP to a FILE, .npz or .safetensors.
+    """Export the checkpoint of a STEP to a FILE. Its ending is the format.
 
-    Example: keras-ckpt export runs/digits best digits.safetensors
+    .keras, .weights.h5, .safetensors and .npz need no TensorFlow. For .onnx, and for a SavedModel at a path that ends
+    in / or has no ending, the model is built.
+
+    Example: keras-ckpt export runs/digits best digits.keras
     """
     import keras_ckpt  # the other commands need no NumPy
 
@@ -178,6 +181,8 @@ def export(path: str, step: int | str, file: str, weights_only: bool) -> None:
         raise
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
     click.echo(f"Exported step {record.step} to {file}.")
 
 

@@ -19,12 +19,27 @@ LIMIT = 1 << 28
 """The maximum bytes of a config that is read."""
 
 
+class Place(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """An object of a model as Keras's own files have it.
+
+    Attributes:
+        name: The name of the object, `None` if it has none.
+        variables: The names of its variables by Keras's keys. A value that it computes has the name `""`.
+        learned: The name of its learned state in the description of the checkpoint, which has all of its values.
+    """
+
+    name: str | None = None
+    variables: dict[str, str] = {}
+    learned: str = ""
+
+
 class Config(msgspec.Struct, frozen=True, omit_defaults=True):
     """The config of a model, or the reason why it has none.
 
     Attributes:
         config: The config as Keras serializes it, `None` if the model has none.
         paths: The paths of the layers of the model and of its variables, in Keras's order, which the config lacks.
+        places: The objects of the model by their paths in Keras's own files.
         reason: The reason why the model has none, a clause.
         keras: The version of Keras that made the config.
         version: The version of this format.
@@ -32,9 +47,17 @@ class Config(msgspec.Struct, frozen=True, omit_defaults=True):
 
     config: dict[str, Any] | None = None
     paths: list[str] = []
+    places: dict[str, Place] = {}
     reason: str = ""
     keras: str = ""
     version: Annotated[int, msgspec.Meta(ge=1)] = VERSION
+
+
+def uncompiled(config: Any) -> Any:
+    """A config without the settings of `compile`, for the models in a model too."""
+    if isinstance(config, dict):
+        return {name: None if name == "compile_config" else uncompiled(each) for name, each in config.items()}
+    return [*map(uncompiled, config)] if isinstance(config, list) else config
 
 
 def encode(config: Config) -> bytes:

@@ -1,22 +1,29 @@
-"""Exports the variables of a checkpoint to a file of another format, without TensorFlow and without the model."""
+"""Exports a checkpoint to a file of another format, without TensorFlow and without building the model."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
+from keras_ckpt.formats.keras_export import archive_of, saved_model, weights_of
 from keras_ckpt.formats.keras_writer import Member, archive
 from keras_ckpt.formats.variables import Variables, load_variables
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.record import CheckpointRecord
 
+_ARCHIVE, _NPZ = ".keras", ".npz"
+_OF_KERAS = _ARCHIVE, ".weights.h5"
+ENDINGS = (*_OF_KERAS, ".safetensors", _NPZ)
+"""The endings of the files that `export_values` writes."""
 _OWN = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e5m2": "F8_E5M2",
     "float8_e4m3fn": "F8_E4M3", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
@@ -24,48 +31,36 @@ _OWN = {
 }  # fmt: skip
 """The names of types in a safetensors file."""
 
-Write: TypeAlias = Callable[[Variables, Sequence[str]], Iterator[memoryview]]
-"""The bytes of a file with variables of some names, in order."""
+Checkpoint: TypeAlias = CheckpointRecord | CheckpointDirectory | str | os.PathLike[str]
 
 
-def export(
-    checkpoint: CheckpointRecord | CheckpointDirectory | str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    *,
-    weights_only: bool = False,
-) -> None:
-    """Exports the variables of a checkpoint to an `.npz` or a `.safetensors` file.
-
-    Names and values are those of `load_variables`. Numbers of a type that the format lacks, such as `bfloat16` in an
-    `.npz`, become the next larger type that it has, with the same values. One rename replaces a file at the path.
-
-    Example:
-
-    ```python
-    keras_ckpt.export(keras_ckpt.CheckpointDirectory("runs/digits").best(), "digits.safetensors")
-    ```
+def export_values(checkpoint: Checkpoint, path: str, weights_only: bool = False) -> None:
+    """Exports the values of a checkpoint to a file whose ending is one of `ENDINGS`.
 
     Args:
         checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint.
-        path: The file to write. Its suffix is the format.
+        path: The file to write. One rename replaces a file at the path.
         weights_only: Whether to skip the optimizer and the metrics.
 
     Raises:
         DamagedCheckpointError: The checkpoint cannot be trusted.
         CheckpointNotFoundError: There is no such checkpoint.
-        ValueError: The suffix is unknown, or the format cannot hold a variable. No file is written.
+        ValueError: The format cannot hold the checkpoint. No file is written.
         OSError: The file cannot be written.
     """
-    path = os.path.abspath(os.fspath(path))
-    suffix = os.path.splitext(path)[1]
-    if suffix not in _FORMATS:
-        raise ValueError(f"export() writes files that end in {' or '.join(_FORMATS)}. Received: {path!r}")
-    variables = load_variables(checkpoint)
-    names = variables.weights if weights_only else [*variables]
-    if weights_only and not names:
-        raise ValueError("export(..., weights_only=True) found no variable whose name begins with 'model/'.")
-    pieces = _FORMATS[suffix](variables, names)
-    with Folder(os.path.dirname(path)) as folder, folder.replacing(os.path.basename(path)) as file:
+    with contextlib.ExitStack() as stack:
+        if path.endswith(_OF_KERAS):
+            model = read_checkpoint(checkpoint, saved_model, keep_open=stack)
+            model = model.without_optimizer() if weights_only else model
+            pieces = archive_of(model) if path.endswith(_ARCHIVE) else weights_of(model)
+        else:
+            variables = load_variables(checkpoint)
+            names = variables.weights if weights_only else [*variables]
+            if weights_only and not names:
+                raise ValueError("export(..., weights_only=True) found no variable whose name begins with 'model/'.")
+            pieces = (_npz if path.endswith(_NPZ) else _safetensors)(variables, names)
+        folder = stack.enter_context(Folder(os.path.dirname(path)))
+        file = stack.enter_context(folder.replacing(os.path.basename(path)))
         for piece in pieces:
             file.write(piece)
 
@@ -131,6 +126,3 @@ def _wider(dtype: np.dtype) -> np.dtype:
 
 def _bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
-
-
-_FORMATS: dict[str, Write] = {".npz": _npz, ".safetensors": _safetensors}

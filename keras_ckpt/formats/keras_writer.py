@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -121,6 +123,11 @@ class Dataset(NamedTuple):
     dtype: np.dtype
 
 
+def dataset_of(path: str, key: str) -> str:
+    """The path of a dataset of an object in an HDF5 file."""
+    return f"{path}/vars/{key}".lstrip("/")
+
+
 def datasets_in(file: h5py.File) -> dict[str, Dataset]:
     """The places of the values in an HDF5 file, by the path of the dataset. Follows no link.
 
@@ -139,8 +146,8 @@ def _dataset(path: str, each: h5py.h5d.DatasetID) -> Dataset:
     plain = dtype.kind != "O" and dtype.isnative and size == math.prod(shape) * dtype.itemsize
     if not plain or (size and offset is None):
         raise ValueError(f"the dataset {path:.200} of {dtype} is not plain bytes in one place")
-    if dtype.kind == "V" and h5py.Dataset(each).attrs.get("dtype") == "bfloat16":
-        dtype = np.dtype(ml_dtypes.bfloat16)
+    is_bfloat16 = dtype.kind == "V" and h5py.Dataset(each).attrs.get("dtype") == "bfloat16"
+    dtype = np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else dtype.str)  # h5py's own types are not NumPy's
     return Dataset(offset if size else 0, size, shape, dtype)
 
 
@@ -151,7 +158,7 @@ class Skeleton:
 
     ```python
     skeleton = Skeleton(image, datasets_in(file))
-    pieces = skeleton.filled({"layers/dense/vars/0": memoryview(kernel)})
+    pieces = skeleton.filled({"layers/dense/vars/0": memoryview(kernel)}.__getitem__)
     ```
 
     Args:
@@ -162,7 +169,7 @@ class Skeleton:
         size: The bytes of a file.
     """
 
-    def __init__(self, image: bytes, datasets: Mapping[str, Dataset]) -> None:
+    def __init__(self, image: bytes | mmap.mmap, datasets: Mapping[str, Dataset]) -> None:
         self.size = len(image)
         self._parts: list[tuple[memoryview, str]] = []
         end = 0
@@ -172,16 +179,42 @@ class Skeleton:
                 end = each.offset + each.size
         self._rest = memoryview(image[end:])
 
-    def filled(self, values: Mapping[str, memoryview]) -> Iterator[memoryview]:
+    def filled(self, value: Callable[[str], memoryview]) -> Iterator[memoryview]:
         """The bytes of a file with other values, in order.
 
         Args:
-            values: The bytes of the values by the path of the dataset.
+            value: Returns the bytes of the value of a dataset by its path. It is called when they are needed.
         """
         for before, path in self._parts:
             yield before
-            yield values[path]
+            yield value(path)
         yield self._rest
+
+
+def new_skeleton(names: Mapping[str, str], kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> Skeleton:
+    """The skeleton of a file as Keras would write it, made without memory for the values.
+
+    Args:
+        names: The names of objects, by the paths of the groups of their values.
+        kinds: The types and shapes of the values, by the path of the dataset.
+    """
+    places = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    places.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    places.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with tempfile.TemporaryFile() as sparse:  # its holes, the values, take no room
+        with h5py.File(sparse, "w") as file:
+            for path, name in names.items():
+                file.create_group(path).attrs["name"] = name
+            for path, (dtype, shape) in kinds.items():
+                # h5py gives a scalar a place when it is written.
+                plan = {"dcpl": places} if shape else {"data": np.zeros((), dtype)}
+                each = file.create_dataset(path, shape, dtype, **plan)
+                if dtype.name == "bfloat16":
+                    each.attrs["dtype"] = dtype.name
+            datasets = datasets_in(file)
+        sparse.flush()
+        with mmap.mmap(sparse.fileno(), 0, prot=mmap.PROT_READ) as image:
+            return Skeleton(image, datasets)
 
 
 class Member(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 from keras_ckpt.errors import CannotBuildError
-from keras_ckpt.formats.config import Config
+from keras_ckpt.formats.config import Config, uncompiled
 from keras_ckpt.model import keras_internals
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import layers_of
@@ -59,7 +59,7 @@ def build(config: Config, custom_objects: Mapping[str, Any] | None, compiles: bo
     memory = backend.VariableLimit(limit)
     try:
         with memory.scope():
-            plain = {**config.config, "compile_config": None} if compiles else _uncompiled(config.config)
+            plain = {**config.config, "compile_config": None} if compiles else uncompiled(config.config)
             model = keras_internals.built_from(plain, known)
             # The optimizer names its slots by the paths.
             if _set_paths(model, config.paths):
@@ -180,13 +180,6 @@ def _objects(config: Any) -> Iterator[dict[str, Any]]:
             waiting += reversed([*each.values()])
         elif isinstance(each, list):
             waiting += reversed(each)
-
-
-def _uncompiled(config: Any) -> Any:
-    """A config without the settings of `compile`, for the models in a model too."""
-    if isinstance(config, dict):
-        return {name: _uncompiled(each) for name, each in config.items() if name != "compile_config"}
-    return [*map(_uncompiled, config)] if isinstance(config, list) else config
 
 
 def _refusal(memory: backend.VariableLimit, config: Config, error: Exception | None) -> CannotBuildError:

@@ -17,11 +17,11 @@ from blake3 import blake3
 from keras_ckpt.formats import arrays
 from keras_ckpt.formats.description import Asset, Description, Learned
 from keras_ckpt.formats.keras_reader import read_keras_file
+from keras_ckpt.formats.keras_writer import dataset_of
 from keras_ckpt.formats.targets import Target, fill
 from keras_ckpt.model import naming
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.checkpoint_reader import errors_as_damage
-from keras_ckpt.model.file_snapshot import dataset_of
 from keras_ckpt.model.keras_internals import answers_of, places_in_files
 from keras_ckpt.model.learned import learners, learns_elsewhere
 from keras_ckpt.model.matching import Kind, is_lora

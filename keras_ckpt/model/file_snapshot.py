@@ -23,6 +23,7 @@ from keras_ckpt.formats.keras_writer import (
     Skeleton,
     Tail,
     archive,
+    dataset_of,
     datasets_in,
     members_of,
     write_archive,
@@ -331,7 +332,8 @@ class _Plan:
     def content(self, moment: _Moment, arena: Arena) -> Content:
         """The content of a file."""
         values = {key.decode(): value.data for key, value in moment.values.move(arena).items()}
-        weights = self._skeleton.filled({name: each.data for name, each in self._by_dataset(moment, values).items()})
+        bytes_of = self._by_dataset(moment, values)
+        weights = self._skeleton.filled(lambda name: bytes_of[name].data)
         known = [self._keys.get(id(weight), "") for weight in self._model.weights]
         found = _digest(values[key] for key in known) if values.keys() >= {*known} else None
         seeds = _listed(moment.seeds)
@@ -374,11 +376,6 @@ def _is_fixed(owner: Any, answers: Mapping[str, Any]) -> bool:
     """Whether an object saves the same variables until the structure of the model changes."""
     of_keras = owner.save_own_variables.__module__.startswith("keras.")
     return of_keras and all(isinstance(value, keras.Variable) for value in answers.values())
-
-
-def dataset_of(path: str, name: str) -> str:
-    """The path of a dataset of an object in an HDF5 file."""
-    return f"{path}/vars/{name}".lstrip("/")
 
 
 def _kind(source: Source | None) -> object:

@@ -94,9 +94,9 @@ class Learners:
     def __len__(self) -> int:
         return len(self._objects)
 
-    def identities(self) -> set[int]:
-        """The identities of the objects."""
-        return set(map(id, self._objects.values()))
+    def names(self) -> dict[int, str]:
+        """The names of the objects by identity."""
+        return {id(each): name for name, each in self._objects.items()}
 
     def collect(self) -> LearnedState:
         """The learned state now. Returns the same `LearnedState` until an object changes."""

@@ -18,6 +18,7 @@ from keras_ckpt.model import building, compiled, naming, object_graph, parts
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import trained_by, value_of
 from keras_ckpt.model.learned import LearnedState, Learners
+from keras_ckpt.model.places import places_of
 from keras_ckpt.model.snapshot import Late, Snapshot
 from keras_ckpt.model.structure import Structure
 from keras_ckpt.version import __version__
@@ -103,7 +104,7 @@ class ModelState:
 
     def attributes(self) -> dict[str, Any]:
         """The plain attributes of layers, which no checkpoint has, by place, for `unsaved`."""
-        return parts.plain_attributes(self.model, self._current_plan().learners.identities())
+        return parts.plain_attributes(self.model, self._current_plan().learners.names())
 
     def unsaved(self, before: Mapping[str, Any]) -> list[str]:
         """The places of state that a checkpoint of the model does not have.
@@ -136,15 +137,16 @@ class ModelState:
         graph = self._root.graph({id(variable): key for key, variable in variables.items()})
         described = self._described(optimizers, by_id)
         texts = {object_graph.KEY: graph, NAMES_KEY: b"1", description.KEY: description.encode(described)}
+        learners = Learners(model, by_id, self._weights_only)
         return _Plan(
             variables=[*variables.values()],
             reader=backend.Reader({key: value_of(variable) for key, variable in variables.items()}),
             constants={key.encode(): string_value([text], ()) for key, text in texts.items()},
             sizes={key.encode(): backend.size_of(value_of(variable)) for key, variable in variables.items()},
             described=described,
-            learners=Learners(model, by_id, self._weights_only),
+            learners=learners,
             encoded=_Encoded(),
-            config=_Config(model),
+            config=_Config(model, by_id, learners.names()),
             owners=owners,
             structure=Structure(model, owners, [*variables.values()]),
         )
@@ -220,14 +222,23 @@ class _Encoded:
 
 
 class _Config:
-    """The config of a model, which is made when it is first needed."""
+    """The config of a model, which is made when it is first needed.
 
-    def __init__(self, model: keras.Model) -> None:
+    Args:
+        model: The model.
+        names: The names of its variables by identity.
+        learners: The names of the objects whose learned state a checkpoint describes, by identity.
+    """
+
+    def __init__(self, model: keras.Model, names: Mapping[int, str], learners: Mapping[int, str]) -> None:
         self._model = model
+        self._names = names
+        self._learners = learners
 
     @functools.cached_property
     def config(self) -> config.Config:
-        return building.config_of(self._model)
+        made = building.config_of(self._model)
+        return msgspec.structs.replace(made, places=places_of(self._model, self._names, self._learners))
 
     @functools.cached_property
     def constants(self) -> Mapping[bytes, Value]:

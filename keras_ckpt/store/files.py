@@ -334,6 +334,33 @@ class Folder:
             raise
         self.sync()
 
+    @contextlib.contextmanager
+    def adopting(self, name: str) -> Iterator[str]:
+        """Yields a path for a file or a folder of another library. At the end it gets the name, complete and durable.
+
+        The rename replaces a file, but no folder with contents. An error removes what was written.
+        """
+        new = f".{uuid.uuid4().hex}.{name}"
+        try:
+            yield os.path.join(self.path, new)
+            self._sync_below(new)
+            self.rename(new, name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.remove_folder(new)
+            raise
+        self.sync()
+
+    def _sync_below(self, name: str) -> None:
+        """Makes a file durable, or a folder with its contents."""
+        if stat.S_ISREG(os.lstat(name, dir_fd=self.descriptor).st_mode):
+            self.sync_file(name)
+            return
+        for parent, _, names, descriptor in os.fwalk(name, dir_fd=self.descriptor):
+            for each in names:
+                self.sync_file(os.path.join(parent, each))
+            os.fsync(descriptor)
+
     def rename(self, name: str, new: str) -> None:
         """Gives a file another name."""
         os.rename(name, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
