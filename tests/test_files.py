@@ -106,6 +106,45 @@ def test_replacing_leaves_the_old_bytes_or_the_new(tmp_path) -> None:
         assert os.listdir(tmp_path / PRIVATE) == []
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_adopting_makes_all_bytes_and_names_durable_before_the_rename(tmp_path, monkeypatch, kind) -> None:
+    """Another library writes a file, or a folder with folders. The rename is made durable last."""
+    events: list[int | str] = []
+    sync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda each: (events.append(os.fstat(each).st_ino), sync(each)))
+    monkeypatch.setattr(os, "rename", lambda *names, **places: (events.append("rename"), rename(*names, **places)))
+
+    with Folder(tmp_path) as folder, folder.adopting("name") as path:
+        written = [pathlib.Path(path)]
+        if kind == "folder":
+            written += [written[0] / "inner", written[0] / "inner" / "values"]
+            written[1].mkdir(parents=True)
+        written[-1].write_bytes(b"bytes")
+        inodes = {each.stat().st_ino for each in written}
+
+    assert set(events[: events.index("rename")]) == inodes
+    assert events[-2:] == ["rename", tmp_path.stat().st_ino]
+    assert os.listdir(tmp_path) == ["name"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_error_while_adopting_leaves_the_old_file(tmp_path, kind) -> None:
+    (tmp_path / "name").write_bytes(b"old")
+
+    def write(path: pathlib.Path) -> None:
+        if kind == "folder":
+            path.mkdir()
+            path = path / "values"
+        path.write_bytes(b"half")
+        raise OSError("full")
+
+    with Folder(tmp_path) as folder, pytest.raises(OSError, match="full"), folder.adopting("name") as path:
+        write(pathlib.Path(path))
+
+    assert os.listdir(tmp_path) == ["name"]
+    assert (tmp_path / "name").read_bytes() == b"old"
+
+
 def test_reading_is_bounded(tmp_path) -> None:
     """A huge file is refused before it is read."""
     path = tmp_path / "huge"

@@ -7,6 +7,7 @@ import pathlib
 import zipfile
 
 import h5py
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,11 +17,13 @@ from keras_ckpt.formats.keras_writer import (
     archive,
     datasets_in,
     members_of,
+    new_skeleton,
     write_archive,
     write_hdf5,
 )
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.streams import PORTION
+from support.keras_files import hdf5
 
 COMMENT = b"the record"
 
@@ -98,6 +101,39 @@ def test_a_skeleton_is_filled_with_other_values() -> None:
     filled = skeleton.filled(values.__getitem__)
 
     assert b"".join(filled) == second
+
+
+def test_a_new_skeleton_makes_the_file_that_h5py_makes() -> None:
+    """It has groups with names, arrays, scalars, empty arrays, and bfloat16 as Keras marks it."""
+    values = {
+        "a/vars/0": np.arange(6.0).reshape(2, 3),
+        "a/vars/1": np.array(7),
+        "a/vars/2": np.zeros((0, 3), "float32"),
+        "b/vars/flag": np.array([True, False]),
+        "b/vars/half": np.ones(3, ml_dtypes.bfloat16),
+    }
+
+    def fill(file: h5py.File) -> None:
+        file.create_group("a/vars").attrs["name"] = "layer"
+        for path, value in values.items():
+            file[path] = value
+        file["b/vars/half"].attrs["dtype"] = "bfloat16"
+
+    skeleton = new_skeleton({"a/vars": "layer"}, {path: (each.dtype, each.shape) for path, each in values.items()})
+    made = b"".join(skeleton.filled(lambda path: values[path].reshape(-1).view(np.uint8).data))
+
+    assert hdf5(io.BytesIO(made)) == hdf5(io.BytesIO(image(fill)))
+    assert len(made) == skeleton.size
+
+
+def test_a_new_skeleton_takes_no_memory_for_the_values() -> None:
+    """A process of this size could not hold the array."""
+    skeleton = new_skeleton({}, {"x": (np.dtype("float32"), (1 << 38,))})
+
+    before, after = list(skeleton.filled(lambda path: memoryview(b"")))[0::2]
+
+    assert len(before) + len(after) < 1 << 20
+    assert skeleton.size > 1 << 40
 
 
 def _chunked(file: h5py.File) -> None:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from keras_ckpt.formats.keras_export import archive_of, saved_model, weights_of
+from keras_ckpt.formats.keras_export import archive_of, keras_content, weights_of
 from keras_ckpt.formats.keras_writer import Member, archive
 from keras_ckpt.formats.variables import Variables, load_variables
 from keras_ckpt.store.directory import CheckpointDirectory
@@ -50,9 +50,9 @@ def export_values(checkpoint: Checkpoint, path: str, weights_only: bool = False)
     """
     with contextlib.ExitStack() as stack:
         if path.endswith(_OF_KERAS):
-            model = read_checkpoint(checkpoint, saved_model, keep_open=stack)
-            model = model.without_optimizer() if weights_only else model
-            pieces = archive_of(model) if path.endswith(_ARCHIVE) else weights_of(model)
+            content = read_checkpoint(checkpoint, keras_content, keep_open=stack)
+            content = content.without_optimizer() if weights_only else content
+            pieces = archive_of(content) if path.endswith(_ARCHIVE) else weights_of(content)
         else:
             variables = load_variables(checkpoint)
             names = variables.weights if weights_only else [*variables]

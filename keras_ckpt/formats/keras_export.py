@@ -31,12 +31,12 @@ _LOOKUPS = "StringLookup", "IntegerLookup", "TextVectorization"
 _VOCABULARY, _VOCABULARY_OF_KERAS = "vocabulary.json", "vocabulary.txt"
 
 
-class SavedModel(NamedTuple):
-    """A model as Keras's own files have it.
+class KerasContent(NamedTuple):
+    """The content of one of Keras's own files.
 
     Attributes:
-        prefix: The path of its checkpoint, for messages.
-        config: Its config, or the reason why it has none; `None` if the checkpoint does not tell.
+        prefix: The path of the checkpoint, for messages.
+        config: The config of the model, or the reason why it has none; `None` if the checkpoint does not tell.
         names: The names of objects by the path of the group of their values.
         kinds: The types and shapes of the values by path.
         read: Reads a value by its path, while the checkpoint is open.
@@ -50,16 +50,16 @@ class SavedModel(NamedTuple):
     read: Callable[[str], np.ndarray]
     assets: Mapping[str, bytes]
 
-    def without_optimizer(self) -> SavedModel:
-        """The model without the values of its optimizers."""
+    def without_optimizer(self) -> KerasContent:
+        """The content without the values of optimizers."""
         names = {path: name for path, name in self.names.items() if not is_of_optimizer(path)}
         return self._replace(
             names=names, kinds={path: kind for path, kind in self.kinds.items() if not is_of_optimizer(path)}
         )
 
 
-def saved_model(files: Folder, name: str, record: CheckpointRecord | None) -> SavedModel:
-    """The model in a checkpoint, readable as long as its files are open.
+def keras_content(files: Folder, name: str, record: CheckpointRecord | None) -> KerasContent:
+    """The content for a checkpoint, readable as long as the files of the checkpoint are open.
 
     Raises:
         DamagedCheckpointError: The checkpoint cannot be read.
@@ -69,47 +69,47 @@ def saved_model(files: Folder, name: str, record: CheckpointRecord | None) -> Sa
     return (_in_file if files.series.template else _in_bundle)(prefix, files, name, record)
 
 
-def archive_of(model: SavedModel) -> Iterator[memoryview]:
+def archive_of(content: KerasContent) -> Iterator[memoryview]:
     """The bytes of a `.keras` file. A model without the values of its optimizer is not compiled.
 
     Raises:
         ValueError: The checkpoint has no config of its model.
     """
-    if model.config is None or model.config.config is None:
-        reason = model.config.reason if model.config else "it is a file of weights, or another program wrote it"
-        raise ValueError(f"{model.prefix} has no config of its model, because {reason}. Export to .weights.h5.")
-    is_trained = any(map(is_of_optimizer, model.kinds))
-    config = model.config.config if is_trained else uncompiled(model.config.config)
+    if content.config is None or content.config.config is None:
+        reason = content.config.reason if content.config else "it is a file of weights, or another program wrote it"
+        raise ValueError(f"{content.prefix} has no config of its model, because {reason}. Export to .weights.h5.")
+    is_trained = any(map(is_of_optimizer, content.kinds))
+    config = content.config.config if is_trained else uncompiled(content.config.config)
     date = f"{datetime.datetime.now():%Y-%m-%d@%H:%M:%S}"
     texts = {
-        "metadata.json": msgspec.json.encode({"keras_version": model.config.keras, "date_saved": date}),
+        "metadata.json": msgspec.json.encode({"keras_version": content.config.keras, "date_saved": date}),
         "config.json": msgspec.json.encode(config),
-        **{f"assets/{path}": data for path, data in model.assets.items()},
+        **{f"assets/{path}": data for path, data in content.assets.items()},
     }
     members = [Member(path, len(data), [memoryview(data)]) for path, data in texts.items()]
-    return archive([*members, Member("model.weights.h5", *_weights(model))])
+    return archive([*members, Member("model.weights.h5", *_weights(content))])
 
 
-def weights_of(model: SavedModel) -> Iterator[memoryview]:
+def weights_of(content: KerasContent) -> Iterator[memoryview]:
     """The bytes of a `.weights.h5` file, which has no assets: Keras saves none in it either."""
-    if model.assets:
+    if content.assets:
         warn(
-            f"The .weights.h5 file of {model.prefix} lacks the files of layers, such as a vocabulary: "
-            f"{', '.join(model.assets):.300}. A .keras file has them."
+            f"The .weights.h5 file of {content.prefix} lacks the files of layers, such as a vocabulary: "
+            f"{', '.join(content.assets):.300}. A .keras file has them."
         )
-    return _weights(model)[1]
+    return _weights(content)[1]
 
 
-def _weights(model: SavedModel) -> tuple[int, Iterator[memoryview]]:
+def _weights(content: KerasContent) -> tuple[int, Iterator[memoryview]]:
     """The size and the bytes of an HDF5 file with the values."""
-    for path, kind in model.kinds.items():
+    for path, kind in content.kinds.items():
         if kind.dtype.isbuiltin != 1 and kind.dtype.name != "bfloat16":
             raise ValueError(f"a file of Keras cannot hold {path}, which is of {kind.dtype}.")
-    skeleton = new_skeleton(model.names, model.kinds)
-    return skeleton.size, skeleton.filled(lambda path: model.read(path).reshape(-1).view(np.uint8).data)
+    skeleton = new_skeleton(content.names, content.kinds)
+    return skeleton.size, skeleton.filled(lambda path: content.read(path).reshape(-1).view(np.uint8).data)
 
 
-def _in_file(prefix: str, files: Folder, name: str, record: CheckpointRecord | None) -> SavedModel:
+def _in_file(prefix: str, files: Folder, name: str, record: CheckpointRecord | None) -> KerasContent:
     with errors_as_damage():
         file = read_keras_file(files, name, record)
         config = read_config(files, name)
@@ -120,10 +120,10 @@ def _in_file(prefix: str, files: Folder, name: str, record: CheckpointRecord | N
         )
     values = values_at(name, file.datasets)
     names = {path: name for path, name in file.names.items() if name}
-    return SavedModel(prefix, config, names, values.kinds, lambda path: values.read(files, path), file.assets)
+    return KerasContent(prefix, config, names, values.kinds, lambda path: values.read(files, path), file.assets)
 
 
-def _in_bundle(prefix: str, files: Folder, name: str, record: CheckpointRecord | None) -> SavedModel:
+def _in_bundle(prefix: str, files: Folder, name: str, record: CheckpointRecord | None) -> KerasContent:
     index = read_index(files, name, record.files if record else ())
     parts, variables = BundleParts(files, index), values_of(index)
     config = parts.config()
@@ -149,14 +149,17 @@ def _in_bundle(prefix: str, files: Folder, name: str, record: CheckpointRecord |
 
     def read(path: str) -> np.ndarray:
         source = sources[path]
-        return variables.read(files, source) if isinstance(source, str) else source
+        try:
+            return variables.read(files, source) if isinstance(source, str) else source
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{prefix} cannot be trusted: {error}") from error
 
     kinds = {
         path: variables.kinds[each] if isinstance(each, str) else Kind(each.dtype, each.shape)
         for path, each in sources.items()
     }
     names = {dataset_of(path, "").rstrip("/"): each.name for path, each in config.places.items() if each.name}
-    return SavedModel(prefix, config, names, kinds, read, assets)
+    return KerasContent(prefix, config, names, kinds, read, assets)
 
 
 def _learned(prefix: str, path: str, place: Place, parts: BundleParts) -> Learned | None:

@@ -25,6 +25,8 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, weights_only
     - `.onnx`: an ONNX file. `load_model` builds the model. The packages `onnx` and `tf2onnx` are needed.
     - A path that ends in `/` or has no ending: a folder with TensorFlow's SavedModel. `load_model` builds the model.
 
+    For classes of your own, call `load_model` with `custom_objects`, and `export` of the model.
+
     An export is complete and durable, or not there. It replaces a file, but never a folder.
 
     Example:
