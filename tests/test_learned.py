@@ -17,6 +17,7 @@ import keras_ckpt as kc
 from keras_ckpt.formats import description
 from keras_ckpt.model.model_state import ModelState
 from support import zoo
+from support.keras_files import content
 from support.models import save
 
 DATA = np.random.default_rng(0).normal(5, 3, (32, 4)).astype("float32")
@@ -200,6 +201,28 @@ def test_a_restored_layer_predicts_as_a_layer_of_a_keras_file(tmp_path, make) ->
 
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(restored.predict(DATA, verbose=0), loaded.predict(DATA, verbose=0))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's file
+@pytest.mark.parametrize("make", LAYERS)
+def test_an_exported_layer_has_the_content_that_keras_writes(tmp_path, make) -> None:
+    model = saved(tmp_path / "run", make())
+    model.save(tmp_path / "theirs.keras")
+
+    kc.export(tmp_path / "run", tmp_path / "model.keras")
+
+    assert content(tmp_path / "model.keras", "keras") == content(tmp_path / "theirs.keras", "keras")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's file
+def test_an_exported_feature_space_has_the_content_that_keras_writes(tmp_path) -> None:
+    model = featured()
+    zoo.save(model, tmp_path / "run")
+    model.save(tmp_path / "theirs.keras")
+
+    kc.export(tmp_path / "run", tmp_path / "model.keras")
+
+    assert content(tmp_path / "model.keras", "keras") == content(tmp_path / "theirs.keras", "keras")
 
 
 def featured() -> keras.Model:

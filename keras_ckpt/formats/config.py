@@ -25,7 +25,7 @@ class Place(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     Attributes:
         name: The name of the object, `None` if it has none.
         variables: The names of its variables by Keras's keys. A value that it computes has the name `""`.
-        learned: The name of its learned state in the description of the checkpoint, which has all of its values.
+        learned: The name of its learned state in the description of the checkpoint, which has its other values.
     """
 
     name: str | None = None
@@ -56,7 +56,7 @@ class Config(msgspec.Struct, frozen=True, omit_defaults=True):
 def uncompiled(config: Any) -> Any:
     """A config without the settings of `compile`, for the models in a model too."""
     if isinstance(config, dict):
-        return {name: None if name == "compile_config" else uncompiled(each) for name, each in config.items()}
+        return {name: {} if name == "compile_config" else uncompiled(each) for name, each in config.items()}
     return [*map(uncompiled, config)] if isinstance(config, list) else config
 
 

@@ -137,7 +137,7 @@ def _in_bundle(prefix: str, files: Folder, name: str, record: CheckpointRecord |
     assets: dict[str, bytes] = {}
     for path, place in config.places.items():
         learned = _learned(prefix, path, place, parts)
-        found = learned.variables if learned else place.variables
+        found = place.variables | (learned.variables if learned else {})
         sources |= {dataset_of(path, key): variable for key, variable in found.items()}
         if learned:
             _check_settings(prefix, path, learned, config)

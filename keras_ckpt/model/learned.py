@@ -188,6 +188,11 @@ def _has_own(each: Any, method: str) -> bool:
     return callable(function) and function not in _plain_methods()
 
 
+def saves_variables(each: Any) -> bool:
+    """Whether the class of an object decides which values of it are saved."""
+    return _has_own(each, "save_own_variables") or _has_own(each, "load_own_variables")
+
+
 @functools.cache
 def _plain_methods() -> frozenset[Any]:
     layers = keras.layers
@@ -209,7 +214,7 @@ def _collect(name: str, each: Any, names: Mapping[int, str]) -> _ObjectState:
             return None
 
     store: dict[str, Any] = {}
-    if _has_own(each, "save_own_variables") or _has_own(each, "load_own_variables"):
+    if saves_variables(each):
         call("save_own_variables", each.save_own_variables, store)
     variables = {str(key): names[id(value)] for key, value in store.items() if id(value) in names}
     arrays = {}
@@ -446,7 +451,7 @@ def restore_state(each: Any, learned: Learned, store: Mapping[str, np.ndarray], 
     if isinstance(each, _LOOKUPS):
         _restore_vocabulary(each, config, store, files)
         return
-    if _has_own(each, "load_own_variables") or _has_own(each, "save_own_variables"):
+    if saves_variables(each):
         each.load_own_variables(dict(store))
     if files and _has_own(each, "load_assets"):
         with temporary_directory() as path:

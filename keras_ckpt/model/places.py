@@ -8,6 +8,7 @@ import keras
 
 from keras_ckpt.formats.config import Place
 from keras_ckpt.model.keras_internals import answers_of, places_in_files
+from keras_ckpt.model.learned import saves_variables
 
 
 def places_of(model: keras.Model, names: Mapping[int, str], learners: Mapping[int, str]) -> dict[str, Place]:
@@ -29,11 +30,10 @@ def places_of(model: keras.Model, names: Mapping[int, str], learners: Mapping[in
 
 def _place(each: object, names: Mapping[int, str], learners: Mapping[int, str]) -> Place | None:
     """The place of an object, `None` for an optimizer whose variables the checkpoint lacks."""
-    name = getattr(each, "name", None)
-    place = Place(name if isinstance(name, str) else None, learned=learners.get(id(each), ""))
-    if place.learned:
-        return place
-    variables = {key: names.get(id(value), "") for key, value in answers_of(each).items()}
+    name, learned = getattr(each, "name", None), learners.get(id(each), "")
+    # The learned state has the values of an object that decides about them, at the moment of each save.
+    answers = {} if learned and saves_variables(each) else answers_of(each)
+    variables = {key: names.get(id(value), "") for key, value in answers.items()}
     if isinstance(each, keras.optimizers.Optimizer) and "" in variables.values():
         return None
-    return Place(place.name, variables)
+    return Place(name if isinstance(name, str) else None, variables, learned)
