@@ -206,6 +206,18 @@ def test_the_command_exports_the_checkpoint_of_a_step(runs, tmp_path, monkeypatc
     assert CliRunner().invoke(main, ["export", runs.path, "latest", file]).exit_code == 0
 
 
+def test_the_command_exports_a_file_of_keras(tmp_path, monkeypatch) -> None:
+    """The path of the file stands for its run."""
+    monkeypatch.chdir(tmp_path)
+    model = dense_model()
+    fit(model, kc.ModelCheckpoint("best.keras"))
+
+    result = CliRunner().invoke(main, ["export", "best.keras", "latest", "other.keras"])
+
+    assert (result.exit_code, result.output) == (0, "Exported step 5 to other.keras.\n")
+    assert all(map(np.array_equal, keras.models.load_model("other.keras").get_weights(), model.get_weights()))
+
+
 @pytest.mark.parametrize(
     ("step", "name", "code"), [("5", "values.h5", 2), ("7", "values.npz", 1), ("5", "run", 1), ("5", "values.onnx", 1)]
 )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pathlib
+import re
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from blake3 import blake3
 
 import keras_ckpt as kc
-from keras_ckpt.formats import config
+from keras_ckpt.formats import config, description
+from keras_ckpt.formats.bundle_writer import array_value, string_value, write_bundle
+from keras_ckpt.model.model_state import ModelState
+from keras_ckpt.store.files import Folder
 from support import keras_zoo, zoo
 from support.keras_files import content
 from support.models import X, dense_model, fit, save
@@ -273,10 +278,42 @@ def test_a_checkpoint_that_lacks_a_part_of_a_model_is_refused(tmp_path, source, 
     assert not (tmp_path / "model.keras").exists()
 
 
+def forged(path: pathlib.Path, places: dict[str, config.Place]) -> pathlib.Path:
+    """A checkpoint of one value and one asset, with these places in its config."""
+    digest = f"blake3:{blake3(b'asset').hexdigest()}"
+    learned = description.Learned("Mine", assets={"file": description.Asset(0, 5, digest)})
+    texts = {
+        config.KEY: config.encode(config.Config({}, places=places)),
+        description.KEY: description.encode(description.Description(objects={"model/mine": learned})),
+        description.asset_key(0): b"asset",
+    }
+    values = {key.encode(): string_value([text], ()) for key, text in texts.items()}
+    with Folder(path, create=True) as folder:
+        write_bundle(folder, "ckpt-1", [{**values, b"model/x/.ATTRIBUTES/VARIABLE_VALUE": array_value(np.ones(3))}])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"a/../../b": config.Place(learned="model/mine")}, "unsafe path: 'a/../../b/file'"),
+        ({"a": config.Place(learned="model/other")}, "has no state of a, which its config names"),
+        ({"a": config.Place(variables={"0": "model/y"})}, "does not have model/y, which its config names"),
+    ],
+)
+def test_a_checkpoint_whose_places_do_not_fit_its_values_is_damaged(tmp_path, places, message) -> None:
+    run = forged(tmp_path / "run", places)
+
+    with pytest.raises(kc.DamagedCheckpointError, match=re.escape(message)):
+        kc.export(run, tmp_path / "model.keras")
+
+    assert not (tmp_path / "model.keras").exists()
+
+
 def test_the_places_take_little_room_in_a_checkpoint(tmp_path) -> None:
     """Every checkpoint has the paths of its values in a file of Keras."""
     model = sequence(*(keras.layers.Dense(4) for _ in range(30)))
-    with_places = kc.model.model_state.ModelState(model).config()()
+    with_places = ModelState(model).config()()
 
     without = config.Config(with_places.config, with_places.paths, keras=with_places.keras)
     assert len(with_places.places) == 32

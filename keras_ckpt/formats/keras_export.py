@@ -146,6 +146,8 @@ def _in_bundle(prefix: str, files: Folder, name: str, record: CheckpointRecord |
             texts = _as_keras_saves(prefix, path, learned, files_of)
             assets |= {f"{path}/{file}".lstrip("/"): data for file, data in texts.items()}
     _check_variables(prefix, sources, variables.kinds)
+    if unsafe := [path for path in assets if not {"", ".", ".."}.isdisjoint(path.split("/"))]:
+        raise DamagedCheckpointError(f"{prefix} has an asset with an unsafe path: {unsafe[0]!r:.200}")
 
     def read(path: str) -> np.ndarray:
         source = sources[path]

@@ -37,6 +37,9 @@ def load_model(
     The model has the weights, seeds and optimizer of the checkpoint to the bit, so `fit` continues the run exactly. No
     code from the checkpoint runs: a model with a lambda is refused, in every mode of Keras.
 
+    Files of Keras have low-rank updates (LoRA) merged into the kernels. The updates and their optimizer begin again,
+    with a warning.
+
     Example:
 
     ```python
