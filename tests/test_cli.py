@@ -280,13 +280,69 @@ def test_show_of_a_damaged_checkpoint_exits_with_1(runs) -> None:
     assert "damaged, left alone: ckpt-20" in run("ls", runs.path)
 
 
-def test_a_directory_of_several_templates_is_wrong_usage(tmp_path) -> None:
-    """The error names the templates, each of which is a PATH."""
-    for step, template in enumerate(("{epoch}.keras", "best.keras"), 1):
-        save_file(tmp_path / template, step, template.format(epoch=1))
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> None:
+    """A folder of two series of files in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for epoch, loss in enumerate((0.5, 0.2, 0.4), 1):
+        facts = {"metrics": {"loss": loss}, "monitor": "loss", "mode": "min", "epoch": epoch}
+        save_file("ckpt/{epoch:02d}.keras", 10 * epoch, f"{epoch:02d}.keras", **facts)
+        if epoch < 3:
+            save_file("ckpt/best.keras", 10 * epoch, "best.keras", **facts)
 
-    assert "several templates: 'best.keras' and '{epoch}.keras'" in run("ls", tmp_path, code=2)
-    assert run("show", tmp_path / "{epoch}.keras", "latest", "--path") == f"{tmp_path}/1.keras\n"
+
+def test_ls_and_verify_show_all_series_of_a_directory(files) -> None:
+    text = run("ls", "ckpt")
+
+    assert re.findall(r"^\w+\.keras", text, re.MULTILINE) == ["best.keras", "01.keras", "02.keras", "03.keras"]
+    assert len(json.loads(run("ls", "ckpt", "--json"))["checkpoints"]) == 4
+    assert re.findall(r"(\d) checkpoints? whole", run("verify", "ckpt")) == ["1", "3"]
+
+
+@pytest.mark.parametrize("command", [["best"], ["prune", "--keep-latest", 1], ["clear", "--yes"], ["show", "latest"]])
+def test_other_commands_ask_for_a_file_of_a_directory_of_several_series(files, command) -> None:
+    """A command must not guess what to remove."""
+    name, *options = command
+    before = sorted(pathlib.Path("ckpt").rglob("*"))
+
+    assert run(name, "ckpt", *options, code=2).endswith("directory: 'ckpt/best.keras' or 'ckpt/03.keras'.\n")
+    assert sorted(pathlib.Path("ckpt").rglob("*")) == before
+    assert run(name, "ckpt/03.keras", *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["ckpt/best.keras"], "best.keras"),
+        (["ckpt/01.keras"], "01.keras"),
+        (["ckpt/03.keras", "01.keras"], "01.keras"),
+        (["ckpt/01.keras", "latest"], "03.keras"),
+        (["ckpt/{epoch:02d}.keras", "best"], "02.keras"),
+    ],
+)
+def test_a_file_needs_no_step(files, arguments, name) -> None:
+    """With a STEP, the PATH stands for all files of its template."""
+    assert run("show", *arguments, "--path") == run("show", "--path", *arguments)
+    assert run("show", *arguments, "--path").endswith(f"/ckpt/{name}\n")
+
+
+def test_pin_and_unpin_need_no_step_of_a_file(files) -> None:
+    """Another file of the same step is not pinned."""
+    run("pin", "ckpt/02.keras", "paper figure 3")
+
+    assert kc.CheckpointDirectory("ckpt/02.keras")[20].pin == "paper figure 3"
+    assert not kc.CheckpointDirectory("ckpt/best.keras")[20].pinned
+    run("unpin", "ckpt/02.keras")
+    assert not kc.CheckpointDirectory("ckpt/02.keras")[20].pinned
+
+
+def test_a_file_without_a_record_exits_with_1(files) -> None:
+    """`ls` shows its name."""
+    pathlib.Path("ckpt/mine.keras").write_bytes(b"by hand")
+
+    assert "this package did not write the file" in run("show", "ckpt/mine.keras", code=1)
+    assert "There is no checkpoint none.keras" in run("show", "ckpt/none.keras", code=1)
+    assert "without a record, left alone: mine.keras" in run("ls", "ckpt")
 
 
 def test_a_bug_is_not_shown_as_wrong_usage(runs, monkeypatch) -> None:

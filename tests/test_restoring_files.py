@@ -550,3 +550,16 @@ def test_a_missing_file_is_not_found(path) -> None:
     """The error names the path."""
     with pytest.raises(kc.CheckpointNotFoundError, match="There is no checkpoint"):
         kc.restore(dense_model(), path)
+
+
+def test_restore_and_load_model_name_the_newest_file_of_each_series_of_a_folder(folder) -> None:
+    """Each name in the error is a path that works."""
+    model = dense_model()
+    saves = kc.ModelCheckpoint("ckpt/{epoch:02d}.keras"), kc.ModelCheckpoint("ckpt/best.keras", save_best_only=True)
+    fit(model, Reports(val_loss=[0.5, 0.25]), *saves, epochs=2)
+
+    for read in (functools.partial(kc.restore, dense_model()), kc.load_model):
+        with pytest.raises(ValueError, match=r"Name a file .*: 'ckpt/best\.keras' or 'ckpt/02\.keras'\."):
+            read("ckpt")
+        read("ckpt/02.keras")
+        read("ckpt/best.keras")

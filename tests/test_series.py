@@ -181,17 +181,58 @@ def test_a_file_of_a_template_stands_for_the_files_of_the_template(tmp_path) -> 
     assert [record.name for record in CheckpointDirectory(tmp_path / "2.keras")] == ["1.keras", "2.keras"]
 
 
-def test_a_directory_with_the_files_of_several_templates_asks_for_one(tmp_path) -> None:
-    """The error has a call that works."""
-    save(tmp_path / "best.keras", 1, "best.keras")
-    save(tmp_path / "{epoch}.keras", 2, "2.keras")
+def test_a_directory_with_the_files_of_several_templates_asks_for_a_file(tmp_path, monkeypatch) -> None:
+    """The error has the newest file of each template, by a path that works."""
+    monkeypatch.chdir(tmp_path)
+    save("w/best.keras", 1, "best.keras")
+    for step in (1, 2):
+        save("w/{epoch}.keras", step, f"{step}.keras")
 
     with pytest.raises(ValueError, match=r"several templates: 'best.keras' and '{epoch}.keras'") as error:
-        list(CheckpointDirectory(tmp_path))
+        list(CheckpointDirectory("w"))
 
-    path = str(error.value).rpartition("(")[2].partition(")")[0].strip("'")
-    assert [record.step for record in CheckpointDirectory(path)] == [1]
-    assert f"keras-ckpt ls {path} in a shell" in str(error.value)
+    assert str(error.value).endswith("Name a file instead of the directory: 'w/best.keras' or 'w/2.keras'.")
+    assert [record.step for record in CheckpointDirectory("w/best.keras")] == [1]
+    assert [record.step for record in CheckpointDirectory("w/2.keras")] == [1, 2]
+
+
+def test_each_series_of_a_directory_is_found(tmp_path) -> None:
+    """The path means the TensorFlow checkpoints, which have no template."""
+    for template, name in (("best.keras", "best.keras"), ("m-{epoch}.keras", "m-1.keras")):
+        save(tmp_path / template, 1, name)
+    (tmp_path / "mine.keras").write_bytes(b"by hand")
+    (tmp_path / "ckpt-1.index").write_bytes(b"")
+    directory = CheckpointDirectory(tmp_path)
+
+    found = [each.series.template for each in directory.each_series()]
+
+    assert found == ["", "best.keras", "m-{epoch}.keras", "mine.keras"]
+    assert directory.listing().unmanaged == ("ckpt-1",)
+
+
+def test_a_copied_file_is_a_series_of_its_own(tmp_path) -> None:
+    """It has the same step as the file of the template, and neither is damaged."""
+    save(tmp_path / "{epoch}.keras", 1, "1.keras", metrics={"loss": 0.5})
+    shutil.copy(tmp_path / "1.keras", tmp_path / "best.keras")
+
+    assert steps(tmp_path / "1.keras") == [1]
+    assert steps(tmp_path / "best.keras") == [1]
+    assert CheckpointDirectory(tmp_path / "best.keras").latest().metrics == {"loss": 0.5}
+    save(tmp_path / "best.keras", 2, "best.keras")
+    assert steps(tmp_path / "best.keras") == [2]
+
+
+def test_a_file_of_an_earlier_run_can_be_pinned(tmp_path) -> None:
+    """Its record is in the listing."""
+    save(tmp_path / "{epoch}.keras", 1, "1.keras", run_id="first")
+    save(tmp_path / "{epoch}.keras", 1, "2.keras", run_id="second")
+    directory = CheckpointDirectory(tmp_path)
+
+    directory.pin(directory.listing().named("1.keras"), "mine")
+
+    listing = directory.listing()
+    assert listing.named("1.keras").pin == "mine"
+    assert listing.named("2.keras").pin is None
 
 
 def test_a_template_may_have_fields_in_its_folders(tmp_path) -> None:

@@ -19,6 +19,7 @@ from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.tables import text
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.runs import Filler, history, payload
+from test_series import save as save_file
 
 LOSSES = [0.9, 0.5, 0.25, 0.125, 0.5, 0.7]
 """The best of the six epochs is the fourth."""
@@ -124,6 +125,132 @@ def test_a_plan_in_a_terminal_of_60_columns(plan, monkeypatch) -> None:
         not shown in 60 columns: epoch, val_accuracy, accuracy,
         loss, size
     """)
+
+
+def files(path: pathlib.Path) -> None:
+    """Files of a template with the epoch and the loss, and beside them the file of the best."""
+    for epoch, loss in enumerate(LOSSES[:4], 1):
+        facts = {
+            "metrics": {"loss": loss / 2, "val_accuracy": 1 - loss, "val_loss": loss},
+            "monitor": "val_loss", "mode": "min", "epoch": epoch, "time": 1.79e9 + 60 * epoch,
+        }  # fmt: skip
+        save_file(path / "{epoch:02d}-{val_loss:.2f}.keras", 100 * epoch, f"{epoch:02d}-{loss:.2f}.keras", **facts)
+        if epoch < 4:
+            save_file(path / "best.keras", 100 * epoch, "best.keras", **facts)
+
+
+def test_a_folder_of_two_series_of_files_in_a_terminal_of_80_columns(tmp_path, monkeypatch) -> None:
+    """The best and the newest are marked within the series of several files."""
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path / "ckpt")
+    kc.CheckpointDirectory("ckpt/03-0.25.keras").pin(300, "paper")
+
+    assert screen(kc.CheckpointDirectory("ckpt"), 80, monkeypatch) == expected("""
+        ckpt
+        file           step  epoch  val_loss  val_accuracy      size  mark
+        ───────────────────────────────────────────────────────────────────────────
+        best.keras      300      3      0.25          0.75  11 bytes
+        01-0.90.keras   100      1       0.9           0.1  11 bytes
+        02-0.50.keras   200      2       0.5           0.5  11 bytes
+        03-0.25.keras   300      3      0.25          0.75  11 bytes  pinned: paper
+        04-0.12.keras   400      4     0.125         0.875  11 bytes  best, newest
+        5 checkpoints, 55 bytes
+        not shown in 80 columns: loss, saved
+    """)
+
+
+def test_a_folder_of_two_series_of_files_in_a_terminal_of_60_columns(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path / "ckpt")
+
+    assert screen(kc.CheckpointDirectory("ckpt"), 60, monkeypatch) == expected("""
+        ckpt
+        file           step  epoch  val_loss      size  mark
+        ────────────────────────────────────────────────────────────
+        best.keras      300      3      0.25  11 bytes
+        01-0.90.keras   100      1       0.9  11 bytes
+        02-0.50.keras   200      2       0.5  11 bytes
+        03-0.25.keras   300      3      0.25  11 bytes
+        04-0.12.keras   400      4     0.125  11 bytes  best, newest
+        5 checkpoints, 55 bytes
+        not shown in 60 columns: val_accuracy, loss, saved
+    """)
+
+
+def test_a_table_of_files_has_those_of_earlier_runs_and_names_those_without_a_record(tmp_path, monkeypatch) -> None:
+    """No policy removes these files, so a plan names both."""
+    monkeypatch.chdir(tmp_path)
+    for step, run_id in ((100, "first"), (200, "first"), (50, "second")):
+        facts = {"run_id": run_id, "epoch": 1, "time": 1.79e9, "metrics": {"loss": 0.5}, "monitor": "loss"}
+        save_file(tmp_path / "w" / "{step}.keras", step, f"{step}.keras", **facts)
+    (tmp_path / "w" / "by_keras.keras").write_bytes(b"of another program")
+    runs = kc.CheckpointDirectory("w")
+
+    assert screen(runs, 60, monkeypatch) == expected("""
+        w/{step}.keras
+        file       step  epoch  loss      size  mark
+        ───────────────────────────────────────────────────
+        100.keras   100      1   0.5  11 bytes  earlier run
+        200.keras   200      1   0.5  11 bytes  earlier run
+        50.keras     50      1   0.5  10 bytes  newest
+        3 checkpoints, 32 bytes
+        without a record, left alone: by_keras.keras
+        not shown in 60 columns: saved
+    """)
+    assert repr(runs.plan(kc.LatestN(1))).splitlines()[-3:-1] == [
+        "of an earlier run, left alone: 100.keras, 200.keras",
+        "without a record, left alone: by_keras.keras",
+    ]
+    assert "3 checkpoints whole" in repr(runs.verify())
+
+
+def test_a_file_that_was_copied_into_another_folder_is_in_the_table_of_the_folder(tmp_path, monkeypatch) -> None:
+    """The record at the end of the file suffices."""
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path / "ckpt")
+    (tmp_path / "mail").mkdir()
+    (tmp_path / "mail" / "good.keras").write_bytes((tmp_path / "ckpt" / "02-0.50.keras").read_bytes())
+
+    assert screen(kc.CheckpointDirectory("mail"), 60, monkeypatch) == expected("""
+        mail/good.keras
+        file        step  epoch  val_loss  val_accuracy      size
+        ─────────────────────────────────────────────────────────
+        good.keras   200      2       0.5           0.5  11 bytes
+        1 checkpoint, 11 bytes
+        not shown in 60 columns: loss, saved
+    """)
+    assert kc.CheckpointDirectory("mail").verify().ok
+
+
+def test_a_copy_beside_the_files_of_a_template_is_in_the_table_and_disturbs_no_file(tmp_path, monkeypatch) -> None:
+    """The path of the directory still means the files of the template."""
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        save_file(tmp_path / "{epoch}.keras", step, f"{step}.keras")
+    pathlib.Path("good.keras").write_bytes(pathlib.Path("1.keras").read_bytes())
+    runs = kc.CheckpointDirectory(tmp_path)
+
+    assert [record.name for record in runs] == ["1.keras", "2.keras"]
+    assert re.findall(r"^(\S+)\.keras +(\d)", repr(runs), re.MULTILINE) == [("1", "1"), ("2", "2"), ("good", "1")]
+    assert "damaged" not in repr(runs)
+
+
+def test_files_that_keras_wrote_are_named(tmp_path) -> None:
+    """A folder may have no other files."""
+    for epoch in range(7):
+        (tmp_path / f"{epoch}.keras").write_bytes(b"of Keras")
+
+    assert repr(kc.CheckpointDirectory(tmp_path)).splitlines()[1:] == [
+        "no checkpoints that can be used",
+        "without a record, left alone: 0.keras, 1.keras, 2.keras, 3.keras, 4.keras, and 2 more",
+    ]
+
+
+def test_the_table_of_a_path_that_cannot_be_read_tells_the_reason(tmp_path) -> None:
+    """A `repr` never raises."""
+    (tmp_path / "file").write_text("")
+
+    assert "this is a file" in repr(kc.CheckpointDirectory(tmp_path / "file"))
 
 
 def test_a_record_is_a_table_of_its_most_important_facts(runs) -> None:
@@ -265,7 +392,7 @@ def test_a_long_table_is_shortened(filler) -> None:
     """The table shows the first, the newest, the best and the pinned rows, and the number of skipped rows."""
     many = history(" ".join(f"{step}:{step}" for step in range(5000)))
     many[700] = msgspec.structs.replace(many[700], pin="milestone")
-    table = overview.of_directory("run", Listing("run", tuple(many)), 0, overview.Ranking(best={900}))
+    table = overview.of_directory("run", [Listing("run", tuple(many))], [overview.Ranking(best={900})], 0)
 
     lines = [cells for _, cells in table.rows(table.columns)]
 

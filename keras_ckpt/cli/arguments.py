@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from keras_ckpt.errors import CheckpointError
+from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.record import CheckpointRecord
 
@@ -19,31 +21,33 @@ _NAMED = ("latest", "best")
 
 
 class _Step(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
-    """A step: a number, `latest` or `best`."""
+    """A step: a number, `latest`, `best`, or the name of a file of Keras."""
 
     name = "STEP"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if not _is_step(value):
-            self.fail(f"{value!r} is neither a number nor 'latest' nor 'best'.", param, ctx)
-        return value if value in _NAMED else int(value)
+            self.fail(f"{value!r} is neither a number nor 'latest' nor 'best' nor a file of Keras.", param, ctx)
+        return int(value) if value.isdecimal() else value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return _matching((*_NAMED, *(str(record.step) for record in _known(ctx))), incomplete)
 
 
 class OfOneStep(click.Command):
-    """A command of the arguments [PATH] STEP, whose PATH may be missing."""
+    """A command of the arguments [PATH] STEP. The PATH may be missing, and the STEP if PATH is a file of Keras."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = [word for word in args if not word.startswith("-")]
         if words and _is_step(words[0]) and not any(map(_is_step, words[1:2])):
-            args = [".", *args]
+            folder, name = os.path.split(words[0])
+            place = args.index(words[0])
+            args = [*args[:place], words[0] if folder or layout.is_keras_file(name) else ".", name, *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
 
 def _is_step(word: str) -> bool:
-    return word in _NAMED or (word.isascii() and word.isdecimal())
+    return word in _NAMED or (word.isascii() and word.isdecimal()) or layout.is_keras_file(word)
 
 
 def _known(ctx: click.Context) -> Iterable[CheckpointRecord]:

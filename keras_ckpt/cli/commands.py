@@ -15,7 +15,9 @@ import msgspec
 
 from keras_ckpt.cli import arguments
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, MonitorError
+from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory, Verification
+from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import PIN_LIMIT, Listing
 from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
@@ -43,7 +45,8 @@ class _Group(click.Group):
 def main() -> None:
     """List, inspect, verify and prune the checkpoints of a run.
 
-    PATH is the directory of a run. Default: the current directory. STEP is a number, latest or best.
+    PATH is the directory of a run, or a file of Keras. Default: the current directory. STEP is a number, latest, best,
+    or the name of a file of Keras. A PATH that is a file needs no STEP.
 
     Exit codes: 0 done, 1 not found or damaged, 2 wrong usage.
     """
@@ -57,7 +60,7 @@ def ls(paths: Sequence[str], form: str | None) -> None:
 
     Example: keras-ckpt ls runs/digits
     """
-    for runs in _existing(*paths):
+    for runs in _directories(*paths):
         _report(form, runs, functools.partial(_directory_facts, runs))
 
 
@@ -153,7 +156,7 @@ def verify(context: click.Context, paths: Sequence[str], form: str | None) -> No
 
     Example: keras-ckpt verify runs/digits
     """
-    verifications = [_verified(runs, form) for runs in _existing(*paths)]
+    verifications = [_verified(each, form) for runs in _directories(*paths) for each in runs.each_series()]
     for found in verifications:
         _report(form, found, functools.partial(_verification_facts, found))
     context.exit(0 if all(found.ok for found in verifications) else 1)
@@ -277,16 +280,23 @@ def _arguments() -> Iterator[None]:
 
 
 def _existing(*paths: str) -> list[CheckpointDirectory]:
-    """The directories, all of which can be opened."""
-    directories = []
-    for path in paths:
+    """The directories, each of which means one series."""
+    directories = _directories(*paths)
+    for runs in directories:
         with _arguments():
-            runs = CheckpointDirectory(path)
-            try:
-                runs.open().close()
-            except FileNotFoundError as error:
-                raise CheckpointNotFoundError(f"There is no directory {path}.") from error
-        directories.append(runs)
+            runs.open().close()
+    return directories
+
+
+def _directories(*paths: str) -> list[CheckpointDirectory]:
+    """The directories, each of which exists."""
+    with _arguments():
+        directories = [CheckpointDirectory(path) for path in paths]
+    for runs, path in zip(directories, paths, strict=True):
+        try:
+            Folder(runs.path).close()
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"There is no directory {path}.") from error
     return directories
 
 
@@ -295,6 +305,8 @@ def _record(path: str, step: int | str) -> tuple[CheckpointDirectory, Checkpoint
     (runs,) = _existing(path)
     if isinstance(step, int):
         return runs, runs[step]
+    if layout.is_keras_file(step):
+        return runs, runs.listing().named(step)
     return runs, _found(runs, runs.latest() if step == "latest" else runs.best())
 
 
@@ -361,19 +373,23 @@ def _facts(record: CheckpointRecord) -> dict[str, Any]:
 
 
 def _directory_facts(runs: CheckpointDirectory) -> dict[str, Any]:
-    listing = runs.listing()
-    return {"checkpoints": list(map(_facts, listing.records)), **_others(listing)}
+    listings = [each.listing() for each in runs.each_series()]
+    return {
+        "checkpoints": [_facts(record) for listing in listings for record in listing.records],
+        "earlier_runs": [_facts(record) for listing in listings for record in listing.other_runs],
+        **_others(*listings),
+    }
 
 
 def _verification_facts(found: Verification) -> dict[str, Any]:
     return {"whole": [record.step for record in found.listing.records], **_others(found.listing)}
 
 
-def _others(listing: Listing) -> dict[str, Any]:
+def _others(*listings: Listing) -> dict[str, Any]:
     """The damaged and the unmanaged checkpoints."""
     return {
-        "damaged": {name: str(error) for name, error in listing.damaged.items()},
-        "without_sidecar": listing.unmanaged,
+        "damaged": {name: str(error) for listing in listings for name, error in listing.damaged.items()},
+        "without_sidecar": sorted({name for listing in listings for name in listing.unmanaged}),
     }
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
@@ -16,7 +15,17 @@ from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedC
 from keras_ckpt.store import background, commit, layout, overview, tables
 from keras_ckpt.store.checks import check
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.listing import PIN_LIMIT, Listing, amend, examine, scan, taken, templates_of, verify
+from keras_ckpt.store.listing import (
+    PIN_LIMIT,
+    Listing,
+    amend,
+    examine,
+    scan,
+    series_in,
+    taken,
+    template_of,
+    verify,
+)
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.plan import PrunePlan, decide, rank, resolved
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
@@ -111,8 +120,7 @@ class CheckpointDirectory(tables.Shown):
     def open(self, *, create: bool = False) -> Folder:
         """Opens the directory. The caller closes it.
 
-        A directory without TensorFlow checkpoints is opened as the series of its files of Keras. A file of a template
-        is opened as the series of the template.
+        A directory is opened as the series that its path means, and a file of a template as the series of the template.
 
         Args:
             create: Whether to create the directory and its parents where missing.
@@ -125,18 +133,37 @@ class CheckpointDirectory(tables.Shown):
             return folder
         with contextlib.ExitStack() as failed:
             failed.callback(folder.close)
-            templates = templates_of(folder, self.series)
-            if len(templates) > 1:
-                names = " and ".join(map(repr, sorted(templates)[:5]))
-                path = os.path.join(_shown(self.path), min(templates))
-                raise ValueError(
-                    f"{self.path} has files of several templates: {names}. Name the files to use: "
-                    f"keras_ckpt.CheckpointDirectory({path!r}) in Python, keras-ckpt ls {shlex.quote(path)} in a shell."
-                )
-            if not templates:
-                failed.pop_all()
-                return folder
-        return Folder(self.path, layout.Series(*templates))
+            if template := self.series.template:
+                series = layout.Series(template_of(folder, template) or template)
+            else:
+                series = self._meant(folder)
+            failed.pop_all()
+        folder.series = series
+        return folder
+
+    def _meant(self, folder: Folder) -> layout.Series:
+        """The series that the path of a directory means.
+
+        Raises:
+            ValueError: The path means several series. The error names the newest file of each.
+        """
+        meant, _ = series_in(folder)
+        if len(meant) < 2:
+            return meant[0] if meant else self.series
+        found = [(series.template, list(CheckpointDirectory(self.path, series))) for series in meant[:5]]
+        newest = [os.path.join(_shown(self.path), records[-1].name) for _, records in found if records]
+        raise ValueError(
+            f"{self.path} has files of several templates: {' and '.join(repr(template) for template, _ in found)}. "
+            f"Name a file instead of the directory: {' or '.join(map(repr, newest))}."
+        )
+
+    def each_series(self) -> list[CheckpointDirectory]:
+        """The directory of each series here: of the TensorFlow checkpoints, and of the files of each template."""
+        if self._is_given or self.series.template or not os.path.isdir(self.path):
+            return [self]
+        with _naming(self.path), Folder(self.path) as folder:
+            meant, others = series_in(folder)
+        return [CheckpointDirectory(self.path, series) for series in meant + others] or [self]
 
     def subdirectory(self, name: str) -> CheckpointDirectory:
         """The checkpoint directory in a sub-directory. Its listeners are those of this object."""
@@ -382,7 +409,7 @@ class CheckpointDirectory(tables.Shown):
             return listing.find(step)
         if os.path.realpath(step.directory) != os.path.realpath(self.path):
             raise ValueError(f"The record belongs to {step.directory}, not to {self.path}.")
-        found = listing.find(step.step)
+        found = listing.named(step.name) if step.template else listing.find(step.step)
         if not found.same_save(step):
             raise CheckpointNotFoundError(
                 f"{step.prefix} was saved again after this record was read. Look it up again."
@@ -390,10 +417,15 @@ class CheckpointDirectory(tables.Shown):
         return found
 
     def _table(self) -> tables.Table:
-        listing = self.listing()
-        with _naming(self.path):
-            ranking = rank(listing, BestN(1))
-            return overview.of_directory(_title(listing), listing, taken(listing.records), ranking)
+        try:
+            listings = [each.listing() for each in self.each_series()]
+            title = _title(listings[0]) if len(listings) == 1 else _shown(self.path)
+            with _naming(self.path):
+                records = [record for each in listings for record in (*each.other_runs, *each.records)]
+                rankings = [rank(each, BestN(1)) for each in listings]
+                return overview.of_directory(title, listings, rankings, taken(records))
+        except (CheckpointError, OSError) as error:  # a repr never raises
+            return tables.Table(tables.printable(_shown(self.path)), notes=(tables.printable(str(error)),))
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:

@@ -72,6 +72,21 @@ class Listing:
         records, others = _apart(everything, run_id)
         return dataclasses.replace(self, records=records, other_runs=others)
 
+    def named(self, name: str) -> CheckpointRecord:
+        """The checkpoint of a name, even of an earlier run.
+
+        Raises:
+            DamagedCheckpointError, FormatVersionError: The checkpoint cannot be trusted.
+            CheckpointNotFoundError: No checkpoint has the name, or its file has no record.
+        """
+        for record in (*self.records, *self.other_runs):
+            if record.name == name:
+                return record
+        if name in self.damaged:
+            raise type(self.damaged[name])(f"{name} in {self.path} cannot be used: {self.damaged[name]}")
+        without = ", because this package did not write the file" if name in self.unmanaged else ""
+        raise CheckpointNotFoundError(f"There is no checkpoint {name} in {self.path}{without}.")
+
     def find(self, step: int) -> CheckpointRecord:
         """The checkpoint of a step.
 
@@ -185,25 +200,38 @@ def _apart(
     )
 
 
-def templates_of(folder: Reading, series: Series) -> set[str]:
-    """The templates that a path without fields may mean: of a file of Keras, or of a directory.
+def series_in(folder: Reading) -> tuple[list[Series], list[Series]]:
+    """The series that the path of a directory means, and the other series in the directory.
 
-    A directory that has TensorFlow checkpoints means these.
+    The path means the TensorFlow checkpoints; without them, the files of Keras with sidecars; without sidecars, the
+    files with records. A file that has a name of no template is a series of its own.
     """
-    if series.template:
-        with contextlib.suppress(CheckpointError, OSError):
-            read = tails.read_tail(folder, series.template)
-            if read and layout.Series(read[1].template).checkpoints([series.template]):
-                return {read[1].template}
-        return set()
     names = set(folder.names())
+    files = set(filter(layout.is_keras_file, names))
+    managed = {_template(folder, name) for name in files & layout.of_sidecars(names)} - {""}
+    recorded = managed | {template_of(folder, name) for name in files} - {""}
+    series = list(map(Series, recorded))
+    single = {name for name in files if not any(each.checkpoints([name]) for each in series)}
+    meant = managed or recorded
     if TENSORFLOW.checkpoints(names) or layout.of_indexes(names):
-        return set()
-    found = set()
-    for name in filter(layout.is_keras_file, layout.of_sidecars(names)):
-        with contextlib.suppress(CheckpointError, OSError):
-            found.add(sidecars.decode(folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT), name).template)
-    return found - {""}
+        meant = {TENSORFLOW.template}
+    others = (recorded | single) - meant
+    return [Series(template) for template in sorted(meant)], [Series(template) for template in sorted(others)]
+
+
+def template_of(folder: Reading, name: str) -> str:
+    """The template of a file of Keras, `""` for a file without a readable record."""
+    with contextlib.suppress(CheckpointError, OSError):
+        if found := tails.read_tail(folder, name):
+            return found[1].template
+    return ""
+
+
+def _template(folder: Reading, name: str) -> str:
+    """The template in the sidecar of a file of Keras, `""` without a valid sidecar."""
+    with contextlib.suppress(CheckpointError, OSError):
+        return sidecars.decode(folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT), name).template
+    return ""
 
 
 def unmanaged(folder: Reading, names: set[str]) -> set[str]:

@@ -36,35 +36,45 @@ class Ranking(NamedTuple):
     best: Set[int] = frozenset()
 
 
-def of_directory(path: str, listing: Listing, taken: int, ranking: Ranking) -> Table:
+class _Line(NamedTuple):
+    """The row of a checkpoint in the table of a directory."""
+
+    record: CheckpointRecord
+    marks: Sequence[str]
+
+
+def of_directory(path: str, listings: Sequence[Listing], rankings: Sequence[Ranking], taken: int) -> Table:
     """The table of a directory: its checkpoints, the bytes they take, and notes on the damaged and unmanaged.
 
     Args:
         path: The directory as a person names it.
-        listing: The directory.
+        listings: The series of the directory.
+        rankings: For each series the metric that decides, and the best checkpoint.
         taken: The bytes that the checkpoints take.
-        ranking: The metric that decides, and the best checkpoint.
     """
-    records = listing.records
-    rows = _shortened(records, lambda record: record.pinned or record.step in ranking.best)
+    lines = [line for each in zip(listings, rankings, strict=True) for line in _lines(*each)]
+    rows = _shortened(lines, lambda line: line.record.pinned or "best" in line.marks)
+    records = [line.record for line in lines]
+    shown = [row if isinstance(row, int) else row.record for row in rows]
     columns = [
-        *_facts(rows, records, ranking.monitors),
-        _column("size", rows, lambda record: size(record.size), rank=_Rank.SIZE),
-        _column("saved", rows, lambda record: f"{record.saved_at:%Y-%m-%d %H:%M}", rank=_Rank.SAVED),
-        _column("reason", rows, lambda record: printable(record.reason), rank=_Rank.REASON, words=True),
-        _column(
-            "mark",
-            rows,
-            lambda record: ", ".join([*_marks(record, listing, ranking), *_pin(record)]),
-            _more,
-            words=True,
-        ),
+        *_facts(shown, records, frozenset().union(*(ranking.monitors for ranking in rankings))),
+        _column("size", shown, lambda record: size(record.size), rank=_Rank.SIZE),
+        _column("saved", shown, lambda record: f"{record.saved_at:%Y-%m-%d %H:%M}", rank=_Rank.SAVED),
+        _column("reason", shown, lambda record: printable(record.reason), rank=_Rank.REASON, words=True),
+        _column("mark", rows, lambda line: ", ".join([*line.marks, *_pin(line.record)]), _more, words=True),
     ]
     shared = sum(record.size for record in records) - taken
-    count = f"{counted(len(records), 'checkpoint')}, {size(taken)}" if records else _absence(listing)
+    count = f"{counted(len(records), 'checkpoint')}, {size(taken)}" if records else _absence(listings)
     count += f" on disk, for {size(shared)} of their sizes are shared" if shared > 0 else ""
-    colors = _colors(rows, lambda record: "green" if record.step in ranking.best else "")
-    return Table(printable(path), _used(columns), (count, *_notes(listing)), colors)
+    colors = _colors(rows, lambda line: "green" if "best" in line.marks else "")
+    return Table(printable(path), _used(columns), (count, *_notes(listings)), colors)
+
+
+def _lines(listing: Listing, ranking: Ranking) -> Iterator[_Line]:
+    for record in listing.other_runs:
+        yield _Line(record, ["earlier run"])
+    for record in listing.records:
+        yield _Line(record, _marks(record, listing, ranking))
 
 
 def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: Listing, ranking: Ranking) -> Table:
@@ -82,7 +92,12 @@ def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: 
     kept = len(decisions) - len(removed)
     summary = f"{kept} kept, {len(removed)} removed, which frees {size(sum(removed))}"
     colors = _colors(rows, lambda decision: "green" if decision.kept else "red")
-    notes = (summary if decisions else _absence(listing), *_notes(listing))
+    earlier = [f"of an earlier run, left alone: {few([record.name for record in listing.other_runs])}"]
+    notes = (
+        summary if decisions else _absence([listing]),
+        *(earlier if listing.other_runs else []),
+        *_notes([listing]),
+    )
     return Table(f"keep {printable(repr(policy))}", _used(columns), notes, colors)
 
 
@@ -90,12 +105,14 @@ def of_verification(path: str, listing: Listing) -> Table:
     """The table of a verification: the damaged checkpoints."""
     names = tuple(map(printable, listing.damaged))
     errors = tuple(printable(str(error)) for error in listing.damaged.values())
-    whole = size(sum(record.size for record in listing.records))
-    notes = [f"{counted(len(listing.records), 'checkpoint')} whole, {whole}; {len(names)} damaged"]
-    if not listing.records and not names:
-        notes = [_absence(listing)]
+    whole = [*listing.other_runs, *listing.records]
+    notes = [
+        f"{counted(len(whole), 'checkpoint')} whole, {size(sum(record.size for record in whole))}; {len(names)} damaged"
+    ]
+    if not whole and not names:
+        notes = [_absence([listing])]
     if listing.unmanaged:
-        notes.append(f"without a sidecar, cannot be verified: {few(listing.unmanaged)}")
+        notes.append(f"without a {_proof(listing)}, cannot be verified: {few(listing.unmanaged)}")
     columns = (Column("damaged", names, words=True), Column("why", errors, words=True))
     return Table(printable(path), columns, tuple(notes), ("red",) * len(names))
 
@@ -103,7 +120,9 @@ def of_verification(path: str, listing: Listing) -> Table:
 def _facts(
     rows: Sequence[CheckpointRecord | int], records: Sequence[CheckpointRecord], monitors: Set[str]
 ) -> Iterator[Column]:
-    """The step, the place in training and the metrics of some rows. A metric that decides always stays."""
+    """The file, the step, the place in training and the metrics of some rows. A metric that decides always stays."""
+    if any(record.template for record in records):
+        yield _column("file", rows, lambda record: printable(record.name), words=True)
     yield _column("step", rows, lambda record: str(record.step), lambda skipped: "...")
     yield _column("epoch", rows, lambda record: "" if record.epoch is None else str(record.epoch), rank=_Rank.EPOCH)
     yield _column("batch", rows, lambda record: str(record.batch or ""), rank=_Rank.BATCH)
@@ -169,6 +188,9 @@ def _used(columns: Iterable[Column]) -> tuple[Column, ...]:
 
 
 def _marks(record: CheckpointRecord, listing: Listing, ranking: Ranking) -> list[str]:
+    """The marks of a checkpoint within its series. A file that each save replaces is the only one of its series."""
+    if record.template and record.name == record.template:
+        return []
     return ["best"] * (record.step in ranking.best) + ["newest"] * (record is listing.records[-1])
 
 
@@ -176,16 +198,25 @@ def _pin(record: CheckpointRecord) -> list[str]:
     return [] if record.pin is None else [printable(f"pinned: {record.pin}") if record.pin else "pinned"]
 
 
-def _absence(listing: Listing) -> str:
+def _absence(listings: Sequence[Listing]) -> str:
     """The reason why a directory has no checkpoints."""
-    if listing:
+    if any(listings):
         return "no checkpoints that can be used"
-    there = os.path.lexists(listing.path)
+    there = os.path.lexists(listings[0].path)
     return "no checkpoints: " + ("nothing was saved here yet" if there else "the directory does not exist")
 
 
-def _notes(listing: Listing) -> Iterable[str]:
-    for name, error in listing.damaged.items():
-        yield f"damaged, left alone: {printable(name)}: {printable(str(error))}"
-    if listing.unmanaged:
-        yield f"without a sidecar, left alone: {few(listing.unmanaged)}"
+def _notes(listings: Iterable[Listing]) -> Iterator[str]:
+    unmanaged: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    for listing in listings:
+        for name, error in listing.damaged.items():
+            yield f"damaged, left alone: {printable(name)}: {printable(str(error))}"
+        unmanaged[_proof(listing)].update(dict.fromkeys(listing.unmanaged))
+    for proof, names in unmanaged.items():
+        if names:
+            yield f"without a {proof}, left alone: {few(list(names))}"
+
+
+def _proof(listing: Listing) -> str:
+    """The word for the part of a checkpoint that proves that this package wrote it."""
+    return "record" if listing.series.template else "sidecar"

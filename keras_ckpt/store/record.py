@@ -262,14 +262,17 @@ def decode(data: bytes, name: str, directory: str = "", pin: str | None = None) 
 def decode_tail(data: bytes, name: str, directory: str) -> CheckpointRecord:
     """Reads the record at the end of a file, which may have another name than when it was saved.
 
-    Arguments and errors are those of `decode`.
+    A file with another name is a copy: its own name is its template. Arguments and errors are those of `decode`.
     """
     try:
         files = _decode(data).files
     except _UNREADABLE:
         files = ()
     record = decode(data, files[0].name if files else name, directory)
-    return msgspec.structs.replace(record, name=name, files=(msgspec.structs.replace(record.files[0], name=name),))
+    if record.name == name:
+        return record
+    file = msgspec.structs.replace(record.files[0], name=name)
+    return msgspec.structs.replace(record, name=name, template=name, files=(file,))
 
 
 def _refuse_duplicates(data: bytes) -> None:
