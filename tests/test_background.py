@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -317,11 +318,22 @@ class TestErrors:
     def test_verbose_prints_that_a_save_failed(self, tmp_path, capsys) -> None:
         """It does not print that the policy would not keep it."""
         (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
+        checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=2, verbose=1, save_on_background=False)
 
         with pytest.raises(kc.DirectoryNotEmptyError):
-            fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=2, verbose=1), batches=2)
+            fit(dense_model(), checkpoint, batches=2)
 
         assert "Step 2, epoch 0: val_loss not known, the save failed\n" in capsys.readouterr().out
+
+    def test_verbose_prints_that_a_save_in_the_background_failed(self, tmp_path, capsys) -> None:
+        """The line comes with the error, in the middle of an epoch."""
+        (tmp_path / "ckpt-2.data-00000-of-00001").write_bytes(b"mine")
+        checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=2, verbose=1)
+
+        with pytest.raises(kc.DirectoryNotEmptyError):
+            fit(dense_model(), checkpoint, After({2: background.wait}), batches=9)
+
+        assert re.search(r"^Step 2, epoch 0: .*the save failed$", capsys.readouterr().out, re.MULTILINE)
 
     @pytest.mark.parametrize("callback", [kc.ModelCheckpoint, kc.BackupAndRestore])
     def test_the_error_of_the_last_save_is_raised_at_the_end_of_training(self, tmp_path, callback) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-from support.models import Reports, dense_model, fit
+from support.models import HoldsSaves, Reports, dense_model, fit
 
 
 @pytest.fixture(autouse=True)
@@ -193,19 +193,26 @@ def test_the_best_value_can_be_assigned(folder) -> None:
     assert kc.CheckpointDirectory("best.keras").latest().epoch == 2
 
 
-def test_verbose_prints_the_lines_of_keras(folder, capsys) -> None:
-    """The second line of a save comes when the file is on disk."""
-    checkpoint = kc.ModelCheckpoint("best.keras", save_best_only=True, verbose=1)
+@pytest.mark.parametrize("path", ["best.keras", "w/best.keras", "{folder}/best.keras"])
+@pytest.mark.parametrize("on_background", [False, True])
+def test_verbose_prints_the_lines_of_keras(folder, capsys, path, on_background) -> None:
+    """The path is as typed. The second line of a save comes before the line of the next save, not in an epoch."""
+    path = path.format(folder=folder)
+    checkpoint = kc.ModelCheckpoint(path, save_best_only=True, verbose=1, save_on_background=on_background)
 
-    fit(dense_model(), Reports(val_loss=[0.25, 0.5, 0.125]), checkpoint, epochs=3)
+    fit(dense_model(), Reports(val_loss=[0.25, 0.5, 0.125]), HoldsSaves(checkpoint), checkpoint, epochs=3)
 
-    lines = [line.replace(f"{folder}/", "") for line in capsys.readouterr().out.splitlines() if line]
-    assert sorted(lines) == [
-        "Epoch 1: finished saving model to best.keras",
-        "Epoch 1: val_loss improved from None to 0.25000, saving model to best.keras",
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines == [
+        "begin 1",
+        f"Epoch 1: val_loss improved from None to 0.25000, saving model to {path}",
+        *(["begin 2"] if on_background else []),
+        f"Epoch 1: finished saving model to {path}",
+        *([] if on_background else ["begin 2"]),
         "Epoch 2: val_loss did not improve from 0.25000",
-        "Epoch 3: finished saving model to best.keras",
-        "Epoch 3: val_loss improved from 0.25000 to 0.12500, saving model to best.keras",
+        "begin 3",
+        f"Epoch 3: val_loss improved from 0.25000 to 0.12500, saving model to {path}",
+        f"Epoch 3: finished saving model to {path}",
     ]
 
 

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from support.models import Interrupts, Reports, X, Y, dense_model, fit, same
+from support.models import HoldsSaves, Interrupts, Reports, X, Y, dense_model, fit, same
 
 
 @pytest.fixture
@@ -121,19 +121,47 @@ class TestSaves:
 
         assert manager.save() == f"{runs.path}/ckpt-11"
 
-    def test_verbose_prints_the_outcome_of_each_save(self, runs, capsys) -> None:
+    def test_verbose_prints_improvements_outcomes_and_removals(self, runs, capsys) -> None:
         """One line for each save that was due."""
-        trained(runs, [0.5, 0.6], verbose=1, save_best_only=True)
+        trained(runs, [0.5, 0.25, 0.75], verbose=1, keep=1, save_on_background=False)
+
+        lines = [re.sub(r" \(.*\)", "", line) for line in capsys.readouterr().out.splitlines() if line]
+        assert lines == [
+            "Step 1, epoch 1: val_loss 0.5, saved ckpt-1",
+            "Step 2, epoch 2: val_loss improved from 0.5 to 0.25, saved ckpt-2, removed ckpt-1",
+            "Step 3, epoch 3: val_loss 0.75 did not improve from 0.25, saved ckpt-3, removed ckpt-2",
+        ]
+
+    def test_verbose_prints_the_improvement_before_a_background_save_has_ended(self, runs, capsys) -> None:
+        """The outcome follows before the line of the next save."""
+        checkpoint = kc.ModelCheckpoint(runs.path, verbose=1, save_best_only=True)
+        fit(dense_model(), Reports(val_loss=[0.5, 0.25]), HoldsSaves(checkpoint), checkpoint, epochs=2, batches=1)
+
+        lines = [re.sub(r" \(.*\)", "", line) for line in capsys.readouterr().out.splitlines() if line]
+        assert lines == [
+            "begin 1",
+            "Step 1, epoch 1: val_loss 0.5",
+            "begin 2",
+            "Step 1, epoch 1: saved ckpt-1",
+            "Step 2, epoch 2: val_loss improved from 0.5 to 0.25",
+            "Step 2, epoch 2: saved ckpt-2, removed ckpt-1",
+        ]
+
+    def test_verbose_prints_that_a_save_would_not_be_kept(self, runs, capsys) -> None:
+        """The best value may be of an earlier fit."""
+        model = dense_model()
+        for _ in range(2):
+            checkpoint = kc.ModelCheckpoint(runs.path, verbose=1, save_best_only=True, save_on_background=False)
+            fit(model, Reports(val_loss=[0.5]), checkpoint)
 
         out = capsys.readouterr().out
-        assert f"Step 1, epoch 1: val_loss 0.5, saved {runs.path}/ckpt-1" in out
-        assert "Step 2, epoch 2: val_loss 0.6, not saved, it would not be kept" in out
+        assert "epoch 2: val_loss 0.5 did not improve from 0.5, not saved, it would not be kept" in out
 
     def test_verbose_prints_that_a_save_waits_for_the_epochs_end(self, runs, capsys) -> None:
         """A save in the middle of an epoch may only be ranked at its end."""
         fit(
             dense_model(),
-            kc.ModelCheckpoint(runs.path, save_freq=3, save_best_only=True, verbose=1),
+            kc.ModelCheckpoint(runs.path, save_freq=3, save_best_only=True, verbose=1, save_on_background=False),
             validation_data=(X, Y),
         )
 

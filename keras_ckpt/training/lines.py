@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from keras_ckpt.errors import DiskFullError
 from keras_ckpt.model.position import Position
 from keras_ckpt.store import tables
+from keras_ckpt.store.directory import Change, CheckpointDirectory
 from keras_ckpt.store.record import Mode
 from keras_ckpt.training.session import Outcome
 
@@ -21,14 +24,14 @@ class Save(NamedTuple):
     Attributes:
         epoch: The number of the epoch in this `fit`, from 1.
         position: The position in the run.
-        path: The path of the checkpoint.
+        name: The name of the checkpoint, `""` for the default name of its step.
         value: The value of the monitored metric, `None` if it is not known.
         otherwise: The text to print if nothing is saved.
     """
 
     epoch: int
     position: Position
-    path: str
+    name: str
     value: float | None
     otherwise: str
 
@@ -42,11 +45,18 @@ class Lines(Protocol):
         Args:
             monitor: The monitored metric.
             mode: Whether less or more of it is better.
-            best: The best value so far, if only improvements are saved.
+            best: The best value so far.
         """
 
     def save(self, save: Save) -> Handler:
-        """Prints what is known now. Returns the handler of the outcome, which prints the rest."""
+        """Takes a save. Returns the handler of its outcome."""
+
+    def tell(self) -> None:
+        """Prints all that is known by now.
+
+        Call it where a save is due, and at the end: at other times a line would cut the progress bar of an epoch. A
+        failed save is told at once.
+        """
 
 
 class Silent:
@@ -58,55 +68,122 @@ class Silent:
     def save(self, save: Save) -> Handler:
         return lambda outcome: None
 
+    def tell(self) -> None:
+        return
+
 
 class OfDirectory:
-    """One line a save, once its outcome is known."""
+    """The metric of each save when it is due, its outcome, and the checkpoints that the policy removed.
+
+    An outcome that comes later has a line of its own.
+
+    Args:
+        directory: The directory.
+    """
+
+    def __init__(self, directory: CheckpointDirectory) -> None:
+        self._facts: dict[Save, list[str]] = {}
+        self._removed: collections.deque[str] = collections.deque()
+        directory.subscribe(self._hear)
 
     def begin(self, monitor: str, mode: Mode | None, best: float | None) -> None:
-        self._monitor = monitor
+        self._metric = _Metric(monitor, mode, best)
 
     def save(self, save: Save) -> Handler:
-        value = tables.metric(save.value) or "not known"
-        start = f"\nStep {save.position.step}, epoch {save.position.epoch}: {self._monitor} {value},"
-        return lambda outcome: print(start, _result(outcome, save.otherwise))
+        self._facts[save] = [self._metric.judge(save.value)]
+
+        def handler(outcome: Outcome) -> None:
+            facts = self._facts.setdefault(save, [])
+            facts.append(_result(outcome, save.otherwise))
+            if removed := [self._removed.popleft() for _ in range(len(self._removed))]:
+                facts.append(f"removed {tables.few(removed)}")
+            if outcome.error is not None:
+                self.tell()  # the error may end the training
+
+        return handler
+
+    def tell(self) -> None:
+        for save, facts in self._facts.items():
+            print(f"\nStep {save.position.step}, epoch {save.position.epoch}: {', '.join(facts)}")
+        self._facts.clear()
+
+    def _hear(self, change: Change) -> None:
+        if change.kind == "removed":
+            self._removed.append(change.record.name)
 
 
 class OfFiles:
     """The lines of Keras's own callback: one before a save, one when the file is on disk.
 
     Args:
+        folder: The folder of the files, as the user typed it.
         best_only: Whether only improvements are saved.
     """
 
-    def __init__(self, best_only: bool) -> None:
+    def __init__(self, folder: str, best_only: bool) -> None:
+        self._folder = folder
         self._best_only = best_only
+        self._lines: list[str] = []
 
     def begin(self, monitor: str, mode: Mode | None, best: float | None) -> None:
-        self._monitor, self._mode, self._best = monitor, mode, best
+        self._metric = _Metric(monitor, mode, best)
 
     def save(self, save: Save) -> Handler:
-        start = f"\nEpoch {save.epoch}:"
-        if not self._best_only or save.value is None:
-            print(start, f"saving model to {save.path}")
-        elif not self._is_better(save.value):
-            print(start, f"{self._monitor} did not improve from {_five_places(self._best)}")
-        else:
-            best = _five_places(self._best)
-            print(start, f"{self._monitor} improved from {best} to {save.value:.5f}, saving model to {save.path}")
-            self._best = save.value
+        start = f"Epoch {save.epoch}:"
+        saving = f"saving model to {self._path(save.name)}"
+        if self._best_only and save.value is not None:
+            best = self._metric.best
+            if self._metric.improves(save.value):
+                saving = f"{self._metric.name} improved from {_five_places(best)} to {save.value:.5f}, {saving}"
+            else:
+                saving = f"{self._metric.name} did not improve from {_five_places(best)}"
+        self._lines.append(f"{start} {saving}")
 
-        def tell(outcome: Outcome) -> None:
+        def handler(outcome: Outcome) -> None:
             if outcome.record is not None:
-                print(start, f"finished saving model to {outcome.record.prefix}")
+                self._lines.append(f"{start} finished saving model to {self._path(outcome.record.name)}")
             elif outcome.error is not None:
-                print(start, _result(outcome, save.otherwise))
+                self._lines.append(f"{start} {_result(outcome, save.otherwise)}")
+                self.tell()  # the error may end the training
 
-        return tell
+        return handler
 
-    def _is_better(self, value: float) -> bool:
-        if self._best is None:
-            return math.isfinite(value)
-        return value < self._best if self._mode == "min" else value > self._best
+    def tell(self) -> None:
+        for line in self._lines:
+            print(f"\n{line}")
+        self._lines.clear()
+
+    def _path(self, name: str) -> str:
+        return os.path.normpath(os.path.join(self._folder, name))
+
+
+class _Metric:
+    """The monitored metric, and its best value so far."""
+
+    def __init__(self, name: str, mode: Mode | None, best: float | None) -> None:
+        self.name, self._mode, self.best = name, mode, best
+
+    def judge(self, value: float | None) -> str:
+        """Tells whether a value is better than the best so far, and counts it."""
+        if value is None:
+            return f"{self.name} not known"
+        best, shown = self.best, tables.metric(value)
+        improves = self.improves(value)
+        if best is None or self._mode is None:
+            return f"{self.name} {shown}"
+        if improves:
+            return f"{self.name} improved from {tables.metric(best)} to {shown}"
+        return f"{self.name} {shown} did not improve from {tables.metric(best)}"
+
+    def improves(self, value: float) -> bool:
+        """Whether a value is better than the best so far, and counts it."""
+        if self.best is None:
+            better = math.isfinite(value)
+        else:
+            better = value < self.best if self._mode == "min" else value > self.best
+        if better:
+            self.best = value
+        return better
 
 
 def _five_places(value: float | None) -> str:
@@ -115,7 +192,7 @@ def _five_places(value: float | None) -> str:
 
 def _result(outcome: Outcome, otherwise: str) -> str:
     if outcome.record is not None:
-        return f"saved {outcome.record.prefix} ({tables.save(outcome.record)})"
+        return f"saved {outcome.record.name} ({tables.save(outcome.record)})"
     if outcome.error is None:
         return otherwise
     return "not saved, the disk is full" if isinstance(outcome.error, DiskFullError) else "the save failed"

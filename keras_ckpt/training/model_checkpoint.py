@@ -54,8 +54,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         filepath: The directory of the run; or a file, such as `"best.keras"`, that each save replaces; or a template of
             files, such as `"{epoch:02d}-{val_loss:.2f}.keras"`, with the epoch, the batch and metrics as fields.
         monitor: The metric by which checkpoints are ranked, where something ranks them.
-        verbose: 1 prints the outcome of each save, once it is known. A background save prints at a later batch or at
-            the end. 0 prints nothing.
+        verbose: 1 prints a line when a save is due: the metric, and whether it improved, from which value. Then the
+            outcome and the removed checkpoints follow, those of a background save before the line of the next save, or
+            at the end. For files the lines are Keras's. 0 prints nothing.
         save_best_only: Whether to save only a model that is better than every checkpoint on disk and than
             `initial_value_threshold`. In a directory only the best checkpoint stays, as Keras's single file would,
             unless `keep` says otherwise.
@@ -191,6 +192,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         """
         if self._session is not None:
             self._session.settle(wait=True)
+            self._lines.tell()
             self._hooks.call()
 
     def get_state(self) -> dict[str, Any]:
@@ -230,8 +232,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return
         if all(record.step != position.step for record in self.directory):
             request = self._request(**owed["facts"], began=time.perf_counter())
-            path = os.path.join(self.directory.path, request.name)
-            self._write(request, self._told(self._current_epoch, path, request.metrics, _NOT_KEPT))
+            handler = self._noted(self._current_epoch, request.name, request.metrics, _NOT_KEPT)
+            self._write(request, handler)
+            self._lines.tell()
 
     def on_train_begin(self, logs: Logs = None) -> None:
         self._session = None
@@ -262,8 +265,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if (ranked and monitors) or not self._current().skips():
             self._save_model(self._current_epoch, batch, logs)
         else:
-            path = self._get_file_path(self._current_epoch, batch, logs)
-            self._told(self._current_epoch, path, metrics_in(logs), _SKIPPED)(Outcome(None))
+            name = self._name_of(self._get_file_path(self._current_epoch, batch, logs))
+            self._noted(self._current_epoch, name, metrics_in(logs), _SKIPPED)(Outcome(None))
+            self._lines.tell()
         if not ranked:
             self._pending = self._reason
 
@@ -284,6 +288,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         try:
             session.close()
         finally:
+            self._lines.tell()
             self._hooks.call()
         run_id = session.progress.position.run_id
         if self._due and not session.missed and all(record.run_id != run_id for record in self.directory):
@@ -314,7 +319,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 session.open(replaces=self.new_run == "replace")
                 failed.pop_all()
             self._session, self.directory = session, writer.directory
-            best = self.best if self.verbose and self.save_best_only else None
+            best = self.best if self.verbose else None
             self._lines.begin(self.monitor, self._ranking.mode, best)
         return self._session
 
@@ -385,17 +390,18 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._due += 1
         metrics = metrics_in(logs)
         filepath = self._get_file_path(epoch, batch, logs)
-        otherwise = _NOT_KEPT if self._ranking.monitors <= metrics.keys() else _WAITS
-        handler = self._told(epoch, filepath, metrics, otherwise)
-        if not self._should_save_model(epoch, batch, logs, filepath):
-            handler(Outcome(None))
-            return
-        metadata = encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata)
         name = self._name_of(filepath)
-        facts: dict[str, Any] = {"name": name, "reason": self._reason, "metrics": metrics, "metadata": metadata}
-        request = self._request(**facts, began=began)
-        self._last = {"step": request.step, "batch": request.batch, "facts": facts}
-        self._write(request, handler)
+        otherwise = _NOT_KEPT if self._ranking.monitors <= metrics.keys() else _WAITS
+        handler = self._noted(epoch, name, metrics, otherwise)
+        if self._should_save_model(epoch, batch, logs, filepath):
+            metadata = encodable_metadata(self.metadata(logs or {}) if callable(self.metadata) else self.metadata)
+            facts: dict[str, Any] = {"name": name, "reason": self._reason, "metrics": metrics, "metadata": metadata}
+            request = self._request(**facts, began=began)
+            self._last = {"step": request.step, "batch": request.batch, "facts": facts}
+            self._write(request, handler)
+        else:
+            handler(Outcome(None))
+        self._lines.tell()
 
     def _name_of(self, filepath: str) -> str:
         """The name of the checkpoint at a path that `_get_file_path` returned, `""` for the default name."""
@@ -439,10 +445,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         session = self._current()
         session.save(request, self._form.snapshot(request.step), handler, amends=request.batch == 0)
 
-    def _told(self, epoch: int, filepath: str, metrics: Mapping[str, float], otherwise: str) -> Handler:
-        """Prints what is known of a save before it is written. Returns the handler that prints its outcome."""
-        position, value = self._current().progress.position, metrics.get(self.monitor)
-        return self._lines.save(Save(epoch + 1, position, filepath, value, otherwise))
+    def _noted(self, epoch: int, name: str, metrics: Mapping[str, float], otherwise: str) -> Handler:
+        """Notes a save for the lines, after the outcomes of earlier saves. Returns the handler of its outcome."""
+        session = self._current()
+        session.settle()
+        return self._lines.save(Save(epoch + 1, session.progress.position, name, metrics.get(self.monitor), otherwise))
 
     def _beats_threshold(self, value: float | None) -> bool:
         threshold = self.initial_value_threshold

@@ -82,7 +82,7 @@ class Directory:
         return BestN(1) if policy is None and best_only else policy
 
     def lines(self, best_only: bool) -> Lines:
-        return OfDirectory()
+        return OfDirectory(self.directory)
 
     def adopt(self, model: keras.Model) -> None:
         return
@@ -104,6 +104,7 @@ class Files:
 
     def __init__(self, path: str, kind: Kind) -> None:
         self._kind = kind
+        self._folder = layout.split(path)[0]
         named = CheckpointDirectory(path)
         self.directory = CheckpointDirectory(named.path, named.series)
         self._template = Template(named.series.template)
@@ -121,7 +122,7 @@ class Files:
         return policy
 
     def lines(self, best_only: bool) -> Lines:
-        return OfFiles(best_only)
+        return OfFiles(self._folder, best_only)
 
     def adopt(self, model: keras.Model) -> None:
         listing = self.directory.listing()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
+import threading
 from collections.abc import Sequence
 
 import keras
@@ -13,6 +15,7 @@ import keras_ckpt as kc
 from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.sharing import SharingWrite
 from keras_ckpt.model.model_state import ModelState
+from keras_ckpt.store import background
 from keras_ckpt.store.files import PRIVATE, Folder
 from keras_ckpt.store.writer import SaveRequest, Writer
 
@@ -92,3 +95,25 @@ class Interrupts(keras.callbacks.Callback):
         self.batches -= 1
         if self.batches == 0:
             raise self.error
+
+
+class HoldsSaves(keras.callbacks.Callback):
+    """Lets no background save end before the next epoch begins, and prints the beginning of each epoch.
+
+    It precedes the callback that saves, so that the end of the training does not wait for it.
+    """
+
+    def __init__(self, checkpoint: kc.ModelCheckpoint) -> None:
+        super().__init__()
+        self.released = threading.Event()
+        if checkpoint.save_on_background:
+            checkpoint.directory.subscribe(lambda change: self.released.wait(10))
+
+    def on_epoch_begin(self, epoch, logs=None) -> None:
+        sys.stdout.write(f"begin {epoch + 1}\n")
+        self.released.set()
+        background.wait()
+        self.released.clear()
+
+    def on_train_end(self, logs=None) -> None:
+        self.released.set()
