@@ -412,16 +412,30 @@ def test_control_characters_from_disk_are_escaped(filler) -> None:
     assert "\\x1b[31mred\\nline" in str(runs)
 
 
-def test_only_words_wrap_in_a_notebook(runs, plan) -> None:
-    """A number stays in one line."""
-    for shown in (runs, plan):
-        markup = shown._repr_html_()
+def test_only_a_long_text_wraps_in_a_notebook(runs) -> None:
+    """A number, a date and a file name stay in one line. The cells say so, because a notebook has styles for cells."""
+    runs.pin(3000, "a reason that takes more than thirty columns")
 
-        assert '<table style="white-space:nowrap">' in markup
-        wrapping = re.findall('<td style="[^"]*white-space:normal">([^<]+)', markup)
-        assert "paper figure 3" in " ".join(wrapping)
-        assert set(re.findall(r"<td>([^<]*)", markup)) >= {str(1000 * epoch) for epoch in range(1, 7)}
-        assert not [cell for cell in wrapping if cell.replace(".", "").isdigit()]
+    cells = re.findall('<t[dh] style="text-align:(?:left|right);white-space:([^"]*)">([^<]*)<', runs._repr_html_())
+
+    assert len(cells) == 7 * 10
+    assert [content for wrap, content in cells if wrap != "nowrap"] == [
+        "pinned: a reason that takes more than thirty columns"
+    ]
+    assert "white-space:normal;overflow-wrap:anywhere" in runs._repr_html_()
+
+
+def test_numbers_are_at_the_right_and_words_at_the_left_in_a_notebook(runs) -> None:
+    markup = runs._repr_html_()
+
+    assert re.search("text-align:right[^>]*>150 kB<", markup)
+    assert re.search("text-align:left[^>]*>newest<", markup)
+
+
+def test_a_record_has_no_empty_head_in_a_notebook(runs) -> None:
+    """Its columns have no names."""
+    assert "<thead>" not in runs.best()._repr_html_()
+    assert "<thead>" in runs._repr_html_()
 
 
 def test_a_record_and_a_verification_are_tables_in_a_notebook(runs) -> None:
@@ -435,11 +449,23 @@ def test_a_record_and_a_verification_are_tables_in_a_notebook(runs) -> None:
     assert ">ckpt-4000</td>" in runs.verify()._repr_html_()
 
 
-def test_a_plan_in_a_notebook_has_colors(plan) -> None:
-    """Green for kept, red for removed."""
-    colors = re.findall('<tr style="color:([a-z]+)">', plan._repr_html_())
+def luminance(color: str) -> float:
+    """The luminance of a color such as `#1e8e3e`, as the guidelines for accessible pages define it."""
+    parts = (int(color[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    assert colors == ["red", "green", "green", "green", "red", "green"]
+
+def test_a_plan_in_a_notebook_has_colors_for_light_and_dark_pages(plan) -> None:
+    """A color for kept and a color for removed. Their contrast with white, gray and black lines suffices."""
+    colors = re.findall('<tr style="color:(#[0-9a-f]+)">', plan._repr_html_())
+
+    remove, keep = colors[0], colors[1]
+    assert colors == [remove, keep, keep, keep, remove, keep]
+    for page in ("#ffffff", "#f5f5f5", "#111111", "#1e1e1e"):
+        for color in (keep, remove):
+            dark, light = sorted((luminance(page), luminance(color)))
+            assert (light + 0.05) / (dark + 0.05) > 3.8
 
 
 def in_terminal(path: str, **environment: str) -> str:

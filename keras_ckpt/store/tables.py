@@ -18,6 +18,8 @@ _WISH, _LEAST = 30, 14
 """The width that words get before a less important column is shown, and their smallest width."""
 _NAMES = 5
 """The number of names in a list."""
+_HUES = {"green": "#1e8e3e", "red": "#e0402f"}
+"""The colors in a notebook, which can be read on a light page and on a dark one."""
 _PIPE = 10_000
 """The width of a pipe: all columns fit, and nothing wraps."""
 
@@ -53,7 +55,7 @@ class Table:
         title: The title.
         columns: The columns, all with the same number of cells.
         notes: Lines below the rows.
-        colors: The color of each row, by a name that rich and CSS know, or an empty string.
+        colors: The color of each row, `"green"` or `"red"`, or an empty string.
     """
 
     title: str
@@ -113,19 +115,23 @@ def html(table: Table) -> str:
     """The table as HTML for a notebook."""
     from html import escape
 
-    # A notebook aligns all cells to the right. Only words may wrap.
-    styles = [' style="text-align:left;white-space:normal"' if column.words else "" for column in table.columns]
+    def cell(tag: str, column: Column, content: str) -> str:
+        align = "left" if column.words else "right"
+        # A notebook has styles of its own for cells, so each cell needs these.
+        wrap = "normal;overflow-wrap:anywhere;min-width:15em" if column.words and len(content) > _WISH else "nowrap"
+        return f'<{tag} style="text-align:{align};white-space:{wrap}">{escape(content)}</{tag}>'
 
     def row(tag: str, cells: Sequence[str], color: str = "") -> str:
-        inner = "".join(f"<{tag}{style}>{escape(cell)}</{tag}>" for style, cell in zip(styles, cells, strict=True))
-        return f'<tr style="color:{color}">{inner}</tr>' if color else f"<tr>{inner}</tr>"
+        inner = "".join(cell(tag, column, content) for column, content in zip(table.columns, cells, strict=True))
+        return f'<tr style="color:{_HUES[color]}">{inner}</tr>' if color else f"<tr>{inner}</tr>"
 
     grid = ""
     if rows := "".join(row("td", cells, color) for color, cells in table.rows(table.columns)):
-        head = row("th", [column.name for column in table.columns])
-        grid = f'<table style="white-space:nowrap"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+        names = [column.name for column in table.columns]
+        head = f"<thead>{row('th', names)}</thead>" if any(names) else ""
+        grid = f"<table>{head}<tbody>{rows}</tbody></table>"
     notes = "".join(f"<div>{escape(note)}</div>" for note in table.notes)
-    return f"<div><strong>{escape(table.title)}</strong>{grid}{notes}</div>"
+    return f'<div style="overflow-x:auto"><strong>{escape(table.title)}</strong>{grid}{notes}</div>'
 
 
 def save(record: CheckpointRecord) -> str:
