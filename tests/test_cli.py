@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from click.testing import CliRunner
@@ -469,11 +470,12 @@ def test_a_shell_completes_commands_and_options() -> None:
     assert "--keep-best" in completed("prune", "--keep")
 
 
-def demonstrate(path: str | pathlib.Path) -> str:
-    """The output of the demo, which prints nothing on the error stream."""
+def demonstrate(folder: pathlib.Path, name: str) -> str:
+    """The output of the demo in a terminal of 80 columns. It prints nothing on the error stream."""
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     result = subprocess.run(
-        [sys.executable, "-m", "keras_ckpt", "demo", str(path)], capture_output=True, check=True, text=True,
-        env={name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"},
+        [sys.executable, "-m", "keras_ckpt", "demo", name], capture_output=True, check=True, text=True, cwd=folder,
+        env={**environment, "COLUMNS": "80"},
     )  # fmt: skip
     assert result.stderr == ""
     return result.stdout
@@ -481,7 +483,7 @@ def demonstrate(path: str | pathlib.Path) -> str:
 
 def test_the_demo_shows_a_policy_and_restores_the_best(tmp_path) -> None:
     """The best epochs are in the middle, so that `BestN` and `LatestN` keep different checkpoints."""
-    out = demonstrate(tmp_path / "demo")
+    out = demonstrate(tmp_path, "demo")
 
     epochs = re.findall(r"^ +\d+ +\d\.\d{4}  ([\d ]+)$", out, re.MULTILINE)
     assert len(epochs) == 12
@@ -491,7 +493,8 @@ def test_the_demo_shows_a_policy_and_restores_the_best(tmp_path) -> None:
     assert 1 < on_disk[0] < on_disk[2] < 10
     assert out.count("keep  BestN(3, 'val_loss', 'min')") == 3
     assert out.count("keep  LatestN(2)") == 2
-    assert "They agree." in out
+    assert "Both agree." in out
+    assert max(map(len, out.splitlines())) <= 80
     assert [record.epoch for record in kc.CheckpointDirectory(tmp_path / "demo")] == [
         kc.CheckpointDirectory(tmp_path / "demo").best().epoch
     ]
@@ -499,11 +502,20 @@ def test_the_demo_shows_a_policy_and_restores_the_best(tmp_path) -> None:
 
 def test_the_demo_can_run_again(fork_server, runs) -> None:
     """An earlier run stays, and the demo says where it trains."""
-    ended = fork_server.run("import sys\nfrom keras_ckpt.cli import main\nmain(['demo', sys.argv[1]])", runs.path)
+    path = pathlib.Path(runs.path)
+    code = """
+    import os, sys
+    from keras_ckpt.cli import main
+    os.environ["COLUMNS"] = "80"
+    os.chdir(sys.argv[1])
+    main(["demo", sys.argv[2]])
+    """
+    ended = fork_server.run(textwrap.dedent(code), str(path.parent), path.name)
     assert ended.returncode == 0, ended.stderr
     out = ended.stdout
 
-    assert f"This run has a directory of its own: {runs.path}/2" in out
+    assert f"This run has a directory of its own: {path.name}/2" in out
+    assert max(map(len, out.splitlines())) <= 80
     assert len(kc.CheckpointDirectory(f"{runs.path}/2")) == 1
     assert len(runs) == 4
 

@@ -48,16 +48,16 @@ def run(path: str) -> None:
 
     if (best := runs.best()) is None:
         raise SystemExit("Nothing was saved: the disk may be full.")
-    print(f"The best checkpoint is of epoch {best.epoch}. A new network with random weights restores it:\n")
+    print(f"The best epoch is {best.epoch}. A new network with random weights restores it:\n")
     fresh = _network()
-    print(f"{keras_ckpt.restore(fresh, best)}\n")
+    print(f"{text(keras_ckpt.restore(fresh, best))}\n")
     loss, accuracy = fresh.evaluate(*validation, verbose=0)
     recorded = best.metrics["val_loss"], best.metrics["val_accuracy"]
     sidecar = layout.sidecar(os.path.relpath(best.prefix))
-    print(f"{sidecar} says: val_loss {recorded[0]:.6f}, val_accuracy {recorded[1]:.6f}")
-    print(f"The new network, evaluated now: val_loss {loss:.6f}, val_accuracy {accuracy:.6f}")
+    print(f"val_loss {recorded[0]:.6f}, val_accuracy {recorded[1]:.6f}: {sidecar}")
+    print(f"val_loss {loss:.6f}, val_accuracy {accuracy:.6f}: the new network, evaluated now")
     np.testing.assert_allclose((loss, accuracy), recorded, rtol=1e-5)
-    print("They agree.\n\nLater you may want to keep less. This plan keeps only the best checkpoint:\n")
+    print("Both agree.\n\nLater you may want to keep less. This plan keeps only the best checkpoint:\n")
     plan = runs.plan(keras_ckpt.BestN(1))
     print(text(plan, color=True))
     runs.prune(plan)
@@ -69,7 +69,8 @@ def _free(path: str) -> str:
     if not keras_ckpt.CheckpointDirectory(path).listing():
         return path
     new = next(place for number in itertools.count(2) if not os.path.lexists(place := os.path.join(path, str(number))))
-    print(f"{path} holds the checkpoints of an earlier run, which stay. This run has a directory of its own: {new}\n")
+    print(f"{path} holds the checkpoints of an earlier run, which stay.")
+    print(f"This run has a directory of its own: {new}\n")
     return new
 
 
