@@ -71,6 +71,7 @@ def of_directory(path: str, listings: Sequence[Listing], rankings: Sequence[Rank
 
 
 def _lines(listing: Listing, ranking: Ranking) -> Iterator[_Line]:
+    """The rows of a series. No policy ranks or removes the files of an earlier run."""
     for record in listing.other_runs:
         yield _Line(record, ["earlier run"])
     for record in listing.records:
@@ -92,13 +93,10 @@ def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: 
     kept = len(decisions) - len(removed)
     summary = f"{kept} kept, {len(removed)} removed, which frees {size(sum(removed))}"
     colors = _colors(rows, lambda decision: "green" if decision.kept else "red")
-    earlier = [f"of an earlier run, left alone: {few([record.name for record in listing.other_runs])}"]
-    notes = (
-        summary if decisions else _absence([listing]),
-        *(earlier if listing.other_runs else []),
-        *_notes([listing]),
-    )
-    return Table(f"keep {printable(repr(policy))}", _used(columns), notes, colors)
+    notes = [summary if decisions else _absence([listing])]
+    if listing.other_runs:
+        notes.append(f"of an earlier run, left alone: {few([record.name for record in listing.other_runs])}")
+    return Table(f"keep {printable(repr(policy))}", _used(columns), (*notes, *_notes([listing])), colors)
 
 
 def of_verification(path: str, listing: Listing) -> Table:
