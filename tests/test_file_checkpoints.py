@@ -102,22 +102,12 @@ def test_a_loaded_model_continues_its_run(folder) -> None:
     assert (record.run_id, record.epoch, record.metrics["val_loss"]) == (first.run_id, 4, 0.05)
 
 
-def test_a_new_model_replaces_the_files_of_an_earlier_run_with_one_warning(folder) -> None:
-    """The warning names the earlier file and its metrics, and the way to continue that run."""
-    fit(dense_model(), Reports(val_loss=[0.1]), kc.ModelCheckpoint("best.keras", save_best_only=True))
-
-    with pytest.warns(UserWarning, match=r"1 file of an earlier run, the newest best.keras \(step 5, .*val_loss 0.1"):
-        fit(dense_model(), Reports(val_loss=[0.7]), kc.ModelCheckpoint("best.keras", save_best_only=True))
-
-    assert kc.CheckpointDirectory("best.keras").latest().metrics["val_loss"] == 0.7
-
-
 def test_the_files_of_an_earlier_run_with_other_names_stay(folder) -> None:
     """They are neither ranked nor pruned."""
     fit(dense_model(), Reports(val_loss=[0.1, 0.2]), kc.ModelCheckpoint("{epoch}-{val_loss}.keras"), epochs=2)
 
     checkpoint = kc.ModelCheckpoint("{epoch}-{val_loss}.keras", keep=kc.BestN(1))
-    with pytest.warns(UserWarning, match="2 files of an earlier run"):
+    with pytest.warns(UserWarning, match="2 files of an earlier training"):
         fit(dense_model(), Reports(val_loss=[0.9, 0.8]), checkpoint, epochs=2)
 
     assert files(folder) == ["1-0.1.keras", "2-0.2.keras", "2-0.8.keras"]

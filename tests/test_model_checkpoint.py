@@ -634,7 +634,7 @@ class TestOneRunPerDirectory:
             fit(model, kc.ModelCheckpoint(runs.path))
 
         assert isinstance(caught.value, FileExistsError)
-        for way_out in ("keras_ckpt.restore(model, ", "another directory", ".clear()"):
+        for way_out in ("keras_ckpt.restore(model, ", "new_run='subdirectory'", "new_run='replace'"):
             assert way_out in str(caught.value)
         assert steps(runs) == [5]
         assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))

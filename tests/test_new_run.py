@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import pathlib
+import re
 import shlex
 import signal
 
@@ -14,6 +15,8 @@ from click.testing import CliRunner
 
 import keras_ckpt as kc
 from keras_ckpt.cli import main
+from keras_ckpt.store import background, tails
+from keras_ckpt.store.files import Folder
 from keras_ckpt.store.writer import SaveRequest, Writer
 from reliability.trainer import Child, keras_station
 from support.models import Interrupts, Reports, dense_model, fit, into_a_stage
@@ -54,41 +57,55 @@ def test_new_run_takes_one_of_three_words(runs) -> None:
         kc.ModelCheckpoint(runs.path, new_run="ask")
 
 
-@pytest.mark.parametrize("new_run", ["subdirectory", "replace"])
-def test_a_new_run_of_files_of_keras_has_no_choice(tmp_path, new_run) -> None:
-    """They are replaced by their names, as in Keras."""
-    with pytest.raises(ValueError, match=f"new_run='{new_run}' needs a directory .*Received: filepath=.*best.keras"):
-        kc.ModelCheckpoint(tmp_path / "best.keras", new_run=new_run)
-
-
 class TestRefuse:
-    def test_the_refusal_names_what_to_type_to_continue_to_begin_beside_and_to_remove(self, runs) -> None:
-        """Each of the ways out works as it stands in the error."""
+    def test_the_refusal_is_one_line_that_names_what_to_type(self, runs, tmp_path, monkeypatch) -> None:
+        """The path is relative to the working directory, as a user types it."""
+        train(runs)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(kc.DirectoryNotEmptyError) as caught:
+            train(runs)
+
+        assert str(caught.value) == (
+            "run holds 2 checkpoints of another run, the newest of step 2. Type keras_ckpt.restore(model, 'run') "
+            "and fit(..., initial_epoch=2) to continue it. Or give ModelCheckpoint new_run='subdirectory' to keep it, "
+            "or new_run='replace' to remove it. In a shell, keras-ckpt clear run removes it."
+        )
+
+    @pytest.mark.parametrize(
+        ("way", "left"),
+        [("restore", {"": [1, 2, 3, 4]}), ("subdirectory", {"": [1, 2], "2": [1, 2]}), ("replace", {"": [1, 2]})],
+    )
+    def test_each_way_of_the_refusal_works_as_it_is_typed(self, runs, way, left) -> None:
         train(runs)
         with pytest.raises(kc.DirectoryNotEmptyError) as caught:
             train(runs)
-        first, goes_on, beside, removes = str(caught.value).splitlines()
 
-        assert first == (
-            f"{runs.path} holds 2 checkpoints of another run, the newest of step 2. This model does not continue that "
-            "run."
-        )
-        assert f"keras_ckpt.restore(model, {runs.path!r}), model.fit(..., initial_epoch=2)" in goes_on
-        assert f"ModelCheckpoint({runs.path!r}, new_run='subdirectory')" in beside
-        assert f"ModelCheckpoint({runs.path!r}, new_run='replace')" in removes
-        assert f"keras_ckpt.CheckpointDirectory({runs.path!r}).clear() in Python" in removes
-        assert f"keras-ckpt clear {runs.path} in a shell" in removes
+        model, options = typed(str(caught.value), way)
+        train(runs, model=model, **options)
+
+        assert {name: steps(below(runs, name)) for name in left} == left
 
     def test_the_shell_command_of_the_refusal_removes_the_run(self, tmp_path) -> None:
         """The path is quoted for the shell."""
         runs = Filler(tmp_path / "it's here").save("1 2")
         with pytest.raises(kc.DirectoryNotEmptyError) as caught:
             train(runs)
-        command = str(caught.value).rpartition("keras-ckpt ")[2].removesuffix(" in a shell.")
+        command = str(caught.value).rpartition("keras-ckpt ")[2].removesuffix(" removes it.")
 
         result = CliRunner().invoke(main, [*shlex.split(command), "--yes"])
 
         assert (result.exit_code, steps(runs)) == (0, [])
+
+
+def typed(message: str, way: str) -> tuple[keras.Model, dict[str, str]]:
+    """The model and the options of `ModelCheckpoint` of a user who types a way out of a message."""
+    model = dense_model()
+    if way == "restore":
+        call = re.search(r"keras_ckpt\.restore\(model, '.*?'\)", message)[0]
+        eval(call, {"keras_ckpt": kc, "model": model})
+        return model, {}
+    name, value = re.search(rf"(new_run)='({way})'", message).groups()
+    return model, {name: value}
 
 
 class TestSubdirectory:
@@ -139,10 +156,7 @@ class TestSubdirectory:
         train(runs, model=model, new_run="subdirectory")
 
         assert steps(place) == [1, 2, 3, 4]
-        assert (
-            sorted(os.listdir(runs.path))[-2:] == ["ckpt-4.json", "checkpoint"][::-1]
-            or not (pathlib.Path(runs.path) / "4").exists()
-        )
+        assert not (pathlib.Path(runs.path) / "4").exists()
 
     def test_a_second_fit_of_the_model_saves_where_its_first_fit_did(self, runs) -> None:
         train(runs)
@@ -355,7 +369,7 @@ class TestReplace:
         """Both runs are listed, the new run is the newest, and its next save removes the old run."""
         train(runs, [0.1, 0.2, 0.3])
 
-        assert forks.submit(die_before_pruning, runs.path).result() == -signal.SIGKILL
+        assert forks.submit(die_before_pruning, train, runs).result() == -signal.SIGKILL
 
         assert [(record.step, record.metrics["val_loss"]) for record in runs] == [(2, 0.2), (3, 0.3), (1, 0.9)]
         assert runs.verify().ok
@@ -367,7 +381,7 @@ class TestReplace:
     def test_the_rest_of_an_old_run_is_left_alone_by_a_fit_that_replaces_nothing(self, runs, forks) -> None:
         """After a kill before the removal. The policy sees the new run alone."""
         train(runs, [0.1, 0.2, 0.3])
-        assert forks.submit(die_before_pruning, runs.path).result() == -signal.SIGKILL
+        assert forks.submit(die_before_pruning, train, runs).result() == -signal.SIGKILL
         model = dense_model()
         kc.restore(model, runs)
 
@@ -376,16 +390,189 @@ class TestReplace:
         assert [(record.step, record.metrics["val_loss"]) for record in runs] == [(2, 0.2), (3, 0.3), (5, 0.8)]
 
 
-def die_before_pruning(path: str) -> int:
+class TestFiles:
+    """Files of Keras: a fixed name, or a template."""
+
+    @pytest.mark.parametrize("template", ["best.keras", "{epoch}-{val_loss}.keras", "e{epoch}/m.weights.h5"])
+    def test_further_runs_of_files_are_saved_into_numbered_subdirectories(self, tmp_path, template) -> None:
+        options = {"new_run": "subdirectory", "save_weights_only": template.endswith(".h5")}
+        for losses in ([0.1], [0.9], [0.5]):
+            train_files(tmp_path / template, losses, **options)
+
+        found = [kc.CheckpointDirectory(tmp_path / place / template) for place in (".", "2", "3")]
+        assert [place.latest().metrics["val_loss"] for place in found] == [0.1, 0.9, 0.5]
+        assert [len(place) for place in found] == [1, 1, 1]
+
+    def test_a_deep_copy_of_a_callback_of_files_serves_another_run(self, tmp_path) -> None:
+        """KerasTuner copies the callbacks for each trial."""
+        path = tmp_path / "tuned" / "best.keras"
+        checkpoint = kc.ModelCheckpoint(path, "loss", keep=kc.BestN(1), new_run="subdirectory")
+        for _ in range(2):
+            fit(dense_model(), copy.deepcopy(checkpoint))
+
+        found = [kc.CheckpointDirectory(each).latest() for each in (path, tmp_path / "tuned" / "2" / "best.keras")]
+        assert [record.step for record in found] == [5, 5]
+        assert found[0].run_id != found[1].run_id
+
+    def test_a_model_that_keras_loaded_from_a_subdirectory_continues_its_run_there(self, tmp_path) -> None:
+        for losses in ([0.1], [0.9]):
+            train_files(tmp_path / "best.keras", losses, new_run="subdirectory")
+
+        model = keras.models.load_model(tmp_path / "2" / "best.keras")
+        train_files(tmp_path / "best.keras", [0.8], model, new_run="subdirectory")
+
+        assert files(tmp_path) == {"best.keras": 0.1, "2/best.keras": 0.8}
+        assert kc.CheckpointDirectory(tmp_path / "2" / "best.keras").latest().step == 2
+
+    def test_a_file_that_keras_wrote_keeps_a_new_run_out_of_its_directory(self, tmp_path) -> None:
+        dense_model().save(tmp_path / "best.keras")
+        before = (tmp_path / "best.keras").read_bytes()
+
+        train_files(tmp_path / "best.keras", [0.5], new_run="subdirectory")
+
+        assert (tmp_path / "best.keras").read_bytes() == before
+        assert kc.CheckpointDirectory(tmp_path / "2" / "best.keras").latest().step == 1
+
+    def test_the_files_of_the_old_run_are_removed_after_the_first_file_of_the_new_run(self, tmp_path, recwarn) -> None:
+        """Until then they are whole. A pinned file and a file without a record stay."""
+        template = tmp_path / "{epoch}-{val_loss}.keras"
+        train_files(template, [0.1, 0.2, 0.3])
+        kc.CheckpointDirectory(template).pin(2, "production")
+        (tmp_path / "7-0.7.keras").write_bytes(b"mine")
+        seen = []
+        look = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(set(files(tmp_path))))
+
+        train_files(template, [0.9, 0.8], None, look, new_run="replace")
+
+        assert seen == [
+            {"1-0.1.keras", "2-0.2.keras", "3-0.3.keras"},
+            {"2-0.2.keras", "1-0.9.keras"},
+        ]
+        assert set(files(tmp_path)) == {"2-0.2.keras", "1-0.9.keras", "2-0.8.keras"}
+        assert (tmp_path / "7-0.7.keras").read_bytes() == b"mine"
+        assert told(recwarn) == []
+
+    def test_a_pinned_file_of_a_fixed_name_is_not_replaced(self, tmp_path) -> None:
+        train_files(tmp_path / "best.keras", [0.1])
+        kc.CheckpointDirectory(tmp_path / "best.keras").pin(1)
+
+        with pytest.warns(UserWarning, match=r"Step 1 is not saved into .*: best.keras of step 1 is pinned"):
+            train_files(tmp_path / "best.keras", [0.9], new_run="replace")
+
+        assert files(tmp_path) == {"best.keras": 0.1}
+
+    def test_a_killed_run_of_files_is_replaced_by_the_next_save_of_the_new_run(self, tmp_path, forks) -> None:
+        """Killed between the commit of its first file and the removal of the old files: both runs are whole."""
+        template = tmp_path / "{epoch}-{val_loss}.keras"
+        train_files(template, [0.1, 0.2])
+
+        assert forks.submit(die_before_pruning, train_files, str(template)).result() == -signal.SIGKILL
+
+        assert set(files(tmp_path)) == {"1-0.1.keras", "2-0.2.keras", "1-0.9.keras"}
+        assert kc.CheckpointDirectory(template).verify().ok
+        model = keras.models.load_model(tmp_path / "1-0.9.keras")
+        train_files(template, [0.8], model, new_run="replace")
+        assert set(files(tmp_path)) == {"1-0.9.keras", "1-0.8.keras"}
+
+
+class TestReplacedFiles:
+    """The default: files of Keras are replaced by their names, with one warning before training."""
+
+    def test_a_fit_over_files_that_keras_wrote_says_before_training_what_it_replaces(
+        self, tmp_path, monkeypatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        dense_model().save("best.keras")
+        before = []
+        look = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: before.append(len(told(warned))))
+
+        with pytest.warns(UserWarning, match="an earlier training") as warned:
+            train_files("best.keras", [0.5, 0.6], None, look)
+
+        assert told(warned) == [
+            "best.keras has 1 file of an earlier training: best.keras (no record). As in Keras, this fit replaces it. "
+            "To avoid it: new_run='subdirectory' in ModelCheckpoint keeps all files."
+        ]
+        assert before == [1, 1]
+
+    def test_a_fit_over_files_of_an_earlier_run_says_which_they_are(self, tmp_path, monkeypatch) -> None:
+        """Files of other templates, and files of other names, are not meant."""
+        monkeypatch.chdir(tmp_path)
+        pathlib.Path("notes.keras").write_bytes(b"mine")
+        train_files("last.keras", [0.3])
+        train_files("e-{epoch}.keras", [0.1, 0.2])
+
+        with pytest.warns(UserWarning, match="an earlier training") as warned:
+            train_files("e-{epoch}.keras", [0.9])
+
+        assert told(warned) == [
+            "e-{epoch}.keras has 2 files of an earlier training: e-2.keras (step 2, val_loss 0.2), e-1.keras (step 1, "
+            "val_loss 0.1). As in Keras, this fit replaces files of the same names. To avoid it: "
+            "keras_ckpt.restore(model, 'e-2.keras') before fit continues it, new_run='subdirectory' in ModelCheckpoint "
+            "keeps all files."
+        ]
+        assert files(tmp_path) == {"last.keras": 0.3, "e-2.keras": 0.2, "e-1.keras": 0.9}
+
+    @pytest.mark.parametrize("way", ["restore", "subdirectory"])
+    @pytest.mark.parametrize("path", ["best.keras", "best.weights.h5"])
+    def test_the_best_file_of_a_killed_run_stays_if_the_advice_is_typed(self, tmp_path, monkeypatch, path, way) -> None:
+        """The script has neither `BackupAndRestore` nor loads the file, so its second start has new weights."""
+        monkeypatch.chdir(tmp_path)
+        options = {"save_best_only": True, "save_weights_only": path.endswith(".h5")}
+        with pytest.raises(RuntimeError):
+            train_files(path, [0.1, 0.2, 0.3], None, Interrupts(3, RuntimeError()), **options)
+        with pytest.warns(UserWarning, match="an earlier training") as warned, pytest.raises(RuntimeError):
+            train_files(path, [0.9], None, Interrupts(1, RuntimeError()), **options)
+        assert files(tmp_path) == {path: 0.1}
+
+        model, typed_options = typed(told(warned)[0], way)
+        train_files(path, [0.9], model, **options, **typed_options)
+
+        assert files(tmp_path)[path] == 0.1
+
+    def test_a_fit_that_continues_a_run_of_files_says_nothing(self, tmp_path, recwarn) -> None:
+        """The model is in memory, or Keras loaded it."""
+        model = train_files(tmp_path / "best.keras", [0.5])
+        train_files(tmp_path / "best.keras", [0.4], model)
+        train_files(tmp_path / "best.keras", [0.3], keras.models.load_model(tmp_path / "best.keras"))
+
+        assert told(recwarn) == []
+
+
+def train_files(path: str | os.PathLike[str], losses, model=None, *callbacks, **options) -> keras.Model:
+    """Trains with epochs of one batch that report these validation losses. Returns the model."""
+    model = model or dense_model()
+    checkpoint = kc.ModelCheckpoint(path, **options)
+    fit(model, Reports(val_loss=losses), checkpoint, *callbacks, epochs=len(losses), batches=1)
+    return model
+
+
+def told(warned: pytest.WarningsRecorder) -> list[str]:
+    """The warnings for a user. Keras's own writer causes others, of NumPy."""
+    return [str(each.message) for each in warned if each.category is UserWarning]
+
+
+def files(folder: pathlib.Path) -> dict[str, float]:
+    """The validation loss of each file that has a record, by its path below a folder."""
+    background.wait()
+    found = {}
+    for path in folder.rglob("*.json"):
+        with Folder(path.parent) as place:
+            record = tails.read_tail(place, path.stem)[1]
+        found[str(path.relative_to(folder).with_suffix(""))] = record.metrics["val_loss"]
+    return found
+
+
+def die_before_pruning(train, path: str) -> int:
     """Trains a new run that is killed when its first checkpoint is committed. Returns the exit code."""
-    with Child(train_and_die, path) as child:
+    with Child(train_and_die, train, path) as child:
         child.go()
         return child.end()
 
 
-def train_and_die(acknowledge, path: str) -> None:
+def train_and_die(acknowledge, train, path: str) -> None:
     Writer.retain = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    train(kc.CheckpointDirectory(path), [0.9, 0.8], new_run="replace")
+    train(path, [0.9, 0.8], new_run="replace")
 
 
 def test_a_writer_refuses_a_run_that_it_does_not_replace(filler) -> None:

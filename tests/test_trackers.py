@@ -30,11 +30,17 @@ def needed(name: str):
     return pytest.importorskip(name, reason="needs the extra 'trackers'")
 
 
-def follow(title: str, **names: object) -> dict[str, object]:
-    """Runs a recipe, with data, a model and its other names. Returns all names that it leaves."""
+def follow(title: str, *, path: tuple[str, str] = ("", ""), **names: object) -> dict[str, object]:
+    """Runs a recipe, with data, a model and its other names. Returns all names that it leaves.
+
+    Args:
+        title: The heading of the recipe.
+        path: A path in the recipe, and the path to use in its place.
+        **names: The other names.
+    """
     data = {"x": X, "y": Y, "valid": (X, Y), "model": dense_model(), "kc": kc, "keras": keras, "tf": tf}
     found = {**data, **names}
-    exec(RECIPES[title], found)
+    exec(RECIPES[title].replace(*path), found)
     return found
 
 
@@ -91,7 +97,8 @@ def test_weights_and_biases_has_an_artifact_of_each_checkpoint(directory, monkey
 
 
 @FOREIGN
-def test_each_trial_of_keras_tuner_has_a_directory(directory) -> None:
+@pytest.mark.parametrize("path", ["runs/all", "tuned/best.keras"])
+def test_each_trial_of_keras_tuner_has_a_directory(directory, path) -> None:
     """With the default, every trial but the first would be refused."""
     keras_tuner = needed("keras_tuner")
 
@@ -100,11 +107,12 @@ def test_each_trial_of_keras_tuner_has_a_directory(directory) -> None:
         return dense_model(optimizer=keras.optimizers.Adam(rate))
 
     tuner = keras_tuner.GridSearch(build, "val_loss", directory=directory, project_name="tuner", max_trials=3)
-    follow("KerasTuner", tuner=tuner)
+    follow("KerasTuner", path=("runs/all", path), tuner=tuner)
 
     trials = tuner.oracle.trials.values()
     assert [trial.status for trial in trials] == ["COMPLETED"] * 3
-    runs = [kc.CheckpointDirectory(path) for path in ("runs/all", "runs/all/2", "runs/all/3")]
+    folder, _, file = path.rpartition("/") if path.endswith(".keras") else (path, "", "")
+    runs = [kc.CheckpointDirectory(os.path.join(folder, place, file)) for place in ("", "2", "3")]
     best = [run.best("val_loss").metrics["val_loss"] for run in runs]
     assert best == pytest.approx([trial.score for trial in trials])
     assert len({run.latest().run_id for run in runs}) == 3

@@ -151,7 +151,7 @@ class CheckpointDirectory(tables.Shown):
         if len(meant) < 2:
             return meant[0] if meant else self.series
         found = [(series.template, list(CheckpointDirectory(self.path, series))) for series in meant[:5]]
-        newest = [os.path.join(_shown(self.path), records[-1].name) for _, records in found if records]
+        newest = [os.path.join(tables.relative(self.path), records[-1].name) for _, records in found if records]
         raise ValueError(
             f"{self.path} has files of several templates: {' and '.join(repr(template) for template, _ in found)}. "
             f"Name a file instead of the directory: {' or '.join(map(repr, newest))}."
@@ -419,13 +419,13 @@ class CheckpointDirectory(tables.Shown):
     def _table(self) -> tables.Table:
         try:
             listings = [each.listing() for each in self.each_series()]
-            title = _title(listings[0]) if len(listings) == 1 else _shown(self.path)
+            title = _title(listings[0]) if len(listings) == 1 else tables.relative(self.path)
             with _naming(self.path):
                 records = [record for each in listings for record in (*each.other_runs, *each.records)]
                 rankings = [rank(each, BestN(1)) for each in listings]
                 return overview.of_directory(title, listings, rankings, taken(records))
         except (CheckpointError, OSError) as error:  # a repr never raises
-            return tables.Table(tables.printable(_shown(self.path)), notes=(tables.printable(str(error)),))
+            return tables.Table(tables.printable(tables.relative(self.path)), notes=(tables.printable(str(error)),))
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
@@ -458,15 +458,7 @@ def _naming(path: str) -> Iterator[None]:
 def _title(listing: Listing) -> str:
     """The path of a series, to display."""
     template = listing.series.template
-    return _shown(os.path.join(listing.path, template) if template else listing.path)
-
-
-def _shown(path: str) -> str:
-    """A path to display: relative if it is below the working directory."""
-    with contextlib.suppress(OSError):
-        relative = os.path.relpath(path)
-        return path if relative == os.curdir or relative.startswith(os.pardir) else relative
-    return path
+    return tables.relative(os.path.join(listing.path, template) if template else listing.path)
 
 
 def _refuse_damaged(plan: PrunePlan) -> None:

@@ -50,7 +50,7 @@ class Listing:
             wrote.
         sequence: The largest place in the order of saving.
         series: The series of the checkpoints.
-        other_runs: The files of earlier runs, for files of Keras: a later run leaves them, and does not rank them.
+        other_runs: The files of earlier runs, for files of Keras: a later run does not rank them.
     """
 
     path: str
@@ -64,12 +64,16 @@ class Listing:
     def __bool__(self) -> bool:
         return bool(self.records or self.damaged or self.unmanaged)
 
+    @property
+    def all_runs(self) -> tuple[CheckpointRecord, ...]:
+        """The checkpoints of all runs, oldest first."""
+        return _oldest_first([*self.other_runs, *self.records]) if self.other_runs else self.records
+
     def of_run(self, run_id: str) -> Listing:
         """The listing as a run sees it: the files of all other runs are apart."""
         if not self.records or self.records[-1].run_id == run_id:
             return self
-        everything = _oldest_first([*self.records, *self.other_runs])
-        records, others = _apart(everything, run_id)
+        records, others = _apart(self.all_runs, run_id)
         return dataclasses.replace(self, records=records, other_runs=others)
 
     def named(self, name: str) -> CheckpointRecord:

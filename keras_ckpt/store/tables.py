@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -167,6 +169,14 @@ def few(names: Sequence[str]) -> str:
     """The first names of a list, and the number of the others."""
     more = [f"and {len(names) - _NAMES} more"] if len(names) > _NAMES else []
     return printable(", ".join([*names[:_NAMES], *more]))
+
+
+def relative(path: str) -> str:
+    """A path to display or to type: relative if it is below the working directory."""
+    with contextlib.suppress(OSError):
+        found = os.path.relpath(path)
+        return path if found == os.curdir or found.startswith(os.pardir) else found
+    return path
 
 
 def metric(value: float | None) -> str:

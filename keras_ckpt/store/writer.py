@@ -347,17 +347,18 @@ class Writer:
         The caller holds the mutex, and listed the directory under it.
         """
         with self._explaining("The checkpoint is saved, but older ones could not be removed from"):
-            doomed = [] if listing.newer else self.unkept(listing.records)
+            doomed = [] if listing.newer else self.unkept(listing)
             commit.remove(folder, listing, doomed)
         return doomed
 
-    def unkept(self, records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
-        """The checkpoints to prune, oldest first: those that nothing keeps, and those of a replaced run."""
-        own = _newest_run(records)
-        steps = {record.step for record in own}
-        doomed = set() if self.keep is None else steps - kept_in_training(self.keep, own)
-        doomed |= {record.step for record in records if record.step not in steps and record.run_id in self.replaced}
-        return [record for record in records if record.step in doomed and not record.pinned]
+    def unkept(self, listing: Listing) -> list[CheckpointRecord]:
+        """The checkpoints to prune: those of a replaced run, and those that nothing keeps, oldest first."""
+        run_ids = {record.run_id for record in listing.records[-1:]}
+        own = [record for record in listing.records if record.run_id in run_ids]
+        kept = {record.step for record in own} if self.keep is None else kept_in_training(self.keep, own)
+        doomed = [record for record in listing.all_runs if record.run_id in self.replaced - run_ids]
+        doomed += [record for record in own if record.step not in kept]
+        return [record for record in doomed if not record.pinned]
 
     def explaining(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Turns each error in the saving of a step into a `SaveError` that says how to mend it."""
@@ -475,11 +476,6 @@ def _sealed(stage: Folder, candidate: CheckpointRecord, request: SaveRequest, wr
     stage.create(layout.sidecar(record.name), sidecars.encode(record))
     stage.sync()
     return record
-
-
-def _newest_run(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
-    """The checkpoints of the run of the newest checkpoint, oldest first."""
-    return [record for record in records if record.run_id == records[-1].run_id]
 
 
 def _removals(records: Iterable[CheckpointRecord]) -> list[Change]:

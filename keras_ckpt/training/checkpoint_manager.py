@@ -377,7 +377,7 @@ class _PreservingWriter(Writer):
     def _preserved(self, folder: Folder, listing: Listing) -> Listing:
         noted = read_state(folder)[1]
         last = min(time.time(), self._opened if noted is None else noted)
-        for record in self.unkept(listing.records):
+        for record in self.unkept(listing):
             if self._hours and record.time - self._hours * 3600 >= last:
                 last = record.time
                 folder.replace(layout.pin(record.name), PRESERVED.encode())

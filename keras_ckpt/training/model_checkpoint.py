@@ -23,7 +23,7 @@ from keras_ckpt.training.file_form import KerasFiles
 from keras_ckpt.training.hooks import Hook, Hooks
 from keras_ckpt.training.lines import Handler, Lines, Save, Silent
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
-from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory
+from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory, places
 from keras_ckpt.training.schedule import SaveFreq
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 from keras_ckpt.training.targets import target
@@ -78,9 +78,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             skipped instead, unless it is ranked. The first skip is a warning. An error is raised at the next batch.
             `fit` ends when all is written.
         new_run: What a fit does that does not continue the run in the directory. `"refuse"`: it raises an error before
-            its first batch. `"subdirectory"`: it saves into the first of `filepath`, `filepath/2`, `filepath/3` and so
-            on that has no run. A fit that continues one of these runs saves where the run is. `"replace"`: it removes
-            the other run, except pinned checkpoints, once its first checkpoint is on disk.
+            its first batch; files of Keras are replaced by their names, as in Keras, with one warning.
+            `"subdirectory"`: it saves into the first of the directory and its sub-directories `2`, `3` and so on that
+            has no run, as in `runs/2/best.keras`. A fit that continues one of these runs saves where the run is.
+            `"replace"`: it removes the other run, except pinned checkpoints, once its first checkpoint is on disk.
         on_saved: A function of a `CheckpointRecord`, called in the training thread at the next batch or at the end of
             `fit`, after the checkpoint is on disk. It is called again if metrics of the epoch's end are added. An
             error in it is a warning.
@@ -142,7 +143,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
         self.on_full_disk = checked_on_full_disk(on_full_disk)
         self.save_on_background = save_on_background
-        self.new_run = checked_new_run(new_run, self.directory)
+        self.new_run = checked_new_run(new_run)
         self._hooks = Hooks(self.directory, on_saved, on_removed)
         self._schedule = self._target.schedule(save_freq)
         self._lines: Lines = self._target.lines(save_best_only) if verbose else Silent()
@@ -291,7 +292,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._lines.tell()
             self._hooks.call()
         run_id = session.progress.position.run_id
-        if self._due and not session.missed and all(record.run_id != run_id for record in self.directory):
+        expected = self._due and str(self._ranking) and not session.missed
+        if expected and all(record.run_id != run_id for record in self.directory):
             warn(
                 f"Nothing was saved into {self.filepath}: {self._due} saves were due, and {self._ranking} would keep "
                 f"none. Was {self.monitor!r} ever a finite number, and better than "
@@ -306,7 +308,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         """
         if self._session is None:
             self._ranking = self._resolve()
-            self._target.adopt(self.model)
+            base = self._target.directory
+            self._target.adopt(self.model, places(base) if self.new_run == "subdirectory" else [base])
             fit = fit_in_progress(self)
             on_background = self.save_on_background
             if on_background == "auto":

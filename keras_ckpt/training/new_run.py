@@ -1,4 +1,4 @@
-"""A new run in a directory that holds another run: refused, put into a sub-directory, or put in its place."""
+"""A new run where another run is: refused, put into a sub-directory, or put in its place."""
 
 from __future__ import annotations
 
@@ -15,21 +15,16 @@ from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord, step_in
-from keras_ckpt.store.tables import counted, metric
+from keras_ckpt.store.tables import counted, few, metric, relative
 from keras_ckpt.store.writer import Writer
 
 NewRun = Literal["refuse", "subdirectory", "replace"]
 
 
-def checked_new_run(value: object, directory: CheckpointDirectory) -> NewRun:
+def checked_new_run(value: object) -> NewRun:
     """Checks the argument `new_run` of a callback."""
     if value not in get_args(NewRun):
         raise ValueError(f"new_run expected 'refuse', 'subdirectory' or 'replace'. Received: {value!r}")
-    if directory.series.template and value != "refuse":
-        raise ValueError(
-            f"new_run={value!r} needs a directory as filepath. A new run replaces files of Keras by their names, as in "
-            f"Keras. Received: filepath={os.path.join(directory.path, directory.series.template)!r}"
-        )
     return cast(NewRun, value)
 
 
@@ -48,15 +43,16 @@ def runs_to_replace(listing: Listing, position: Position, replaces: bool) -> fro
         DirectoryNotEmptyError: The directory holds another run, or checkpoints that no fit can continue or remove.
         FormatVersionError: A newer version of this package wrote here.
     """
-    if listing.series.template:
-        _warn_of_other_run(listing, position)
-        return frozenset()
-    listing.refuse_newer()
     newest = listing.records[-1] if listing.records else None
-    if newest is not None and newest.run_id != position.run_id and not replaces:
-        raise DirectoryNotEmptyError(_ways_out(listing, newest))
-    _refuse_unreadable(listing, position)
-    runs = {record.run_id for record in listing.records} if replaces else set()
+    begins = newest is None or newest.run_id != position.run_id
+    if not listing.series.template:
+        listing.refuse_newer()
+        if newest is not None and begins and not replaces:
+            raise DirectoryNotEmptyError(_refusal(listing, newest))
+        _refuse_unreadable(listing, position)
+    elif begins and not replaces:
+        _warn_of_replacement(listing, position)
+    runs = {record.run_id for record in listing.all_runs} if replaces else set()
     return frozenset(runs - {position.run_id})
 
 
@@ -78,7 +74,7 @@ def opened_in_subdirectory(
         session: The owner of the writing.
         make: Makes the writer of a directory.
     """
-    for place in _places(base) if run_id else ():
+    for place in places(base) if run_id else ():
         if (newest := place.latest()) is not None and newest.run_id == run_id:
             return make(place)
     candidates = itertools.chain([base], (base.subdirectory(str(number)) for number in itertools.count(2)))
@@ -102,7 +98,7 @@ def _opened_if_free(writer: Writer, run_id: str | None, session: object) -> Writ
     return writer
 
 
-def _places(base: CheckpointDirectory) -> Iterator[CheckpointDirectory]:
+def places(base: CheckpointDirectory) -> Iterator[CheckpointDirectory]:
     """The directory and its numbered sub-directories."""
     yield base
     if os.path.isdir(base.path):
@@ -112,18 +108,14 @@ def _places(base: CheckpointDirectory) -> Iterator[CheckpointDirectory]:
         yield from (place for place in places if os.path.isdir(place.path))
 
 
-def _ways_out(listing: Listing, newest: CheckpointRecord) -> str:
-    path = listing.path
+def _refusal(listing: Listing, newest: CheckpointRecord) -> str:
+    path = relative(listing.path)
     run = "another run" if newest.end is None else f"a finished run of {newest.end.epochs} epochs"
-    epoch = f", initial_epoch={newest.epoch}" if newest.epoch else ""
     return (
-        f"{path} holds {counted(len(listing.records), 'checkpoint')} of {run}, the newest of step {newest.step}. "
-        "This model does not continue that run.\n"
-        f"To continue it: compile the model, keras_ckpt.restore(model, {path!r}), model.fit(...{epoch}). With another "
-        "optimizer: restore(..., weights_only=True).\n"
-        f"To begin a new run in another directory below it: ModelCheckpoint({path!r}, new_run='subdirectory').\n"
-        f"To remove it once a new run has saved: ModelCheckpoint({path!r}, new_run='replace'). To remove it now: "
-        f"keras_ckpt.CheckpointDirectory({path!r}).clear() in Python, keras-ckpt clear {shlex.quote(path)} in a shell."
+        f"{path} holds {counted(len(listing.records), 'checkpoint')} of {run}, the newest of step {newest.step}. Type "
+        f"keras_ckpt.restore(model, {path!r}) and fit(..., initial_epoch={newest.epoch or 0}) to continue it. Or give "
+        "ModelCheckpoint new_run='subdirectory' to keep it, or new_run='replace' to remove it. In a shell, "
+        f"keras-ckpt clear {shlex.quote(path)} removes it."
     )
 
 
@@ -139,15 +131,23 @@ def _refuse_unreadable(listing: Listing, position: Position) -> None:
         )
 
 
-def _warn_of_other_run(listing: Listing, position: Position) -> None:
-    """Warns that a fit replaces files of another run that have the names of its own, as Keras does."""
-    others = listing.of_run(position.run_id).other_runs
-    if listing.records and listing.records[-1].run_id != position.run_id and others:
-        newest = others[-1]
-        metrics = "".join(f", {name} {metric(value)}" for name, value in newest.metrics.items())
-        warn(
-            f"{os.path.join(listing.path, listing.series.template)} has {counted(len(others), 'file')} of an earlier "
-            f"run, the newest {newest.name} (step {newest.step}{metrics}). This fit begins a new run, so it replaces "
-            "files of the same names. To continue the earlier run, load its file first: "
-            f"keras_ckpt.restore(model, {newest.prefix!r})."
-        )
+def _warn_of_replacement(listing: Listing, position: Position) -> None:
+    """Warns that a fit replaces files of another run, or without a record, by their names, as Keras does."""
+    earlier = [record for record in reversed(listing.all_runs) if record.run_id != position.run_id]
+    files = [*map(_described, earlier), *(f"{name} (no record)" for name in listing.unmanaged)]
+    if not files:
+        return
+    path = relative(os.path.join(listing.path, listing.series.template))
+    replaced = "it" if listing.series.is_one_name else "files of the same names"
+    continues = (
+        f"keras_ckpt.restore(model, {relative(earlier[0].prefix)!r}) before fit continues it, " if earlier else ""
+    )
+    warn(
+        f"{path} has {counted(len(files), 'file')} of an earlier training: {few(files)}. As in Keras, this fit "
+        f"replaces {replaced}. To avoid it: {continues}new_run='subdirectory' in ModelCheckpoint keeps all files."
+    )
+
+
+def _described(record: CheckpointRecord) -> str:
+    value = record.metrics.get(record.monitor or "")
+    return f"{record.name} (step {record.step}{'' if value is None else f', {record.monitor} {metric(value)}'})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import keras
@@ -50,8 +50,13 @@ class Target(Protocol):
     def lines(self, best_only: bool) -> Lines:
         """The lines that `verbose=1` prints."""
 
-    def adopt(self, model: keras.Model) -> None:
-        """Lets a model without a run continue the run of the checkpoint whose weights it has."""
+    def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
+        """Lets a model without a run continue the run of the checkpoint whose weights it has.
+
+        Args:
+            model: The model.
+            places: The directories in which the checkpoint may be.
+        """
 
     def is_read_by(self, callback: keras.callbacks.Callback, others: keras.callbacks.CallbackList | None) -> bool:
         """Whether another callback could read a checkpoint as soon as the callback has returned."""
@@ -84,7 +89,7 @@ class Directory:
     def lines(self, best_only: bool) -> Lines:
         return OfDirectory(self.directory)
 
-    def adopt(self, model: keras.Model) -> None:
+    def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
         return
 
     def is_read_by(self, callback: keras.callbacks.Callback, others: keras.callbacks.CallbackList | None) -> bool:
@@ -124,14 +129,14 @@ class Files:
     def lines(self, best_only: bool) -> Lines:
         return OfFiles(self._folder, best_only)
 
-    def adopt(self, model: keras.Model) -> None:
-        listing = self.directory.listing()
-        if position_of(model) is None and listing.records:
-            weights = fingerprint(model)
-            for record in reversed((*listing.other_runs, *listing.records)):
-                if record.weights == weights:
-                    set_position(model, Position(record.run_id, record.step, record.epoch or 0))
-                    return
+    def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
+        if position_of(model) is not None:
+            return
+        records = [record for place in places for record in reversed(place.listing().all_runs)]
+        weights = fingerprint(model) if records else None
+        record = next((each for each in records if each.weights == weights), None)
+        if record is not None:
+            set_position(model, Position(record.run_id, record.step, record.epoch or 0))
 
     def is_read_by(self, callback: keras.callbacks.Callback, others: keras.callbacks.CallbackList | None) -> bool:
         callbacks = others.callbacks if others else []

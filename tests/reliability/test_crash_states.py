@@ -117,10 +117,19 @@ class Run:
             writer.close()
             assert record in list(self.runs)
 
-    def save_file(self, step: int, name: str, keep: PreservationPolicy | None = None) -> None:
+    def save_file(
+        self,
+        step: int,
+        name: str,
+        keep: PreservationPolicy | None = None,
+        run_id: str = "run",
+        replaced: Set[str] = frozenset(),
+    ) -> None:
         with self._action():
             writer = Writer(self.runs, keep)
-            record = writer.save(SaveRequest(step=step, name=name, run_id="run", batch=0), file_payload(b"%d" % step))
+            writer.replaced = replaced
+            request = SaveRequest(step=step, name=name, run_id=run_id, batch=0)
+            record = writer.save(request, file_payload(b"%d %s" % (step, run_id.encode())))
             writer.close()
             assert record in list(self.runs)
 
@@ -280,6 +289,14 @@ def files_of_one_step(run: Run) -> None:
     run.pin(20)
 
 
+def files_of_a_run_replaced(run: Run) -> None:
+    for step in (10, 20, 30):
+        run.save_file(step, f"{step}.keras")
+    run.pin(30)
+    run.save_file(10, "1.keras", run_id="new", replaced={"run"})
+    run.save_file(20, "2.keras", LatestN(1), run_id="new", replaced={"run"})
+
+
 def save_over_a_leftover_pin(run: Run) -> None:
     run.save(10)
     run.save(20)
@@ -325,6 +342,7 @@ WORKLOADS = {
     "saves of one writer": Workload(saves_of_one_writer),
     "files of one name": Workload(files_of_one_name, {"notes.txt": b"mine"}, series=Series("last.keras")),
     "files with pruning": Workload(files_with_pruning, {"0.keras": b"mine"}, series=Series("{step}.keras")),
+    "files of a run replaced": Workload(files_of_a_run_replaced, {"0.keras": b"mine"}, series=Series("{step}.keras")),
     "files of one step": Workload(files_of_one_step, series=Series("{number}.keras")),
     "a save over a leftover pin": Workload(save_over_a_leftover_pin, {**FOREIGN, "ckpt-20.keep": b"left"}),
     "a prune of a copy": Workload(prune_of_a_copy, prepare=copy),
@@ -333,7 +351,7 @@ WORKLOADS = {
 
 
 def seen(runs: CheckpointDirectory) -> frozenset[Checkpoint]:
-    return frozenset(Checkpoint.of(record) for record in runs.listing().records)
+    return frozenset(Checkpoint.of(record) for record in runs.listing().all_runs)
 
 
 class Recording(NamedTuple):
@@ -430,7 +448,7 @@ class Examiner:
         """The checkpoints that are listed, each checked to the byte."""
         there = set()
         with runs.open() as folder:
-            for record in runs.listing().records:
+            for record in runs.listing().all_runs:
                 try:
                     check_files(folder, record)
                     there.add(Checkpoint.of(record))
@@ -446,7 +464,7 @@ class Examiner:
                 self.tally["decoys"] += state[name] != content
             state.pop(name, None)
         listing = runs.listing()
-        for record in listing.records:
+        for record in listing.all_runs:
             for name in (*(file.name for file in record.files), f"{record.name}.json"):
                 state.pop(name, None)
             if record.pinned:
