@@ -55,7 +55,7 @@ def test_an_exported_model_has_the_content_that_keras_writes(tmp_path, name) -> 
     kc.export(record, tmp_path / "model.keras")
 
     theirs = by_keras(model, tmp_path / "theirs.keras")
-    assert content(tmp_path / "model.keras", "keras") == content(theirs, "keras")
+    assert content(tmp_path / "model.keras") == content(theirs)
 
 
 @pytest.mark.sample(6)
@@ -72,7 +72,7 @@ def test_each_layer_of_keras_is_exported_with_the_content_that_keras_writes(tmp_
     kc.export(tmp_path / "run", tmp_path / "model.keras")
 
     theirs = by_keras(model, tmp_path / "theirs.keras")
-    assert content(tmp_path / "model.keras", "keras") == content(theirs, "keras")
+    assert content(tmp_path / "model.keras") == content(theirs)
 
 
 @pytest.mark.sample(3)
@@ -86,7 +86,7 @@ def test_an_export_has_the_state_of_each_optimizer(tmp_path, optimizer, name) ->
     kc.export(record, tmp_path / name)
 
     theirs = by_keras(model, tmp_path / f"theirs.{name.partition('.')[2]}")
-    assert content(tmp_path / name, KINDS[name]) == content(theirs, KINDS[name])
+    assert content(tmp_path / name) == content(theirs)
 
 
 def test_keras_loads_an_exported_model_and_its_optimizer(tmp_path) -> None:
@@ -145,7 +145,7 @@ def test_a_file_of_keras_is_exported_with_the_files_of_layers(tmp_path, name) ->
 
     kc.export(path, tmp_path / "model.keras")
 
-    ours, theirs = content(tmp_path / "model.keras", "keras"), content(path, "keras")
+    ours, theirs = content(tmp_path / "model.keras"), content(path)
     files = {name for name in theirs if name.startswith("assets/")}
     assert files
     assert {name: ours.get(name) for name in files} == {name: theirs[name] for name in files}
@@ -241,7 +241,7 @@ def test_a_file_of_weights_lacks_vocabularies_with_a_warning(tmp_path) -> None:
         kc.export(record, tmp_path / "model.weights.h5")
 
     theirs = by_keras(model, tmp_path / "theirs.weights.h5")
-    assert content(tmp_path / "model.weights.h5", "weights") == content(theirs, "weights")
+    assert content(tmp_path / "model.weights.h5", "weights") == content(theirs)
 
 
 def test_a_model_without_a_config_is_exported_as_weights_alone(tmp_path) -> None:

@@ -75,7 +75,7 @@ def test_a_file_has_the_content_that_keras_writes(tmp_path, name, kind) -> None:
 
         _, ours = write(snapshot, tmp_path / f"ours-{save}", kind)
 
-        assert content(ours, kind) == content(theirs, kind)
+        assert content(ours) == content(theirs)
         # Only the first snapshot has copies of the values: the file that Keras's own writer made.
         assert snapshot.is_copied == (save == 0)
 
@@ -91,7 +91,7 @@ def test_a_file_has_the_state_of_the_optimizer_and_the_arguments_of_compile(tmp_
 
         _, ours = write(state.snapshot(), tmp_path / f"ours-{save}", "keras")
 
-        assert content(ours, "keras") == content(theirs, "keras")
+        assert content(ours) == content(theirs)
         loaded = keras.models.load_model(ours)
         assert_same(loaded, model)
         assert loaded.get_compile_config() == model.get_compile_config()
@@ -107,7 +107,7 @@ def test_a_file_has_the_weights_of_each_layer_of_keras(tmp_path, name) -> None:
         theirs = by_keras(model, tmp_path / f"keras-{save}", kind)
         _, ours = write(state.snapshot(), tmp_path / f"ours-{save}", kind)
 
-        assert content(ours, kind) == content(theirs, kind)
+        assert content(ours) == content(theirs)
         zoo.outputs_of(name, model)
 
 
@@ -121,7 +121,7 @@ def test_a_file_has_the_variables_of_each_optimizer_of_keras(tmp_path, name) -> 
         theirs = by_keras(model, tmp_path / f"keras-{save}", "weights")
         _, ours = write(state.snapshot(), tmp_path / f"ours-{save}", "weights")
 
-        assert content(ours, "weights") == content(theirs, "weights")
+        assert content(ours) == content(theirs)
 
 
 def test_keras_loads_the_weights_of_a_file(tmp_path) -> None:
@@ -142,7 +142,7 @@ def test_a_legacy_file_is_a_whole_model_in_hdf5(tmp_path) -> None:
     theirs = by_keras(model, tmp_path / "keras", "legacy")
     _, ours = write(FileState(model, "legacy").snapshot(), tmp_path / "ours", "legacy")
 
-    assert content(ours, "legacy") == content(theirs, "legacy")
+    assert content(ours) == content(theirs)
     loaded = keras.models.load_model(ours, compile=False)
     assert all(map(np.array_equal, loaded.get_weights(), model.get_weights()))
 
@@ -185,7 +185,7 @@ def test_a_file_that_is_written_while_training_continues_has_the_values_of_its_s
     assert len(saves.pairs) == 5
     for theirs, writing in saves.pairs:
         _, ours = writing.result()
-        assert content(ours, "keras") == content(theirs, "keras")
+        assert content(ours) == content(theirs)
 
 
 def _enable_lora(model: keras.Model) -> None:
@@ -223,7 +223,7 @@ def test_a_file_after_a_change_of_the_structure_has_the_new_structure(tmp_path, 
         snapshot = state.snapshot()
         _, ours = write(snapshot, tmp_path / f"ours-{save}", kind)
 
-        assert content(ours, kind) == content(theirs, kind)
+        assert content(ours) == content(theirs)
     assert not snapshot.is_copied
 
 
@@ -245,7 +245,7 @@ def test_a_file_has_the_vocabulary_that_a_layer_learned_since(tmp_path, name, wo
 
     _, ours = write(state.snapshot(), tmp_path / "ours", "keras")
 
-    assert content(ours, "keras") == content(theirs, "keras")
+    assert content(ours) == content(theirs)
 
 
 def test_a_file_has_the_assets_that_a_layer_of_the_user_saves_now(tmp_path) -> None:
@@ -296,7 +296,7 @@ def test_keras_writes_the_files_of_a_model_that_saves_another_state_each_time(tm
         before = model.layers[1].saves
         _, path = write(state.snapshot(), tmp_path / str(before), kind)
 
-        assert content(path, kind)["layers/counts/vars/saves"][1][2] == np.array(before + 1).tobytes()
+        assert content(path)["layers/counts/vars/saves"][1][2] == np.array(before + 1).tobytes()
     assert len(told(warned)) == 1
 
 
@@ -312,7 +312,7 @@ def test_keras_writes_the_files_of_a_model_whose_arrays_change_their_shape(tmp_p
     for number, snapshot in enumerate(snapshots):
         _, ours = write(snapshot, tmp_path / str(number), "keras")
 
-        assert content(ours, "keras") == content(theirs, "keras")
+        assert content(ours) == content(theirs)
     assert len(told(warned)) == 1
 
 
@@ -328,7 +328,7 @@ def test_a_change_of_the_structure_may_change_the_shape_of_an_array(tmp_path) ->
     theirs = by_keras(model, tmp_path / "keras", "weights")
     _, ours = write(snapshot, tmp_path / "ours", "weights")
 
-    assert content(ours, "weights") == content(theirs, "weights")
+    assert content(ours) == content(theirs)
     assert not snapshot.is_copied
 
 
@@ -347,7 +347,7 @@ def test_keras_writes_the_files_if_a_private_name_of_it_is_gone(tmp_path, monkey
     for number, snapshot in enumerate(snapshots):
         _, ours = write(snapshot, tmp_path / str(number), kind)
 
-        assert content(ours, kind) == content(theirs, kind)
+        assert content(ours) == content(theirs)
     assert len(told(warned)) == 1
 
 
@@ -381,7 +381,7 @@ def test_a_detached_snapshot_has_copies_of_the_values(tmp_path) -> None:
     _, ours = write(snapshot, tmp_path / "ours", "keras")
 
     assert snapshot.is_copied
-    assert content(ours, "keras") == content(theirs, "keras")
+    assert content(ours) == content(theirs)
 
 
 def test_files_and_checkpoints_of_a_model_use_the_same_memory(tmp_path) -> None:

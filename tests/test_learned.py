@@ -211,7 +211,7 @@ def test_an_exported_layer_has_the_content_that_keras_writes(tmp_path, make) -> 
 
     kc.export(tmp_path / "run", tmp_path / "model.keras")
 
-    assert content(tmp_path / "model.keras", "keras") == content(tmp_path / "theirs.keras", "keras")
+    assert content(tmp_path / "model.keras") == content(tmp_path / "theirs.keras")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's file
@@ -222,7 +222,7 @@ def test_an_exported_feature_space_has_the_content_that_keras_writes(tmp_path) -
 
     kc.export(tmp_path / "run", tmp_path / "model.keras")
 
-    assert content(tmp_path / "model.keras", "keras") == content(tmp_path / "theirs.keras", "keras")
+    assert content(tmp_path / "model.keras") == content(tmp_path / "theirs.keras")
 
 
 def featured() -> keras.Model:

@@ -1,10 +1,11 @@
-"""The content of files of Keras, as h5py and zipfile show it."""
+"""The contents of files of Keras, to compare."""
 
 from __future__ import annotations
 
 import io
 import json
 import pathlib
+import re
 import zipfile
 from typing import Any
 
@@ -12,9 +13,9 @@ import h5py
 import numpy as np
 
 
-def content(path: pathlib.Path, kind: str) -> dict[str, Any]:
-    """Everything that h5py and zipfile show of a file, without the date."""
-    if kind != "keras":
+def content(path: pathlib.Path) -> dict[str, Any]:
+    """Everything that h5py and zipfile show of a file, without the date and without addresses in memory."""
+    if path.suffix != ".keras":
         return hdf5(path)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
@@ -22,7 +23,16 @@ def content(path: pathlib.Path, kind: str) -> dict[str, Any]:
     metadata = json.loads(members.pop("metadata.json"))
     assert metadata.pop("date_saved")
     weights = hdf5(io.BytesIO(members.pop("model.weights.h5")))
-    return {"metadata": metadata, "config": json.loads(members.pop("config.json")), **members, **weights}
+    config = _renumbered(members.pop("config.json").decode())
+    return {"metadata": metadata, "config": json.loads(config), **members, **weights}
+
+
+def _renumbered(config: str) -> str:
+    """A config whose shared objects have numbers from 0, in the place of their addresses."""
+    numbers: dict[str, int] = {}
+    return re.sub(
+        r'(?<="shared_object_id": )\d+', lambda found: str(numbers.setdefault(found[0], len(numbers))), config
+    )
 
 
 def hdf5(file: Any) -> dict[str, Any]:
