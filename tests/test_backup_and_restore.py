@@ -98,17 +98,6 @@ def test_the_backup_is_removed_at_the_end(backup) -> None:
     assert not backup.exists()
 
 
-def test_files_of_others_in_the_backup_directory_are_not_removed(backup) -> None:
-    """Keras's BackupAndRestore removes the whole directory."""
-    backup.mkdir()
-    (backup / "thesis.tex").write_text("mine")
-
-    fit(dense_model(), kc.BackupAndRestore(backup), epochs=2)
-
-    assert (backup / "thesis.tex").read_text() == "mine"
-    assert [path.name for path in backup.iterdir() if path.name != ".keras_ckpt"] == ["thesis.tex"]
-
-
 def test_the_backup_stays_with_delete_checkpoint_false(backup) -> None:
     """A finished training that is started again trains nothing."""
     fit(dense_model(), kc.BackupAndRestore(backup, delete_checkpoint=False), epochs=2)
@@ -223,15 +212,6 @@ def test_a_damaged_backup_is_an_error(backup) -> None:
 
     with pytest.raises(kc.DamagedCheckpointError):
         fit(dense_model(), kc.BackupAndRestore(backup))
-
-
-def test_a_model_that_is_not_built_is_refused(backup) -> None:
-    """An unbuilt model could not be restored after a crash."""
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile("adam", "mse", run_eagerly=True)
-
-    with pytest.raises(ValueError, match=r"model\.build\(input_shape\)"):
-        fit(model, kc.BackupAndRestore(backup))
 
 
 def test_a_directory_of_another_callback_is_refused(tmp_path) -> None:

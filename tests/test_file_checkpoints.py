@@ -29,34 +29,6 @@ def predictions(model: keras.Model) -> bytes:
     return model.predict(np.ones((4, 4), "float32"), verbose=0).tobytes()
 
 
-@pytest.mark.parametrize(
-    ("path", "weights_only"),
-    [("a.keras", False), ("a.h5", False), ("a.weights.h5", True)],
-)
-def test_keras_loads_the_file(path, weights_only) -> None:
-    """The loaded model predicts the same, to the bit."""
-    model = dense_model()
-    fit(model, kc.ModelCheckpoint(path, save_weights_only=weights_only), epochs=3)
-
-    if weights_only:
-        loaded = dense_model()
-        loaded.optimizer.build(loaded.trainable_variables)
-        loaded.load_weights(path)
-    else:
-        loaded = keras.models.load_model(path, compile=False)
-
-    assert predictions(loaded) == predictions(model)
-
-
-def test_a_template_names_each_file_by_epoch_and_metrics(folder) -> None:
-    """Every file stays without a policy, as with Keras."""
-    reports = Reports(val_loss=[0.5, 0.4, 0.25])
-
-    fit(dense_model(), reports, kc.ModelCheckpoint("{epoch:02d}-{val_loss:.2f}.keras"), epochs=3)
-
-    assert files(folder) == ["01-0.50.keras", "02-0.40.keras", "03-0.25.keras"]
-
-
 def test_a_template_may_have_fields_in_its_folders(folder) -> None:
     """Keras creates such folders too."""
     fit(dense_model(), kc.ModelCheckpoint("w/e{epoch:02d}/m.keras", keep=kc.LatestN(2)), epochs=3)

@@ -3,7 +3,6 @@
 import datetime
 import math
 import pathlib
-import re
 import warnings
 
 import keras
@@ -755,26 +754,6 @@ class TestOneRunPerDirectory:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("weights_only", [False, True])
-    @pytest.mark.parametrize("path", ["best.hdf5", "runs/best.ckpt", "best.HD5", "a.weights", "best.Keras"])
-    def test_a_file_of_another_format_is_refused_with_a_path_to_use(self, path, weights_only) -> None:
-        """The suggested path is accepted."""
-        with pytest.raises(ValueError, match="filepath provided must end in") as error:
-            kc.ModelCheckpoint(path, save_weights_only=weights_only)
-        kc.ModelCheckpoint(str(error.value).rpartition(" ")[2], save_weights_only=weights_only)
-
-    @pytest.mark.parametrize(
-        ("path", "directory"), [("runs/{epoch:02d}-{val_loss:.2f}", "runs"), ("{epoch}", "checkpoints")]
-    )
-    def test_a_template_of_directories_is_refused_with_paths_to_use(self, path, directory) -> None:
-        """The suggested template of files and the suggested directory are accepted."""
-        with pytest.raises(
-            ValueError, match=f"add a suffix: {re.escape(path)}.keras.* leave the fields out: '{directory}'"
-        ):
-            kc.ModelCheckpoint(path)
-        kc.ModelCheckpoint(f"{path}.keras")
-        kc.ModelCheckpoint(directory)
-
     @pytest.mark.parametrize("path", ["run.h5.old", "a{b", "best.keras/run"])
     def test_a_directory_path_with_a_suffix_or_brace_inside_is_accepted(self, tmp_path, path) -> None:
         """Only a file's suffix at the end, or a template, is refused."""

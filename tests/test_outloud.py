@@ -304,12 +304,19 @@ class TestASecondPhase:
             kc.restore(model, tmp_path)
         np.testing.assert_equal(values(model)[: len(before)], before)
 
-    def test_is_advised_if_the_directory_belongs_to_another_run(self, tmp_path) -> None:
-        """The fit restored nothing: the error names `weights_only=True`."""
+    def test_is_advised_by_the_restore_that_a_refused_fit_advises(self, tmp_path) -> None:
+        """The advice of both errors, one after the other, continues the run."""
         fit(phases(False, "adam"), kc.ModelCheckpoint(tmp_path))
+        model = phases(True, "sgd")
+        with pytest.raises(kc.DirectoryNotEmptyError, match=r"keras_ckpt\.restore\(model, "):
+            fit(model, kc.ModelCheckpoint(tmp_path))
+        with pytest.raises(kc.MismatchError, match="weights_only=True"):
+            kc.restore(model, tmp_path)
+        kc.restore(model, tmp_path, weights_only=True)
 
-        with pytest.raises(kc.DirectoryNotEmptyError, match="weights_only=True"):
-            fit(phases(True, "sgd"), kc.ModelCheckpoint(tmp_path))
+        fit(model, kc.ModelCheckpoint(tmp_path))
+
+        assert [record.step for record in kc.CheckpointDirectory(tmp_path)] == [5, 10]
 
     def test_merges_low_rank_updates(self, tmp_path) -> None:
         """The model without LoRA predicts as the model with LoRA."""

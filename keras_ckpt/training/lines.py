@@ -131,13 +131,15 @@ class OfFiles:
     def save(self, save: Save) -> Handler:
         start = f"Epoch {save.epoch}:"
         saving = f"saving model to {self._path(save.name)}"
-        if self._best_only and save.value is not None:
-            best = self._metric.best
+        if not self._best_only:
+            self._lines.append(f"{start} {saving}")
+        elif save.value is not None:  # a warning tells of a metric that is missing
+            best = _five_places(self._metric.best)
             if self._metric.improves(save.value):
-                saving = f"{self._metric.name} improved from {_five_places(best)} to {save.value:.5f}, {saving}"
+                change = f"improved from {best} to {save.value:.5f}, {saving}"
             else:
-                saving = f"{self._metric.name} did not improve from {_five_places(best)}"
-        self._lines.append(f"{start} {saving}")
+                change = f"did not improve from {best}"
+            self._lines.append(f"{start} {self._metric.name} {change}")
 
         def handler(outcome: Outcome) -> None:
             if outcome.record is not None:

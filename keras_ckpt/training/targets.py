@@ -163,7 +163,8 @@ def target(filepath: str | os.PathLike[str], weights_only: bool, keep: Preservat
     if weights_only and not path.endswith(_WEIGHTS):
         raise ValueError(
             "When using `save_weights_only=True` in `ModelCheckpoint`, the filepath provided must end in `.weights.h5` "
-            f"(Keras weights format), or be a directory. Received: filepath={path}"
+            f"(Keras weights format), or be a directory. Received: filepath={path}. "
+            f"Write {os.path.splitext(path)[0]}{_WEIGHTS}"
         )
     if path.endswith(_WEIGHTS) and not weights_only:
         raise ValueError(
@@ -199,8 +200,8 @@ def _refuse_other_file(path: str, weights_only: bool) -> None:
     if re.search(r"\{.*\}", path):
         raise ValueError(
             "A directory names its checkpoints by step, and has their metrics in sidecars. Received: "
-            f"filepath={path!r}. For files named by a template, add a suffix: {path}{keras_suffix}. For a directory of "
-            f"checkpoints, leave the fields out: {_directory_for(path)!r}"
+            f"filepath={path!r}. For files named by a template, write {path}{keras_suffix}. For a directory of "
+            f"checkpoints, write {_directory_for(path)}"
         )
 
 
