@@ -272,5 +272,5 @@ def test_a_finished_script_that_saves_files_of_keras_trains_again(place) -> None
         return batches.count
 
     assert run_with_files() == 15
-    with pytest.warns(UserWarning, match="of an earlier training"):
+    with pytest.warns(UserWarning, match="An earlier training wrote"):
         assert run_with_files() == 15

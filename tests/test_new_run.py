@@ -486,12 +486,12 @@ class TestReplacedFiles:
         before = []
         look = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: before.append(len(told(warned))))
 
-        with pytest.warns(UserWarning, match="an earlier training") as warned:
+        with pytest.warns(UserWarning, match="An earlier training wrote") as warned:
             train_files("best.keras", [0.5, 0.6], None, look)
 
         assert told(warned) == [
-            "best.keras has 1 file of an earlier training: best.keras (no record). As in Keras, this fit replaces it. "
-            "To avoid it: new_run='subdirectory' in ModelCheckpoint keeps all files."
+            "An earlier training wrote best.keras (no record). This fit replaces it, as Keras does. To keep all files, "
+            "give ModelCheckpoint new_run='subdirectory'."
         ]
         assert before == [1, 1]
 
@@ -502,14 +502,13 @@ class TestReplacedFiles:
         train_files("last.keras", [0.3])
         train_files("e-{epoch}.keras", [0.1, 0.2])
 
-        with pytest.warns(UserWarning, match="an earlier training") as warned:
+        with pytest.warns(UserWarning, match="An earlier training wrote") as warned:
             train_files("e-{epoch}.keras", [0.9])
 
         assert told(warned) == [
-            "e-{epoch}.keras has 2 files of an earlier training: e-2.keras (step 2, val_loss 0.2), e-1.keras (step 1, "
-            "val_loss 0.1). As in Keras, this fit replaces files of the same names. To avoid it: "
-            "keras_ckpt.restore(model, 'e-2.keras') before fit continues it, new_run='subdirectory' in ModelCheckpoint "
-            "keeps all files."
+            "An earlier training wrote e-2.keras (step 2, val_loss 0.2), e-1.keras (step 1, val_loss 0.1). This fit "
+            "replaces files of the same names, as Keras does. To continue its run, type keras_ckpt.restore(model, "
+            "'e-2.keras') before fit. To keep all files, give ModelCheckpoint new_run='subdirectory'."
         ]
         assert files(tmp_path) == {"last.keras": 0.3, "e-2.keras": 0.2, "e-1.keras": 0.9}
 
@@ -521,7 +520,7 @@ class TestReplacedFiles:
         options = {"save_best_only": True, "save_weights_only": path.endswith(".h5")}
         with pytest.raises(RuntimeError):
             train_files(path, [0.1, 0.2, 0.3], None, Interrupts(3, RuntimeError()), **options)
-        with pytest.warns(UserWarning, match="an earlier training") as warned, pytest.raises(RuntimeError):
+        with pytest.warns(UserWarning, match="An earlier training wrote") as warned, pytest.raises(RuntimeError):
             train_files(path, [0.9], None, Interrupts(1, RuntimeError()), **options)
         assert files(tmp_path) == {path: 0.1}
 

@@ -292,8 +292,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._lines.tell()
             self._hooks.call()
         run_id = session.progress.position.run_id
-        expected = self._due and str(self._ranking) and not session.missed
-        if expected and all(record.run_id != run_id for record in self.directory):
+        ranks = self._ranking.keep or self._ranking.only
+        if self._due and ranks and not session.missed and all(record.run_id != run_id for record in self.directory):
             warn(
                 f"Nothing was saved into {self.filepath}: {self._due} saves were due, and {self._ranking} would keep "
                 f"none. Was {self.monitor!r} ever a finite number, and better than "

@@ -134,20 +134,23 @@ def _refuse_unreadable(listing: Listing, position: Position) -> None:
 def _warn_of_replacement(listing: Listing, position: Position) -> None:
     """Warns that a fit replaces files of another run, or without a record, by their names, as Keras does."""
     earlier = [record for record in reversed(listing.all_runs) if record.run_id != position.run_id]
-    files = [*map(_described, earlier), *(f"{name} (no record)" for name in listing.unmanaged)]
+    unmanaged = [f"{relative(os.path.join(listing.path, name))} (no record)" for name in listing.unmanaged]
+    files = [*map(_described, earlier), *unmanaged]
     if not files:
         return
-    path = relative(os.path.join(listing.path, listing.series.template))
     replaced = "it" if listing.series.is_one_name else "files of the same names"
     continues = (
-        f"keras_ckpt.restore(model, {relative(earlier[0].prefix)!r}) before fit continues it, " if earlier else ""
+        f" To continue its run, type keras_ckpt.restore(model, {relative(earlier[0].prefix)!r}) before fit."
+        if earlier
+        else ""
     )
     warn(
-        f"{path} has {counted(len(files), 'file')} of an earlier training: {few(files)}. As in Keras, this fit "
-        f"replaces {replaced}. To avoid it: {continues}new_run='subdirectory' in ModelCheckpoint keeps all files."
+        f"An earlier training wrote {few(files)}. This fit replaces {replaced}, as Keras does.{continues} To keep all "
+        "files, give ModelCheckpoint new_run='subdirectory'."
     )
 
 
 def _described(record: CheckpointRecord) -> str:
     value = record.metrics.get(record.monitor or "")
-    return f"{record.name} (step {record.step}{'' if value is None else f', {record.monitor} {metric(value)}'})"
+    measured = "" if value is None else f", {record.monitor} {metric(value)}"
+    return f"{relative(record.prefix)} (step {record.step}{measured})"

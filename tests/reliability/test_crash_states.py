@@ -293,7 +293,7 @@ def files_of_a_run_replaced(run: Run) -> None:
     for step in (10, 20, 30):
         run.save_file(step, f"{step}.keras")
     run.pin(30)
-    run.save_file(10, "1.keras", run_id="new", replaced={"run"})
+    run.save_file(10, "10.keras", run_id="new", replaced={"run"})
     run.save_file(20, "2.keras", LatestN(1), run_id="new", replaced={"run"})
 
 
