@@ -25,11 +25,8 @@ from support.contents import content
 from support.models import Interrupts, Reports, X, Y
 from support.restarts import prepare
 
-# Keras's own writer converts variables in a way that NumPy 2 warns of, and a missing metric is a warning of both.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
-]
+# Keras's own writer converts variables in a way that NumPy 2 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 EPOCHS, BATCHES = 3, 4
 LOSSES = Reports(val_loss=[0.3, 0.1, 0.2], val_accuracy=[0.5, 0.7, 0.6])
@@ -125,7 +122,7 @@ SCRIPTS = {
     "the best model, one file": Script(
         lambda checkpoint: checkpoint("best_model.keras", monitor="val_accuracy", mode="max", save_best_only=True)
     ),
-    "the best model, positional arguments": Script(
+    "the best model, its monitor by position": Script(
         lambda checkpoint: checkpoint("best.keras", "val_loss", save_best_only=True)
     ),
     "each epoch in one file of the old format": Script(lambda checkpoint: checkpoint("models/x.h5")),
@@ -335,8 +332,6 @@ RESTARTS: dict[str, Callable[[Any], Any]] = {
     ],
     "beside a ModelCheckpoint": lambda backup: [keras.callbacks.ModelCheckpoint("{epoch}.keras"), backup("backup")],
 }
-
-
 SAME_AS = {"each four batches": "one callback instead of a list"}
 """Keras trains an epoch again after a backup at its last batch. The result is then of another script."""
 
