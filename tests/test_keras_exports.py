@@ -241,7 +241,7 @@ def test_a_file_of_weights_lacks_vocabularies_with_a_warning(tmp_path) -> None:
         kc.export(record, tmp_path / "model.weights.h5")
 
     theirs = by_keras(model, tmp_path / "theirs.weights.h5")
-    assert content(tmp_path / "model.weights.h5", "weights") == content(theirs)
+    assert content(tmp_path / "model.weights.h5") == content(theirs)
 
 
 def test_a_model_without_a_config_is_exported_as_weights_alone(tmp_path) -> None:
