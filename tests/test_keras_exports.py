@@ -22,7 +22,7 @@ from support.models import X, dense_model, fit, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-KINDS = {"model.keras": "keras", "model.weights.h5": "weights"}
+NAMES = ["model.keras", "model.weights.h5"]
 LEARNED = [name for name in keras_zoo.MODELS if any(part in name for part in ("Lookup", "Text", "save_assets"))]
 """The models with files of layers, which a `.weights.h5` file lacks."""
 
@@ -77,7 +77,7 @@ def test_each_layer_of_keras_is_exported_with_the_content_that_keras_writes(tmp_
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("optimizer", keras_zoo.OPTIMIZERS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_export_has_the_state_of_each_optimizer(tmp_path, optimizer, name) -> None:
     """A model that was not compiled is not compiled."""
     model = keras_zoo.made("dense", optimizer)

@@ -20,8 +20,8 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from reliability.trainer import Child, station
-from support.contents import content
+from reliability.trainer import Child, keras_station
+from support.keras_files import content
 from support.models import Interrupts, Reports, X, Y
 from support.restarts import prepare
 
@@ -493,7 +493,7 @@ def test_a_loop_with_a_manager_ends_as_with_tensorflows_manager(folder, monkeypa
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Any]:
     """A process that has loaded TensorFlow and has no model, to fork from: a fork begins as a new process does."""
-    with station(prepare) as place:
+    with keras_station(prepare) as place:
         yield place
 
 
