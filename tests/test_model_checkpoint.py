@@ -3,6 +3,7 @@
 import datetime
 import math
 import pathlib
+import re
 import warnings
 
 import keras

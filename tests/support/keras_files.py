@@ -15,7 +15,7 @@ import numpy as np
 
 def content(path: pathlib.Path) -> dict[str, Any]:
     """Everything that h5py and zipfile show of a file, without the date and without addresses in memory."""
-    if path.suffix != ".keras":
+    if not zipfile.is_zipfile(path):
         return hdf5(path)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
@@ -23,15 +23,15 @@ def content(path: pathlib.Path) -> dict[str, Any]:
     metadata = json.loads(members.pop("metadata.json"))
     assert metadata.pop("date_saved")
     weights = hdf5(io.BytesIO(members.pop("model.weights.h5")))
-    config = _renumbered(members.pop("config.json").decode())
-    return {"metadata": metadata, "config": json.loads(config), **members, **weights}
+    return {"metadata": metadata, "config": _renumbered(members.pop("config.json")), **members, **weights}
 
 
-def _renumbered(config: str) -> str:
+def _renumbered(config: bytes) -> Any:
     """A config whose shared objects have numbers from 0, in the place of their addresses."""
     numbers: dict[str, int] = {}
-    return re.sub(
-        r'(?<="shared_object_id": )\d+', lambda found: str(numbers.setdefault(found[0], len(numbers))), config
+    text = json.dumps(json.loads(config), sort_keys=True)
+    return json.loads(
+        re.sub(r'(?<="shared_object_id": )\d+', lambda found: str(numbers.setdefault(found[0], len(numbers))), text)
     )
 
 
