@@ -137,7 +137,7 @@ def test_several_threads_copy_the_values_of_the_variables(monkeypatch, change) -
     """Values are large and small, and the previous copies are already written or not."""
     variables = {f"{number}": tf.Variable(tf.fill((1 + number % 2 * 600_000,), float(number))) for number in range(9)}
     monkeypatch.setattr(threads, "_THREADS", 3)
-    threads._threads.cache_clear()
+    threads.helpers.cache_clear()
     arena = Arena()
     Snapshot(Reader(variables), {}).move(arena)
     for variable in variables.values():
@@ -239,7 +239,7 @@ class TestSeveralThreads:
     def two_threads(self, monkeypatch) -> None:
         """Replaces the threads of earlier tests."""
         monkeypatch.setattr(threads, "_THREADS", 2)
-        threads._threads.cache_clear()
+        threads.helpers.cache_clear()
 
     def test_an_error_of_another_thread_is_raised(self, monkeypatch) -> None:
         """Otherwise a value that was not copied would be written with its old bytes."""
@@ -260,7 +260,7 @@ class TestSeveralThreads:
     def test_a_copy_does_not_wait_for_busy_threads(self) -> None:
         """Training may detach a snapshot while the previous snapshot is copied."""
         freed = threading.Event()
-        busy = threads._threads().submit(freed.wait, 20)
+        busy = threads.helpers().submit(freed.wait, 20)
 
         copies = self.large().move(Arena())
         waited = busy.done()
@@ -276,7 +276,7 @@ class TestSeveralThreads:
         model.compile("adam")
         model.optimizer.build(model.trainable_variables)
         freed = threading.Event()
-        busy = threads._threads().submit(freed.wait, 20)
+        busy = threads.helpers().submit(freed.wait, 20)
 
         keys = state.snapshot().values.keys()
         waited = busy.done()
@@ -293,7 +293,7 @@ class TestSeveralThreads:
         if not child:  # pragma: no cover - another process
             try:
                 whole = (value.data.all() for value in taken.move(Arena()).values())
-                done, _ = concurrent.futures.wait([threads._threads().submit(all, whole)], 10)
+                done, _ = concurrent.futures.wait([threads.helpers().submit(all, whole)], 10)
                 os._exit(5 if done and done.pop().result() else 1)
             finally:
                 os._exit(2)  # after an error the child must not run the other tests

@@ -36,6 +36,11 @@ def number_of(dtype: np.dtype) -> int:
     return number
 
 
+def is_number(dtype: np.dtype) -> bool:
+    """Whether a checkpoint can hold numbers of a NumPy type."""
+    return dtype.newbyteorder("=") in _NUMBERS
+
+
 @functools.cache
 def dtype_of(number: int) -> np.dtype:
     """The NumPy type of a number in TensorFlow's `DataType`. A quantized integer becomes a plain integer."""

@@ -20,7 +20,7 @@ from keras_ckpt.formats.bundle_parts import BundleParts
 from keras_ckpt.formats.config import Config, Place, uncompiled
 from keras_ckpt.formats.damage import errors_as_damage
 from keras_ckpt.formats.description import Learned
-from keras_ckpt.formats.keras_reader import read_config, read_keras_file
+from keras_ckpt.formats.keras_reader import read_assets, read_config, read_names, read_verified
 from keras_ckpt.formats.keras_writer import Member, archive, dataset_of, new_skeleton
 from keras_ckpt.formats.variables import Kind, is_of_optimizer, values_at, values_of
 from keras_ckpt.store.files import Folder
@@ -111,16 +111,18 @@ def _weights(content: KerasContent) -> tuple[int, Iterator[memoryview]]:
 
 def _in_file(prefix: str, files: Folder, name: str, record: CheckpointRecord | None) -> KerasContent:
     with errors_as_damage():
-        file = read_keras_file(files, name, record)
+        file = read_verified(files, name, record)
         config = read_config(files, name)
+        names = read_names(files, name, file) if record or file.is_archive else {}
+        assets = read_assets(files, name) if file.is_archive else {}
     if file.is_legacy:
         raise ValueError(
             f"{prefix} is a file of Keras's legacy format. Load the model and save it: "
             f"keras.models.load_model({prefix!r}).save('model.keras')."
         )
     values = values_at(name, file.datasets)
-    names = {path: name for path, name in file.names.items() if name}
-    return KerasContent(prefix, config, names, values.kinds, lambda path: values.read(files, path), file.assets)
+    names = {path: name for path, name in names.items() if name}
+    return KerasContent(prefix, config, names, values.kinds, lambda path: values.read(files, path), assets)
 
 
 def _in_bundle(prefix: str, files: Folder, name: str, record: CheckpointRecord | None) -> KerasContent:

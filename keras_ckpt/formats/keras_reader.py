@@ -32,54 +32,77 @@ class KerasFile(NamedTuple):
 
     Attributes:
         datasets: The values by path. The offsets are those in the file.
-        names: The names of objects, by the paths of their values' groups. An unverified file has none.
-        assets: The files that objects saved, by path. A file of weights has none.
+        weights: The offset and the size of the HDF5 data in the file.
         is_archive: Whether the file is an archive, which may have assets.
         is_legacy: Whether the file is HDF5 in the layout of Keras 2.
     """
 
     datasets: Mapping[str, Dataset]
-    names: Mapping[str, str]
-    assets: Mapping[str, bytes]
+    weights: tuple[int, int]
     is_archive: bool
     is_legacy: bool
 
 
-def read_keras_file(
-    folder: Folder, name: str, record: CheckpointRecord | None, check_digests: bool = True
-) -> KerasFile:
-    """Reads the layout of a file.
+def read_verified(folder: Folder, name: str, record: CheckpointRecord | None) -> KerasFile:
+    """Reads the layout of a file after every byte was compared with its digest.
+
+    Without a record, the checksums of an archive are compared. An HDF5 file alone has none. Arguments and errors are
+    those of `read_layout`.
+    """
+    fill(folder, (), record.files if record else ())
+    return read_layout(folder, name, verify=record is None)
+
+
+def read_layout(folder: Folder, name: str, verify: bool) -> KerasFile:
+    """Reads the layout of a file, which may be damaged.
 
     Args:
         folder: Where the file is.
         name: The name of the file.
-        record: The record of the file, `None` if it has none.
-        check_digests: Whether to compare every byte with the digest in the record. Without a record, the checksums of
-            an archive are compared. In an unverified file the names of objects are not read.
+        verify: Whether to compare the checksums of an archive with every byte.
 
     Raises:
-        DamagedCheckpointError: The file differs from its digest.
         ValueError, OSError, zipfile.BadZipFile: The file is damaged, or no file of Keras.
     """
-    digested = record.files if record and check_digests else ()
-    fill(folder, (), digested)
-    verify, is_verified = check_digests and record is None, bool(digested)
     with folder.reading(name) as file:
         whole = _Window(file, 0, file.size)
-        if whole.read(len(_ARCHIVE)) != _ARCHIVE:
-            return KerasFile(*_read_hdf5(whole, is_verified), {}, is_archive=False, is_legacy=_is_legacy(whole))
-        with zipfile.ZipFile(whole) as archive:
-            _refuse_unsafe(archive, file.size)
-            if verify and (bad := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {bad!r:.200} does not match")
-            member = archive.getinfo(_WEIGHTS)
-            weights = _Window(file, _begin(archive, member), member.file_size)
-            assets = {
-                each.filename.removeprefix(_ASSETS): archive.read(each)
-                for each in archive.infolist()
-                if each.filename.startswith(_ASSETS) and not each.is_dir()
-            }
-        return KerasFile(*_read_hdf5(weights, is_verified or verify), assets, is_archive=True, is_legacy=False)
+        is_archive = _is_archive(whole)
+        weights = _weights_in(whole, verify) if is_archive else (0, file.size)
+        window = _Window(file, *weights)
+        with h5py.File(window, "r") as opened:
+            is_legacy = not is_archive and ("layer_names" in opened.attrs or "model_config" in opened.attrs)
+            return KerasFile(_datasets(opened, window), weights, is_archive, is_legacy)
+
+
+def _weights_in(whole: _Window, verify: bool) -> tuple[int, int]:
+    """The offset and the size of the HDF5 data in an archive."""
+    with zipfile.ZipFile(whole) as archive:
+        _refuse_unsafe(archive, whole.size)
+        if verify and (bad := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {bad!r:.200} does not match")
+        member = archive.getinfo(_WEIGHTS)
+        return _begin(archive, member), member.file_size
+
+
+def read_names(folder: Folder, name: str, layout: KerasFile) -> dict[str, str]:
+    """Reads the names of objects in a verified file, by the paths of their values' groups.
+
+    HDF5 never returns from the read of a text if some of its bytes are damaged.
+    """
+    groups = {path.rpartition("/")[0] for path in layout.datasets}
+    with folder.reading(name) as file, h5py.File(_Window(file, *layout.weights), "r") as opened:
+        return {path: _name_of(opened, path) for path in groups if path}
+
+
+def read_assets(folder: Folder, name: str) -> dict[str, bytes]:
+    """Reads the files that objects saved in an archive, by path."""
+    with folder.reading(name) as file, zipfile.ZipFile(_Window(file, 0, file.size)) as archive:
+        _refuse_unsafe(archive, file.size)
+        return {
+            each.filename.removeprefix(_ASSETS): archive.read(each)
+            for each in archive.infolist()
+            if each.filename.startswith(_ASSETS) and not each.is_dir()
+        }
 
 
 def read_config(folder: Folder, name: str) -> Config | None:
@@ -90,7 +113,7 @@ def read_config(folder: Folder, name: str) -> Config | None:
     """
     with folder.reading(name) as file:
         whole = _Window(file, 0, file.size)
-        if whole.read(len(_ARCHIVE)) != _ARCHIVE:
+        if not _is_archive(whole):
             return None
         with zipfile.ZipFile(whole) as archive:
             _refuse_unsafe(archive, file.size)
@@ -124,18 +147,15 @@ def _begin(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     return int(member.header_offset + _HEADER + name + extra)
 
 
-def _read_hdf5(window: _Window, is_verified: bool) -> tuple[dict[str, Dataset], dict[str, str]]:
-    with h5py.File(window, "r") as file:
-        datasets = datasets_in(file)
-        # HDF5 never returns from the read of a text if some of its bytes are damaged.
-        groups = {path.rpartition("/")[0] for path in datasets if is_verified}
-        names = {path: _name_of(file, path) for path in groups if path}
+def _datasets(opened: h5py.File, window: _Window) -> dict[str, Dataset]:
+    """The places of the values in an HDF5 file, as offsets in the file around it."""
+    datasets = datasets_in(opened)
     if sum(each.size for each in datasets.values()) > window.size:
         raise ValueError("its values overlap")
     for path, each in datasets.items():
         if each.offset + each.size > window.size:
             raise ValueError(f"the dataset {path!r:.200} ends after the file")
-    return {path: each._replace(offset=each.offset + window.start) for path, each in datasets.items()}, names
+    return {path: each._replace(offset=each.offset + window.start) for path, each in datasets.items()}
 
 
 def _name_of(file: h5py.File, path: str) -> str:
@@ -150,9 +170,8 @@ def _name_of(file: h5py.File, path: str) -> str:
     return value.item().decode() if isinstance(value.item(), bytes) else ""
 
 
-def _is_legacy(window: _Window) -> bool:
-    with h5py.File(window, "r") as file:
-        return "layer_names" in file.attrs or "model_config" in file.attrs
+def _is_archive(whole: _Window) -> bool:
+    return whole.read(len(_ARCHIVE)) == _ARCHIVE
 
 
 class _Window(io.RawIOBase):

@@ -12,7 +12,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import ml_dtypes
@@ -135,9 +135,13 @@ def datasets_in(file: h5py.File) -> dict[str, Dataset]:
         ValueError: The values of a dataset are not in one place, or not plain bytes.
     """
     paths: list[bytes] = []
-    h5py.h5o.visit(file.id, paths.append)
-    objects = {path.decode(): h5py.h5o.open(file.id, path) for path in paths}
-    return {path: _dataset(path, each) for path, each in objects.items() if isinstance(each, h5py.h5d.DatasetID)}
+
+    def note(path: bytes, info: Any) -> None:
+        if info.type == h5py.h5o.TYPE_DATASET:
+            paths.append(path)
+
+    h5py.h5o.visit(file.id, note, info=True)
+    return {path.decode(): _dataset(path.decode(), h5py.h5d.open(file.id, path)) for path in paths}
 
 
 def _dataset(path: str, each: h5py.h5d.DatasetID) -> Dataset:

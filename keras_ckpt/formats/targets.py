@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from crc32c import crc32c
 
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats.bundle_index import masked
+from keras_ckpt.formats.threads import helpers, share_out
 from keras_ckpt.store.checks import refuse_changed
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
@@ -53,22 +52,20 @@ def fill(files: Folder, targets: Sequence[Target], digested: Sequence[Checkpoint
         DamagedCheckpointError: A checksum or a digest does not match.
         OSError: A file cannot be read.
     """
-    names = {file.name for file in digested}
     targets = [target for target in targets if target.memory]
-    groups = _of_equal_size([target for target in targets if target.file not in names])
-    if not digested and len(groups) <= 1:
+    for file in digested:
+        wanted = sorted((target for target in targets if target.file == file.name), key=_offset)
+        parts = [(target.offset, target.memory) for target in wanted]
+        # This thread computes the digests.
+        found = files.scatter(file.name, parts, helpers(), file.size if files.series.template else None)
+        refuse_changed(file, *found)
+    names = {file.name for file in digested}
+
+    def read(groups: Iterable[Sequence[Target]]) -> None:
         for group in groups:
             _read_together(files, group)
-        return
-    # The calling thread computes the digests.
-    with concurrent.futures.ThreadPoolExecutor(max(1, _THREADS - bool(digested)), "keras_ckpt-read") as threads:
-        for file in digested:
-            wanted = sorted((target for target in targets if target.file == file.name), key=_offset)
-            parts = [(target.offset, target.memory) for target in wanted]
-            found = files.scatter(file.name, parts, threads, file.size if files.series.template else None)
-            refuse_changed(file, *found)
-        for _ in threads.map(functools.partial(_read_together, files), groups):
-            pass
+
+    share_out(read, _of_equal_size([target for target in targets if target.file not in names]))
 
 
 def _offset(target: Target) -> int:

@@ -1,4 +1,4 @@
-"""Threads that copy memory in parallel."""
+"""Threads that read and copy in parallel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PIECE = 8 << 20
 def share_out(copy: Callable[[Iterable[Any]], None], keys: Sequence[Any]) -> None:
     """Copies keys in this thread and others. Each thread takes the next key when it is free."""
     rest = iter(keys)
-    others = [_threads().submit(copy, rest) for _ in range(min(_THREADS, len(keys)) - 1)]
+    others = [helpers().submit(copy, rest) for _ in range(min(_THREADS, len(keys)) - 1)]
     try:
         copy(rest)
     finally:
@@ -57,15 +57,15 @@ def begin(work: Callable[[], Result]) -> Callable[[], Result]:
     Returns:
         A function that returns the result. It waits, or runs the work in this thread if no other has begun it.
     """
-    job = _threads().submit(work)
+    job = helpers().submit(work)
     return lambda: work() if job.cancel() else job.result()
 
 
 @functools.cache
-def _threads() -> concurrent.futures.Executor:
+def helpers() -> concurrent.futures.Executor:
     """The pool of threads. They stay, because a new thread takes up to a millisecond to start."""
     return concurrent.futures.ThreadPoolExecutor(max(1, _THREADS - 1), "keras_ckpt-copy")
 
 
 # A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_threads.cache_clear)
+os.register_at_fork(after_in_child=helpers.cache_clear)

@@ -174,10 +174,10 @@ def values_of(index: Index) -> Values:
 
 def values_in_file(files: Folder, name: str, record: CheckpointRecord | None) -> Values:
     """The values of a file of Keras."""
-    from keras_ckpt.formats.keras_reader import read_keras_file  # the other checkpoints need no h5py
+    from keras_ckpt.formats.keras_reader import read_verified  # the other checkpoints need no h5py
 
     with errors_as_damage():
-        return values_at(name, read_keras_file(files, name, record).datasets)
+        return values_at(name, read_verified(files, name, record).datasets)
 
 
 def values_at(file: str, datasets: Mapping[str, Dataset]) -> Values:

@@ -7,7 +7,7 @@ it saves, tells which variable of the model each path means.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from keras_ckpt.formats import arrays
 from keras_ckpt.formats.description import Asset, Description, Learned
-from keras_ckpt.formats.keras_reader import read_keras_file
+from keras_ckpt.formats.keras_reader import read_assets, read_layout, read_names
 from keras_ckpt.formats.keras_writer import dataset_of
 from keras_ckpt.formats.targets import Target, fill
 from keras_ckpt.model import naming
@@ -26,7 +26,7 @@ from keras_ckpt.model.keras_internals import answers_of, places_in_files
 from keras_ckpt.model.learned import learners, learns_elsewhere
 from keras_ckpt.model.matching import Kind, is_lora
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 
 _OPTIMIZER, _VALUES = "optimizer", "/vars/"
 
@@ -66,13 +66,20 @@ class FileSource:
         self._name = name
         self._objects = objects
         self._seeds = record.seeds if record else {}
+        digested = record.files if record and check_digests else ()
         with errors_as_damage():
-            self._file = read_keras_file(folder, name, record, check_digests)
+            self._file = read_layout(folder, name, verify=check_digests and record is None)
         if self._file.is_legacy:
             raise ValueError(
                 f"{self.prefix} is a file of Keras's legacy format, which names no objects to restore. Load the whole "
                 f"model: keras.models.load_model({self.prefix!r}). Save in the format of .keras to restore later."
             )
+        with errors_as_damage():
+            # The digest is of the bytes that are restored: they are read once.
+            self._verified = self._read(self._holdable(), digested) if digested else {}
+            is_verified = bool(digested) or (check_digests and self._file.is_archive)
+            self._labels = read_names(folder, name, self._file) if is_verified else {}
+            self._files = read_assets(folder, name) if self._file.is_archive else {}
         self._find(model)
 
     @property
@@ -97,18 +104,26 @@ class FileSource:
             self._find(model)
 
     def read(self, names: Sequence[str]) -> dict[str, backend.Tensor]:
-        values: dict[str, Any] = {}
-        targets = []
+        paths = {name: self._paths[name] for name in names if name in self._paths}
         with errors_as_damage():
-            for name in names:
-                if name in self._paths:
-                    each = self._file.datasets[self._paths[name]]
-                    values[name], memory = backend.allocate(arrays.number_of(each.dtype), each.shape)
-                    targets.append(Target(name.encode(), self._name, each.offset, memory, None))
-                else:
-                    values[name] = np.array(self._seeds[name], self._kinds[name].dtype)
-            fill(self._folder, targets)
-        return {name: backend.tensor_of(value) for name, value in values.items()}
+            found = self._verified | self._read([path for path in paths.values() if path not in self._verified])
+        values = {name: found[path] for name, path in paths.items()}
+        seeds = {name: np.array(self._seeds[name], self._kinds[name].dtype) for name in names if name not in paths}
+        return {name: backend.tensor_of(value) for name, value in (values | seeds).items()}
+
+    def _holdable(self) -> list[str]:
+        """The paths of the values that a tensor can hold."""
+        return [path for path, each in self._file.datasets.items() if arrays.is_number(each.dtype)]
+
+    def _read(self, paths: Iterable[str], digested: Sequence[CheckpointFile] = ()) -> dict[str, Any]:
+        """Reads values by path."""
+        values, targets = {}, []
+        for path in paths:
+            each = self._file.datasets[path]
+            values[path], memory = backend.allocate(arrays.number_of(each.dtype), each.shape)
+            targets.append(Target(path.encode(), self._name, each.offset, memory, None))
+        fill(self._folder, targets, digested)
+        return values
 
     def _find(self, model: keras.Model) -> None:
         """Gives the values of the file the names of the model's variables, and describes the model's objects."""
@@ -146,7 +161,7 @@ class FileSource:
 
     def _is_of(self, path: str, owner: Any) -> bool:
         """Whether the values at a path are of an object: a name that a user gave tells objects apart."""
-        saved = self._file.names.get(f"{path}{_VALUES}".rstrip("/"))
+        saved = self._labels.get(f"{path}{_VALUES}".rstrip("/"))
         return not saved or naming.is_same_name(getattr(owner, "name", saved), saved, type(owner).__name__)
 
     def _name_of_other(self, path: str, objects: Mapping[str, str]) -> str:
@@ -163,7 +178,7 @@ class FileSource:
         # A model in the model may have an optimizer too.
         part = _OPTIMIZER if _OPTIMIZER in segments else "model"
         inner = [segment for segment in segments if segment != _OPTIMIZER]
-        saved, own = self._file.names.get(path.rpartition("/")[0]), "".join(inner[-1:])
+        saved, own = self._labels.get(path.rpartition("/")[0]), "".join(inner[-1:])
         if saved and not naming.is_same_name(own, saved, own.rstrip("_0123456789")):
             inner[-1:] = [saved]  # a user's name
         return "/".join([part, *inner, key])
@@ -202,7 +217,7 @@ class FileSource:
         start = f"{place}/".lstrip("/")
         inner = tuple(f"{path}/" for path in self._places.values() if path != place and path.startswith(start))
         found = {}
-        for path, data in self._file.assets.items():
+        for path, data in self._files.items():
             if path.startswith(start) and not path.startswith(inner):
                 digest = f"blake3:{blake3(data).hexdigest()}"
                 found[path.removeprefix(start)] = Asset(len(self.assets), len(data), digest)
