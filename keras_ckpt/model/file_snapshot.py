@@ -1,7 +1,7 @@
 """Keras's own files, `.keras`, `.weights.h5` and `.h5`: the state of a model at one moment, written later.
 
-Keras's own writer makes the first file of each structure of a model. The file shows the place of each value. Later
-files are the same bytes with the values of a snapshot in these places, so training waits for the snapshot alone.
+Keras's own writer makes a file of each layout of a model once. The file shows the place of each value. Saved files are
+the same bytes with the values of a snapshot in these places, so training waits for the snapshot alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from keras_ckpt.formats.threads import begin
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model import naming, parts
 from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import answers_of, config_of, places_in_files, value_of, written_by_keras
 from keras_ckpt.model.learned import Steady, files_of
 from keras_ckpt.model.snapshot import Snapshot, arena_of
@@ -53,8 +54,8 @@ _WEIGHTS, _CONFIG, _METADATA, _ASSETS = "model.weights.h5", "config.json", "meta
 class FileState:
     """The state of a model, as one of Keras's own files has it.
 
-    The first snapshot takes longer than Keras's own save. So does the first snapshot after a change of the model's
-    structure, such as a call of `compile`. Each snapshot for a legacy `.h5` file takes as long as Keras's own save.
+    The first snapshot of a model takes longer than Keras's own save. So does the first snapshot after a change that
+    adds or renames variables or objects. Each snapshot for a legacy `.h5` file takes as long as Keras's own save.
 
     Example:
 
@@ -87,10 +88,21 @@ class FileState:
             snapshot = self._by_plan(self._structure)
             if holds():
                 return snapshot or self._of(self._image())
-        image = self._image()
-        if self._kind != "legacy":
-            self._make_plan(image)
-        return self._of(image)
+        return self._of(self._image()) if self._kind == "legacy" else self._replanned()
+
+    def _replanned(self) -> FileSnapshot:
+        """A snapshot by a new plan, or by Keras's own writer if no plan fits the model."""
+        model = self._model
+        variables, below = naming.named_variables(model), parts.tracked(model)
+        owners = [*parts.optimizers_of(model, below).values(), *parts.losses_of(model, below).values()]
+        self._structure, self._plan = Structure(model, owners, [*variables.values()]), None
+        image = functools.cache(self._image)
+        try:
+            self._plan = _Plan(model, self._kind, variables, image)
+        except Exception as error:  # noqa: BLE001 - if it is the model's error, Keras's own writer raises it too
+            image()
+            self._refuse(error)
+        return self._by_plan(self._structure) or self._of(image())
 
     def _by_plan(self, structure: Structure) -> FileSnapshot | None:
         """A snapshot by the plan for a structure, `None` without a plan that fits the model."""
@@ -115,17 +127,6 @@ class FileState:
         states = _listed({name: value_of(variable) for name, variable in seeds.items()})
         content = Content([memoryview(image)], fingerprint(self._model), states)
         return FileSnapshot(self._kind, len(image), lambda arena: content, self._arena)
-
-    def _make_plan(self, image: bytes) -> None:
-        """Plans the next snapshots, from a file of the present state."""
-        model = self._model
-        variables, below = naming.named_variables(model), parts.tracked(model)
-        owners = [*parts.optimizers_of(model, below).values(), *parts.losses_of(model, below).values()]
-        self._structure, self._plan = Structure(model, owners, [*variables.values()]), None
-        try:
-            self._plan = _Plan(model, self._kind, variables, image)
-        except Exception as error:  # noqa: BLE001 - only the next snapshots need the plan
-            self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
         """Drops the plan: Keras's own writer makes the files of this structure."""
@@ -245,6 +246,24 @@ class _Moment(NamedTuple):
     seeds: Mapping[str, Any]
 
 
+class _Proof(NamedTuple):
+    """A proof that a plan makes the files that Keras's own writer makes.
+
+    Attributes:
+        layout: The layout of the files: the objects and the datasets in them.
+        skeleton: The skeleton of their weights.
+        size: The bytes of the file that was compared.
+    """
+
+    layout: object
+    skeleton: Skeleton
+    size: int
+
+
+class _Proofs(dict[Kind, _Proof]):
+    """The proofs that accompany a model, by the kind of file: another `fit` or callback needs no proof again."""
+
+
 class _Plan:
     """The source of each byte of the files of a model.
 
@@ -252,7 +271,7 @@ class _Plan:
         model: The model.
         kind: The kind of the file.
         variables: The variables of the model by name.
-        image: A file that Keras's own writer made of the present state.
+        image: Makes a file of the present state by Keras's own writer. It is called if the model has no proof.
 
     Attributes:
         size: The approximate bytes of a file.
@@ -261,15 +280,17 @@ class _Plan:
         Exception: The plan would make another file, or Keras has changed.
     """
 
-    def __init__(self, model: keras.Model, kind: Kind, variables: Mapping[str, Any], image: bytes) -> None:
-        self.size = len(image)
+    def __init__(
+        self, model: keras.Model, kind: Kind, variables: Mapping[str, Any], image: Callable[[], bytes]
+    ) -> None:
         self._model = model
         self._kind: Kind = kind
         self._fixed: dict[str, Source] = {}
         self._asked: dict[str, Any] = {}
         self._savers: dict[str, Any] = {}
         self._files = Steady()
-        read = self._note_sources({id(variable): f"{name}{SUFFIX}" for name, variable in variables.items()})
+        objects = places_in_files(model)
+        read = self._note_sources(objects, {id(variable): f"{name}{SUFFIX}" for name, variable in variables.items()})
         seeds = naming.seeds_in(variables)
         self._seeds = {f"{name}{SUFFIX}": name for name in seeds}
         read |= zip(self._seeds, seeds.values(), strict=True)
@@ -277,12 +298,16 @@ class _Plan:
         self._reader = backend.Reader({key: value_of(variable) for key, variable in read.items()})
         self._scalars = {key: variable for key, variable in read.items() if not tuple(variable.shape)}
         self._kinds = {dataset: _kind(source) for dataset, source in self._answers().items()}
-        self._skeleton = self._prove(image)
+        proofs, layout = companion(model, _Proofs), self._layout(objects, read)
+        if kind not in proofs or proofs[kind].layout != layout:
+            file = image()
+            proofs[kind] = _Proof(layout, self._prove(file), len(file))
+        self._skeleton, self.size = proofs[kind].skeleton, proofs[kind].size
 
-    def _note_sources(self, keys: Mapping[int, str]) -> dict[str, Any]:
+    def _note_sources(self, objects: Mapping[str, Any], keys: Mapping[int, str]) -> dict[str, Any]:
         """Notes the source of each dataset. Returns the variables to read by key."""
         read = {}
-        for path, owner in places_in_files(self._model).items():
+        for path, owner in objects.items():
             variables = answers_of(owner)
             is_fixed = _is_fixed(owner, variables)
             for name, value in variables.items():
@@ -297,6 +322,12 @@ class _Plan:
             if self._kind == "keras" and hasattr(owner, "save_assets"):
                 self._savers[f"{_ASSETS}/{path}".rstrip("/")] = owner
         return read
+
+    def _layout(self, objects: Mapping[str, Any], read: Mapping[str, Any]) -> object:
+        """A description that is equal for models whose files differ in values alone. It refers to no object of one."""
+        named = [(path, type(owner), getattr(owner, "name", None)) for path, owner in objects.items()]
+        kinds = {key: backend.kind_of(variable) for key, variable in read.items()}
+        return named, kinds, self._fixed, self._kinds
 
     def moment(self) -> _Moment:
         """The present state of the model.
