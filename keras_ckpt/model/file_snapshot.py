@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import h5py
@@ -225,7 +225,7 @@ class Content(NamedTuple):
 
 def fingerprint(model: keras.Model) -> str:
     """The digest of the weights of a model. A model that Keras loads from a file has the same fingerprint."""
-    return _digest(_flat(np.ascontiguousarray(backend.array_of(value_of(weight)))) for weight in model.weights)
+    return _digest([_flat(np.ascontiguousarray(backend.array_of(value_of(weight)))) for weight in model.weights])
 
 
 class _Moment(NamedTuple):
@@ -366,12 +366,17 @@ class _Plan:
         bytes_of = self._by_dataset(moment, values)
         weights = self._skeleton.filled(lambda name: bytes_of[name].data)
         known = [self._keys.get(id(weight), "") for weight in self._model.weights]
-        found = _digest(values[key] for key in known) if values.keys() >= {*known} else None
+        found = _digest([values[key] for key in known]) if values.keys() >= {*known} else None
         seeds = _listed(moment.seeds)
         if self._kind == "weights":
             return Content(weights, found, seeds)
-        others = [Member(name, len(data), [memoryview(data)]) for name, data in self._others(moment).items()]
-        return Content(archive([*others, Member(_WEIGHTS, self._skeleton.size, weights)]), found, seeds)
+        return Content(archive(self._members(moment, weights)), found, seeds)
+
+    def _members(self, moment: _Moment, weights: Iterable[memoryview]) -> Iterator[Member]:
+        """The members of a `.keras` file. The config is made last, while the disk writes the weights."""
+        yield Member(_WEIGHTS, self._skeleton.size, weights)
+        for name, data in self._others(moment).items():
+            yield Member(name, len(data), [memoryview(data)])
 
     def _by_dataset(self, moment: _Moment, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The bytes of each dataset, from the bytes of variables by key."""
@@ -431,8 +436,10 @@ def _listed(states: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: backend.array_of(state).tolist() for name, state in states.items()}
 
 
-def _digest(arrays: Iterable[np.ndarray]) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
+def _digest(arrays: Sequence[np.ndarray]) -> str:
+    # One thread digests short arrays faster.
+    several = sum(map(len, arrays)) > len(arrays) << 20
+    hasher = blake3(max_threads=blake3.AUTO if several else 1)
     for array in arrays:
         hasher.update(array.data)
     return f"blake3:{hasher.hexdigest()}"
