@@ -6,6 +6,7 @@ import functools
 import pathlib
 import shutil
 import zipfile
+from typing import Any
 
 import h5py
 import keras
@@ -14,6 +15,7 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.model.position import position_of
+from keras_ckpt.store import streams
 from support import keras_zoo
 from support.models import Reports, dense_model, fit, same, values
 
@@ -331,6 +333,26 @@ def test_a_damaged_file_changes_nothing(folder, path, harm) -> None:
             kc.restore(other, checkpoint)
 
     assert unchanged(other, before)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_digest_of_a_file_is_compared_in_the_read_of_its_values(folder, monkeypatch, path) -> None:
+    """A second read of the file would take as long again."""
+    model = keras.Sequential([keras.Input((500,)), keras.layers.Dense(500)])
+    model.compile("sgd", "mse")
+    model.fit(np.zeros((2, 500)), np.zeros((2, 500)), verbose=0, callbacks=[callback(path)])
+    read = streams.read_into
+    counts = []
+
+    def noted(*arguments: Any) -> int:
+        counts.append(read(*arguments))
+        return counts[-1]
+
+    monkeypatch.setattr(streams, "read_into", noted)
+    kc.restore(model, path)
+
+    size = (folder / path).stat().st_size
+    assert size * 0.9 < sum(counts) < size * 1.5  # an archive has a table of its members
 
 
 def test_a_damaged_text_in_a_file_without_a_record_does_not_hang_the_restore(folder) -> None:
