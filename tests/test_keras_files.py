@@ -8,6 +8,7 @@ import types
 import weakref
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import keras
 import numpy as np
