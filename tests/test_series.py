@@ -13,6 +13,7 @@ from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.store import tails
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import PRIVATE
+from keras_ckpt.store.layout import TENSORFLOW
 from keras_ckpt.store.policies import BestN, LatestN
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import SaveRequest, Writer
@@ -249,6 +250,22 @@ def test_a_template_may_have_fields_in_its_folders(tmp_path) -> None:
     assert CheckpointDirectory(path).latest().prefix == f"{tmp_path}/e4/0.5/m.keras"
     assert sorted(os.listdir(tmp_path)) == [PRIVATE, "e2", "e4"]
     assert os.listdir(tmp_path / "e2") == ["notes.txt"]
+
+
+def test_a_directory_means_the_files_in_folders_with_fields(tmp_path) -> None:
+    """The directory of `runs/e{epoch}/m.keras` is `runs`; other files of Keras in it are a series of their own."""
+    path = tmp_path / "runs" / "e{epoch}" / "m.keras"
+    save(path, 1, "e1/m.keras")
+    save(path, 2, "e2/m.keras")
+    runs = CheckpointDirectory(tmp_path / "runs")
+
+    assert [record.name for record in runs] == ["e1/m.keras", "e2/m.keras"]
+    assert [each.series.template for each in runs.each_series()] == ["e{epoch}/m.keras"]
+
+    CheckpointDirectory(path).clear()
+
+    assert list(runs) == []
+    assert [each.series for each in runs.each_series()] == [TENSORFLOW]
 
 
 def test_series_in_one_folder_do_not_see_each_other(tmp_path) -> None:

@@ -21,7 +21,7 @@ from typing import Self
 
 from blake3 import blake3
 
-from keras_ckpt.store.layout import TENSORFLOW, Series
+from keras_ckpt.store.layout import TENSORFLOW, Series, template_in
 from keras_ckpt.store.locks import WriterLock, claim
 from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.streams import NewFile, OpenFile, read_into
@@ -96,6 +96,13 @@ class Folder:
                 return
             with private.folder(self.series.private, create=create) as inner:
                 yield inner
+
+    def templates(self) -> set[str]:
+        """The templates of files of Keras that writers saved here: each has a private folder."""
+        names: list[str] = []
+        with contextlib.suppress(FileNotFoundError), self.folder(PRIVATE) as private:
+            names = private.names()
+        return set(map(template_in, names)) - {""}
 
     def close(self) -> None:
         os.close(self.descriptor)

@@ -27,6 +27,7 @@ STATE_FILE = "checkpoint"
 KERAS_SUFFIXES = (".keras", ".h5")
 """The suffixes of files in Keras's own formats."""
 _SIDECAR, _PIN, _INDEX, _DATA = ".json", ".keep", ".index", ".data-"
+_PRIVATE = "series-"
 _SHARD = r"\.data-\d{5}-of-\d{5}"
 
 
@@ -44,7 +45,7 @@ class Series:
     @property
     def private(self) -> str:
         """The name of the private folder of a template, `""` for TensorFlow checkpoints."""
-        return self.template and f"series-{self.template.replace('/', '%2F')}.d"
+        return self.template and f"{_PRIVATE}{self.template.replace('/', '%2F')}.d"
 
     @property
     def depth(self) -> int:
@@ -93,6 +94,12 @@ def split(path: str) -> tuple[str, Series]:
     return (
         (folder or "/" * path.startswith("/") or ".", Series(template)) if is_keras_file(path) else (path, TENSORFLOW)
     )
+
+
+def template_in(private: str) -> str:
+    """The template in the name of a private folder, `""` for a name of another form."""
+    name = private.removesuffix(".d")
+    return name.removeprefix(_PRIVATE).replace("%2F", "/") if name.startswith(_PRIVATE) and name != private else ""
 
 
 def is_keras_file(path: str) -> bool:

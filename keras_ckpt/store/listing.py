@@ -204,16 +204,19 @@ def _apart(
     )
 
 
-def series_in(folder: Reading) -> tuple[list[Series], list[Series]]:
+def series_in(folder: Folder) -> tuple[list[Series], list[Series]]:
     """The series that the path of a directory means, and the other series in the directory.
 
     The path means the TensorFlow checkpoints; without them, the files of Keras with sidecars; without sidecars, the
     files with records. A file that has a name of no template is a series of its own.
     """
-    names = set(folder.names())
+    names = folder.names()
     files = set(filter(layout.is_keras_file, names))
-    managed = {_template(folder, name) for name in files & layout.of_sidecars(names)} - {""}
+    managed = {_template(folder, name) for name in files if folder.exists(layout.sidecar(name))} - {""}
+    managed |= _nested(folder)
     recorded = managed | {template_of(folder, name) for name in files} - {""}
+    if not files and not managed:
+        return [], []
     series = list(map(Series, recorded))
     single = {name for name in files if not any(each.checkpoints([name]) for each in series)}
     meant = managed or recorded
@@ -221,6 +224,17 @@ def series_in(folder: Reading) -> tuple[list[Series], list[Series]]:
         meant = {TENSORFLOW.template}
     others = (recorded | single) - meant
     return [Series(template) for template in sorted(meant)], [Series(template) for template in sorted(others)]
+
+
+def _nested(folder: Folder) -> set[str]:
+    """The templates with fields in their folders that have files below the directory."""
+    found = set()
+    for template in folder.templates():
+        if (series := Series(template)).depth:
+            with Folder(folder.path, series) as inner:
+                if series.checkpoints(inner.names()):
+                    found.add(template)
+    return found
 
 
 def template_of(folder: Reading, name: str) -> str:
