@@ -24,7 +24,7 @@ ROUNDS = 9
 
 
 def fill(path: pathlib.Path) -> None:
-    """Writes sidecars as a run of 10,000 epochs leaves them, with empty files beside them."""
+    """Writes sidecars and the state file as a run of 10,000 epochs leaves them, with empty files beside them."""
     digest = f"blake3:{'0' * 64}"
     for step in range(1, COUNT + 1):
         name = f"ckpt-{step}"
@@ -48,6 +48,7 @@ def fill(path: pathlib.Path) -> None:
         (path / f"{name}.json").write_bytes(sidecars.encode(record))
         for file in files:
             (path / file).touch()
+    (path / "checkpoint").write_text(f'model_checkpoint_path: "ckpt-{COUNT}"\n')
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -147,6 +147,8 @@ class CheckpointDirectory(tables.Shown):
         Raises:
             ValueError: The path means several series. The error names the newest file of each.
         """
+        if folder.exists(layout.STATE_FILE):
+            return layout.TENSORFLOW  # the names of ten thousand checkpoints are not read twice
         meant, _ = series_in(folder)
         if len(meant) < 2:
             return meant[0] if meant else self.series
