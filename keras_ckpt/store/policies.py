@@ -65,7 +65,10 @@ class PreservationPolicy:
         return self
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        """The source text of the policy, without its open arguments."""
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = [getattr(self, field.name) for field in fields]
+        return f"{type(self).__name__}({', '.join(repr(value) for value in values if value is not None)})"
 
     def __or__(self, other: PreservationPolicy) -> PreservationPolicy:
         if not isinstance(other, PreservationPolicy):
@@ -73,16 +76,22 @@ class PreservationPolicy:
         return _AnyOf((*self.parts, *(part for part in other.parts if part not in self.parts)))
 
 
-class _Repr:
-    """The source text of a policy, without its open arguments."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Counted(PreservationPolicy):
+    """A policy with a number of at least 1."""
 
-    def __repr__(self) -> str:
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(repr(value) for value in values if value is not None)})"
+    n: int
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if isinstance(self.n, bool) or not isinstance(self.n, numbers.Integral):
+            raise TypeError(f"{name} expected a whole number of at least 1. Received: {self.n!r}")
+        if self.n < 1:
+            raise ValueError(f"{name} expected n >= 1; omit the policy to keep none of its kind. Received: {self.n!r}")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class LatestN(_Repr, PreservationPolicy):
+class LatestN(_Counted):
     """Keeps the `n` newest checkpoints, in the order of saving.
 
     Example:
@@ -95,17 +104,12 @@ class LatestN(_Repr, PreservationPolicy):
         n: The number of checkpoints, at least 1.
     """
 
-    n: int
-
-    def __post_init__(self) -> None:
-        _check_count(self, self.n)
-
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
         return {record.step for record in _oldest_first(records)[-self.n :]}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class BestN(_Repr, PreservationPolicy):
+class BestN(_Counted):
     """Keeps the `n` best checkpoints by a metric.
 
     With equal values, the earlier checkpoint is better. A checkpoint whose metric is missing, NaN or infinite is never
@@ -124,12 +128,11 @@ class BestN(_Repr, PreservationPolicy):
             metric's mode in the sidecars.
     """
 
-    n: int
     monitor: str | None = None
     mode: Mode | None = None
 
     def __post_init__(self) -> None:
-        _check_count(self, self.n)
+        super().__post_init__()
         if self.monitor is not None and not isinstance(self.monitor, str):
             raise TypeError(f"BestN expected the name of a metric. Received: monitor={self.monitor!r}")
         if self.mode not in (None, "min", "max"):
@@ -158,7 +161,7 @@ class BestN(_Repr, PreservationPolicy):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class EveryNSteps(_Repr, PreservationPolicy):
+class EveryNSteps(_Counted):
     """Keeps, for each multiple of `n` steps, the first checkpoint at or after it and before the next multiple.
 
     Zero is also a multiple: the first checkpoint of a run stays.
@@ -173,17 +176,12 @@ class EveryNSteps(_Repr, PreservationPolicy):
         n: The interval in steps, at least 1.
     """
 
-    n: int
-
-    def __post_init__(self) -> None:
-        _check_count(self, self.n)
-
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
         return _first_of_each((record.step // self.n, record.step, record.step) for record in records)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class EveryNEpochs(_Repr, PreservationPolicy):
+class EveryNEpochs(_Counted):
     """Keeps, for each multiple of `n` epochs, the first checkpoint at or after it and before the next multiple.
 
     Zero is also a multiple: the first checkpoint of a run stays. A checkpoint whose epoch is not known is not kept.
@@ -198,11 +196,6 @@ class EveryNEpochs(_Repr, PreservationPolicy):
         n: The interval in epochs, at least 1.
     """
 
-    n: int
-
-    def __post_init__(self) -> None:
-        _check_count(self, self.n)
-
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
         return _first_of_each(
             (record.epoch // self.n, (record.epoch, record.step), record.step)
@@ -212,7 +205,7 @@ class EveryNEpochs(_Repr, PreservationPolicy):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class EveryNHours(_Repr, PreservationPolicy):
+class EveryNHours(PreservationPolicy):
     """Keeps the oldest checkpoint, and each checkpoint saved at least `hours` after the last kept one.
 
     The policy uses the times in the records, never the clock of the pruning machine: a paused run loses no
@@ -344,11 +337,3 @@ def _first_of_each(entries: Iterable[tuple[int, Any, int]]) -> set[int]:
     for group, _, step in sorted(entries):
         first.setdefault(group, step)
     return set(first.values())
-
-
-def _check_count(policy: PreservationPolicy, n: object) -> None:
-    name = type(policy).__name__
-    if isinstance(n, bool) or not isinstance(n, numbers.Integral):
-        raise TypeError(f"{name} expected a whole number of at least 1. Received: {n!r}")
-    if n < 1:
-        raise ValueError(f"{name} expected n >= 1; omit the policy to keep none of its kind. Received: {n!r}")
