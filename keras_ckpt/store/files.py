@@ -167,43 +167,31 @@ class Folder:
 
     def read(self, name: str, limit: int) -> bytes:
         """Reads a whole file. A file of more than `limit` bytes is an error, and is not read."""
-        descriptor, size = self._open_regular(name)
-        try:
-            if size > limit:
-                raise OSError(errno.EFBIG, f"{size} bytes, at most {limit} are allowed", name)
-            data = os.pread(descriptor, size + 1, 0)
-            if len(data) != size:
+        with self.reading(name) as file:
+            if file.size > limit:
+                raise OSError(errno.EFBIG, f"{file.size} bytes, at most {limit} are allowed", name)
+            data = os.pread(file.descriptor, file.size + 1, 0)
+            if len(data) != file.size:
                 raise OSError(errno.EBUSY, "it changed while it was read", name)
             return data
-        finally:
-            os.close(descriptor)
 
     def read_end(self, name: str, size: int) -> tuple[int, bytes]:
         """The size of a file, and the bytes at its end, at most `size` bytes."""
-        descriptor, whole = self._open_regular(name)
-        try:
-            return whole, os.pread(descriptor, size, max(0, whole - size))
-        finally:
-            os.close(descriptor)
+        with self.reading(name) as file:
+            return file.size, os.pread(file.descriptor, size, max(0, file.size - size))
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """Reads `size` bytes of a file from an offset, fewer at its end."""
-        descriptor, _ = self._open_regular(name)
-        try:
-            return os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+        with self.reading(name) as file:
+            return os.pread(file.descriptor, size, offset)
 
     def holds(self, name: str, offset: int, data: memoryview) -> bool:
         """Whether a file has these bytes at an offset."""
-        descriptor, _ = self._open_regular(name)
-        try:
+        with self.reading(name) as file:
             # Different data often differs in its first bytes.
             cuts = [0, *range(min(_LOOK, len(data)), len(data), _CHUNK), len(data)]
             pieces = ((start, data[start:end]) for start, end in itertools.pairwise(cuts))
-            return all(os.pread(descriptor, len(piece), offset + start) == bytes(piece) for start, piece in pieces)
-        finally:
-            os.close(descriptor)
+            return all(os.pread(file.descriptor, len(piece), offset + start) == bytes(piece) for start, piece in pieces)
 
     def size(self, name: str) -> int:
         """The size of a file in bytes."""
@@ -227,6 +215,18 @@ class Folder:
         status = os.fstatvfs(self.descriptor)
         return status.f_bavail * status.f_frsize
 
+    def reading(self, name: str) -> OpenFile:
+        """Opens a regular file for reading, in a `with` statement."""
+        descriptor = self._open(name)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", name)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return OpenFile(descriptor, status.st_size, name)
+
     def digest(
         self, name: str, advance: Callable[[int], object] | None = None, end: int | None = None
     ) -> tuple[int, str]:
@@ -237,26 +237,14 @@ class Folder:
             end: The number of bytes to read; defaults to the whole file.
             advance: Called with the number of bytes after each piece that was read.
         """
-        descriptor, _ = self._open_regular(name)
-        try:
+        with self.reading(name) as file:
             hasher, size, buffer = blake3(), 0, memoryview(bytearray(_CHUNK))
-            while count := read_into(descriptor, [buffer[: None if end is None else end - size]], size, name):
+            while count := read_into(file.descriptor, [buffer[: None if end is None else end - size]], size, name):
                 hasher.update(buffer[:count])
                 size += count
                 if advance is not None:
                     advance(count)
             return size, f"blake3:{hasher.hexdigest()}"
-        finally:
-            os.close(descriptor)
-
-    @contextlib.contextmanager
-    def reading(self, name: str) -> Iterator[OpenFile]:
-        """Opens a file for reading."""
-        descriptor, size = self._open_regular(name)
-        try:
-            yield OpenFile(descriptor, size, name)
-        finally:
-            os.close(descriptor)
 
     def scatter(
         self,
@@ -421,11 +409,8 @@ class Folder:
 
     def sync_file(self, name: str) -> None:
         """Makes the bytes of a file durable."""
-        descriptor, _ = self._open_regular(name)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with self.reading(name) as file:
+            os.fsync(file.descriptor)
 
     def sync(self) -> None:
         """Makes the names in the directory durable."""
@@ -445,10 +430,7 @@ class Folder:
     def held(self, names: Iterable[str]) -> Iterator[Folder]:
         """Holds files open: the folder has the files as they are now, even if others remove or replace them."""
         with contextlib.ExitStack() as stack:
-            descriptors = {}
-            for name in names:
-                descriptors[name], _ = self._open_regular(name)
-                stack.callback(os.close, descriptors[name])
+            descriptors = {name: stack.enter_context(self.reading(name)).descriptor for name in names}
             yield _Held(self.path, self.series, descriptors)
 
     @contextlib.contextmanager
@@ -513,17 +495,8 @@ class Folder:
                 error.filename = os.path.join(private.path, name)
                 raise
 
-    def _open_regular(self, name: str) -> tuple[int, int]:
-        """The descriptor of a regular file, and its size."""
-        descriptor = os.open(name, _READ, dir_fd=self.descriptor)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", name)
-        except OSError:
-            os.close(descriptor)
-            raise
-        return descriptor, status.st_size
+    def _open(self, name: str) -> int:
+        return os.open(name, _READ, dir_fd=self.descriptor)
 
 
 class _Held(Folder):
@@ -544,9 +517,9 @@ class _Held(Folder):
         # The descriptor is used because the name may be another file's by now. Without /proc the call fails.
         os.link(f"/proc/self/fd/{self._opened(name)}", new, dst_dir_fd=target.descriptor, follow_symlinks=True)
 
-    def _open_regular(self, name: str) -> tuple[int, int]:
+    def _open(self, name: str) -> int:
         # A duplicate shares the original's offset, which no read here uses.
-        return os.dup(self._opened(name)), self.size(name)
+        return os.dup(self._opened(name))
 
     def _opened(self, name: str) -> int:
         if name not in self._descriptors:

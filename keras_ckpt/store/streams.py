@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 from blake3 import blake3
 
@@ -25,22 +25,29 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class OpenFile:
-    """A file that is open for reading.
+    """A file that is open for reading, until the end of a `with` statement.
 
     Attributes:
+        descriptor: The descriptor.
         size: The size in bytes.
     """
 
     def __init__(self, descriptor: int, size: int, name: str) -> None:
+        self.descriptor = descriptor
         self.size = size
-        self._descriptor = descriptor
         self._name = name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
 
     def read_into(self, memory: Sequence[memoryview], offset: int) -> None:
         """Reads bytes from an offset, until all pieces of memory are full, one after another."""
         left = list(memory)
         while left:
-            count = read_into(self._descriptor, left[:_PIECES], offset, self._name)
+            count = read_into(self.descriptor, left[:_PIECES], offset, self._name)
             if not count:
                 raise OSError(errno.EIO, f"the file ends at {offset}, more bytes were expected", self._name)
             offset += count
