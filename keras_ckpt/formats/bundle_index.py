@@ -19,7 +19,7 @@ import itertools
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from crc32c import crc32c
 
@@ -52,6 +52,7 @@ class _Fixed(NamedTuple):
     value: int
 
 
+Kind = TypeVar("Kind", int, bytes, _Fixed)
 _Fields = dict[int, list[int | bytes | _Fixed]]
 
 
@@ -386,23 +387,23 @@ def _fields(message: bytes) -> _Fields:
 
 def _number(fields: _Fields, field: int) -> int:
     """The last number of a field, 0 if the field is absent."""
-    value = fields.get(field, [0])[-1]
-    if not isinstance(value, int):
-        raise DamagedCheckpointError("is not a valid Protocol Buffers message")
+    value = (_values(fields, field, int) or [0])[-1]
     return value - (1 << 64) if value >> 63 else value
 
 
 def _fixed(fields: _Fields, field: int) -> int:
     """The last number of four or eight bytes of a field, 0 if the field is absent."""
-    value = fields.get(field, [_Fixed(0)])[-1]
-    if not isinstance(value, _Fixed):
-        raise DamagedCheckpointError("is not a valid Protocol Buffers message")
-    return value.value
+    return (_values(fields, field, _Fixed) or [_Fixed(0)])[-1].value
 
 
 def _messages(fields: _Fields, field: int) -> list[bytes]:
     """All messages of a field."""
-    values = [value for value in fields.get(field, ()) if isinstance(value, bytes)]
+    return _values(fields, field, bytes)
+
+
+def _values(fields: _Fields, field: int, kind: type[Kind]) -> list[Kind]:
+    """All values of a field, which must be of one kind."""
+    values = [value for value in fields.get(field, ()) if isinstance(value, kind)]
     if len(values) < len(fields.get(field, ())):
         raise DamagedCheckpointError("is not a valid Protocol Buffers message")
     return values
