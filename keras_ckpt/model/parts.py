@@ -274,17 +274,14 @@ def contents_of(layers: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _held(
-    layers: Sequence[Any], below: Mapping[str, Any], enter: Callable[[Any], bool] = lambda each: False
-) -> Iterator[tuple[str, Any]]:
+def _held(layers: Sequence[Any], below: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The values in a user's attributes of layers, with their paths.
 
     Args:
         layers: The layers, the model first.
         below: The objects that TensorFlow tracks below the model, by path.
-        enter: Whether to search the attributes of an object too.
     """
-    return _search(_attributes(layers, below), enter)
+    return _search(_attributes(layers, below), lambda each: False)
 
 
 def _attributes(

@@ -43,4 +43,5 @@ class Hooks:
                 warn(f"on_{change.kind} failed for {change.record.prefix}: {error!r}. Training continues.")
 
     def _hear(self, change: Change) -> None:
+        # A method of this class, because a deep copy of a callback must hear with its own.
         self._changes.append(change)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 SaveFreq = Literal["epoch"] | int | datetime.timedelta
@@ -18,15 +18,12 @@ class SaveSchedule:
 
     Args:
         save_freq: `"epoch"`, a number of batches, a `datetime.timedelta`, or a list of these.
-        clock: Returns the time in seconds.
 
     Raises:
         ValueError: `save_freq` has another type or value.
     """
 
-    def __init__(
-        self, save_freq: SaveFreq | list[SaveFreq] | tuple[SaveFreq, ...], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, save_freq: SaveFreq | list[SaveFreq] | tuple[SaveFreq, ...]) -> None:
         triggers = save_freq if isinstance(save_freq, list | tuple) else [save_freq]
         if not triggers:
             raise ValueError(f"save_freq expected at least one trigger. Received: {save_freq!r}")
@@ -35,23 +32,22 @@ class SaveSchedule:
         self.every_epoch = "epoch" in triggers
         self.batches = [trigger for trigger in triggers if isinstance(trigger, int)]
         self.intervals = [trigger for trigger in triggers if isinstance(trigger, datetime.timedelta)]
-        self._clock = clock
         self._last: list[float] = []
         self.start()
 
     def start(self) -> None:
         """Starts every interval now."""
-        self._last = [self._clock()] * len(self.intervals)
+        self._last = [time.monotonic()] * len(self.intervals)
 
     def elapsed(self) -> list[float]:
         """The seconds since the last save, by interval."""
-        now = self._clock()
+        now = time.monotonic()
         return [now - last for last in self._last]
 
     def resume(self, elapsed: Sequence[float]) -> None:
         """Sets the seconds that `elapsed` returned in another process, if the number of intervals is the same."""
         if len(elapsed) == len(self._last):
-            now = self._clock()
+            now = time.monotonic()
             self._last = [now - seconds for seconds in elapsed]
 
     def after_batches(self, before: int, after: int) -> str | None:
@@ -61,7 +57,7 @@ class SaveSchedule:
             The reason in words, `None` if no save is due.
         """
         reasons = [f"every {n} batches" if n > 1 else "every batch" for n in self._due(before, after)]
-        now = self._clock() if self.intervals else 0.0
+        now = time.monotonic() if self.intervals else 0.0
         for index, interval in enumerate(self.intervals):
             if now - self._last[index] >= interval.total_seconds():
                 self._last[index] = now
