@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import collections
-import ctypes
 import time
 import weakref
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from blake3 import blake3
 
+from keras_ckpt.formats.arena import same_bytes
 from keras_ckpt.formats.threads import copy_together
 from keras_ckpt.resume.plain_values import Items, dumped, is_flat, structure_of
 
@@ -30,9 +30,6 @@ _SAMPLES, _SAMPLE = 64, 64
 _PIECE = 1 << 14
 _PAUSE = 1e-4
 """So many items of a list are converted at once, while other threads wait. A pause of so many seconds follows."""
-
-_compare = ctypes.CDLL(None).memcmp
-_compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Leaf(abc.ABC):
@@ -47,30 +44,19 @@ class Leaf(abc.ABC):
     size: int
 
     @abc.abstractmethod
-    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        """Prepares the content to be written. Returns the copies to make now, as pairs of target and source."""
-
-    @abc.abstractmethod
-    def is_true(self) -> bool:
-        """Whether the content at the moment of the look is known."""
-
-    @abc.abstractmethod
     def array(self) -> np.ndarray:
         """The content, if `keep` was called and the content is known."""
 
-    @abc.abstractmethod
-    def doubt(self, doubts: bool) -> None:
-        """Sets whether later looks assume nothing about the content."""
-
-
-class _Known(Leaf):
-    """A leaf with known content, for which a look assumes nothing."""
+    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """Prepares the content to be written. Returns the copies to make now, as pairs of target and source."""
+        return ()
 
     def is_true(self) -> bool:
+        """Whether the content at the moment of the look is known."""
         return True
 
-    def doubt(self, doubts: bool) -> None:
-        """Does nothing, because nothing is assumed."""
+    def doubt(self, doubts: bool) -> None:  # noqa: B027 - most looks assume nothing
+        """Sets whether later looks assume nothing about the content."""
 
 
 class Look:
@@ -195,16 +181,13 @@ class Later:
         return {key: leaf.array() for key, leaf in self._leaves.items()}
 
 
-class Copy(_Known):
+class Copy(Leaf):
     """A small array that the look copies."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array.copy()
         self.size = array.nbytes
         self.mark = array.dtype.str, array.shape, array.tobytes()
-
-    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        return ()
 
     def array(self) -> np.ndarray:
         return self._array
@@ -216,29 +199,23 @@ class _Memory:
     def __init__(self) -> None:
         self._free: collections.defaultdict[Any, list[np.ndarray]] = collections.defaultdict(list)
 
-    def take(self, like: np.ndarray) -> _Held:
+    def take(self, like: np.ndarray) -> np.ndarray:
+        """An array whose memory is reused when the array is deleted, though views of it may remain."""
         free = self._free[like.shape, like.dtype]
-        array = free.pop() if free else np.empty(like.shape, like.dtype)
-        held = _Held(array)
-        weakref.finalize(held, free.append, array).atexit = False
-        return held
+        memory = free.pop() if free else np.empty(like.shape, like.dtype)
+        array = memory[...]
+        weakref.finalize(array, free.append, memory).atexit = False
+        return array
 
     def prepare(self, like: np.ndarray) -> None:
         """Allocates memory for two copies: one that is being written, and the next."""
         self._free[like.shape, like.dtype] += [np.full(like.shape, 0, like.dtype) for _ in range(2)]
 
 
-class _Held:
-    """A copy. Its memory is reused when this object is deleted."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-
-class _Fresh(_Known):
+class _Fresh(Leaf):
     """A large array that was made for one look. While it is held, TensorFlow copies the variable before a change."""
 
-    _copy: _Held
+    _copy: np.ndarray
 
     def __init__(self, array: np.ndarray, memory: _Memory) -> None:
         self._source: np.ndarray | None = array
@@ -251,10 +228,10 @@ class _Fresh(_Known):
         if source is None:
             return []
         self._copy = self._memory.take(source)
-        return [(self._copy.array, source)]
+        return [(self._copy, source)]
 
     def array(self) -> np.ndarray:
-        return self._copy.array
+        return self._copy
 
 
 class _Array:
@@ -269,7 +246,7 @@ class _Array:
 
     def __init__(self, array: np.ndarray, memory: _Memory, fingerprints: bool) -> None:
         self.live = array
-        self.copy: _Held | None = None
+        self.copy: np.ndarray | None = None
         self.is_doubted = False
         self._memory = memory
         self.surprises = 0
@@ -283,12 +260,12 @@ class _Array:
         """Whether the array may have changed since its last copy, as far as a look can tell."""
         if self.is_doubted or self.surprises > 1:
             return True
-        return self.surprises > 0 and (self.copy is None or not _same_samples(self.live, self.copy.array))
+        return self.surprises > 0 and (self.copy is None or not _same_samples(self.live, self.copy))
 
     def is_unchanged(self) -> bool:
         """Whether the array equals its last copy, or its fingerprint if there is no copy."""
         if self.copy is not None:
-            return _same(self.live, self.copy.array)
+            return _same(self.live, self.copy)
         return self._fingerprint is None or _fingerprint(self.live) == self._fingerprint
 
     def note_surprise(self) -> None:
@@ -301,7 +278,7 @@ class _Array:
 class _ArrayLeaf(Leaf):
     """A large array at one moment."""
 
-    _copy: _Held
+    _copy: np.ndarray
 
     def __init__(self, owner: _Array, memory: _Memory) -> None:
         self._owner = owner
@@ -319,7 +296,7 @@ class _ArrayLeaf(Leaf):
             return []
         self._copy = owner.copy = self._memory.take(owner.live)
         self._is_exact = True
-        return [(self._copy.array, owner.live)]
+        return [(self._copy, owner.live)]
 
     def is_true(self) -> bool:
         if self._is_exact or self._owner.is_unchanged():
@@ -332,7 +309,7 @@ class _ArrayLeaf(Leaf):
         self._owner.is_doubted = doubts
 
     def array(self) -> np.ndarray:
-        return self._copy.array
+        return self._copy
 
 
 class _Collection:
@@ -463,17 +440,11 @@ class _ItemsLeaf(Leaf):
         self.size = 8 * self._count
         self.mark = self._items, self._count
 
-    def keep(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        return ()
-
     def is_true(self) -> bool:
         is_known = self._items.array(self._count) is not None
         if not is_known and type(self._items) is self._collection.form:
             self._collection.give_up()
         return is_known
-
-    def doubt(self, doubts: bool) -> None:
-        """Does nothing, because each look compares the items with their copy."""
 
     def array(self) -> np.ndarray:
         return cast(np.ndarray, self._items.array(self._count))
@@ -490,9 +461,7 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
 
 def _same(array: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays have the same bytes. Other threads run meanwhile."""
-    first, second = _bytes_of(array), _bytes_of(other)
-    addresses = [each.__array_interface__["data"][0] for each in (first, second)]
-    return len(first) == len(second) and _compare(*addresses, len(first)) == 0
+    return same_bytes(_bytes_of(array), _bytes_of(other))
 
 
 def _same_samples(array: np.ndarray, other: np.ndarray) -> bool:
