@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import copy
 import datetime
 import enum
-import io
-import logging
 import os
 import pathlib
-import queue
-import socket
-import subprocess
-import threading
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -50,24 +43,10 @@ _FIXED = (
     types.ModuleType,
 )
 """An object of these classes never changes. If an attribute still refers to the object, the attribute is unchanged."""
-_OF_THE_PROCESS = (
-    io.IOBase,
-    logging.Logger,
-    threading.Thread,
-    threading.Event,
-    threading.Condition,
-    threading.Semaphore,
-    threading.Barrier,
-    type(threading.Lock()),
-    type(threading.RLock()),
-    queue.Queue,
-    queue.SimpleQueue,
-    subprocess.Popen,
-    socket.socket,
-    concurrent.futures.Executor,
-    tf.summary.SummaryWriter,
-)
-"""Objects of these classes belong to a process, and cannot be saved for another."""
+_MODULES_OF_THE_PROCESS = {
+    "_io", "io", "logging", "threading", "_thread", "queue", "_queue", "subprocess", "socket", "_socket", "concurrent",
+}  # fmt: skip
+"""Objects whose classes derive from classes of these modules belong to a process, and cannot be saved for another."""
 _OF_A_FIT = (
     keras.Layer,
     keras.optimizers.Optimizer,
@@ -194,7 +173,7 @@ class CallbackStates:
             for place, value in unplain.items():
                 same = initial.get(place) is value
                 fixed = same and (isinstance(value, _FIXED) or callback_places.is_of_class(place))
-                if not fixed and not isinstance(value, _OF_THE_PROCESS) and not self._is_known(value):
+                if not fixed and not _is_of_the_process(value) and not self._is_known(value):
                     self.unsaved.append(f"{name}.{place}")
 
     def _is_known(self, value: Any) -> bool:
@@ -268,6 +247,12 @@ def empty_csv_file(logger: keras.callbacks.CSVLogger) -> None:
 
 def _has_own_state(callback: Any) -> bool:
     return callable(getattr(callback, "get_state", None)) and callable(getattr(callback, "set_state", None))
+
+
+def _is_of_the_process(value: Any) -> bool:
+    """Whether a value is a file, a lock, a thread, a process or a writer of summaries."""
+    modules = {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
+    return isinstance(value, tf.summary.SummaryWriter) or not modules.isdisjoint(_MODULES_OF_THE_PROCESS)
 
 
 def _is_of_keras(callback: Any) -> bool:
