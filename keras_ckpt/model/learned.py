@@ -565,8 +565,17 @@ class Undo:
                 _fill(container, content)
 
 
+_FILLS: dict[Any, Callable[[Any, Any], None]] = {
+    list: list.extend,
+    dict: dict.update,
+    set: set.update,
+    collections.deque: collections.deque.extend,
+}
+"""The containers whose contents are remembered, each with the method that adds items."""
+
+
 def _contents(attributes: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    kinds = (list, dict, set, collections.deque, np.ndarray)
+    kinds = (*_FILLS, np.ndarray)
     found: list[tuple[Any, Any]] = []
     seen: set[int] = set()
     waiting = [each for each in attributes.values() if isinstance(each, kinds)]
@@ -585,15 +594,7 @@ def _fill(container: Any, content: Any) -> None:
     """Replaces the contents of a container, without the tracking methods of Keras's containers."""
     if isinstance(container, np.ndarray):
         container[...] = content
-    elif isinstance(container, collections.deque):
-        container.clear()
-        container.extend(content)
-    elif isinstance(container, list):
-        list.clear(container)
-        list.extend(container, content)
-    elif isinstance(container, dict):
-        dict.clear(container)
-        dict.update(container, content)
-    else:
-        set.clear(container)
-        set.update(container, content)
+        return
+    kind = next(each for each in _FILLS if isinstance(container, each))
+    kind.clear(container)
+    _FILLS[kind](container, content)
