@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
@@ -44,14 +45,6 @@ class Start:
     done: str | None = None
 
 
-class _Backup(NamedTuple):
-    """An open backup: its files, held so that no process can change them, its name and its record."""
-
-    files: Folder
-    name: str
-    record: CheckpointRecord
-
-
 class Restart:
     """The restart of a fit from its backup.
 
@@ -78,7 +71,7 @@ class Restart:
         self._ended = ended
         self._say = say
         self._files = contextlib.ExitStack()
-        self._backup: _Backup | None = None
+        self._transfer: Callable[[RestoreRequest], RestoreReport] | None = None  # from the open files
 
     def begin(self) -> None:
         """Restores the backup, says so, and decides where the fit begins.
@@ -108,11 +101,11 @@ class Restart:
 
     def resume_within(self) -> None:
         """Restores the backup again: Keras and the other callbacks have begun the epoch a second time."""
-        if self._backup is None:
+        if self._transfer is None:
             raise RuntimeError("Restart.begin() comes before resume_within().")
         batch = self.start.batch
         self._build_metrics()
-        report = self._transfer(self._backup, RestoreRequest(check_digests=False, again=True))
+        report = self._transfer(RestoreRequest(check_digests=False, again=True))
         self.close()
         if batch < self.document["steps"] and any(name.startswith("metrics/") for name in report.unexpected):
             warn("The metrics of the epoch in progress begin at zero: they are made in its first step.")
@@ -124,25 +117,21 @@ class Restart:
 
     def close(self) -> None:
         """Closes the files of the backup."""
-        self._backup = None
+        self._transfer = None
         self._files.close()
 
     def _restore(self) -> CheckpointRecord:
         """Restores the model, reads the document, and leaves the files open."""
 
-        def read(files: Folder, name: str, record: CheckpointRecord | None) -> _Backup:
+        def read(files: Folder, name: str, record: CheckpointRecord | None) -> CheckpointRecord:
             if record is None:
                 raise MismatchError(f"{name} in {self._listing.path} has no sidecar, so it is no backup.")
             self.document = read_document(files, name)
-            backup = _Backup(files, name, record)
-            self._transfer(backup, RestoreRequest(backup=self._listing.path))
-            return backup
+            self._transfer = functools.partial(transfer, self._state.model, files, name, record)
+            self._transfer(RestoreRequest(backup=self._listing.path))
+            return record
 
-        self._backup = read_checkpoint(self._listing, read, self._files)
-        return self._backup.record
-
-    def _transfer(self, backup: _Backup, request: RestoreRequest) -> RestoreReport:
-        return transfer(self._state.model, backup.files, backup.name, backup.record, request)
+        return read_checkpoint(self._listing, read, self._files)
 
     def _begin(self, record: CheckpointRecord) -> None:
         """Restores what is beside the model, and prints what was restored."""
