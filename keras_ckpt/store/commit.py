@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable, Sequence
 
 import msgspec
 
-from keras_ckpt.errors import CheckpointError, DamagedCheckpointError, DirectoryNotEmptyError, FormatVersionError
+from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, FormatVersionError
 from keras_ckpt.store import layout
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.checks import check_files, has_sidecar, is_current, read_record
@@ -47,10 +47,7 @@ def publish(folder: Folder, stage: Folder, record: CheckpointRecord, earlier: It
         _publish_file(folder, stage, record, earlier)
         return
     sidecar = layout.sidecar(record.name)
-    previous = _read(folder, sidecar)
-    if previous is None or not _is_whole(folder, previous):
-        previous = None
-        _set_damaged_aside(folder, record.name)
+    previous = _whole(folder, record.name)
     with folder.private() as private, private.folder("trash", create=True) as trash:
         _refuse_foreign(folder, stage, record, [previous, _read(trash, sidecar)])
     # From here on, a crash is recovered from the stage, which is durable.
@@ -215,23 +212,31 @@ def read_state(folder: Folder) -> tuple[str | None, float | None]:
     return newest and newest[1], None
 
 
-def _set_damaged_aside(folder: Folder, name: str) -> None:
-    """Moves a damaged checkpoint away, so that a new checkpoint can be saved under its name."""
+def _whole(folder: Folder, name: str) -> CheckpointRecord | None:
+    """The checkpoint of a name, if all files exist with the recorded sizes. Moves a damaged checkpoint away.
+
+    Afterwards a new checkpoint can be saved under its name.
+    """
+    reason: object = "one of its files is missing, or has another size"
     try:
-        sidecars.decode(folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT), name)
-        raise DamagedCheckpointError("one of its files is missing, or has another size")
+        record = sidecars.decode(folder.read(layout.sidecar(name), sidecars.SIZE_LIMIT), name)
+        with contextlib.suppress(FileNotFoundError):
+            if all(folder.size(file.name) == file.size for file in record.files):
+                return record
     except FileNotFoundError:
-        return
+        return None
     except FormatVersionError as error:
         raise FormatVersionError(f"{name} in {folder.path} is not overwritten: {error}") from error
     except (CheckpointError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_FILE:
             raise  # the error may be temporary and the checkpoint whole
-        place = f"damaged-{uuid.uuid4().hex}"
-        with folder.private(create=True) as private, private.folder(place, create=True) as aside:
-            for file in [file for file in folder.names() if layout.is_of(file, name)]:
-                folder.move(file, aside)
-            warn(f"{name} is damaged ({error}); its remaining files are in {aside.path}")
+        reason = error
+    place = f"damaged-{uuid.uuid4().hex}"
+    with folder.private(create=True) as private, private.folder(place, create=True) as aside:
+        for file in [file for file in folder.names() if layout.is_of(file, name)]:
+            folder.move(file, aside)
+        warn(f"{name} is damaged ({reason}); its remaining files are in {aside.path}")
+    return None
 
 
 def _roll_forward(folder: Folder, stage: Folder, sidecar: str) -> None:
@@ -328,14 +333,6 @@ def _refuse_foreign(
                 f"{folder.path} has a file {file.name} that belongs to no checkpoint of this package. It is left "
                 "alone: move it away, or save into another directory."
             )
-
-
-def _is_whole(folder: Folder, record: CheckpointRecord) -> bool:
-    """Whether all files of a checkpoint exist with the recorded sizes."""
-    try:
-        return all(folder.size(file.name) == file.size for file in record.files)
-    except FileNotFoundError:
-        return False
 
 
 def _holds(folder: Folder, file: CheckpointFile) -> bool:
