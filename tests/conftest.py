@@ -22,6 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.pop("COLUMNS", None)  # a table would fit this width; a pipe has none
 
+from keras_ckpt import CheckpointDirectory
 from support.fork_server import ForkServer
 from support.runs import HOLD, Filler
 
@@ -29,6 +30,16 @@ from support.runs import HOLD, Filler
 @pytest.fixture
 def filler(tmp_path: pathlib.Path) -> Filler:
     return Filler(tmp_path / "run")
+
+
+@pytest.fixture
+def runs(tmp_path: pathlib.Path) -> CheckpointDirectory:
+    return CheckpointDirectory(tmp_path / "run")
+
+
+@pytest.fixture
+def backup(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "backup"
 
 
 @pytest.fixture

@@ -13,11 +13,6 @@ from keras_ckpt.model.position import position_of
 from support.models import Interrupts, X, dense_model, fit, into_a_stage, same
 
 
-@pytest.fixture
-def backup(tmp_path) -> pathlib.Path:
-    return tmp_path / "backup"
-
-
 class Counts(keras.callbacks.Callback):
     """Records the numbers of the epochs that begin."""
 

@@ -25,11 +25,6 @@ callbacks = keras.callbacks
 LOSSES = [5.0, 4.0, 4.5, 4.6, 3.0, 3.5, 3.6, 3.7, 3.8, 2.0]
 
 
-@pytest.fixture
-def backup(tmp_path) -> pathlib.Path:
-    return tmp_path / "backup"
-
-
 class Crashes(callbacks.Callback):
     """A callback that ends a training by an error when an epoch begins."""
 

@@ -11,11 +11,6 @@ import keras_ckpt as kc
 from support.models import Interrupts, Reports, dense_model, fit
 
 
-@pytest.fixture
-def runs(tmp_path) -> kc.CheckpointDirectory:
-    return kc.CheckpointDirectory(tmp_path / "run")
-
-
 class Heard(list):
     """The kinds and the steps of the changes, as the functions `saved` and `removed` hear them."""
 

@@ -15,11 +15,6 @@ import keras_ckpt as kc
 from support.models import HoldsSaves, Interrupts, Reports, X, Y, dense_model, fit, same
 
 
-@pytest.fixture
-def runs(tmp_path) -> kc.CheckpointDirectory:
-    return kc.CheckpointDirectory(tmp_path / "run")
-
-
 def steps(runs: kc.CheckpointDirectory) -> list[int]:
     return [record.step for record in runs]
 

@@ -24,11 +24,6 @@ from support.restarts import prepare
 from support.runs import Filler, payload
 
 
-@pytest.fixture
-def runs(tmp_path) -> kc.CheckpointDirectory:
-    return kc.CheckpointDirectory(tmp_path / "run")
-
-
 @pytest.fixture(scope="module")
 def forks():
     """A process that has loaded TensorFlow, to fork trainers from."""

@@ -22,11 +22,6 @@ from support.runs import Filler, unprivileged_user
 optimizers = keras.optimizers
 
 
-@pytest.fixture
-def backup(tmp_path) -> pathlib.Path:
-    return tmp_path / "backup"
-
-
 def lines(caught: Iterable[warnings.WarningMessage]) -> list[str]:
     """The texts of the warnings, each of which must point at this file."""
     caught = list(caught)

@@ -20,11 +20,6 @@ from test_state import convolutional, functional, mixed, named, subclassed, two_
 
 
 @pytest.fixture
-def runs(tmp_path) -> kc.CheckpointDirectory:
-    return kc.CheckpointDirectory(tmp_path / "run")
-
-
-@pytest.fixture
 def model(runs) -> keras.Model:
     """A model whose state is on disk, as its only checkpoint."""
     model = dense_model()

@@ -25,11 +25,6 @@ HERE = pathlib.Path(__file__).parent
 
 
 @pytest.fixture
-def backup(tmp_path) -> pathlib.Path:
-    return tmp_path / "backup"
-
-
-@pytest.fixture
 def handle_usr1() -> Iterator[Callable[[Callable[[], object]], object]]:
     """A function that sets the handler of SIGUSR1 until the test ends."""
     before = signal.getsignal(signal.SIGUSR1)
