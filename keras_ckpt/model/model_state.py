@@ -67,12 +67,6 @@ class ModelState:
         return naming.named_variables(self.model, self._weights_only)
 
     @property
-    def size(self) -> int:
-        """The bytes of a snapshot, by the latest plan; 0 before the first plan."""
-        plan = self._plan
-        return sum(plan.sizes.values()) + _OVERHEAD * len(plan.sizes) if plan else 0
-
-    @property
     def save_counter(self) -> Any:
         """The variable in which TensorFlow counts saves."""
         return self._root.save_counter
@@ -200,7 +194,8 @@ class _Plan(NamedTuple):
             learned = self.learners.collect()
             others = {**others, **{description.value_key(i): array for i, array in enumerate(learned.arrays)}}
             constants = {**constants, **self.encoded.constants(self.described, learned)}
-        return Snapshot(self.reader, others, lambda: {**constants, **self.config.constants}, later)
+        size = sum(self.sizes.values()) + _OVERHEAD * len(self.sizes)
+        return Snapshot(self.reader, others, lambda: {**constants, **self.config.constants}, later, size)
 
 
 class _Encoded:

@@ -50,10 +50,11 @@ class Snapshot:
         others: Arrays and texts to write too, by key.
         constants: Makes encoded values to write too, by key, when the snapshot is moved.
         later: Arrays to write too, which are known when the snapshot is moved.
+        size: The bytes of the variables.
 
     Attributes:
         values: The tensors by key.
-        others_size: The bytes of `others` and `later`.
+        size: The bytes of all values.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class Snapshot:
         others: Mapping[str, np.ndarray | str],
         constants: Callable[[], Mapping[bytes, Value]] = dict,
         later: Late | None = None,
+        size: int = 0,
     ) -> None:
         self.values = reader.read()
         self._others = {key.encode(): _value(each) for key, each in others.items()}
         self._constants = constants
         self._later = later
-        self.others_size = sum(len(value.data) for value in self._others.values()) + (later.size if later else 0)
+        self.size = size + sum(len(value.data) for value in self._others.values()) + (later.size if later else 0)
         self._names = [*self.values]
         self._small = reader.small
         self._is_moved = False

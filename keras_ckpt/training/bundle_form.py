@@ -40,10 +40,6 @@ class Bundles:
         self._attributes = self._state.attributes()
         self._writer = writer
 
-    def size(self, snapshot: Snapshot) -> int:
-        """The bytes of a snapshot."""
-        return self._state.size + snapshot.others_size
-
     def holds(self, snapshot: Snapshot) -> bool:
         """Whether all assumptions about the values of a snapshot hold. This may take time."""
         return snapshot.is_true

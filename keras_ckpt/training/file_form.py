@@ -39,10 +39,6 @@ class KerasFiles:
         """The snapshot of the model as it is now."""
         return self._state.snapshot()
 
-    def size(self, snapshot: FileSnapshot) -> int:
-        """The bytes of a snapshot."""
-        return snapshot.size
-
     def holds(self, snapshot: FileSnapshot) -> bool:
         """Whether all assumptions about the values hold: there are none."""
         return True

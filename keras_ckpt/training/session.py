@@ -53,6 +53,10 @@ class Snapshot(Protocol):
     """The values of a model at one moment, as a session sees them."""
 
     @property
+    def size(self) -> int:
+        """The bytes of the values."""
+
+    @property
     def is_copied(self) -> bool:
         """Whether the values are copies, which training cannot affect."""
 
@@ -62,9 +66,6 @@ Held = TypeVar("Held", bound=Snapshot, contravariant=True)  # noqa: PLC0105
 
 class Form(Protocol[Held]):
     """The form in which a model is saved: as TensorFlow checkpoints, or as files of Keras."""
-
-    def size(self, snapshot: Held) -> int:
-        """The bytes of a snapshot."""
 
     def holds(self, snapshot: Held) -> bool:
         """Whether all assumptions about the values of a snapshot hold. This may take time."""
@@ -280,7 +281,7 @@ class Session(Generic[Held]):
         """
         self.save_first()
         self._warn_of_unsaved()
-        self._snapshot_size = self._form.size(snapshot)
+        self._snapshot_size = snapshot.size
         moment = self.progress.position.run_id, request.step
         number = self._backlog.due()
         candidate = request.record(number)
