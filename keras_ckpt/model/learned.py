@@ -113,7 +113,7 @@ class Learners:
         arrays: list[np.ndarray] = []
         assets: dict[str, tuple[int, bytes]] = {}
         failed: list[str] = []
-        for (name, each), state in zip(self._objects.items(), states, strict=True):
+        for name, state in zip(self._objects, states, strict=True):
             failed += state.failed
             files = {}
             for path, data in state.files.items():
@@ -122,9 +122,7 @@ class Learners:
                 files[path] = Asset(index, len(data), digest)
             values = {key: len(arrays) + place for place, key in enumerate(state.arrays)}
             arrays += state.arrays.values()
-            objects[name] = Learned(
-                type(each).__name__, state.variables, state.own, values, files, state.config, state.build
-            )
+            objects[name] = msgspec.structs.replace(state.learned, values=values, assets=files)
         return LearnedState(objects, arrays, [data for _, data in assets.values()], failed)
 
 
@@ -156,14 +154,11 @@ class Steady:
 
 
 class _ObjectState(NamedTuple):
-    """The learned state of one object."""
+    """The learned state of one object; the description lacks the arrays and the files."""
 
-    variables: dict[str, str]
-    own: list[str]
+    learned: Learned
     arrays: dict[str, np.ndarray]
     files: dict[str, bytes]
-    config: str | None
-    build: str | None
     failed: list[str]
 
 
@@ -228,7 +223,8 @@ def _collect(name: str, each: Any, names: Mapping[int, str]) -> _ObjectState:
     own_build = _has_own(each, "build_from_config") or _has_own(each, "get_build_config")
     build = call("get_build_config", lambda: _as_json(each.get_build_config())) if own_build else None
     own = [names[id(value)] for value in vars(each).values() if isinstance(value, _VARIABLES) and id(value) in names]
-    return _ObjectState(variables, own, arrays, files or {}, config, build, failed)
+    learned = Learned(type(each).__name__, variables, own, config=config, build=build)
+    return _ObjectState(learned, arrays, files or {}, failed)
 
 
 def _as_array(value: Any) -> np.ndarray:
@@ -374,7 +370,7 @@ def _learned_settings(each: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _learned_more(state: _ObjectState) -> bool:
     """Whether an object learned more than variables."""
-    config = json.loads(state.config) if state.config else {}
+    config = json.loads(state.learned.config) if state.learned.config else {}
     return bool(state.failed or state.arrays or state.files or config.get("bin_boundaries") is not None)
 
 
@@ -494,7 +490,7 @@ def has_state(each: Any, learned: Learned, store: Mapping[str, np.ndarray], file
     state = _collect("", each, {})
     mine = {key: state.arrays.get(key) for key in learned.values}
     same = all(each is not None and np.array_equal(each, store[key]) for key, each in mine.items())
-    return same and state.files == files and state.config == learned.config
+    return same and state.files == files and state.learned.config == learned.config
 
 
 def finalize(each: Any) -> None:
@@ -512,8 +508,9 @@ def restore_variables(each: Any, names: Mapping[int, str], values: Mapping[str, 
         values: The restored values by name.
     """
     state = _collect("", each, names)
-    if not state.failed and not state.arrays and set(state.variables.values()) <= values.keys():
-        store = {key: values[name] for key, name in state.variables.items()}
+    variables = state.learned.variables
+    if not state.failed and not state.arrays and set(variables.values()) <= values.keys():
+        store = {key: values[name] for key, name in variables.items()}
         restore_state(each, Learned(type(each).__name__), store, {})
 
 
