@@ -96,16 +96,14 @@ class Arena:
         Large values start at a page, so that their pages can be written separately.
         """
         with self._making_room:
-            self._make_room(sizes)
-
-    def _make_room(self, sizes: Mapping[bytes, int]) -> None:
-        places, end = {}, 0
-        for key, size in sizes.items():
-            if key not in self._rooms or len(self._rooms[key].data) != size:
-                begin = _whole_pages(end) if size >= LARGE else end
-                end = begin + size
-                places[key] = begin, end
-        if places:
+            places, end = {}, 0
+            for key, size in sizes.items():
+                if key not in self._rooms or len(self._rooms[key].data) != size:
+                    begin = _whole_pages(end) if size >= LARGE else end
+                    end = begin + size
+                    places[key] = begin, end
+            if not places:
+                return
             block = np.frombuffer(pages(_whole_pages(end)), np.uint8)
             block[:: mmap.PAGESIZE] = 0  # the kernel allocates a page at its first write, the slowest part
             address = _address(block)
