@@ -19,7 +19,9 @@ import numpy as np
 from blake3 import blake3
 
 from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.formats import description as descriptions
 from keras_ckpt.formats.arrays import number_of
+from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description, Learned
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import unlock
@@ -64,15 +66,13 @@ class LearnedState(NamedTuple):
     """The learned state of the objects of a model, at one moment.
 
     Attributes:
-        objects: The descriptions of the objects by name.
+        constants: The encoded description of the model with its objects, and the bytes of files, by key.
         arrays: The arrays, by their indexes in the descriptions.
-        assets: The bytes of files, by their indexes in the descriptions.
         failed: The calls that failed, each with the reason.
     """
 
-    objects: Mapping[str, Learned]
+    constants: Mapping[bytes, Value]
     arrays: Sequence[np.ndarray]
-    assets: Sequence[bytes]
     failed: Sequence[str]
 
 
@@ -82,17 +82,18 @@ class Learners:
     Args:
         model: A built model.
         names: The names of the model's variables by identity.
+        described: The description of the model, without the learned state of its objects.
         weights_only: Whether to skip optimizers, losses and metrics.
     """
 
-    def __init__(self, model: keras.Model, names: Mapping[int, str], weights_only: bool = False) -> None:
+    def __init__(
+        self, model: keras.Model, names: Mapping[int, str], described: Description, weights_only: bool = False
+    ) -> None:
         self._objects = learners(named_objects(model), weights_only)
         self._names = names
+        self._described = described
         self._states = Steady()
         self._latest: tuple[list[_ObjectState], LearnedState] | None = None
-
-    def __len__(self) -> int:
-        return len(self._objects)
 
     def names(self) -> dict[int, str]:
         """The names of the objects by identity."""
@@ -123,7 +124,11 @@ class Learners:
             values = {key: len(arrays) + place for place, key in enumerate(state.arrays)}
             arrays += state.arrays.values()
             objects[name] = msgspec.structs.replace(state.learned, values=values, assets=files)
-        return LearnedState(objects, arrays, [data for _, data in assets.values()], failed)
+        whole = msgspec.structs.replace(self._described, objects=objects)
+        texts = {descriptions.KEY: descriptions.encode(whole)}
+        texts |= {descriptions.asset_key(index): data for index, data in assets.values()}
+        constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
+        return LearnedState(constants, arrays, failed)
 
 
 class Steady:

@@ -17,7 +17,7 @@ from keras_ckpt.formats.variables import COUNTER, SUFFIX
 from keras_ckpt.model import building, compiled, naming, object_graph, parts
 from keras_ckpt.model import tensorflow as backend
 from keras_ckpt.model.keras_internals import trained_by, value_of
-from keras_ckpt.model.learned import LearnedState, Learners
+from keras_ckpt.model.learned import Learners
 from keras_ckpt.model.places import places_of
 from keras_ckpt.model.snapshot import Late, Snapshot
 from keras_ckpt.model.structure import Structure
@@ -129,17 +129,14 @@ class ModelState:
         variables = {f"{name}{SUFFIX}": variable for name, variable in names.items()}
         variables[COUNTER] = self._root.save_counter
         graph = self._root.graph({id(variable): key for key, variable in variables.items()})
-        described = self._described(optimizers, by_id)
-        texts = {object_graph.KEY: graph, NAMES_KEY: b"1", description.KEY: description.encode(described)}
-        learners = Learners(model, by_id, self._weights_only)
+        texts = {object_graph.KEY: graph, NAMES_KEY: b"1"}
+        learners = Learners(model, by_id, self._described(optimizers, by_id), self._weights_only)
         return _Plan(
             variables=[*variables.values()],
             reader=backend.Reader({key: value_of(variable) for key, variable in variables.items()}),
             constants={key.encode(): string_value([text], ()) for key, text in texts.items()},
             sizes={key.encode(): backend.size_of(value_of(variable)) for key, variable in variables.items()},
-            described=described,
             learners=learners,
-            encoded=_Encoded(),
             config=_Config(model, by_id, learners.names()),
             owners=owners,
             structure=Structure(model, owners, [*variables.values()]),
@@ -166,11 +163,9 @@ class _Plan(NamedTuple):
     Attributes:
         variables: The model's variables, in the reader's order.
         reader: The reader of the variables' values.
-        constants: The encoded object graph, mark of the names, and description of the model.
+        constants: The encoded object graph, and the mark of the names.
         sizes: The bytes of the variables by key.
-        described: The description of the model, without the learned state of its objects.
         learners: The objects that hold more than variables.
-        encoded: The encoder of the learned state of these objects.
         config: The config of the model.
         owners: The model's optimizers and losses.
         structure: The structure of the model.
@@ -180,40 +175,18 @@ class _Plan(NamedTuple):
     reader: backend.Reader
     constants: Mapping[bytes, Value]
     sizes: Mapping[bytes, int]
-    described: description.Description
     learners: Learners
-    encoded: _Encoded
     config: _Config
     owners: Sequence[Any]
     structure: Structure
 
     def snapshot(self, others: Mapping[str, Any], later: Late | None) -> Snapshot:
         """Takes a snapshot of the present values, with other values to write."""
-        constants = self.constants
-        if self.learners:
-            learned = self.learners.collect()
-            others = {**others, **{description.value_key(i): array for i, array in enumerate(learned.arrays)}}
-            constants = {**constants, **self.encoded.constants(self.described, learned)}
+        learned = self.learners.collect()
+        others = {**others, **{description.value_key(i): array for i, array in enumerate(learned.arrays)}}
+        constants = {**self.constants, **learned.constants}
         size = sum(self.sizes.values()) + _OVERHEAD * len(self.sizes)
         return Snapshot(self.reader, others, lambda: {**constants, **self.config.constants}, later, size)
-
-
-class _Encoded:
-    """The encoder of the objects' learned state, which encodes again only after a change."""
-
-    def __init__(self) -> None:
-        self._latest: LearnedState | None = None
-        self._constants: dict[bytes, Value] = {}
-
-    def constants(self, described: description.Description, learned: LearnedState) -> Mapping[bytes, Value]:
-        """The encoded description of a model with its objects, and the objects' encoded assets."""
-        if self._latest is not learned:
-            whole = msgspec.structs.replace(described, objects=dict(learned.objects))
-            texts = {description.KEY: description.encode(whole)}
-            texts |= {description.asset_key(index): data for index, data in enumerate(learned.assets)}
-            self._constants = {key.encode(): string_value([text], ()) for key, text in texts.items()}
-            self._latest = learned
-        return self._constants
 
 
 class _Config:
