@@ -190,6 +190,16 @@ def test_a_snapshot_is_freed_once_it_is_written() -> None:
     assert alive() is None
 
 
+def test_the_oldest_waiting_save_is_written_although_the_policy_keeps_a_newer_save(tmp_path) -> None:
+    """A newer save joins the end of the queue. If it replaced each waiting save, none would be written for long."""
+    saved, busy = [], Busy()
+    checkpoint = kc.ModelCheckpoint(tmp_path, save_freq=1, keep=1, on_saved=lambda record: saved.append(record.step))
+
+    fit(dense_model(), busy, checkpoint, After({4: busy.free}), batches=4)
+
+    assert saved == [1, 4]
+
+
 class TestSavesDuringASave:
     """Waiting copies may take the memory of one state, or a small amount for any number."""
 

@@ -119,23 +119,6 @@ def test_training_waits_for_a_slow_disk_with_two_callbacks_that_save_each_batch(
     assert_near(watch.behind[str(run)])
 
 
-def test_a_waiting_backup_is_not_replaced_forever(tmp_path, slow_disk) -> None:
-    """The oldest waiting backup keeps its place beside a callback that fills the queue."""
-    slow_disk(0.01)
-    backup, run = tmp_path / "backup", tmp_path / "run"
-    watch = Watch(backup)
-
-    fit(
-        dense_model(),
-        watch,
-        kc.ModelCheckpoint(run, save_freq=1),
-        kc.BackupAndRestore(backup, save_freq=3),
-        batches=36,
-    )
-
-    assert max(saves for saves, _ in watch.behind[str(backup)]) <= 2 * (MAX_WAITING + 1) + 3
-
-
 def test_the_backup_of_a_step_is_written_before_the_checkpoint_of_the_step(tmp_path, slow_disk) -> None:
     """After a restart from the backup the checkpoint is saved again."""
     slow_disk(0.01)
