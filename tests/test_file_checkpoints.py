@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -176,6 +177,36 @@ def test_verbose_prints_the_lines_of_keras(folder, capsys, path, on_background) 
         f"Epoch 3: val_loss improved from 0.25000 to 0.12500, saving model to {path}",
         f"Epoch 3: finished saving model to {path}",
     ]
+
+
+@pytest.mark.parametrize("name", ["best.keras", "best.weights.h5", "best.h5"])
+@pytest.mark.parametrize("part", [0, 0.5, 0.999])
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_a_file_that_was_cut_is_damaged(folder, name, part) -> None:
+    """A file that lost its end has no record, but it is no file of another program either."""
+    checkpoint = kc.ModelCheckpoint(name, save_weights_only="weights" in name)
+    fit(dense_model(), checkpoint, epochs=1)
+    os.truncate(name, int(os.path.getsize(name) * part))
+
+    verification = kc.CheckpointDirectory(name).verify()
+
+    assert not verification.ok
+    assert list(verification.listing.damaged) == [name]
+    with pytest.raises(kc.DamagedCheckpointError, match="it ends early"):
+        kc.load_variables(name)
+
+
+def test_a_whole_file_without_a_record_is_not_damaged(folder) -> None:
+    """Keras wrote it."""
+    model = dense_model()
+    model.save("one.keras")
+    model.save_weights("two.weights.h5")
+    with h5py.File("three.weights.h5", "w", libver="latest") as file:
+        file["value"] = [1.0]
+
+    for name in ("one.keras", "two.weights.h5", "three.weights.h5"):
+        listing = kc.CheckpointDirectory(name).listing()
+        assert (listing.unmanaged, dict(listing.damaged)) == ((name,), {})
 
 
 class ReadsAtOnce(keras.callbacks.Callback):

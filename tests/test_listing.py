@@ -172,6 +172,9 @@ class Archive:
     def read_end(self, name: str, size: int) -> tuple[int, bytes]:
         return self.size(name), self.files.read(name)[-size:]
 
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        return self.files.read(name)[offset : offset + size]
+
     def digest(self, name: str, advance=None, end=None) -> tuple[int, str]:
         data = self.files.read(name)[:end]
         if advance is not None:

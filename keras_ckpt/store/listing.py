@@ -351,15 +351,23 @@ def _read_others(
                 check(record)
                 known.records[record.name] = record
             except FileNotFoundError:
-                if folder.series.template and folder.exists(name):
-                    foreign.add(name)  # it has no record
-                else:
+                if not (folder.series.template and folder.exists(name)):
                     again = True  # a removed checkpoint may have a successor, which this list of names lacks
+                elif _is_cut(folder, name):
+                    damaged[name] = DamagedCheckpointError("it ends early: it was cut, or is being written")
+                else:
+                    foreign.add(name)  # it has no record
             except CheckpointError as error:
                 damaged[name] = error
         if again:
             present = set(folder.names())
     return damaged, foreign, sequence, present
+
+
+def _is_cut(folder: Reading, name: str) -> bool:
+    with contextlib.suppress(OSError):
+        return tails.is_cut(folder, name)
+    return False
 
 
 def _owners(file: str) -> Iterator[str]:

@@ -142,7 +142,7 @@ def opened(
     """
     if not has_record(folder, name):
         if folder.series.template and tails.is_cut(folder, name):
-            raise DamagedCheckpointError("the end of its record was cut or changed")
+            raise DamagedCheckpointError("it ends early: it was cut, or is being written")
         with folder.held(_files_without_record(folder, name)) as files:
             yield None, files
         return

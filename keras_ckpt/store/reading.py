@@ -42,6 +42,9 @@ class Reading(Protocol):
     def read_end(self, name: str, size: int) -> tuple[int, bytes]:
         """The size of a file, and the bytes at its end, at most `size` bytes."""
 
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """Reads `size` bytes of a file from an offset, fewer at its end."""
+
     def size(self, name: str) -> int:
         """The size of a file in bytes."""
 

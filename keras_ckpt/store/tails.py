@@ -17,6 +17,12 @@ _END = 8 + len(_MARK)
 LIMIT = (1 << 16) - 1
 """The most bytes of a zip archive's comment."""
 _BEGIN = b'{\n  "format": "keras_ckpt",'
+_HDF5, _ARCHIVE, _ARCHIVE_END = b"\x89HDF\r\n\x1a\n", b"PK\3\4", b"PK\5\6"
+"""The first bytes of HDF5 files and of zip archives, and the first bytes of the end of an archive."""
+_SIZE_OF_END = 22
+"""The bytes of the end of a zip archive, without its comment."""
+_SIZES = {0: (13, 40), 1: (13, 44), 2: (9, 28), 3: (9, 28)}
+"""The places in an HDF5 file of the length of an address, and of the address of its end, by version."""
 _LOOK = 1 << 12
 """The bytes at a file's end that are read first; most records are shorter."""
 
@@ -59,8 +65,20 @@ def read_tail(folder: Reading, name: str) -> tuple[int, CheckpointRecord] | None
 
 
 def is_cut(folder: Reading, name: str) -> bool:
-    """Whether a file without a record has the beginning of a record, whose end was cut or changed."""
-    return _BEGIN in folder.read_end(name, LIMIT)[1]
+    """Whether a file without a record ends early: in its record or in its content. Other files are foreign, or text."""
+    size, end = folder.read_end(name, LIMIT + _SIZE_OF_END)
+    begin = folder.read_range(name, 0, _LOOK)
+    if begin.startswith(_ARCHIVE) and _ARCHIVE_END not in end:
+        return True
+    return size == 0 or _BEGIN in end or size < _size_of_hdf5(begin)
+
+
+def _size_of_hdf5(begin: bytes) -> int:
+    """The size of an HDF5 file by its first bytes, 0 if they do not tell."""
+    if not begin.startswith(_HDF5) or len(begin) < 64 or begin[8] not in _SIZES:
+        return 0
+    length, place = _SIZES[begin[8]]
+    return int.from_bytes(begin[place : place + 8], "little") if begin[length] == 8 else 0
 
 
 def content_size(folder: Reading, name: str) -> int:
