@@ -180,6 +180,18 @@ def test_an_export_replaces_a_file(runs, tmp_path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["run", "values.npz"]
 
 
+def test_an_export_replaces_no_checkpoint(runs, tmp_path) -> None:
+    """The file would lose its record, and a pin would protect the values of another checkpoint."""
+    best = tmp_path / "best.keras"
+    fit(dense_model(), kc.ModelCheckpoint(best), epochs=1)
+    before = best.read_bytes()
+
+    with pytest.raises(FileExistsError, match="An export replaces no checkpoint"):
+        kc.export(runs, best)
+
+    assert best.read_bytes() == before
+
+
 def test_a_model_takes_exported_weights(runs, tmp_path) -> None:
     kc.export(runs, tmp_path / "values.npz")
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])

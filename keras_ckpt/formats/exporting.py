@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.tails import read_tail
 
 _ARCHIVE, _NPZ = ".keras", ".npz"
 _OF_KERAS = _ARCHIVE, ".weights.h5"
@@ -39,15 +41,17 @@ def export_values(checkpoint: Checkpoint, path: str, weights_only: bool = False)
 
     Args:
         checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint.
-        path: The file to write. One rename replaces a file at the path.
+        path: The file to write. One rename replaces a file at the path, but no checkpoint.
         weights_only: Whether to skip the optimizer and the metrics.
 
     Raises:
         DamagedCheckpointError: The checkpoint cannot be trusted.
         CheckpointNotFoundError: There is no such checkpoint.
         ValueError: The format cannot hold the checkpoint. No file is written.
+        FileExistsError: The path is a checkpoint.
         OSError: The file cannot be written.
     """
+    _refuse_checkpoint(path)
     with contextlib.ExitStack() as stack:
         if path.endswith(_OF_KERAS):
             content = read_checkpoint(checkpoint, keras_content, keep_open=stack)
@@ -63,6 +67,14 @@ def export_values(checkpoint: Checkpoint, path: str, weights_only: bool = False)
         file = stack.enter_context(folder.replacing(os.path.basename(path)))
         for piece in pieces:
             file.write(piece)
+
+
+def _refuse_checkpoint(path: str) -> None:
+    """Refuses to replace a checkpoint, which would lose its record."""
+    name = os.path.basename(path)
+    with Folder(os.path.dirname(path)) as folder:
+        if path.endswith(_OF_KERAS) and folder.exists(name) and read_tail(folder, name):
+            raise FileExistsError(errno.EEXIST, "An export replaces no checkpoint. Choose another path", path)
 
 
 def _npz(variables: Variables, names: Sequence[str]) -> Iterator[memoryview]:

@@ -27,7 +27,7 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, weights_only
 
     For classes of your own, call `load_model` with `custom_objects`, and `export` of the model.
 
-    An export is complete and durable, or not there. It replaces a file, but never a folder.
+    An export is complete and durable, or not there. It replaces a file, but never a folder or a checkpoint.
 
     Example:
 
@@ -46,7 +46,7 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, weights_only
         CheckpointNotFoundError: There is no such checkpoint.
         CannotBuildError: The format needs the model, and the checkpoint cannot build it.
         ValueError: The ending is unknown, or the format cannot hold the checkpoint. Nothing is written.
-        FileExistsError: Something lies at the path of a SavedModel.
+        FileExistsError: The path is a checkpoint, or something lies at the path of a SavedModel.
         ImportError: A package for ONNX is missing.
         OSError: The file cannot be written.
     """
