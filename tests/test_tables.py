@@ -155,6 +155,7 @@ def test_a_folder_of_two_series_of_files_in_a_terminal_of_80_columns(tmp_path, m
         03-0.25.keras   300      3      0.25          0.75  11 bytes  pinned: paper
         04-0.12.keras   400      4     0.125         0.875  11 bytes  best, newest
         5 checkpoints, 55 bytes
+        best and newest are marked among the files of one template
         not shown in 80 columns: loss, saved
     """)
 
@@ -173,6 +174,7 @@ def test_a_folder_of_two_series_of_files_in_a_terminal_of_60_columns(tmp_path, m
         03-0.25.keras   300      3      0.25  11 bytes
         04-0.12.keras   400      4     0.125  11 bytes  best, newest
         5 checkpoints, 55 bytes
+        best and newest are marked among the files of one template
         not shown in 60 columns: val_accuracy, loss, saved
     """)
 

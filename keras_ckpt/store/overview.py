@@ -66,8 +66,10 @@ def of_directory(path: str, listings: Sequence[Listing], rankings: Sequence[Rank
     shared = sum(record.size for record in records) - taken
     count = f"{counted(len(records), 'checkpoint')}, {size(taken)}" if records else _absence(listings)
     count += f" on disk, for {size(shared)} of their sizes are shared" if shared > 0 else ""
+    several = len(listings) > 1 and any("newest" in line.marks for line in lines)
+    marked = ["best and newest are marked among the files of one template"] if several else []
     colors = _colors(rows, lambda line: "green" if "best" in line.marks else "")
-    return Table(printable(path), _used(columns), (count, *_notes(listings)), colors)
+    return Table(printable(path), _used(columns), (count, *marked, *_notes(listings)), colors)
 
 
 def _lines(listing: Listing, ranking: Ranking) -> Iterator[_Line]:
