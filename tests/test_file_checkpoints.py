@@ -269,6 +269,41 @@ def test_the_methods_that_subclasses_of_kerass_callback_override_are_called(fold
     assert checkpoint.monitor_op is keras.ops.less
 
 
+class Uploads(kc.ModelCheckpoint):
+    """A subclass that reads each file after its save, as the callback of Weights & Biases does."""
+
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.read: list[tuple[str, bool]] = []
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        if self._should_save_on_batch(batch):
+            self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
+            self.upload(self._get_file_path(epoch=self._current_epoch, batch=batch, logs=logs))
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if self.save_freq == "epoch":
+            self.upload(self._get_file_path(epoch=epoch, batch=None, logs=logs))
+
+    def upload(self, path: str) -> None:
+        same = os.path.exists(path) and predictions(keras.models.load_model(path)) == predictions(self.model)
+        self.read.append((os.path.basename(path), same))
+
+
+@pytest.mark.parametrize(
+    ("path", "save_freq", "names"),
+    [("{epoch}.keras", "epoch", ["1.keras", "2.keras"]), ("{epoch}-{batch}.keras", 4, ["1-4.keras", "2-3.keras"])],
+)
+def test_a_subclass_finds_the_file_after_its_save(folder, path, save_freq, names) -> None:
+    """Training waits for the file, because the code of the subclass could read it."""
+    checkpoint = Uploads(path, save_freq=save_freq)
+
+    fit(dense_model(), checkpoint, epochs=2)
+
+    assert checkpoint.read == [(name, True) for name in names]
+
+
 class Elsewhere(kc.ModelCheckpoint):
     def _get_file_path(self, epoch, batch, logs) -> str:
         return "elsewhere.keras"

@@ -59,7 +59,7 @@ class Target(Protocol):
         """
 
     def is_read_by(self, callback: keras.callbacks.Callback, others: keras.callbacks.CallbackList | None) -> bool:
-        """Whether another callback could read a checkpoint as soon as the callback has returned."""
+        """Whether code of a user could read a checkpoint at once: in a subclass, or in a later callback."""
 
 
 class Directory:
@@ -140,7 +140,7 @@ class Files:
 
     def is_read_by(self, callback: keras.callbacks.Callback, others: keras.callbacks.CallbackList | None) -> bool:
         callbacks = others.callbacks if others else []
-        later = callbacks[callbacks.index(callback) + 1 :] if callback in callbacks else callbacks
+        later = callbacks[callbacks.index(callback) :] if callback in callbacks else [callback, *callbacks]
         return any(not type(each).__module__.startswith(("keras.", "keras_ckpt.")) for each in later)
 
 
