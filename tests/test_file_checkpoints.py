@@ -105,6 +105,26 @@ def test_a_field_that_is_not_in_the_logs_becomes_nan_with_one_warning(folder) ->
 
 
 @pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("{epoch:.1f}-{val_loss:02d}.keras", "1.0-0.5.keras"),
+        ("{text:.2f}-{val_loss}.keras", "a_b_c-0.5.keras"),
+        ("{parent}/m.keras", "_/m.keras"),
+        ("e{empty}/{empty}/m.keras", "e_/_/m.keras"),
+        ("{array:.3f}.keras", f"{str(np.ones(300))[:60]}.keras"),
+        ("{batch}-{val_loss}.keras", "7-0.5.keras"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_format_is_text(folder, path, name) -> None:
+    """Keras ends the training. No value leads into another folder, and the name is not too long."""
+    logs = Reports(val_loss=[0.5], text=["a/b\0c"], parent=[".."], empty=[""], array=[np.ones(300)], batch=[7])
+
+    fit(dense_model(), logs, kc.ModelCheckpoint(f"w/{path}"))
+
+    assert [str(each.relative_to("w")) for each in pathlib.Path("w").rglob("*.keras")] == [name]
+
+
+@pytest.mark.parametrize(
     ("path", "text"),
     [
         ("{val_loss.__class__}.keras", "has the field {val_loss.__class__}"),

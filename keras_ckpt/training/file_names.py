@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import string
 from collections.abc import Mapping
@@ -10,13 +11,15 @@ from typing import Any
 from keras_ckpt.store.notices import warn
 
 _OWN = ("epoch", "batch")
+_LONGEST = 60
+"""The most characters of a value: a file name has at most 255 bytes."""
 
 
 class Template:
     """A template of file names, such as `{epoch:02d}-{val_loss:.2f}.keras`.
 
-    A value that is missing becomes `nan`. A value that does not fit its format is formatted as a float, or as text. So
-    a name never ends a training.
+    A value that is missing becomes `nan`. A value that does not fit its format is formatted as a float, or as text. No
+    value leads into another folder. So a name never ends a training.
 
     Example:
 
@@ -70,14 +73,14 @@ class Template:
             literal + ("" if field is None else _formatted(values.get(field, float("nan")), spec or ""))
             for literal, field, spec, _ in self._parts
         )
-        return "".join(parts)
+        folders = "".join(parts).split("/")
+        return "/".join("_" if each in (".", "..") else each for each in folders)
 
 
 def _formatted(value: Any, spec: str) -> str:
-    for convert in (lambda each: each, int, float, str):
-        try:
+    text = str(value)
+    for convert in (lambda each: each, float, str):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             text = format(convert(value), spec)
-        except (TypeError, ValueError, OverflowError):
-            continue
-        return text.replace("/", "_").replace("\0", "_")
-    return str(value).replace("/", "_").replace("\0", "_")
+            break
+    return re.sub(r"[/\0]", "_", text[:_LONGEST]) or "_"
