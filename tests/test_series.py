@@ -7,12 +7,13 @@ import pathlib
 import shutil
 import time
 
+import msgspec
 import pytest
 
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.store import tails
 from keras_ckpt.store.directory import CheckpointDirectory
-from keras_ckpt.store.files import PRIVATE
+from keras_ckpt.store.files import PRIVATE, Folder
 from keras_ckpt.store.layout import TENSORFLOW
 from keras_ckpt.store.policies import BestN, LatestN
 from keras_ckpt.store.record import CheckpointRecord
@@ -418,6 +419,68 @@ def test_a_changed_byte_of_the_record_is_damage(tmp_path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"loss"', b'"lass"'))
 
     assert isinstance(CheckpointDirectory(path).listing().damaged["best.keras"], DamagedCheckpointError)
+
+
+def forge(path: pathlib.Path, size: int | None = None, digest: str | None = None, **facts: object) -> None:
+    """Gives a file a record that lies, and that has a correct digest of itself."""
+    with Folder(path.parent) as folder:
+        end, record = tails.read_tail(folder, path.name)
+    (file,) = record.files
+    tail = tails.tail(msgspec.structs.replace(record, **facts), size or file.size, digest or file.digest)
+    path.write_bytes(path.read_bytes()[:end] + tail)
+    path.with_name(f"{path.name}.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"size": 3},
+        {"size": 2**62},
+        {"digest": f"blake3:{'0' * 64}"},
+        {"template": "../{epoch}.keras"},
+        {"template": "{epoch"},
+        {"template": "{epoch.keras"},
+        {"template": "other.keras"},
+        {"template": ""},
+    ],
+    ids=str,
+)
+def test_a_file_whose_record_lies_is_damaged(tmp_path, lie) -> None:
+    """The file beside it is whole."""
+    for step in (1, 2):
+        save(tmp_path / "{epoch}.keras", step, f"{step}.keras")
+    forge(tmp_path / "1.keras", **lie)
+    directory = CheckpointDirectory(tmp_path / "{epoch}.keras")
+
+    found = directory.verify()
+
+    assert isinstance(found.listing.damaged["1.keras"], DamagedCheckpointError)
+    assert [record.step for record in found.listing.records] == [2]
+    assert "1.keras" in CheckpointDirectory(tmp_path / "1.keras").verify().listing.damaged
+
+
+@pytest.mark.parametrize("lie", [{"size": 3}, {"template": "../{epoch}.keras"}], ids=str)
+def test_a_file_whose_record_lies_is_not_pruned(tmp_path, lie) -> None:
+    """Its user may still find its values."""
+    path = tmp_path / "{epoch}.keras"
+    save(path, 1, "1.keras")
+    forge(tmp_path / "1.keras", **lie)
+
+    save(path, 2, "2.keras", LatestN(1))
+
+    assert contents(tmp_path) == {"1.keras": "content 1", "2.keras": "content 2"}
+
+
+def test_a_file_with_the_record_of_another_file_is_damaged(tmp_path) -> None:
+    """Its digest in the record is of other bytes."""
+    for step in (1, 2):
+        save(tmp_path / "{epoch}.keras", step, f"{step}.keras")
+    record = (tmp_path / "2.keras").read_bytes().removeprefix(b"content 2")
+    (tmp_path / "1.keras").write_bytes(b"content 1" + record)
+
+    found = CheckpointDirectory(tmp_path / "1.keras").verify()
+
+    assert isinstance(found.listing.damaged["1.keras"], DamagedCheckpointError)
 
 
 @pytest.mark.parametrize("end", [b"", b"keras_ckpt", b"\0" * 8 + b"keras_ckpt", b"\xff" * 8 + b"keras_ckpt"])

@@ -87,6 +87,14 @@ TENSORFLOW = Series()
 """The TensorFlow checkpoints of a directory."""
 
 
+def is_of_template(name: str, template: str) -> bool:
+    """Whether a file of Keras has a name of a template, which may be malformed."""
+    try:
+        return is_keras_file(template) and bool(Series(template).checkpoints([name]))
+    except ValueError:
+        return False
+
+
 def split(path: str) -> tuple[str, Series]:
     """The directory and the series of a path: of a directory, of a file of Keras, or of a template."""
     folder = path.partition("{")[0].rpartition("/")[0]

@@ -297,6 +297,8 @@ def _check_names(record: CheckpointRecord, name: str) -> None:
     if record.template:
         if [file.name for file in files] != [name]:
             raise DamagedCheckpointError(f"it lists other files than {name}")
+        if not layout.is_of_template(name, record.template):
+            raise DamagedCheckpointError(f"its template {record.template!r:.100} does not have the name {name}")
         return
     own = f"{name}."
     seen = {layout.sidecar(name), layout.pin(name)}
