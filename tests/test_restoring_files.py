@@ -10,12 +10,14 @@ from typing import Any
 
 import h5py
 import keras
+import msgspec
 import numpy as np
 import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.model.position import position_of
-from keras_ckpt.store import streams
+from keras_ckpt.store import streams, tails
+from keras_ckpt.store.files import Folder
 from support import keras_zoo
 from support.models import Reports, dense_model, fit, same, values
 
@@ -331,6 +333,25 @@ def test_a_damaged_file_changes_nothing(folder, path, harm) -> None:
     for checkpoint in (path, kc.CheckpointDirectory(path)):
         with pytest.raises(kc.DamagedCheckpointError):
             kc.restore(other, checkpoint)
+
+    assert unchanged(other, before)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_seeds_in_a_record_that_lies_change_nothing(folder, path) -> None:
+    """A seed of 2^63 is no integer of 64 bits."""
+    saved(path, epochs=1)
+    with Folder(folder) as place:
+        size, record = tails.read_tail(place, path)
+    (file,) = record.files
+    lie = msgspec.structs.replace(record, seeds={name: [2**63, 0] for name in record.seeds})
+    (folder / path).write_bytes((folder / path).read_bytes()[:size] + tails.tail(lie, file.size, file.digest))
+    (folder / f"{path}.json").unlink()
+    other = dense_model()
+    before = values(other)
+
+    with pytest.raises(kc.DamagedCheckpointError, match="cannot be read"):
+        kc.restore(other, path)
 
     assert unchanged(other, before)
 

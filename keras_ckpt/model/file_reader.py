@@ -107,8 +107,8 @@ class FileSource:
         paths = {name: self._paths[name] for name in names if name in self._paths}
         with errors_as_damage():
             found = self._verified | self._read([path for path in paths.values() if path not in self._verified])
+            seeds = {name: np.array(self._seeds[name], self._kinds[name].dtype) for name in names if name not in paths}
         values = {name: found[path] for name, path in paths.items()}
-        seeds = {name: np.array(self._seeds[name], self._kinds[name].dtype) for name in names if name not in paths}
         return {name: backend.tensor_of(value) for name, value in (values | seeds).items()}
 
     def _holdable(self) -> list[str]:
