@@ -5,6 +5,7 @@ import os
 import pathlib
 import textwrap
 import threading
+import zipfile
 import zlib
 
 import keras
@@ -382,18 +383,31 @@ MALICIOUS = {
 }  # fmt: skip
 
 
+def with_config_in_a_file(path: pathlib.Path, found: Config) -> pathlib.Path:
+    """Writes a `.keras` file that has a config and the values of another model."""
+    dense_model().save("whole.keras")
+    path.mkdir()
+    with zipfile.ZipFile("whole.keras") as whole, zipfile.ZipFile(path / "model.keras", "w") as archive:
+        for name in whole.namelist():
+            archive.writestr(name, json.dumps(found.config) if name == "config.json" else whole.read(name))
+    pathlib.Path("whole.keras").unlink()
+    return path / "model.keras"
+
+
+@pytest.mark.sample(12)
+@pytest.mark.parametrize("write", [with_config, with_config_in_a_file])
 @pytest.mark.parametrize("name", MALICIOUS)
-def test_a_config_made_to_do_harm_is_refused_in_plain_words(tmp_path, monkeypatch, name) -> None:
+def test_a_config_made_to_do_harm_is_refused_in_plain_words(tmp_path, monkeypatch, name, write) -> None:
     """No code runs, no memory is taken, and no file changes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     pathlib.Path("ran.py").write_text("open('imported', 'w')")
     layer, message = MALICIOUS[name]
-    with_config(tmp_path / "run", model_with(layer))
+    checkpoint = write(tmp_path / "run", model_with(layer))
     before = {path: path.read_bytes() for path in pathlib.Path("run").iterdir()}
 
     with pytest.raises(kc.CannotBuildError, match=message) as raised:
-        kc.load_model("run")
+        kc.load_model(checkpoint)
 
     assert len(str(raised.value)) < 800
     assert sorted(os.listdir()) == ["ran.py", "run"]
