@@ -157,6 +157,30 @@ def test_arguments_that_contradict_the_path_are_refused(arguments, text) -> None
         kc.ModelCheckpoint(**arguments)
 
 
+class WithFunction(keras.layers.Layer):
+    """A layer that gets a function, and defines no config."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def test_a_model_that_keras_cannot_save_as_a_whole_is_refused_at_the_first_batch(folder) -> None:
+    """With Keras an epoch is lost. The error names the layer and the paths that work."""
+    model = keras.Sequential([keras.Input((4,)), WithFunction(keras.ops.relu), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", run_eagerly=True)
+
+    with pytest.raises(ValueError, match=r"because WithFunction has no get_config\(\)\. .* in \.weights\.h5 with"):
+        fit(model, kc.ModelCheckpoint("best.keras"))
+    assert (files(folder), int(model.optimizer.iterations)) == ([], 1)
+
+    fit(model, kc.ModelCheckpoint("best.weights.h5", save_weights_only=True))
+    assert files(folder) == ["best.weights.h5"]
+
+
 def test_an_existing_folder_at_the_path_is_refused(folder) -> None:
     """The words are Keras's."""
     (folder / "best.keras").mkdir()

@@ -41,6 +41,15 @@ def config_of(model: keras.Model) -> Config:
     return Config(config, paths, keras=keras.__version__)
 
 
+def obstacle(model: keras.Model) -> str:
+    """The reason why Keras cannot save a model as a whole, `""` if it can."""
+    try:
+        keras_internals.config_of(model, ())
+    except Exception as error:  # noqa: BLE001 - any error of a user's method is a reason
+        return _reason(model, error)
+    return ""
+
+
 def build(config: Config, custom_objects: Mapping[str, Any] | None, compiles: bool, limit: int) -> keras.Model:
     """Builds a model from its config.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import keras
 import msgspec
 
-from keras_ckpt.model import model_state
+from keras_ckpt.model import building, model_state
 from keras_ckpt.model.file_snapshot import FileSnapshot, FileState, Kind
 from keras_ckpt.store import background, tails
 from keras_ckpt.store.files import Folder
@@ -32,6 +32,8 @@ class KerasFiles:
     """
 
     def __init__(self, model: keras.Model, writer: Writer, kind: Kind) -> None:
+        self._model = model
+        self._kind = kind
         self._state = FileState(model, kind)
         self._writer = writer
 
@@ -48,7 +50,16 @@ class KerasFiles:
         snapshot.detach(background.is_idle())
 
     def preparation(self) -> Callable[[], str]:
-        """A function that prepares nothing: Keras's own writer makes the first file."""
+        """A function that prepares nothing: Keras's own writer makes the first file.
+
+        Raises:
+            ValueError: Keras cannot save the model as a whole. Its own writer would tell after an epoch.
+        """
+        if self._kind == "keras" and (reason := building.obstacle(self._model)):
+            raise ValueError(
+                f"Keras cannot save {self._model.name!r} as a whole, because {reason}. Save its weights: give "
+                "ModelCheckpoint a filepath that ends in .weights.h5 with save_weights_only=True, or a directory."
+            )
         return lambda: ""
 
     def unsaved(self) -> list[str]:

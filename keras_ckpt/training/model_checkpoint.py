@@ -91,7 +91,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         directory: The `CheckpointDirectory` of the last `fit`, which `new_run="subdirectory"` may put below `filepath`.
 
     Raises:
-        ValueError, TypeError: A wrong argument; at the latest before the first batch.
+        ValueError, TypeError: A wrong argument; at the latest before the first batch. After the first batch: Keras
+            cannot save the model as a whole.
         DirectoryNotEmptyError: Before the first batch: the directory holds a run other than the model's, and `new_run`
             is `"refuse"`; or it holds checkpoints that this package did not write.
         DirectoryInUseError: Before the first batch: another process trains into the directory.
