@@ -98,10 +98,29 @@ def test_a_number_of_batches_counts_from_the_last_save_of_the_callback(folder) -
 
 def test_a_field_that_is_not_in_the_logs_becomes_nan_with_one_warning(folder) -> None:
     """Keras ends the training with a KeyError, after a whole epoch."""
-    with pytest.warns(UserWarning, match=r"has {val_acc}, which a save does not have.* The metrics are: loss"):
+    with pytest.warns(UserWarning, match=r"has {val_acc}, which a save does not have.* The metrics are: loss") as told:
         fit(dense_model(), kc.ModelCheckpoint("{epoch}-{val_acc:.2f}.keras"), epochs=2)
 
     assert files(folder) == ["1-nan.keras", "2-nan.keras"]
+    assert len([each for each in told if each.category is UserWarning]) == 1
+
+
+def test_the_end_of_an_epoch_has_no_batch(folder) -> None:
+    """Keras raises a KeyError."""
+    with pytest.warns(UserWarning, match=r"has {batch}, which a save does not have"):
+        fit(dense_model(), kc.ModelCheckpoint("{epoch}-{batch}.keras"))
+
+    assert files(folder) == ["1-nan.keras"]
+
+
+def test_a_save_that_waits_for_the_epochs_end_gets_its_name_there(folder) -> None:
+    """Three saves are due in three epochs. No warning tells of the missing metric. Keras raises an error."""
+    checkpoint = kc.ModelCheckpoint("{epoch}-{val_loss}.keras", save_best_only=True, save_freq=4)
+
+    fit(dense_model(), Reports(val_loss=[0.5, 0.6, 0.4]), checkpoint, epochs=3)
+
+    assert files(folder) == ["1-0.5.keras", "3-0.4.keras"]
+    assert [record.step for record in kc.CheckpointDirectory("{epoch}-{val_loss}.keras")] == [5, 15]
 
 
 @pytest.mark.parametrize(

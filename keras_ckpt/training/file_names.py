@@ -56,11 +56,16 @@ class Template:
         return [field for _, field, *_ in self._parts if field is not None]
 
     def name(self, values: Mapping[str, Any]) -> str:
-        """The file name for the values of a save. Warns once of the values that are missing.
+        """The file name for the values of a save: the epoch, the batch and the logs."""
+        parts = (
+            literal + ("" if field is None else _formatted(values.get(field, float("nan")), spec or ""))
+            for literal, field, spec, _ in self._parts
+        )
+        folders = "".join(parts).split("/")
+        return "/".join("_" if each in (".", "..") else each for each in folders)
 
-        Args:
-            values: The epoch, the batch and the logs.
-        """
+    def warn_of_missing(self, values: Mapping[str, Any]) -> None:
+        """Warns once of values that a name lacks. Arguments as in `name`."""
         missing = [field for field in self.fields if field not in values]
         if missing and not self._warned:
             self._warned = True
@@ -69,12 +74,6 @@ class Template:
                 f"{self._template} has {{{missing[0]}}}, which a save does not have; its place is 'nan'. The metrics "
                 f"are: {there}."
             )
-        parts = (
-            literal + ("" if field is None else _formatted(values.get(field, float("nan")), spec or ""))
-            for literal, field, spec, _ in self._parts
-        )
-        folders = "".join(parts).split("/")
-        return "/".join("_" if each in (".", "..") else each for each in folders)
 
 
 def _formatted(value: Any, spec: str) -> str:

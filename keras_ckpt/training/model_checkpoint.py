@@ -381,8 +381,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             batch: The index of the batch in the epoch, `None` at an epoch's end.
             logs: The logs, as the callback was given them.
         """
-        values = {"epoch": epoch + 1, **({} if batch is None else {"batch": batch + 1}), **(logs or {})}
-        return os.path.join(self.directory.path, self._target.name(values))
+        return os.path.join(self.directory.path, self._target.name(_fields(epoch, batch, logs)))
 
     def _should_save_model(self, epoch: int, batch: int | None, logs: Logs, filepath: str) -> bool:
         """Whether to save at all, before the policies decide. Keras's name, which subclasses use."""
@@ -402,7 +401,13 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             facts: dict[str, Any] = {"name": name, "reason": self._reason, "metrics": metrics, "metadata": metadata}
             request = self._request(**facts, began=began)
             self._last = {"step": request.step, "batch": request.batch, "facts": facts}
-            self._write(request, handler)
+
+            def saved(outcome: Outcome) -> None:
+                if outcome.record is not None:  # a save that waits for the epoch's end has its name only then
+                    self._target.warn_of_missing(_fields(epoch, batch, logs))
+                handler(outcome)
+
+            self._write(request, saved)
         else:
             handler(Outcome(None))
         self._lines.tell()
@@ -480,6 +485,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 f"Two epochs have ended without {absent[0]!r}. Nothing can be ranked by it until it is there. Until "
                 "then every checkpoint of an epoch's end stays. Does fit() have validation data?"
             )
+
+
+def _fields(epoch: int, batch: int | None, logs: Logs) -> dict[str, Any]:
+    """The values of the fields of a template, with arguments as in `ModelCheckpoint._get_file_path`."""
+    return {"epoch": epoch + 1, **({} if batch is None else {"batch": batch + 1}), **(logs or {})}
 
 
 def _same_phase_as(monitor: str) -> Callable[[str], bool]:

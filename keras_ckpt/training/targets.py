@@ -41,6 +41,9 @@ class Target(Protocol):
             values: The epoch and the batch as in Keras's file names, and the logs.
         """
 
+    def warn_of_missing(self, values: Mapping[str, Any]) -> None:
+        """Warns once of values that the name of a saved checkpoint lacks. Arguments as in `name`."""
+
     def form(self, model: keras.Model, writer: Writer) -> Bundles | KerasFiles:
         """The form in which a model is saved."""
 
@@ -79,6 +82,9 @@ class Directory:
 
     def name(self, values: Mapping[str, Any]) -> str:
         return ""
+
+    def warn_of_missing(self, values: Mapping[str, Any]) -> None:
+        return
 
     def form(self, model: keras.Model, writer: Writer) -> Bundles:
         return Bundles(model, writer, self._weights_only)
@@ -119,6 +125,9 @@ class Files:
 
     def name(self, values: Mapping[str, Any]) -> str:
         return self._template.name(values)
+
+    def warn_of_missing(self, values: Mapping[str, Any]) -> None:
+        self._template.warn_of_missing(values)
 
     def form(self, model: keras.Model, writer: Writer) -> KerasFiles:
         return KerasFiles(model, writer, self._kind)
