@@ -310,6 +310,54 @@ def test_a_file_that_its_user_wrote_over_is_listed_as_without_a_record_and_never
     assert contents(tmp_path) == {"1.keras": "by hand", "3.keras": "content 3"}
 
 
+def test_a_save_that_replaces_a_file_which_its_user_wrote_over_warns(tmp_path) -> None:
+    """The file has one name, so the save replaces it, as with Keras."""
+    path = tmp_path / "best.keras"
+    save(path, 1, "best.keras")
+    path.write_bytes(b"by hand")
+
+    with pytest.warns(UserWarning, match="Step 2 replaces best.keras in .*, which another program has changed"):
+        save(path, 2, "best.keras")
+
+    assert contents(tmp_path) == {"best.keras": "content 2"}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_pinned_file_without_a_record_is_not_replaced(tmp_path, ours) -> None:
+    """Its user wrote it by hand, over a file of this package or alone."""
+    path = tmp_path / "best.keras"
+    if ours:
+        save(path, 1, "best.keras")
+    path.write_bytes(b"by hand")
+    (tmp_path / "best.keras.keep").touch()
+
+    with pytest.warns(UserWarning, match="best.keras in .* is pinned and has no record, so step 2 does not replace it"):
+        assert save(path, 2, "best.keras") is None
+
+    assert contents(tmp_path) == {"best.keras": "by hand"}
+
+
+def test_the_sidecar_of_a_file_that_was_removed_by_hand_goes_at_the_next_start(tmp_path) -> None:
+    """It is no checkpoint."""
+    path = tmp_path / "{epoch}.keras"
+    for step in (1, 2):
+        save(path, step, f"{step}.keras")
+    (tmp_path / "1.keras").unlink()
+
+    save(path, 3, "3.keras")
+
+    assert sorted(each.name for each in tmp_path.glob("*.json")) == ["2.keras.json", "3.keras.json"]
+
+
+def test_a_worse_save_does_not_replace_a_file_of_its_name(tmp_path) -> None:
+    """The policy keeps the better file alone, so the worse is not written."""
+    path, best = tmp_path / "{loss:.1f}.keras", BestN(1, "loss", "min")
+    save(path, 1, "0.5.keras", best, metrics={"loss": 0.51})
+
+    assert save(path, 2, "0.5.keras", best, metrics={"loss": 0.54}) is None
+    assert contents(tmp_path) == {"0.5.keras": "content 1"}
+
+
 def test_a_file_that_was_removed_by_hand_is_no_damage(tmp_path) -> None:
     """Its sidecar alone is no checkpoint, and the next save of the name replaces it."""
     path = tmp_path / "{epoch}.keras"

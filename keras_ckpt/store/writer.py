@@ -303,9 +303,10 @@ class Writer:
         if any(each.same_save(record) for each in listing.records):
             changes += _removals(self.retain(folder, listing))
             return True
-        if _pinned(listing, record) or _pinned_and_damaged(folder, listing, record):
+        if _pinned(listing, record) or _pinned_without_record(folder, listing, record):
             return False
         _refuse_disorder(listing, stage, record)
+        _warn_of_foreign(folder, listing, record)
         earlier, joined = superseded(record, listing.records), listing.joined_by(record)
         commit.publish(folder, stage, record, earlier)
         changes += [Change("saved", record), *_removals(earlier)]
@@ -505,7 +506,14 @@ def _pinned(listing: Listing, record: CheckpointRecord) -> bool:
     return bool(pinned)
 
 
-def _pinned_and_damaged(folder: Folder, listing: Listing, record: CheckpointRecord) -> bool:
+def _pinned_without_record(folder: Folder, listing: Listing, record: CheckpointRecord) -> bool:
+    """Whether the save of a record would replace a pinned file that has no record to trust; warns of it."""
+    if record.name in listing.unmanaged and folder.exists(layout.pin(record.name)):
+        warn(
+            f"{record.name} in {folder.path} is pinned and has no record, so step {record.step} does not replace it. "
+            "Unpin it, or train into another directory."
+        )
+        return True
     same = [name for name in listing.damaged if name == record.name or sidecars.step_in(name) == record.step]
     names = [name for name in same if folder.exists(layout.pin(name))]
     for name in names:
@@ -514,6 +522,12 @@ def _pinned_and_damaged(folder: Folder, listing: Listing, record: CheckpointReco
             f"files: {listing.damaged[name]}. Move its files away, or train into another directory."
         )
     return bool(names)
+
+
+def _warn_of_foreign(folder: Folder, listing: Listing, record: CheckpointRecord) -> None:
+    """Warns that a save replaces a file of this package that its user wrote over. Keras replaces it silently."""
+    if record.name in listing.unmanaged and folder.exists(layout.sidecar(record.name)):
+        warn(f"Step {record.step} replaces {record.name} in {folder.path}, which another program has changed.")
 
 
 def _plain(text: str) -> str:
