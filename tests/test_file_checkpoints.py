@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-from support.models import HoldsSaves, Reports, dense_model, fit
+from support.models import HoldsSaves, Interrupts, Reports, dense_model, fit
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +95,80 @@ def test_a_number_of_batches_counts_from_the_last_save_of_the_callback(folder) -
     fit(model, checkpoint, epochs=2)
 
     assert files(folder) == ["2-1.keras", "2-2.keras", "3-4.keras"]
+
+
+@pytest.mark.parametrize("save_freq", [0, True, False, -3])
+def test_a_number_of_batches_below_two_saves_each_batch(folder, save_freq) -> None:
+    """Keras accepts any int."""
+    fit(dense_model(), kc.ModelCheckpoint("{epoch}-{batch}.keras", save_freq=save_freq), batches=2)
+
+    assert files(folder) == ["1-1.keras", "1-2.keras"]
+
+
+def test_a_restarted_fit_saves_the_files_of_an_unbroken_fit(folder) -> None:
+    """The count of batches since the last save resumes, and the names too."""
+
+    def train(place: str, *callbacks: keras.callbacks.Callback) -> None:
+        checkpoint = kc.ModelCheckpoint(f"{place}/{{epoch}}-{{batch}}.keras", save_freq=7)
+        fit(dense_model(), checkpoint, kc.BackupAndRestore(f"{place}/backup"), *callbacks, epochs=5)
+
+    train("unbroken")
+    with pytest.raises(KeyboardInterrupt):
+        train("broken", Interrupts(12))
+    train("broken")
+
+    assert files(folder / "broken") == files(folder / "unbroken") == ["2-2.keras", "3-4.keras", "5-1.keras"]
+
+
+def test_names_count_the_epochs_of_the_fit_and_records_those_of_the_run(folder) -> None:
+    """As with Keras, a second fit begins with the name of epoch 1."""
+    model = dense_model()
+    fit(model, kc.ModelCheckpoint("first-{epoch}.keras"), epochs=2)
+    fit(model, kc.ModelCheckpoint("second-{epoch}.keras"))
+
+    record = kc.CheckpointDirectory("second-{epoch}.keras").latest()
+    assert (record.name, record.epoch, record.step) == ("second-1.keras", 3, 15)
+
+
+def test_a_value_that_is_no_finite_number_is_never_best(folder) -> None:
+    """A first NaN stops Keras's callback. An epoch without the metric would replace Keras's best file."""
+    values = [math.nan, 0.5, None, math.inf, -math.inf, 0.4]
+
+    fit(dense_model(), Reports(val_loss=values), kc.ModelCheckpoint("{epoch}.keras", save_best_only=True), epochs=6)
+
+    assert files(folder) == ["2.keras", "6.keras"]
+
+
+def test_a_metric_that_never_comes_is_told_in_the_words_of_keras(folder) -> None:
+    """Each epoch is saved."""
+    checkpoint = kc.ModelCheckpoint("{epoch}.keras", monitor="val_acc", mode="max", save_best_only=True)
+
+    with pytest.warns(UserWarning, match="Can save best model only with val_acc available"):
+        fit(dense_model(), Reports(val_loss=[0.5, 0.4]), checkpoint, epochs=2)
+
+    assert files(folder) == ["1.keras", "2.keras"]
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/best.keras", "s3://bucket/{epoch}.keras"])
+def test_a_path_in_a_remote_store_is_refused(folder, path) -> None:
+    """A local folder of this name would hold the files otherwise."""
+    with pytest.raises(ValueError, match=r"must be local\. Received: .*'"):
+        kc.ModelCheckpoint(path)
+
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_that_the_user_wrote_over_stays(folder) -> None:
+    """A callback of his replaces a file of the template. The policy keeps one file, and does not count his."""
+    save_by_hand = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: epoch == 1 and model.save("1.keras")
+    )
+    model = dense_model()
+
+    fit(model, kc.ModelCheckpoint("{epoch}.keras", keep=1), save_by_hand, epochs=3)
+
+    assert files(folder) == ["1.keras", "3.keras"]
+    assert kc.CheckpointDirectory("{epoch}.keras").listing().unmanaged == ("1.keras",)
 
 
 def test_a_field_that_is_not_in_the_logs_becomes_nan_with_one_warning(folder) -> None:
@@ -208,6 +283,17 @@ def test_an_existing_folder_at_the_path_is_refused(folder) -> None:
         kc.ModelCheckpoint("best.keras")
 
 
+def test_an_existing_folder_with_the_name_of_an_epoch_is_an_error_of_its_save(folder) -> None:
+    """The files of earlier epochs are whole."""
+    (folder / "2.keras").mkdir()
+
+    with pytest.raises(kc.SaveError, match=r"Could not save step 10 .*Is a directory: '2\.keras'") as caught:
+        fit(dense_model(), kc.ModelCheckpoint("{epoch}.keras"), epochs=3)
+
+    assert isinstance(caught.value, OSError)
+    assert [record.name for record in kc.CheckpointDirectory("{epoch}.keras")] == ["1.keras"]
+
+
 def test_the_best_value_can_be_assigned(folder) -> None:
     """Scripts for Keras's callback set it after a restart."""
     checkpoint = kc.ModelCheckpoint("best.keras", save_best_only=True)
@@ -290,6 +376,16 @@ def test_a_later_callback_finds_the_file_of_the_same_epoch(folder) -> None:
     fit(dense_model(), kc.ModelCheckpoint("last.keras"), reads, epochs=3)
 
     assert reads.same == [True] * 3
+
+
+def test_a_later_function_finds_the_file_of_the_same_epoch(folder) -> None:
+    """The class `LambdaCallback` is Keras's, and its functions are the user's."""
+    found = []
+    look = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: found.append(files(folder)))
+
+    fit(dense_model(), kc.ModelCheckpoint("{epoch}.keras"), look, epochs=2)
+
+    assert found == [["1.keras"], ["1.keras", "2.keras"]]
 
 
 def test_wait_waits_for_the_file(folder) -> None:

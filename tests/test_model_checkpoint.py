@@ -215,6 +215,14 @@ class TestPolicies:
 
         assert checkpoint.best == 0.2
 
+    def test_the_attribute_best_can_be_assigned(self, runs) -> None:
+        """Scripts for Keras's callback set it after a restart."""
+        checkpoint = kc.ModelCheckpoint(runs.path, save_best_only=True, keep=ALL)
+        checkpoint.best = 0.2
+        fit(dense_model(), Reports(val_loss=[0.3, 0.1]), checkpoint, epochs=2, batches=1)
+
+        assert steps(runs) == [2]
+
     def test_a_run_that_saved_nothing_warns_with_the_reason(self, runs) -> None:
         """The warning comes at the end of training."""
         with pytest.warns(

@@ -478,7 +478,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return
         if missing:
             self._warned = True
-            warn(missing_metric_warning(missing[0], logs))
+            keras_words = f"Can save best model only with {missing[0]} available. " if self.save_best_only else ""
+            warn(keras_words + missing_metric_warning(missing[0], logs))
         elif absent and self._epochs == 2:
             self._warned = True
             warn(

@@ -150,7 +150,12 @@ class Files:
     def is_read_by(self, callback: keras.callbacks.Callback, others: keras.callbacks.CallbackList | None) -> bool:
         callbacks = others.callbacks if others else []
         later = callbacks[callbacks.index(callback) :] if callback in callbacks else [callback, *callbacks]
-        return any(not type(each).__module__.startswith(("keras.", "keras_ckpt.")) for each in later)
+        return any(map(_has_code_of_a_user, later))
+
+
+def _has_code_of_a_user(callback: keras.callbacks.Callback) -> bool:
+    is_ours = type(callback).__module__.startswith(("keras.", "keras_ckpt."))
+    return not is_ours or isinstance(callback, keras.callbacks.LambdaCallback)
 
 
 def target(filepath: str | os.PathLike[str], weights_only: bool, keep: PreservationPolicy | None) -> Target:
