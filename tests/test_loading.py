@@ -338,6 +338,17 @@ def test_a_file_of_keras_without_a_config_is_refused(tmp_path, name) -> None:
         kc.load_model(tmp_path / name)
 
 
+@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+def test_a_damaged_file_of_keras_is_refused(tmp_path, damage) -> None:
+    """The error does not take it for a file of weights, which has no config."""
+    path = tmp_path / "model.keras"
+    dense_model().save(path)
+    path.write_bytes({"cut": path.read_bytes()[:-50], "text": b"text" * 99, "empty": b""}[damage])
+
+    with pytest.raises(kc.DamagedCheckpointError, match="cannot be read"):
+        kc.load_model(path)
+
+
 def test_a_keras_file_with_a_lambda_is_refused(tmp_path) -> None:
     sequence(keras.layers.Lambda(lambda x: x + 1)).save(tmp_path / "model.keras")
 

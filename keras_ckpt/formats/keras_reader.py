@@ -23,6 +23,8 @@ from keras_ckpt.store.streams import OpenFile
 _WEIGHTS, _ASSETS, _CONFIG, _METADATA = "model.weights.h5", "assets/", "config.json", "metadata.json"
 _ARCHIVE = b"PK\3\4"
 """The first bytes of a zip archive."""
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+"""The first bytes of an HDF5 file."""
 _HEADER = 30
 """The bytes of a member's header in a zip archive, without its name."""
 
@@ -114,6 +116,8 @@ def read_config(folder: Folder, name: str) -> Config | None:
     with folder.reading(name) as file:
         whole = _Window(file, 0, file.size)
         if not _is_archive(whole):
+            if _Window(file, 0, file.size).read(len(_HDF5)) != _HDF5:
+                raise ValueError("it is neither an archive nor HDF5")
             return None
         with zipfile.ZipFile(whole) as archive:
             _refuse_unsafe(archive, file.size)

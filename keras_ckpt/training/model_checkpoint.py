@@ -52,7 +52,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     Args:
         filepath: The directory of the run; or a file, such as `"best.keras"`, that each save replaces; or a template of
-            files, such as `"{epoch:02d}-{val_loss:.2f}.keras"`, with the epoch, the batch and metrics as fields.
+            files, such as `"{epoch:02d}-{val_loss:.2f}.keras"`, with the epoch, the batch and metrics as fields. Keras
+            3.15 cannot load a model with the loss `"mse"` from a legacy `.h5` file, except with `compile=False`.
         monitor: The metric by which checkpoints are ranked, where something ranks them.
         verbose: 1 prints a line when a save is due: the metric, and whether it improved, from which value. Then the
             outcome and the removed checkpoints follow, those of a background save before the line of the next save, or
@@ -73,10 +74,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         metadata: A dict to put into each sidecar, or a function of `logs` that returns a dict.
         on_full_disk: Whether a full disk is a warning and training continues (`"warn"`), or an error (`"raise"`).
         save_on_background: Whether training continues while a save is written. `"auto"` does, except for files when a
-            subclass or a later callback of the user's own could read a file in the same epoch. `wait()` waits for all
-            saves. The next save waits if more than 64 MB would be queued. A save by batches or time in the middle of an
-            epoch is skipped instead, unless it is ranked. The first skip is a warning. An error is raised at the next
-            batch. `fit` ends when all is written.
+            subclass, a later callback of the user's own or a later `LambdaCallback` could read a file in the same
+            epoch. `wait()` waits for all saves. The next save waits if more than 64 MB would be queued. A save by
+            batches or time in the middle of an epoch is skipped instead, unless it is ranked. The first skip is a
+            warning. An error is raised at the next batch. `fit` ends when all is written.
         new_run: What a fit does that does not continue the run in the directory. `"refuse"`: it raises an error before
             its first batch; files of Keras are replaced by their names, as in Keras, with one warning.
             `"subdirectory"`: it saves into the first of the directory and its sub-directories `2`, `3` and so on that
