@@ -507,6 +507,17 @@ class TestReplacedFiles:
         ]
         assert files(tmp_path) == {"last.keras": 0.3, "e-2.keras": 0.2, "e-1.keras": 0.9}
 
+    def test_a_fit_over_a_damaged_file_says_so(self, tmp_path, monkeypatch) -> None:
+        """The user may still find its values."""
+        monkeypatch.chdir(tmp_path)
+        train_files("best.keras", [0.5])
+        pathlib.Path("best.keras").write_bytes(b"x" + pathlib.Path("best.keras").read_bytes())
+
+        with pytest.warns(UserWarning, match=r"An earlier training wrote best.keras \(damaged\). This fit replaces it"):
+            train_files("best.keras", [0.6])
+
+        assert files(tmp_path) == {"best.keras": 0.6}
+
     @pytest.mark.parametrize("way", ["restore", "subdirectory"])
     @pytest.mark.parametrize("path", ["best.keras", "best.weights.h5"])
     def test_the_best_file_of_a_killed_run_stays_if_the_advice_is_typed(self, tmp_path, monkeypatch, path, way) -> None:

@@ -132,10 +132,11 @@ def _refuse_unreadable(listing: Listing, position: Position) -> None:
 
 
 def _warn_of_replacement(listing: Listing, position: Position) -> None:
-    """Warns that a fit replaces files of another run, or without a record, by their names, as Keras does."""
+    """Warns that a fit replaces files by their names, as Keras does: of another run, without a record, or damaged."""
     earlier = [record for record in reversed(listing.all_runs) if record.run_id != position.run_id]
     unmanaged = [f"{relative(os.path.join(listing.path, name))} (no record)" for name in listing.unmanaged]
-    files = [*map(_described, earlier), *unmanaged]
+    damaged = [f"{relative(os.path.join(listing.path, name))} (damaged)" for name in listing.damaged]
+    files = [*map(_described, earlier), *unmanaged, *damaged]
     if not files:
         return
     replaced = "it" if listing.series.is_one_name else "files of the same names"
