@@ -96,6 +96,16 @@ def test_a_copied_file_tells_its_record_under_its_new_name(tmp_path) -> None:
     assert found.files[0].name == "mail.keras"
 
 
+def test_a_copied_file_may_have_a_brace_in_its_name(tmp_path) -> None:
+    """The name is no template. The directory is listed too."""
+    save(tmp_path / "best.keras", 10, "best.keras")
+    shutil.copy(tmp_path / "best.keras", tmp_path / "a{b.keras")
+
+    assert steps(tmp_path / "a{b.keras") == [10]
+    templates = {each.series.template for each in CheckpointDirectory(tmp_path).each_series()}
+    assert templates == {"a{b.keras", "best.keras"}
+
+
 def test_a_fixed_name_holds_the_newest_save(tmp_path) -> None:
     """Each save replaces the file and its record."""
     path = tmp_path / "last.keras"

@@ -64,7 +64,7 @@ class Series:
     @property
     def is_one_name(self) -> bool:
         """Whether all checkpoints have the name that is the template, so a save replaces the checkpoint before."""
-        return all(field is None for _, field, *_ in string.Formatter().parse(self.template))
+        return all(field is None for _, field in _parts(self.template))
 
     def next_to(self, name: str, taken: Container[str]) -> str:
         """A free name for a checkpoint whose name is taken: `~2`, `~3` and so on come before the suffix."""
@@ -78,8 +78,8 @@ class Series:
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
-        fields = string.Formatter().parse(self.template.removesuffix(self._suffix))
-        parts = (re.escape(literal) + ("" if field is None else "[^/]+") for literal, field, *_ in fields)
+        fields = _parts(self.template.removesuffix(self._suffix))
+        parts = (re.escape(literal) + ("" if field is None else "[^/]+") for literal, field in fields)
         return re.compile(f"{''.join(parts)}(~[0-9]+)?{re.escape(self._suffix)}", re.DOTALL)
 
 
@@ -87,12 +87,17 @@ TENSORFLOW = Series()
 """The TensorFlow checkpoints of a directory."""
 
 
-def is_of_template(name: str, template: str) -> bool:
-    """Whether a file of Keras has a name of a template, which may be malformed."""
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """The literal texts of a template and the fields after them. A malformed template is a name, of a copied file."""
     try:
-        return is_keras_file(template) and bool(Series(template).checkpoints([name]))
+        return [(literal, field) for literal, field, *_ in string.Formatter().parse(template)]
     except ValueError:
-        return False
+        return [(template, None)]
+
+
+def is_of_template(name: str, template: str) -> bool:
+    """Whether a file of Keras has a name of a template."""
+    return is_keras_file(template) and bool(Series(template).checkpoints([name]))
 
 
 def split(path: str) -> tuple[str, Series]:
