@@ -301,14 +301,43 @@ def test_ls_and_verify_show_all_series_of_a_directory(files) -> None:
 
 
 @pytest.mark.parametrize("command", [["best"], ["prune", "--keep-latest", 1], ["clear", "--yes"], ["show", "latest"]])
-def test_other_commands_ask_for_a_file_of_a_directory_of_several_series(files, command) -> None:
+def test_other_commands_ask_for_a_template_of_a_directory_of_several_series(files, command) -> None:
     """A command must not guess what to remove."""
     name, *options = command
     before = sorted(pathlib.Path("ckpt").rglob("*"))
 
-    assert run(name, "ckpt", *options, code=2).endswith("directory: 'ckpt/best.keras' or 'ckpt/03.keras'.\n")
+    assert run(name, "ckpt", *options, code=2).endswith("directory: 'ckpt/best.keras' or 'ckpt/{epoch:02d}.keras'.\n")
     assert sorted(pathlib.Path("ckpt").rglob("*")) == before
-    assert run(name, "ckpt/03.keras", *options)
+    assert run(name, "ckpt/{epoch:02d}.keras", *options)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["best"],
+        ["prune", "--keep-latest", 1],
+        ["clear", "--yes"],
+        ["show", "latest"],
+        ["show", 30],
+        ["pin", "latest", "mine"],
+        ["export", "best", "b.npz"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_command_that_chooses_refuses_one_file_of_a_template(files, command) -> None:
+    """The error has the path of the template. Another file must not be removed or pinned."""
+    name, *options = command
+    before = sorted(pathlib.Path("ckpt").rglob("*"))
+
+    text = run(name, "ckpt/01.keras", *options, code=2)
+
+    assert "01.keras is one file of a template. To name all files of it, type 'ckpt/{epoch:02d}.keras'." in text
+    assert sorted(pathlib.Path("ckpt").rglob("*")) == before
+
+
+def test_ls_and_verify_show_one_file_alone(files) -> None:
+    assert re.findall(r"^\w+\.keras", run("ls", "ckpt/02.keras"), re.MULTILINE) == ["02.keras"]
+    assert run("verify", "ckpt/02.keras").startswith("ckpt/02.keras\n1 checkpoint whole")
 
 
 @pytest.mark.parametrize(
@@ -316,13 +345,15 @@ def test_other_commands_ask_for_a_file_of_a_directory_of_several_series(files, c
     [
         (["ckpt/best.keras"], "best.keras"),
         (["ckpt/01.keras"], "01.keras"),
-        (["ckpt/03.keras", "01.keras"], "01.keras"),
-        (["ckpt/01.keras", "latest"], "03.keras"),
+        (["ckpt", "01.keras"], "01.keras"),
+        (["ckpt", "best.keras"], "best.keras"),
+        (["ckpt/{epoch:02d}.keras", "01.keras"], "01.keras"),
         (["ckpt/{epoch:02d}.keras", "best"], "02.keras"),
+        (["ckpt/best.keras", "latest"], "best.keras"),
     ],
 )
 def test_a_file_needs_no_step(files, arguments, name) -> None:
-    """With a STEP, the PATH stands for all files of its template."""
+    """The name of a file is a STEP, even in a directory of several series."""
     assert run("show", *arguments, "--path") == run("show", "--path", *arguments)
     assert run("show", *arguments, "--path").endswith(f"/ckpt/{name}\n")
 
@@ -335,6 +366,13 @@ def test_pin_and_unpin_need_no_step_of_a_file(files) -> None:
     assert not kc.CheckpointDirectory("ckpt/best.keras")[20].pinned
     run("unpin", "ckpt/02.keras")
     assert not kc.CheckpointDirectory("ckpt/02.keras")[20].pinned
+
+
+def test_a_file_is_pinned_in_a_directory_of_several_series(files) -> None:
+    run("pin", "ckpt", "02.keras", "paper figure 3")
+
+    assert kc.CheckpointDirectory("ckpt/02.keras")[20].pin == "paper figure 3"
+    assert not kc.CheckpointDirectory("ckpt/best.keras")[20].pinned
 
 
 def test_a_file_without_a_record_exits_with_1(files) -> None:

@@ -219,15 +219,17 @@ def test_the_command_exports_the_checkpoint_of_a_step(runs, tmp_path, monkeypatc
 
 
 def test_the_command_exports_a_file_of_keras(tmp_path, monkeypatch) -> None:
-    """The path of the file stands for its run."""
+    """A file needs no STEP, whatever the ending of the export."""
     monkeypatch.chdir(tmp_path)
     model = dense_model()
-    fit(model, kc.ModelCheckpoint("best.keras"))
+    fit(model, kc.ModelCheckpoint("w/best.keras"))
 
-    result = CliRunner().invoke(main, ["export", "best.keras", "latest", "other.keras"])
+    for words in (["w/best.keras"], ["w", "best.keras"], ["w/best.keras", "latest"]):
+        result = CliRunner().invoke(main, ["export", *words, "other.keras"])
 
-    assert (result.exit_code, result.output) == (0, "Exported step 5 to other.keras.\n")
-    assert all(map(np.array_equal, keras.models.load_model("other.keras").get_weights(), model.get_weights()))
+        assert (result.exit_code, result.output) == (0, "Exported step 5 to other.keras.\n")
+        assert all(map(np.array_equal, keras.models.load_model("other.keras").get_weights(), model.get_weights()))
+        os.remove("other.keras")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,18 @@ def test_a_fixed_name_holds_the_best_model(folder) -> None:
     assert checkpoint.best == 0.1
 
 
+def test_a_fixed_name_may_be_the_name_of_a_file_of_a_template(folder) -> None:
+    """The saves replace this file alone, under its name."""
+    model = dense_model()
+    fit(model, kc.ModelCheckpoint("{epoch}.keras"), epochs=2)
+
+    fit(model, kc.ModelCheckpoint("1.keras"), epochs=4, initial_epoch=2)
+
+    assert files(folder) == ["1.keras", "2.keras"]
+    assert kc.CheckpointDirectory("1.keras").latest().epoch == 4
+    assert [record.epoch for record in kc.CheckpointDirectory("{epoch}.keras")] == [2]
+
+
 def test_a_loaded_model_continues_its_run(folder) -> None:
     """Keras's own callback would forget the best value, and replace the file by a worse model."""
     checkpoint = kc.ModelCheckpoint("best.keras", save_best_only=True)

@@ -595,14 +595,19 @@ def test_a_missing_file_is_not_found(path) -> None:
         kc.restore(dense_model(), path)
 
 
-def test_restore_and_load_model_name_the_newest_file_of_each_series_of_a_folder(folder) -> None:
-    """Each name in the error is a path that works."""
+def test_restore_and_load_model_name_the_template_of_each_series_of_a_folder(folder) -> None:
+    """The path of a template means its newest file. The path of one file works too."""
     model = dense_model()
     saves = kc.ModelCheckpoint("ckpt/{epoch:02d}.keras"), kc.ModelCheckpoint("ckpt/best.keras", save_best_only=True)
     fit(model, Reports(val_loss=[0.5, 0.25]), *saves, epochs=2)
 
     for read in (functools.partial(kc.restore, dense_model()), kc.load_model):
-        with pytest.raises(ValueError, match=r"Name a file .*: 'ckpt/best\.keras' or 'ckpt/02\.keras'\."):
+        with pytest.raises(
+            ValueError, match=r"Name a template .*: 'ckpt/best\.keras' or 'ckpt/\{epoch:02d\}\.keras'\."
+        ):
             read("ckpt")
-        read("ckpt/02.keras")
-        read("ckpt/best.keras")
+        for path in ("ckpt/best.keras", "ckpt/{epoch:02d}.keras", "ckpt/01.keras"):
+            read(path)
+
+    assert kc.restore(dense_model(), "ckpt/{epoch:02d}.keras").prefix.endswith("/02.keras")
+    assert kc.restore(dense_model(), "ckpt/01.keras").prefix.endswith("/01.keras")

@@ -185,27 +185,56 @@ def test_a_directory_with_the_files_of_one_template_is_that_series(tmp_path) -> 
     assert set(contents(tmp_path)) == {"2.keras"}
 
 
-def test_a_file_of_a_template_stands_for_the_files_of_the_template(tmp_path) -> None:
-    """`keras-ckpt ls 2.keras` lists all."""
+def test_the_path_of_a_file_means_the_file_alone(tmp_path) -> None:
+    """The other files of its template are not listed, verified or pinned."""
     for step in (1, 2):
         save(tmp_path / "{epoch}.keras", step, f"{step}.keras")
+    file = CheckpointDirectory(tmp_path / "2.keras")
 
-    assert [record.name for record in CheckpointDirectory(tmp_path / "2.keras")] == ["1.keras", "2.keras"]
+    assert [record.name for record in file] == ["2.keras"]
+    assert steps(tmp_path / "2.keras") == [2]
+    assert 1 not in file
+    file.pin(2)
+    assert [record.pinned for record in CheckpointDirectory(tmp_path / "{epoch}.keras")] == [False, True]
 
 
-def test_a_directory_with_the_files_of_several_templates_asks_for_a_file(tmp_path, monkeypatch) -> None:
-    """The error has the newest file of each template, by a path that works."""
+@pytest.mark.parametrize(
+    "choose",
+    [
+        CheckpointDirectory.clear,
+        CheckpointDirectory.latest,
+        CheckpointDirectory.best,
+        lambda file: file.plan(1),
+        lambda file: file.prune(LatestN(1)),
+        lambda file: file.prune(CheckpointDirectory(os.path.join(file.path, "{epoch}.keras")).plan(1)),
+    ],
+    ids=["clear", "latest", "best", "plan", "prune by policy", "prune by plan"],
+)
+def test_nothing_is_chosen_or_removed_by_the_path_of_one_file(tmp_path, monkeypatch, choose) -> None:
+    """The error has the path of all files of the template."""
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        save("w/{epoch}.keras", step, f"{step}.keras")
+
+    with pytest.raises(ValueError, match=r"^w/1.keras is one file of a template\. .* type 'w/\{epoch\}.keras'\.$"):
+        choose(CheckpointDirectory("w/1.keras"))
+
+    assert steps("w/{epoch}.keras") == [1, 2]
+
+
+def test_a_directory_with_the_files_of_several_templates_asks_for_a_template(tmp_path, monkeypatch) -> None:
+    """The error has the path of each template, which works."""
     monkeypatch.chdir(tmp_path)
     save("w/best.keras", 1, "best.keras")
     for step in (1, 2):
         save("w/{epoch}.keras", step, f"{step}.keras")
 
-    with pytest.raises(ValueError, match=r"several templates: 'best.keras' and '{epoch}.keras'") as error:
+    with pytest.raises(ValueError, match=r"^w has files of several templates\.") as error:
         list(CheckpointDirectory("w"))
 
-    assert str(error.value).endswith("Name a file instead of the directory: 'w/best.keras' or 'w/2.keras'.")
+    assert str(error.value).endswith("Name a template instead of the directory: 'w/best.keras' or 'w/{epoch}.keras'.")
     assert [record.step for record in CheckpointDirectory("w/best.keras")] == [1]
-    assert [record.step for record in CheckpointDirectory("w/2.keras")] == [1, 2]
+    assert [record.step for record in CheckpointDirectory("w/{epoch}.keras")] == [1, 2]
 
 
 def test_each_series_of_a_directory_is_found(tmp_path) -> None:

@@ -26,7 +26,7 @@ class _Step(click.ParamType):  # type: ignore[type-arg] # generic since click 8.
     name = "STEP"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if not _is_step(value):
+        if not (_is_step(value) or _is_file(value)):
             self.fail(f"{value!r} is neither a number nor 'latest' nor 'best' nor a file of Keras.", param, ctx)
         return int(value) if value.isdecimal() else value
 
@@ -39,15 +39,21 @@ class OfOneStep(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = [word for word in args if not word.startswith("-")]
-        if words and _is_step(words[0]) and not any(map(_is_step, words[1:2])):
+        if words and (_is_step(words[0]) or _is_file(words[0])) and not any(map(_is_step, words[1:2])):
             folder, name = os.path.split(words[0])
             place = args.index(words[0])
-            args = [*args[:place], words[0] if folder or layout.is_keras_file(name) else ".", name, *args[place + 1 :]]
+            args = [*args[:place], folder or ".", name, *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
 
 def _is_step(word: str) -> bool:
-    return word in _NAMED or (word.isascii() and word.isdecimal()) or layout.is_keras_file(word)
+    """Whether a word is a number, `latest` or `best`."""
+    return word in _NAMED or (word.isascii() and word.isdecimal())
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word is the path of a file of Keras, and of no template."""
+    return layout.is_keras_file(word) and layout.Series(word).is_one_name
 
 
 def _known(ctx: click.Context) -> Iterable[CheckpointRecord]:

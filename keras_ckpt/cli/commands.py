@@ -86,7 +86,7 @@ def best(paths: Sequence[str], monitor: str | None, mode: Mode | None, form: str
 
     Example: keras-ckpt best runs/digits --monitor val_accuracy --mode max
     """
-    for runs in _existing(*paths):
+    for runs in _whole(*paths):
         _show(_found(runs, runs.best(monitor, mode)), form)
 
 
@@ -134,7 +134,7 @@ def prune(
         policies: list[PreservationPolicy] = [kind(value) for kind, value in kinds.items() if value is not None]
     if not policies:
         raise click.UsageError("Give a --keep option, for example --keep-latest 3. To remove everything, use clear.")
-    plans = [(runs, runs.plan(functools.reduce(operator.or_, policies))) for runs in _existing(*paths)]
+    plans = [(runs, runs.plan(functools.reduce(operator.or_, policies))) for runs in _whole(*paths)]
     for _, plan in plans:
         _report(form, plan, functools.partial(_plan_facts, plan))
     if dry_run:
@@ -229,7 +229,7 @@ def clear(paths: Sequence[str], yes: bool, form: str | None) -> None:
 
     Example: keras-ckpt clear runs/digits
     """
-    directories = _existing(*paths)
+    directories = _whole(*paths)
     if not yes:
         count = counted(sum(map(len, directories)), "checkpoint")
         click.confirm(f"Remove {count} in {', '.join(paths)}?", abort=True)
@@ -279,6 +279,15 @@ def _arguments() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
 
 
+def _whole(*paths: str) -> list[CheckpointDirectory]:
+    """The directories, each of which means all checkpoints of one series."""
+    directories = _existing(*paths)
+    for runs in directories:
+        with _arguments():
+            runs.refuse_one_file()
+    return directories
+
+
 def _existing(*paths: str) -> list[CheckpointDirectory]:
     """The directories, each of which means one series."""
     directories = _directories(*paths)
@@ -302,12 +311,19 @@ def _directories(*paths: str) -> list[CheckpointDirectory]:
 
 def _record(path: str, step: int | str) -> tuple[CheckpointDirectory, CheckpointRecord]:
     """The directory and the checkpoint of a STEP."""
-    (runs,) = _existing(path)
+    if isinstance(step, str) and layout.is_keras_file(step):
+        (runs,) = _existing(_series_of_file(path, step))
+        return runs, runs.listing().named(step)
+    (runs,) = _whole(path)
     if isinstance(step, int):
         return runs, runs[step]
-    if layout.is_keras_file(step):
-        return runs, runs.listing().named(step)
     return runs, _found(runs, runs.latest() if step == "latest" else runs.best())
+
+
+def _series_of_file(path: str, name: str) -> str:
+    """The path of the series of a file. A folder may hold several series, but only one has the name."""
+    is_nested = os.path.basename(name) != name
+    return path if is_nested or layout.is_keras_file(path) else os.path.join(path, name)
 
 
 def _found(runs: CheckpointDirectory, record: CheckpointRecord | None) -> CheckpointRecord:

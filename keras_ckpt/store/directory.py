@@ -22,8 +22,8 @@ from keras_ckpt.store.listing import (
     examine,
     scan,
     series_in,
+    split,
     taken,
-    template_of,
     verify,
 )
 from keras_ckpt.store.notices import log, warn
@@ -95,8 +95,9 @@ class CheckpointDirectory(tables.Shown):
     ```
 
     Args:
-        path: The directory. It need not exist yet. For the files of a template or one file of Keras, such as
-            `"runs/{epoch:02d}.keras"`, the path that `ModelCheckpoint` was given.
+        path: The directory. It need not exist yet. For the files of a template, such as `"runs/{epoch:02d}.keras"`,
+            the path that `ModelCheckpoint` was given. The path of one file, such as `"runs/07.keras"`, means this file
+            alone, and nothing can be chosen from it.
         series: The series of the checkpoints. Defaults to the series of the path. In a directory that has files of
             Keras of one template and no TensorFlow checkpoints, it defaults to these files.
 
@@ -114,13 +115,13 @@ class CheckpointDirectory(tables.Shown):
         path = os.path.abspath(path)
         self._is_given = series is not None
         is_directory = self._is_given or os.path.isdir(path)
-        self.path, self.series = (path, series or layout.TENSORFLOW) if is_directory else layout.split(path)
+        self.path, self.series = (path, series or layout.TENSORFLOW) if is_directory else split(path)
         self._listeners: list[Callable[[Change], object]] = []
 
     def open(self, *, create: bool = False) -> Folder:
         """Opens the directory. The caller closes it.
 
-        A directory is opened as the series that its path means, and a file of a template as the series of the template.
+        A directory is opened as the series that its path means.
 
         Args:
             create: Whether to create the directory and its parents where missing.
@@ -129,35 +130,41 @@ class CheckpointDirectory(tables.Shown):
             ValueError: The directory has files of Keras of several templates.
         """
         folder = Folder(self.path, self.series, create=create)
-        if create or self._is_given or not self.series.is_one_name:
+        if create or self._is_given or self.series.template:
             return folder
         with contextlib.ExitStack() as failed:
             failed.callback(folder.close)
-            if template := self.series.template:
-                series = layout.Series(template_of(folder, template) or template)
-            else:
-                series = self._meant(folder)
+            folder.series = self._meant(folder)
             failed.pop_all()
-        folder.series = series
         return folder
 
     def _meant(self, folder: Folder) -> layout.Series:
         """The series that the path of a directory means.
 
         Raises:
-            ValueError: The path means several series. The error names the newest file of each.
+            ValueError: The path means several series. The error has the path of each.
         """
         if folder.exists(layout.STATE_FILE):
             return layout.TENSORFLOW  # the names of ten thousand checkpoints are not read twice
         meant, _ = series_in(folder)
         if len(meant) < 2:
             return meant[0] if meant else self.series
-        found = [(series.template, list(CheckpointDirectory(self.path, series))) for series in meant[:5]]
-        newest = [os.path.join(tables.relative(self.path), records[-1].name) for _, records in found if records]
+        paths = [repr(tables.relative(os.path.join(self.path, series.template))) for series in meant[:5]]
         raise ValueError(
-            f"{self.path} has files of several templates: {' and '.join(repr(template) for template, _ in found)}. "
-            f"Name a file instead of the directory: {' or '.join(map(repr, newest))}."
+            f"{tables.relative(self.path)} has files of several templates. Name a template instead of the directory: "
+            f"{' or '.join(paths)}."
         )
+
+    def refuse_one_file(self) -> None:
+        """Refuses the path of one file of a template, from which nothing can be chosen.
+
+        Raises:
+            ValueError: The path is one file of a template. The error has the path of all files.
+        """
+        if self.series.only:
+            names = self.series.only, self.series.template
+            file, template = (tables.relative(os.path.join(self.path, name)) for name in names)
+            raise ValueError(f"{file} is one file of a template. To name all files of it, type {template!r}.")
 
     def each_series(self) -> list[CheckpointDirectory]:
         """The directory of each series here: of the TensorFlow checkpoints, and of the files of each template."""
@@ -212,7 +219,12 @@ class CheckpointDirectory(tables.Shown):
         return self._find(self.listing(), step)
 
     def latest(self) -> CheckpointRecord | None:
-        """The newest checkpoint in the order of saving, or `None` without checkpoints."""
+        """The newest checkpoint in the order of saving, or `None` without checkpoints.
+
+        Raises:
+            ValueError: The path is one file of a template.
+        """
+        self.refuse_one_file()
         records = self.listing().records
         return records[-1] if records else None
 
@@ -228,7 +240,9 @@ class CheckpointDirectory(tables.Shown):
         Raises:
             CheckpointNotFoundError: No checkpoint has a finite value of the metric. The error names the metrics.
             MonitorError: Neither the arguments nor the sidecars give the metric, or its mode.
+            ValueError: The path is one file of a template.
         """
+        self.refuse_one_file()
         listing = self.listing()
         if not listing.records:
             return None
@@ -247,7 +261,9 @@ class CheckpointDirectory(tables.Shown):
         Raises:
             PlanError: The plan would keep nothing, or the policy ranks by a metric that no checkpoint has.
             FormatVersionError: A newer version of this package wrote here.
+            ValueError: The path is one file of a template.
         """
+        self.refuse_one_file()
         policy = as_policy(keep)
         if policy is None:
             raise TypeError("plan() needs a policy, such as keras_ckpt.LatestN(2). Received: None")
@@ -277,7 +293,9 @@ class CheckpointDirectory(tables.Shown):
 
         Raises:
             PlanError: A checkpoint that the plan keeps is damaged; nothing was removed.
+            ValueError: The path is one file of a template.
         """
+        self.refuse_one_file()
         if isinstance(plan, PreservationPolicy):
             plan = self.plan(plan)
         if not isinstance(plan, PrunePlan):
@@ -379,7 +397,9 @@ class CheckpointDirectory(tables.Shown):
             PlanError: Some checkpoints are pinned, and `pinned` is false; nothing was removed.
             DirectoryInUseError: Another process trains into this directory.
             FormatVersionError: A newer version of this package wrote here.
+            ValueError: The path is one file of a template.
         """
+        self.refuse_one_file()
         if not os.path.lexists(self.path):
             return []
         with self._change() as (folder, before):
@@ -459,8 +479,8 @@ def _naming(path: str) -> Iterator[None]:
 
 def _title(listing: Listing) -> str:
     """The path of a series, to display."""
-    template = listing.series.template
-    return tables.relative(os.path.join(listing.path, template) if template else listing.path)
+    name = listing.series.only or listing.series.template
+    return tables.relative(os.path.join(listing.path, name) if name else listing.path)
 
 
 def _refuse_damaged(plan: PrunePlan) -> None:

@@ -38,9 +38,11 @@ class Series:
     Attributes:
         template: The template of the names of Keras's files; `""` for TensorFlow checkpoints. Its folders may have
             fields too, as in `e{epoch:02d}/model.keras`: then a name is a path below the directory.
+        only: The only name to read, `""` to read all files of the template.
     """
 
     template: str = ""
+    only: str = ""
 
     @property
     def private(self) -> str:
@@ -59,7 +61,7 @@ class Series:
         """
         if not self.template:
             return {name for name in of_sidecars(files) if not is_keras_file(name)}
-        return {name for name in files if self._pattern.fullmatch(name)}
+        return {name for name in files if (name == self.only if self.only else self._pattern.fullmatch(name))}
 
     @property
     def is_one_name(self) -> bool:

@@ -226,6 +226,17 @@ def series_in(folder: Folder) -> tuple[list[Series], list[Series]]:
     return [Series(template) for template in sorted(meant)], [Series(template) for template in sorted(others)]
 
 
+def split(path: str) -> tuple[str, Series]:
+    """The directory and the series of a path: of a directory, of a template, or of a file of Keras."""
+    folder, series = layout.split(path)
+    name = series.template
+    if name and series.is_one_name:
+        with contextlib.suppress(OSError), Folder(folder) as files:
+            if (template := template_of(files, name) or name) != name:
+                return folder, Series(template, only=name)
+    return folder, series
+
+
 def _nested(folder: Folder) -> set[str]:
     """The templates with fields in their folders that have files below the directory."""
     found = set()

@@ -97,7 +97,7 @@ def _locate(checkpoint: object) -> tuple[CheckpointDirectory, list[str]]:
     path = os.path.abspath(os.fspath(checkpoint))
     directory = CheckpointDirectory(path)
     if directory.series.template and "{" not in path:
-        return directory, [directory.series.template]
+        return directory, [directory.series.only or directory.series.template]
     if directory.series.template or os.path.isdir(path):
         return directory, _newest_first(directory.listing())
     return CheckpointDirectory(os.path.dirname(path), layout.TENSORFLOW), [layout.named_by(os.path.basename(path))]

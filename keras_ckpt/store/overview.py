@@ -188,8 +188,8 @@ def _used(columns: Iterable[Column]) -> tuple[Column, ...]:
 
 
 def _marks(record: CheckpointRecord, listing: Listing, ranking: Ranking) -> list[str]:
-    """The marks of a checkpoint within its series. A file that each save replaces is the only one of its series."""
-    if record.template and record.name == record.template:
+    """The marks of a checkpoint within its series. A file that is shown alone has none."""
+    if record.template and record.name in (record.template, listing.series.only):
         return []
     return ["best"] * (record.step in ranking.best) + ["newest"] * (record is listing.records[-1])
 

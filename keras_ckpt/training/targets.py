@@ -117,8 +117,10 @@ class Files:
         self._kind = kind
         self._folder = layout.split(path)[0]
         named = CheckpointDirectory(path)
-        self.directory = CheckpointDirectory(named.path, named.series)
-        self._template = Template(named.series.template)
+        # A file of another template may have the name.
+        series = layout.Series(named.series.only or named.series.template)
+        self.directory = CheckpointDirectory(named.path, series)
+        self._template = Template(series.template)
 
     def schedule(self, save_freq: SaveFreq | list[SaveFreq]) -> SaveSchedule:
         return CallbackSchedule(save_freq)
