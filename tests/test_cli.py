@@ -252,6 +252,20 @@ def test_clear_asks_for_confirmation(runs) -> None:
     assert len(runs) == 0
 
 
+def test_clear_refuses_a_pinned_checkpoint_before_it_asks(two) -> None:
+    """The error has the command that removes pinned checkpoints too. Nothing of the other paths is removed."""
+    two[1].pin(2)
+    paths = [runs.path for runs in two]
+
+    text = run("clear", *paths, answer="y\n", code=1)
+
+    assert "[y/N]" not in text
+    assert text.endswith(f"type keras-ckpt clear --pinned {' '.join(paths)}\n")
+    assert [len(runs) for runs in two] == [4, 3]
+    assert run("clear", "--pinned", *paths, answer="y\n").endswith("Removed 7 checkpoints.\n")
+    assert [len(runs) for runs in two] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

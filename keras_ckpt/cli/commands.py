@@ -6,6 +6,7 @@ import contextlib
 import functools
 import operator
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import click
 import msgspec
 
 from keras_ckpt.cli import arguments
-from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, MonitorError
+from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, MonitorError, PlanError
 from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory, Verification
 from keras_ckpt.store.files import Folder
@@ -222,18 +223,21 @@ def unpin(path: str, step: int | str, form: str | None) -> None:
 
 @main.command()
 @arguments.paths
+@click.option("--pinned", is_flag=True, help="Remove pinned checkpoints too.")
 @arguments.yes
 @arguments.form("quiet")
-def clear(paths: Sequence[str], yes: bool, form: str | None) -> None:
+def clear(paths: Sequence[str], pinned: bool, yes: bool, form: str | None) -> None:
     """Remove all checkpoints of each PATH.
 
     Example: keras-ckpt clear runs/digits
     """
     directories = _whole(*paths)
+    if not pinned:
+        _refuse_pinned(directories, paths)
     if not yes:
         count = counted(sum(map(len, directories)), "checkpoint")
         click.confirm(f"Remove {count} in {', '.join(paths)}?", abort=True)
-    removed = sum(len(runs.clear()) for runs in directories)
+    removed = sum(len(runs.clear(pinned=pinned)) for runs in directories)
     _say(form, f"Removed {counted(removed, 'checkpoint')}.")
 
 
@@ -330,6 +334,16 @@ def _found(runs: CheckpointDirectory, record: CheckpointRecord | None) -> Checkp
     if record is None:
         raise CheckpointNotFoundError(f"There is no checkpoint in {runs.path}.")
     return record
+
+
+def _refuse_pinned(directories: Sequence[CheckpointDirectory], paths: Sequence[str]) -> None:
+    """Refuses to clear pinned checkpoints, before anything is asked or removed."""
+    for runs, path in zip(directories, paths, strict=True):
+        if steps := [str(record.step) for record in runs if record.pinned]:
+            raise PlanError(
+                f"{path} has pinned checkpoints, of the steps {', '.join(steps)}. Nothing was removed. To remove them "
+                f"too, type keras-ckpt clear --pinned {shlex.join(paths)}"
+            )
 
 
 def _verified(runs: CheckpointDirectory, form: str | None) -> Verification:
