@@ -393,9 +393,25 @@ def test_a_file_without_a_record_exits_with_1(files) -> None:
     """`ls` shows its name."""
     pathlib.Path("ckpt/mine.keras").write_bytes(b"by hand")
 
-    assert "this package did not write the file" in run("show", "ckpt/mine.keras", code=1)
+    text = run("show", "ckpt/mine.keras", code=1)
+    assert "ckpt/mine.keras has no record" in text
+    assert "type keras_ckpt.load_model('ckpt/mine.keras') in Python" in text
+    assert "or keras-ckpt export ckpt/mine.keras values.npz in a shell" in text
     assert "There is no checkpoint none.keras" in run("show", "ckpt/none.keras", code=1)
     assert "without a record, left alone: mine.keras" in run("ls", "ckpt")
+
+
+def test_verify_names_all_files_without_a_record_in_one_line(tmp_path, monkeypatch) -> None:
+    """A folder of files that Keras wrote has no checkpoint to verify."""
+    monkeypatch.chdir(tmp_path)
+    for epoch in (1, 2, 3):
+        pathlib.Path(f"{epoch}.keras").write_bytes(b"by Keras")
+
+    text = run("verify", ".")
+
+    assert text.endswith("without a record, cannot be verified: 1.keras, 2.keras, 3.keras\n")
+    assert len(text.splitlines()) == 1
+    assert json.loads(run("verify", "--json"))["without_sidecar"] == ["1.keras", "2.keras", "3.keras"]
 
 
 def test_a_bug_is_not_shown_as_wrong_usage(runs, monkeypatch) -> None:

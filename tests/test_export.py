@@ -224,12 +224,30 @@ def test_the_command_exports_a_file_of_keras(tmp_path, monkeypatch) -> None:
     model = dense_model()
     fit(model, kc.ModelCheckpoint("w/best.keras"))
 
-    for words in (["w/best.keras"], ["w", "best.keras"], ["w/best.keras", "latest"]):
+    named = {
+        "w/best.keras": ["w/best.keras"],
+        "w/best.keras ": ["w", "best.keras"],
+        "step 5": ["w/best.keras", "latest"],
+    }
+    for name, words in named.items():
         result = CliRunner().invoke(main, ["export", *words, "other.keras"])
 
-        assert (result.exit_code, result.output) == (0, "Exported step 5 to other.keras.\n")
+        assert (result.exit_code, result.output) == (0, f"Exported {name.strip()} to other.keras.\n")
         assert all(map(np.array_equal, keras.models.load_model("other.keras").get_weights(), model.get_weights()))
         os.remove("other.keras")
+
+
+@pytest.mark.parametrize("name", ["best.keras", "best.weights.h5"])
+def test_the_command_exports_a_file_without_a_record(tmp_path, monkeypatch, name) -> None:
+    """Keras wrote it, or an earlier export."""
+    monkeypatch.chdir(tmp_path)
+    model = dense_model()
+    (model.save_weights if "weights" in name else model.save)(name)
+
+    result = CliRunner().invoke(main, ["export", name, "values.npz"])
+
+    assert (result.exit_code, result.output) == (0, f"Exported {name} to values.npz.\n")
+    np.testing.assert_array_equal(np.load("values.npz")["layers/dense/vars/0"], model.layers[0].kernel)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from keras_ckpt.store.listing import PIN_LIMIT, Listing
 from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode, members
-from keras_ckpt.store.tables import Shown, counted, printable, text
+from keras_ckpt.store.tables import Shown, counted, few, printable, relative, text
 from keras_ckpt.version import __version__
 
 
@@ -157,10 +157,15 @@ def verify(context: click.Context, paths: Sequence[str], form: str | None) -> No
 
     Example: keras-ckpt verify runs/digits
     """
-    verifications = [_verified(each, form) for runs in _directories(*paths) for each in runs.each_series()]
-    for found in verifications:
-        _report(form, found, functools.partial(_verification_facts, found))
-    context.exit(0 if all(found.ok for found in verifications) else 1)
+    ok = True
+    for runs in _directories(*paths):
+        found = [_verified(each, form) for each in runs.each_series()]
+        ok = ok and all(each.ok for each in found)
+        if form == "json":
+            _print_json(_verification_facts([each.listing for each in found]))
+        elif form is None:
+            _print_verifications(runs, found)
+    context.exit(0 if ok else 1)
 
 
 @main.command(cls=arguments.OfOneStep)
@@ -178,16 +183,16 @@ def export(path: str, step: int | str, file: str, weights_only: bool) -> None:
     """
     import keras_ckpt  # the other commands need no NumPy
 
-    record = _record(path, step)[1]
+    checkpoint, name = _exported(path, step)
     try:
-        keras_ckpt.export(record, file, weights_only=weights_only)
+        keras_ckpt.export(checkpoint, file, weights_only=weights_only)
     except CheckpointError:
         raise
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except ImportError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"Exported step {record.step} to {file}.")
+    click.echo(f"Exported {name} to {file}.")
 
 
 @main.command(cls=arguments.OfOneStep)
@@ -316,7 +321,8 @@ def _directories(*paths: str) -> list[CheckpointDirectory]:
 def _record(path: str, step: int | str) -> tuple[CheckpointDirectory, CheckpointRecord]:
     """The directory and the checkpoint of a STEP."""
     if isinstance(step, str) and layout.is_keras_file(step):
-        (runs,) = _existing(_series_of_file(path, step))
+        # A folder may hold several series, but only one has the name. A name with folders is of the series of its PATH.
+        (runs,) = _existing(path if layout.is_keras_file(path) or "/" in step else os.path.join(path, step))
         return runs, runs.listing().named(step)
     (runs,) = _whole(path)
     if isinstance(step, int):
@@ -324,10 +330,13 @@ def _record(path: str, step: int | str) -> tuple[CheckpointDirectory, Checkpoint
     return runs, _found(runs, runs.latest() if step == "latest" else runs.best())
 
 
-def _series_of_file(path: str, name: str) -> str:
-    """The path of the series of a file. A folder may hold several series, but only one has the name."""
-    is_nested = os.path.basename(name) != name
-    return path if is_nested or layout.is_keras_file(path) else os.path.join(path, name)
+def _exported(path: str, step: int | str) -> tuple[CheckpointRecord | str, str]:
+    """The checkpoint of a STEP, and its name. A file of Keras may have no record."""
+    if isinstance(step, str) and layout.is_keras_file(step):
+        file = os.path.join(layout.split(path)[0], step)
+        return file, relative(file)
+    record = _record(path, step)[1]
+    return record, f"step {record.step}"
 
 
 def _found(runs: CheckpointDirectory, record: CheckpointRecord | None) -> CheckpointRecord:
@@ -361,6 +370,18 @@ def _verified(runs: CheckpointDirectory, form: str | None) -> Verification:
     ) as bar:
         task = bar.add_task("verifying", total=None)
         return runs.verify(lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _print_verifications(runs: CheckpointDirectory, verifications: Sequence[Verification]) -> None:
+    """Prints the table of each series, and one line for all files without a record."""
+    unknown: list[str] = []
+    for found in verifications:
+        if len(verifications) == 1 or found.listing.all_runs or found.listing.damaged:
+            click.echo(text(found, color=True))
+        else:
+            unknown += found.listing.unmanaged
+    if unknown:
+        click.echo(f"{relative(runs.path)}: without a record, cannot be verified: {few(unknown)}")
 
 
 def _report(form: str | None, shown: Shown, facts: Callable[[], Any]) -> None:
@@ -411,8 +432,8 @@ def _directory_facts(runs: CheckpointDirectory) -> dict[str, Any]:
     }
 
 
-def _verification_facts(found: Verification) -> dict[str, Any]:
-    return {"whole": [record.step for record in found.listing.records], **_others(found.listing)}
+def _verification_facts(listings: Sequence[Listing]) -> dict[str, Any]:
+    return {"whole": [record.step for listing in listings for record in listing.records], **_others(*listings)}
 
 
 def _others(*listings: Listing) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import itertools
 import operator
+import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
@@ -20,6 +22,7 @@ from keras_ckpt.store.files import Folder
 from keras_ckpt.store.layout import TENSORFLOW, Series
 from keras_ckpt.store.reading import Reading
 from keras_ckpt.store.record import CheckpointRecord, superseded
+from keras_ckpt.store.tables import relative
 
 Check = Callable[[CheckpointRecord], object]
 """Raises an error for a damaged checkpoint."""
@@ -88,8 +91,9 @@ class Listing:
                 return record
         if name in self.damaged:
             raise type(self.damaged[name])(f"{name} in {self.path} cannot be used: {self.damaged[name]}")
-        without = ", because this package did not write the file" if name in self.unmanaged else ""
-        raise CheckpointNotFoundError(f"There is no checkpoint {name} in {self.path}{without}.")
+        if name in self.unmanaged:
+            raise CheckpointNotFoundError(_without_record(relative(os.path.join(self.path, name))))
+        raise CheckpointNotFoundError(f"There is no checkpoint {name} in {self.path}.")
 
     def find(self, step: int) -> CheckpointRecord:
         """The checkpoint of a step.
@@ -224,6 +228,15 @@ def series_in(folder: Folder) -> tuple[list[Series], list[Series]]:
         meant = {TENSORFLOW.template}
     others = (recorded | single) - meant
     return [Series(template) for template in sorted(meant)], [Series(template) for template in sorted(others)]
+
+
+def _without_record(file: str) -> str:
+    """The error of a file of Keras that has no record, with the ways to use the file."""
+    load = f"load_model({file!r})" if file.endswith(".keras") else f"restore(model, {file!r})"
+    return (
+        f"{file} has no record, so neither its step nor its metrics are known. To use it, type keras_ckpt.{load} in "
+        f"Python, or keras-ckpt export {shlex.quote(file)} values.npz in a shell."
+    )
 
 
 def split(path: str) -> tuple[str, Series]:
