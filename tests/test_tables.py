@@ -179,6 +179,21 @@ def test_a_folder_of_two_series_of_files_in_a_terminal_of_60_columns(tmp_path, m
     """)
 
 
+@pytest.mark.parametrize("width", [60, 70, 80])
+def test_a_plan_of_files_fits_its_terminal(tmp_path, monkeypatch, width) -> None:
+    """A narrow terminal drops the marks, and keeps the file, the step, the metric, the plan and its reason."""
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path / "ckpt")
+
+    runs = kc.CheckpointDirectory("ckpt/{epoch:02d}-{val_loss:.2f}.keras")
+
+    table = screen(runs.plan(kc.LatestN(2)), width, monkeypatch)
+
+    assert max(map(len, table.splitlines())) <= width
+    assert re.search(r"^02-0.50.keras +200 .* 0.5 .*remove  no policy", table, re.MULTILINE)
+    assert ("mark" in table.splitlines()[1]) == (width == 80)
+
+
 def test_a_table_of_files_has_those_of_earlier_runs_and_names_those_without_a_record(tmp_path, monkeypatch) -> None:
     """No policy removes these files, so a plan names both."""
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,7 @@ _Row = TypeVar("_Row")
 class _Rank(enum.IntEnum):
     """The importance of a column. A narrow terminal drops the largest ranks."""
 
-    ALWAYS, EPOCH, BATCH, VALIDATION, SIZE, SAVED, TRAINING, REASON = range(8)
+    ALWAYS, MARK, EPOCH, BATCH, VALIDATION, SIZE, SAVED, TRAINING, REASON = range(9)
 
 
 class Ranking(NamedTuple):
@@ -87,7 +87,9 @@ def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: 
     columns = [
         *_facts(records, listing.records, ranking.monitors),
         _column("size", rows, lambda decision: size(decision.size), rank=_Rank.SIZE),
-        _column("mark", records, lambda record: ", ".join(_marks(record, listing, ranking)), words=True),
+        _column(
+            "mark", records, lambda record: ", ".join(_marks(record, listing, ranking)), rank=_Rank.MARK, words=True
+        ),
         _column("plan", rows, lambda decision: "keep" if decision.kept else "remove", words=True),
         _column("why", rows, lambda decision: printable(decision.reason), _more, words=True),
     ]
