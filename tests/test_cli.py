@@ -239,8 +239,12 @@ def test_pin_sets_a_reason_and_unpin_removes_the_pin(runs) -> None:
     run("pin", runs.path, 10, "paper figure 3")
     assert runs[10].pin == "paper figure 3"
 
-    run("unpin", runs.path, 10)
+    assert run("unpin", runs.path, 10) == "Unpinned step 10.\n"
     assert not runs[10].pinned
+
+
+def test_unpin_says_that_a_checkpoint_has_no_pin(runs) -> None:
+    assert run("unpin", runs.path, 10) == "Step 10 has no pin.\n"
 
 
 def test_clear_asks_for_confirmation(runs) -> None:
@@ -277,14 +281,17 @@ def test_clear_refuses_a_pinned_checkpoint_before_it_asks(two) -> None:
         (["prune", "{run}", "--keep-best", 1, "--monitor", "lost", "--mode", "min"], "which no checkpoint has"),
         (["ls", "nowhere"], "There is no directory nowhere"),
         (["show", "nowhere", 1], "There is no directory nowhere"),
-        (["ls", __file__], "this is a file"),
+        (["ls", __file__], "test_cli.py: Expected a checkpoint directory, this is a file\n"),
+        (["export", "{run}", 10, "{run}/nodir/a.npz"], "/nodir: No such file or directory\n"),
     ],
 )
 def test_a_missing_path_step_or_metric_exits_with_1(runs, arguments, text) -> None:
-    """The output has the error of the library."""
+    """The output has the error of the library, without the number of an error of the system."""
     arguments = [str(argument).replace("{run}", runs.path) for argument in arguments]
 
-    assert text in run(*arguments, code=1)
+    printed = run(*arguments, code=1)
+    assert text in printed
+    assert "Errno" not in printed
 
 
 def test_show_of_a_damaged_checkpoint_exits_with_1(runs) -> None:

@@ -170,6 +170,15 @@ def test_a_failed_export_leaves_the_file_of_before(runs, tmp_path, suffix) -> No
     assert sorted(os.listdir(tmp_path)) == ["run", path.name]
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_an_export_of_values_is_refused_as_a_checkpoint(runs, tmp_path, suffix) -> None:
+    """The error says which exports can be restored."""
+    kc.export(runs, tmp_path / f"values{suffix}")
+
+    with pytest.raises(kc.CheckpointNotFoundError, match=rf"values{suffix} is an export of values.* export to \.keras"):
+        kc.restore(dense_model(), tmp_path / f"values{suffix}")
+
+
 def test_an_export_replaces_a_file(runs, tmp_path) -> None:
     path = tmp_path / "values.npz"
     path.write_bytes(b"before")

@@ -37,8 +37,10 @@ class _Group(click.Group):
             raise  # the reader closed the pipe
         except MonitorError as error:
             raise click.UsageError(str(error)) from error
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(_plain(error)) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,8 +48,9 @@ class _Group(click.Group):
 def main() -> None:
     """List, inspect, verify and prune the checkpoints of a run.
 
-    PATH is the directory of a run, or a file of Keras. Default: the current directory. STEP is a number, latest, best,
-    or the name of a file of Keras. A PATH that is a file needs no STEP.
+    PATH is the directory of a run, a file of Keras, or the template of such files in quotes. Default: the current
+    directory; demo has its own. STEP is a number, latest, best, or the name of a file of Keras. A PATH that is a file
+    needs no STEP.
 
     Exit codes: 0 done, 1 not found or damaged, 2 wrong usage.
     """
@@ -223,7 +226,7 @@ def unpin(path: str, step: int | str, form: str | None) -> None:
     """
     runs, record = _record(path, step)
     runs.unpin(record)
-    _say(form, f"Unpinned step {record.step}.")
+    _say(form, f"Unpinned step {record.step}." if record.pinned else f"Step {record.step} has no pin.")
 
 
 @main.command()
@@ -250,6 +253,8 @@ def clear(paths: Sequence[str], pinned: bool, yes: bool, form: str | None) -> No
 @click.argument("path", type=click.Path(), default="runs/demo")
 def demo(path: str) -> None:
     """Train a small network on handwritten digits, save into the directory PATH, and show the package's features.
+
+    Default of PATH: runs/demo.
 
     Example: keras-ckpt demo runs/demo
     """
@@ -328,6 +333,12 @@ def _record(path: str, step: int | str) -> tuple[CheckpointDirectory, Checkpoint
     if isinstance(step, int):
         return runs, runs[step]
     return runs, _found(runs, runs.latest() if step == "latest" else runs.best())
+
+
+def _plain(error: OSError) -> str:
+    """An error of the file system without its number."""
+    reason = error.strerror or str(error)
+    return f"{relative(error.filename)}: {reason}" if isinstance(error.filename, str) else reason
 
 
 def _exported(path: str, step: int | str) -> tuple[CheckpointRecord | str, str]:

@@ -23,6 +23,8 @@ Read = Callable[[Folder, str, CheckpointRecord | None], Result]
 """Reads a checkpoint from its files, its name, and its record (`None` without a sidecar)."""
 
 _ATTEMPTS = 100
+_VALUES = (".npz", ".safetensors")
+"""The endings of exports that have values alone."""
 
 
 def read_checkpoint(checkpoint: object, read: Read[Result], keep_open: contextlib.ExitStack | None = None) -> Result:
@@ -100,6 +102,11 @@ def _locate(checkpoint: object) -> tuple[CheckpointDirectory, list[str]]:
         return directory, [directory.series.only or directory.series.template]
     if directory.series.template or os.path.isdir(path):
         return directory, _newest_first(directory.listing())
+    if path.endswith(_VALUES) and os.path.isfile(path):
+        raise CheckpointNotFoundError(
+            f"{path} is an export of values, which cannot be restored. Restore its checkpoint, or an export to .keras "
+            "or .weights.h5."
+        )
     return CheckpointDirectory(os.path.dirname(path), layout.TENSORFLOW), [layout.named_by(os.path.basename(path))]
 
 
