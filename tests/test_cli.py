@@ -100,6 +100,16 @@ def test_the_path_defaults_to_the_current_directory(runs, monkeypatch, name) -> 
     assert run(name) == run(name, ".") == there
 
 
+def test_a_prefix_is_a_path_and_a_step(runs) -> None:
+    """A script may give the output of `show --path` to the next command."""
+    prefix = run("show", runs.path, "best", "--path").strip()
+
+    assert run("show", prefix) == run("show", runs.path, 20)
+    run("pin", prefix, "mine")
+    assert [record.pin for record in runs] == [None, "mine", None, None]
+    assert run("unpin", prefix) == "Unpinned step 20.\n"
+
+
 def test_a_directory_may_have_the_name_of_a_step(runs, monkeypatch) -> None:
     """Two steps in a row are a PATH and a STEP."""
     named = pathlib.Path(runs.path).with_name("7")

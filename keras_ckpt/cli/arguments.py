@@ -35,15 +35,25 @@ class _Step(click.ParamType):  # type: ignore[type-arg] # generic since click 8.
 
 
 class OfOneStep(click.Command):
-    """A command of the arguments [PATH] STEP. The PATH may be missing, and the STEP if PATH is a file of Keras."""
+    """A command of the arguments [PATH] STEP. The PATH may be missing, and the STEP if PATH is one checkpoint."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = [word for word in args if not word.startswith("-")]
-        if words and (_is_step(words[0]) or _is_file(words[0])) and not any(map(_is_step, words[1:2])):
-            folder, name = os.path.split(words[0])
+        if words and not any(map(_is_step, words[1:2])) and (found := _path_and_step(words[0])):
             place = args.index(words[0])
-            args = [*args[:place], folder or ".", name, *args[place + 1 :]]
+            args = [*args[:place], *found, *args[place + 1 :]]
         return super().parse_args(ctx, args)
+
+
+def _path_and_step(word: str) -> tuple[str, str] | None:
+    """The PATH and the STEP in one word: a step, a file of Keras, or a prefix as `show --path` prints it."""
+    folder, name = os.path.split(word)
+    folder = folder or "."
+    if _is_step(word) or _is_file(word):
+        return folder, name
+    if os.path.isfile(layout.sidecar(word)) and not os.path.isdir(word):
+        return folder, str(CheckpointDirectory(folder, layout.TENSORFLOW).listing().named(name).step)
+    return None
 
 
 def _is_step(word: str) -> bool:
