@@ -274,6 +274,7 @@ def test_clear_refuses_a_pinned_checkpoint_before_it_asks(two) -> None:
     text = run("clear", *paths, answer="y\n", code=1)
 
     assert "[y/N]" not in text
+    assert "has pinned checkpoints: ckpt-2. Nothing was removed." in text
     assert text.endswith(f"type keras-ckpt clear --pinned {' '.join(paths)}\n")
     assert [len(runs) for runs in two] == [4, 3]
     assert run("clear", "--pinned", *paths, answer="y\n").endswith("Removed 7 checkpoints.\n")
@@ -479,6 +480,11 @@ def test_every_command_has_help_and_is_in_the_readme(name) -> None:
 
     assert f"Example: keras-ckpt {name}" in text
     assert f"keras-ckpt {name}" in README.read_text()
+
+
+def test_the_help_of_demo_has_the_default_of_its_path() -> None:
+    """The other commands read the current directory."""
+    assert "Default of PATH: runs/demo." in run("demo", "--help")
 
 
 def test_python_m_keras_ckpt_runs_the_command(runs) -> None:

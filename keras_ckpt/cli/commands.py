@@ -359,10 +359,10 @@ def _found(runs: CheckpointDirectory, record: CheckpointRecord | None) -> Checkp
 def _refuse_pinned(directories: Sequence[CheckpointDirectory], paths: Sequence[str]) -> None:
     """Refuses to clear pinned checkpoints, before anything is asked or removed."""
     for runs, path in zip(directories, paths, strict=True):
-        if steps := [str(record.step) for record in runs if record.pinned]:
+        if names := [record.name for record in runs if record.pinned]:
             raise PlanError(
-                f"{path} has pinned checkpoints, of the steps {', '.join(steps)}. Nothing was removed. To remove them "
-                f"too, type keras-ckpt clear --pinned {shlex.join(paths)}"
+                f"{path} has pinned checkpoints: {few(names)}. Nothing was removed. To remove them too, type "
+                f"keras-ckpt clear --pinned {shlex.join(paths)}"
             )
 
 
