@@ -447,15 +447,6 @@ class TestFiles:
         assert (tmp_path / "7-0.7.keras").read_bytes() == b"mine"
         assert told(recwarn) == []
 
-    def test_a_pinned_file_of_a_fixed_name_is_not_replaced(self, tmp_path) -> None:
-        train_files(tmp_path / "best.keras", [0.1])
-        kc.CheckpointDirectory(tmp_path / "best.keras").pin(1)
-
-        with pytest.warns(UserWarning, match=r"Step 1 is not saved into .*: best.keras of step 1 is pinned"):
-            train_files(tmp_path / "best.keras", [0.9], new_run="replace")
-
-        assert files(tmp_path) == {"best.keras": 0.1}
-
     def test_a_killed_run_of_files_is_replaced_by_the_next_save_of_the_new_run(self, tmp_path, forks) -> None:
         """Killed between the commit of its first file and the removal of the old files: both runs are whole."""
         template = tmp_path / "{epoch}-{val_loss}.keras"
@@ -542,6 +533,69 @@ class TestReplacedFiles:
         train_files(tmp_path / "best.keras", [0.3], keras.models.load_model(tmp_path / "best.keras"))
 
         assert told(recwarn) == []
+
+
+class TestPinnedFile:
+    """A file of a fixed name that a user pinned: no save replaces it, so a fit could save nothing."""
+
+    @pytest.mark.parametrize("new_run", ["refuse", "replace"])
+    def test_a_new_run_is_refused_before_its_first_batch(self, tmp_path, monkeypatch, recwarn, new_run) -> None:
+        """One line names each way to type, and no warning says that the fit replaces the file."""
+        monkeypatch.chdir(tmp_path)
+        pinned_file("run/best.keras")
+
+        with pytest.raises(kc.DirectoryNotEmptyError) as caught:
+            train_files("run/best.keras", [0.9], None, Interrupts(0, AssertionError("a batch ran")), new_run=new_run)
+
+        assert str(caught.value) == (
+            "run/best.keras (step 1, val_loss 0.1) is of another run and pinned, so this fit could save nothing. In a "
+            "shell, keras-ckpt unpin run/best.keras lets the fit replace the file. Or give ModelCheckpoint "
+            "new_run='subdirectory', or another filepath."
+        )
+        assert told(recwarn) == []
+
+    @pytest.mark.filterwarnings("ignore:An earlier training wrote:UserWarning")
+    @pytest.mark.parametrize("way", ["unpin", "subdirectory"])
+    def test_each_way_of_the_refusal_works_as_it_is_typed(self, tmp_path, monkeypatch, way) -> None:
+        """The path is quoted for the shell."""
+        monkeypatch.chdir(tmp_path)
+        pinned_file("it's here/best.keras")
+        with pytest.raises(kc.DirectoryNotEmptyError) as caught:
+            train_files("it's here/best.keras", [0.9])
+
+        options = {}
+        if way == "unpin":
+            command = re.search(r"keras-ckpt (unpin .*) lets the fit", str(caught.value))[1]
+            assert CliRunner().invoke(main, shlex.split(command)).exit_code == 0
+        else:
+            options = typed(str(caught.value), way)[1]
+        train_files("it's here/best.keras", [0.9], **options)
+
+        assert files(tmp_path / "it's here") == (
+            {"best.keras": 0.9} if way == "unpin" else {"best.keras": 0.1, "2/best.keras": 0.9}
+        )
+
+    def test_a_fit_that_continues_the_run_of_the_file_warns_once_at_the_users_line(self, tmp_path, monkeypatch) -> None:
+        """The end blames no policy."""
+        monkeypatch.chdir(tmp_path)
+        model = pinned_file("best.keras")
+
+        with pytest.warns(UserWarning, match="is pinned") as warned:
+            train_files("best.keras", [0.05, 0.04, 0.03], model, save_best_only=True)
+
+        assert told(warned) == [
+            "best.keras (step 1, val_loss 0.1) is pinned, so this fit saves nothing there. In a shell, keras-ckpt "
+            "unpin best.keras lets the fit replace the file. Or give ModelCheckpoint another filepath."
+        ]
+        assert [each.filename for each in warned if each.category is UserWarning] == [fit.__code__.co_filename]
+        assert files(tmp_path) == {"best.keras": 0.1}
+
+
+def pinned_file(path: str) -> keras.Model:
+    """Trains a run whose only file is pinned. Returns the model."""
+    model = train_files(path, [0.1])
+    kc.CheckpointDirectory(path).pin(1, "paper")
+    return model
 
 
 def train_files(path: str | os.PathLike[str], losses, model=None, *callbacks, **options) -> keras.Model:

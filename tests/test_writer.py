@@ -159,6 +159,18 @@ def test_a_pinned_checkpoint_is_not_superseded_by_another_step_of_its_name(fille
     assert verify(filler.runs) == [10]
 
 
+def test_a_writer_warns_once_of_a_pinned_checkpoint(filler) -> None:
+    """Each later save that the pin prevents is silent."""
+    writer = Writer(filler.runs)
+    writer.save(SaveRequest(step=10, name="best"), payload(b"10"))
+    filler.runs.pin(10)
+
+    with pytest.warns(UserWarning, match="Step 20 is not saved .*best of step 10 is pinned"):
+        writer.save(SaveRequest(step=20, name="best"), payload())
+
+    assert writer.save(SaveRequest(step=30, name="best"), payload()) is None
+
+
 def test_the_state_file_names_only_checkpoints_of_tensorflow(filler) -> None:
     """A newer checkpoint without an index is not TensorFlow's, so TensorFlow's functions do not see it."""
 

@@ -158,6 +158,7 @@ class Writer:
     Attributes:
         replaced: The runs whose checkpoints are pruned after a checkpoint of another run is saved. Policies see the run
             of the newest checkpoint alone, and leave the checkpoints of other runs as they are.
+        known_pins: The names of pinned checkpoints that the user was warned of. No other warning names them.
 
     Raises:
         ValueError: The directory is `/`, or the user's home.
@@ -178,6 +179,7 @@ class Writer:
         self.keep = keep
         self.only = only
         self.replaced: Set[str] = frozenset()
+        self.known_pins: set[str] = set()
         self._lock: WriterLock | None = None
         self._session: object = None
         self._known = Known()
@@ -272,7 +274,7 @@ class Writer:
             self._refuse_other_run(newest, candidate)
         # Refuses what no sidecar can hold before anything is written.
         sidecars.encode(candidate)
-        if not self._wanted(candidate, listing) or _pinned(listing, candidate):
+        if not self._wanted(candidate, listing) or self._pinned(listing, candidate):
             return None
         name = lock.take_stage()
         with self.explaining(request.step), folder.stage(name) as stage:
@@ -303,7 +305,7 @@ class Writer:
         if any(each.same_save(record) for each in listing.records):
             changes += _removals(self.retain(folder, listing))
             return True
-        if _pinned(listing, record) or _pinned_without_record(folder, listing, record):
+        if self._pinned(listing, record) or _pinned_without_record(folder, listing, record):
             return False
         _refuse_disorder(listing, stage, record)
         _warn_of_foreign(folder, listing, record)
@@ -442,6 +444,19 @@ class Writer:
         policies = (policy for policy in (self.keep, self.only) if policy is not None)
         return all(candidate.step in kept_in_training(policy, records) for policy in policies)
 
+    def _pinned(self, listing: Listing, record: CheckpointRecord) -> bool:
+        """Whether the save of a record would supersede a pinned checkpoint; warns of each checkpoint once."""
+        others = (each for each in listing.other_runs if each.name == record.name)
+        pinned = [each for each in (*superseded(record, listing.records), *others) if each.pinned]
+        for each in pinned:
+            if each.name not in self.known_pins:
+                self.known_pins.add(each.name)
+                warn(
+                    f"Step {record.step} is not saved into {listing.path}: {each.name} of step {each.step} is pinned. "
+                    "Unpin it, or train into another directory."
+                )
+        return bool(pinned)
+
 
 def look_for_room(folder: Folder, size: int) -> None:
     """Raises if the disk has no room for `size` bytes, before anything is written."""
@@ -489,21 +504,6 @@ def _refuse_disorder(listing: Listing, stage: Folder, record: CheckpointRecord) 
         raise OSError(errno.EIO, "a sidecar could not be read, so the order of saving is not known")
     if not stage.exists(layout.sidecar(record.name)):
         raise FileNotFoundError(errno.ENOENT, "the staged checkpoint is gone", record.name)
-
-
-def _pinned(listing: Listing, record: CheckpointRecord) -> bool:
-    """Whether the save of a record would supersede a pinned checkpoint; warns of it."""
-    replaced = [
-        *superseded(record, listing.records),
-        *(each for each in listing.other_runs if each.name == record.name),
-    ]
-    pinned = [each for each in replaced if each.pinned]
-    for each in pinned:
-        warn(
-            f"Step {record.step} is not saved into {listing.path}: {each.name} of step {each.step} is pinned. "
-            "Unpin it, or train into another directory."
-        )
-    return bool(pinned)
 
 
 def _pinned_without_record(folder: Folder, listing: Listing, record: CheckpointRecord) -> bool:

@@ -56,6 +56,36 @@ def runs_to_replace(listing: Listing, position: Position, replaces: bool) -> fro
     return frozenset(runs - {position.run_id})
 
 
+def answer_pin(listing: Listing, position: Position) -> set[str]:
+    """Answers a pinned file of a fixed name, which no save replaces, before the first batch.
+
+    Args:
+        listing: The listing of the directory.
+        position: The position of the model.
+
+    Returns:
+        The names of the pinned files that a warning has named.
+
+    Raises:
+        DirectoryNotEmptyError: The file is another run's, so the fit could save nothing.
+    """
+    series = listing.series
+    pinned = [record for record in listing.all_runs if series.template and series.is_one_name and record.pinned]
+    for record in pinned:
+        path = relative(record.prefix)
+        if record.run_id != position.run_id:
+            raise DirectoryNotEmptyError(
+                f"{_described(record)} is of another run and pinned, so this fit could save nothing. In a shell, "
+                f"keras-ckpt unpin {shlex.quote(path)} lets the fit replace the file. Or give ModelCheckpoint "
+                "new_run='subdirectory', or another filepath."
+            )
+        warn(
+            f"{_described(record)} is pinned, so this fit saves nothing there. In a shell, keras-ckpt unpin "
+            f"{shlex.quote(path)} lets the fit replace the file. Or give ModelCheckpoint another filepath."
+        )
+    return {record.name for record in pinned}
+
+
 def opened_in_subdirectory(
     base: CheckpointDirectory,
     run_id: str | None,

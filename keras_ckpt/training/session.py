@@ -24,7 +24,7 @@ from keras_ckpt.store.policies import is_known, kept_in_training
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import SaveRequest, Writer, milliseconds
 from keras_ckpt.training.backlog import MAX_WAITING, Backlog
-from keras_ckpt.training.new_run import runs_to_replace
+from keras_ckpt.training.new_run import answer_pin, runs_to_replace
 from keras_ckpt.training.schedule import SaveSchedule
 
 OnFullDisk = Literal["warn", "raise"]
@@ -188,13 +188,15 @@ class Session(Generic[Held]):
 
         Raises:
             DirectoryInUseError: Another process saves into the directory.
-            DirectoryNotEmptyError: The directory belongs to another run, or to another callback of this fit.
+            DirectoryNotEmptyError: The directory belongs to another run or to another callback of this fit, or its only
+                file is another run's and pinned.
             SaveError: The directory cannot be written.
         """
         background.report()
         self._writer.open(session=self._fit)
         try:
             listing = self._writer.directory.listing() if listing is None else listing
+            self._writer.known_pins = answer_pin(listing, self.progress.position)
             self._writer.replaced = runs_to_replace(listing, self.progress.position, replaces)
         except Exception:
             # A notebook keeps the error, and the error's frames keep the writer alive.
