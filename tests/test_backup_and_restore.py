@@ -2,6 +2,7 @@
 
 import inspect
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.model.position import position_of
-from support.models import Interrupts, X, dense_model, fit, into_a_stage, same
+from support.models import Interrupts, X, Y, dense_model, fit, into_a_stage, same
 
 
 class Counts(keras.callbacks.Callback):
@@ -148,6 +149,35 @@ def test_a_backup_within_an_epoch_repeats_the_epoch_without_a_resumable_dataset(
         fit(dense_model(), kc.BackupAndRestore(backup, save_freq=4), counts, epochs=4)
 
     assert counts.epochs == [2, 3]
+
+
+def test_the_advice_to_wrap_the_data_resumes_exactly_as_it_is_typed(backup, tmp_path) -> None:
+    """The dataset has the batch size of `fit`, and is shuffled where `fit` shuffles. No other warning follows."""
+    options = {"x": X, "y": Y, "batch_size": 8, "shuffle": True, "epochs": 4, "verbose": 0}
+    with pytest.raises(RuntimeError):
+        dense_model().fit(**options, callbacks=[kc.BackupAndRestore(backup, 2), Interrupts(13, RuntimeError())])
+    with pytest.warns(UserWarning, match="To resume exactly, wrap the data") as warned:
+        dense_model().fit(**options, callbacks=[kc.BackupAndRestore(backup, 2)])
+    advice = next(str(each.message) for each in warned if "wrap the data" in str(each.message))
+    wrap, arguments = re.search(r"data = (.*?\)), and give it to fit\((data, .*?)\)", advice).groups()
+    assert wrap == "keras_ckpt.ResumableDataset(x, y, batch_size=8, shuffle=True)"
+
+    def run(name: str, *callbacks: keras.callbacks.Callback) -> keras.Model:
+        keras.utils.set_random_seed(1)
+        model = dense_model()
+        data = eval(wrap, {"keras_ckpt": kc, "x": X, "y": Y})
+        own = kc.BackupAndRestore(tmp_path / name, 2, data=data)
+        eval(
+            f"model.fit({arguments}, epochs=4, verbose=0, callbacks=callbacks)",
+            {"model": model, "data": data, "callbacks": [*callbacks, own]},
+        )
+        return model
+
+    whole = run("whole")
+    with pytest.raises(RuntimeError):
+        run("killed", Interrupts(13, RuntimeError()))
+
+    assert same(run("killed"), whole)
 
 
 def test_a_second_fit_resumes_at_its_own_epoch(backup) -> None:

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from keras.src.saving import saving_lib
 
+import keras_ckpt as kc
 from keras_ckpt.model import keras_internals as internals
 from support.models import X, Y, dense_model, fit
 
@@ -121,6 +122,45 @@ def test_fit_in_progress_finds_the_data_and_the_callbacks_of_fit() -> None:
 
     assert (found.steps_per_epoch, found.batches, found.dataset, found.is_known) == (3, None, data, True)
     assert looks in found.callbacks.callbacks
+
+
+class OneBatch(keras.utils.PyDataset):
+    """Ten samples in one batch."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        return X[:10], Y[:10]
+
+
+@pytest.mark.parametrize(
+    ("typed", "options"),
+    [
+        ("x, y, batch_size=32, shuffle=True", {"x": X, "y": Y}),
+        ("x, y, batch_size=20", {"x": X, "y": Y, "batch_size": 20, "shuffle": False}),
+        (
+            "x, y, sample_weight, batch_size=40, shuffle=True",
+            {"x": X, "y": Y, "sample_weight": Y[:, 0] ** 2, "batch_size": 40},
+        ),
+        ("x, shuffle=True", {"x": OneBatch()}),
+        ("x", {"x": tf.data.Dataset.from_tensors((X, Y)), "shuffle": False}),
+    ],
+)
+def test_fit_in_progress_tells_how_to_type_its_data_as_a_dataset(typed, options) -> None:
+    """The arguments make a `ResumableDataset` of the same batches, shuffled where `fit` shuffles."""
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None) -> None:
+            seen.append(internals.fit_in_progress(self))
+
+    model = dense_model()
+    model.fit(**options, verbose=0, callbacks=[Looks()])
+
+    assert seen[0].typed == typed
+    data = eval(f"ResumableDataset({typed})", {"ResumableDataset": kc.ResumableDataset, **options})
+    assert data.batches == seen[0].batches
 
 
 def test_fit_in_progress_finds_the_list_of_callbacks_of_a_loop_of_the_user() -> None:

@@ -28,6 +28,10 @@ from keras.src.saving import saving_lib
 # Keras's public switch of safe mode holds for the whole program.
 from keras.src.saving.serialization_lib import SafeModeScope
 
+# Keras tells no callback whether the data of a fit is read by index.
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+
 from keras_ckpt.formats.keras_writer import hdf5_in_memory
 
 
@@ -105,6 +109,7 @@ class FitInProgress:
         batches: The number of batches of the data; `None` if it is endless or not known.
         dataset: The `tf.data.Dataset` that `fit` reads; `None` if the data is not a dataset of TensorFlow.
         is_known: Whether Keras's `fit` is in progress, and not a user's training loop.
+        typed: The data and its order as arguments of a dataset: `x, y, batch_size=32, shuffle=True`.
     """
 
     callbacks: keras.callbacks.CallbackList | None = None
@@ -112,6 +117,7 @@ class FitInProgress:
     batches: int | None = None
     dataset: Any = None
     is_known: bool = False
+    typed: str = "x, y, ..."
 
 
 def fit_in_progress(callback: keras.callbacks.Callback | None = None) -> FitInProgress:
@@ -128,9 +134,28 @@ def fit_in_progress(callback: keras.callbacks.Callback | None = None) -> FitInPr
         if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= frame.f_locals.keys():
             steps = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
             adapter = frame.f_locals["epoch_iterator"].data_adapter
-            return FitInProgress(callbacks, steps, adapter.num_batches, getattr(adapter, "_dataset", None), True)
+            dataset, typed = getattr(adapter, "_dataset", None), _typed(frame.f_locals, adapter)
+            return FitInProgress(callbacks, steps, adapter.num_batches, dataset, True, typed)
         frame = frame.f_back
     return FitInProgress(callbacks)
+
+
+def _typed(given: Mapping[str, Any], adapter: Any) -> str:
+    """The data of a `fit` and its order, as a user types them to make a dataset of the same batches.
+
+    Args:
+        given: The arguments of `fit`.
+        adapter: The adapter that reads the data.
+    """
+    reads_by_index = isinstance(adapter, ArrayDataAdapter | PyDatasetAdapter)
+    arguments = [name for name in ("x", "y", "sample_weight") if given.get(name) is not None]
+    if given.get("class_weight") is not None:
+        arguments.append("class_weight=class_weight")
+    if isinstance(adapter, ArrayDataAdapter):
+        arguments.append(f"batch_size={adapter.batch_size}")
+    if reads_by_index and given.get("shuffle"):
+        arguments.append("shuffle=True")
+    return ", ".join(arguments)
 
 
 def is_running(callbacks: keras.callbacks.CallbackList, frame: FrameType | None) -> bool:

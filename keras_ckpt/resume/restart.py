@@ -24,11 +24,6 @@ from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.training.model_checkpoint import ModelCheckpoint
 
-_WRAP = (
-    "To resume exactly, wrap the data, data = keras_ckpt.ResumableDataset(x, y, ...), and give it to fit(data) and to "
-    "BackupAndRestore(..., data=data)."
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -223,7 +218,7 @@ class Restart:
 
     def _warn_of_the_epoch(self, epoch: int) -> None:
         steps = self.document["steps"]
-        why = f"the place in the data is not known. {_WRAP}"
+        why = f"the place in the data is not known.{self._wrapping()}"
         if self._state.data is not None and steps != self._state.steps:
             why = f"an epoch has {self._state.steps} batches here, and had {steps} when the backup was saved."
         warn(
@@ -238,9 +233,18 @@ class Restart:
         if steps_per_epoch is not None and record.step and not known:
             warn(
                 f"With steps_per_epoch={steps_per_epoch} an epoch begins where the last one ended. This one begins at "
-                f"the first batch of the data, because the place in the data is not known. {_WRAP} Give fit() the "
-                "dataset repeated: fit(data.repeat(), steps_per_epoch=...)."
+                f"the first batch of the data, because the place in the data is not known.{self._wrapping()} Give "
+                "fit() the dataset repeated: fit(data.repeat(), steps_per_epoch=...)."
             )
+
+    def _wrapping(self) -> str:
+        """Tells how to type the data of this fit so that a restart knows the place in the data."""
+        if self._state.data is not None:
+            return ""
+        return (
+            f" To resume exactly, wrap the data, data = keras_ckpt.ResumableDataset({self._state.fit.typed}), and give "
+            "it to fit(data, shuffle=False) and to BackupAndRestore(..., data=data)."
+        )
 
     def _warn_of_other_settings(self) -> None:
         before, now = self.document["settings"], settings(self._state.model)
