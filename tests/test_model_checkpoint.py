@@ -117,11 +117,12 @@ class TestSaves:
         assert manager.save() == f"{runs.path}/ckpt-11"
 
     def test_verbose_prints_improvements_outcomes_and_removals(self, runs, capsys) -> None:
-        """One line for each save that was due."""
+        """One line for each save that was due, after the directory of the run."""
         trained(runs, [0.5, 0.25, 0.75], verbose=1, keep=1, save_on_background=False)
 
         lines = [re.sub(r" \(.*\)", "", line) for line in capsys.readouterr().out.splitlines() if line]
         assert lines == [
+            f"Checkpoints are saved into {runs.path}",
             "Step 1, epoch 1: val_loss 0.5, saved ckpt-1",
             "Step 2, epoch 2: val_loss improved from 0.5 to 0.25, saved ckpt-2, removed ckpt-1",
             "Step 3, epoch 3: val_loss 0.75 did not improve from 0.25, saved ckpt-3, removed ckpt-2",
@@ -135,6 +136,7 @@ class TestSaves:
         lines = [re.sub(r" \(.*\)", "", line) for line in capsys.readouterr().out.splitlines() if line]
         assert lines == [
             "begin 1",
+            f"Checkpoints are saved into {runs.path}",
             "Step 1, epoch 1: val_loss 0.5",
             "begin 2",
             "Step 1, epoch 1: saved ckpt-1",

@@ -204,6 +204,19 @@ class TestSubdirectory:
         with pytest.raises(kc.DirectoryNotEmptyError, match="Two callbacks of this training"):
             fit(dense_model(), *checkpoints)
 
+    @pytest.mark.parametrize(("path", "place"), [("run", "run/2"), ("run/best.keras", "run/2/best.keras")])
+    def test_verbose_prints_where_the_run_is_saved(self, tmp_path, monkeypatch, capsys, path, place) -> None:
+        """The lines of each file name its path in the sub-directory."""
+        monkeypatch.chdir(tmp_path)
+        for verbose in (0, 1):
+            train_files(path, [0.5], new_run="subdirectory", verbose=verbose)
+
+        lines = [line for line in capsys.readouterr().out.splitlines() if line]
+        assert lines[0] == "Checkpoints are saved into run/2"
+        if path != "run":
+            assert lines[1:] == [f"Epoch 1: {text} model to {place}" for text in ("saving", "finished saving")]
+        assert kc.CheckpointDirectory(place).latest().step == 1
+
     def test_listeners_of_the_directory_hear_of_the_subdirectory(self, runs) -> None:
         train(runs)
         checkpoint, heard = kc.ModelCheckpoint(runs.path, new_run="subdirectory"), []

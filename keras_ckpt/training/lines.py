@@ -39,10 +39,11 @@ class Save(NamedTuple):
 class Lines(Protocol):
     """Prints lines about saves."""
 
-    def begin(self, monitor: str, mode: Mode | None, best: float | None) -> None:
+    def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
         """Begins a `fit`.
 
         Args:
+            path: The directory of its checkpoints.
             monitor: The monitored metric.
             mode: Whether less or more of it is better.
             best: The best value so far.
@@ -62,7 +63,7 @@ class Lines(Protocol):
 class Silent:
     """No lines."""
 
-    def begin(self, monitor: str, mode: Mode | None, best: float | None) -> None:
+    def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
         return
 
     def save(self, save: Save) -> Handler:
@@ -73,7 +74,7 @@ class Silent:
 
 
 class OfDirectory:
-    """The metric of each save when it is due, its outcome, and the checkpoints that the policy removed.
+    """The directory, the metric of each save when it is due, its outcome, and the checkpoints that the policy removed.
 
     An outcome that comes later has a line of its own.
 
@@ -86,8 +87,9 @@ class OfDirectory:
         self._removed: collections.deque[str] = collections.deque()
         directory.subscribe(self._hear)
 
-    def begin(self, monitor: str, mode: Mode | None, best: float | None) -> None:
+    def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
         self._metric = _Metric(monitor, mode, best)
+        _tell_place(tables.relative(path))
 
     def save(self, save: Save) -> Handler:
         self._facts[save] = [self._metric.judge(save.value)]
@@ -115,18 +117,26 @@ class OfDirectory:
 class OfFiles:
     """The lines of Keras's own callback: one before a save, one when the file is on disk.
 
+    A fit that saves into a sub-directory begins with a line of its own.
+
     Args:
         folder: The folder of the files, as the user typed it.
+        path: The path of this folder.
         best_only: Whether only improvements are saved.
     """
 
-    def __init__(self, folder: str, best_only: bool) -> None:
+    def __init__(self, folder: str, path: str, best_only: bool) -> None:
+        self._base = folder, path
         self._folder = folder
         self._best_only = best_only
         self._lines: list[str] = []
 
-    def begin(self, monitor: str, mode: Mode | None, best: float | None) -> None:
+    def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
         self._metric = _Metric(monitor, mode, best)
+        folder, base = self._base
+        self._folder = os.path.normpath(os.path.join(folder, os.path.relpath(path, base)))
+        if path != base:
+            _tell_place(self._folder)
 
     def save(self, save: Save) -> Handler:
         start = f"Epoch {save.epoch}:"
@@ -186,6 +196,10 @@ class _Metric:
         if better:
             self.best = value
         return better
+
+
+def _tell_place(path: str) -> None:
+    print(f"Checkpoints are saved into {path}")
 
 
 def _five_places(value: float | None) -> str:

@@ -55,9 +55,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             files, such as `"{epoch:02d}-{val_loss:.2f}.keras"`, with the epoch, the batch and metrics as fields. Keras
             3.15 cannot load a model with the loss `"mse"` from a legacy `.h5` file, except with `compile=False`.
         monitor: The metric by which checkpoints are ranked, where something ranks them.
-        verbose: 1 prints a line when a save is due: the metric, and whether it improved, from which value. Then the
-            outcome and the removed checkpoints follow, those of a background save before the line of the next save, or
-            at the end. For files the lines are Keras's. 0 prints nothing.
+        verbose: 1 prints the directory when a fit begins, and a line when a save is due: the metric, and whether it
+            improved, from which value. Then the outcome and the removed checkpoints follow. The outcome of a background
+            save precedes the line of the next save, or comes at the end. For files the lines are Keras's, and the
+            directory is printed if `new_run` has moved the fit below `filepath`. 0 prints nothing.
         save_best_only: Whether to save only a model that is better than every checkpoint on disk and than
             `initial_value_threshold`. In a directory only the best checkpoint stays, as Keras's single file would,
             unless `keep` says otherwise.
@@ -89,7 +90,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         on_removed: The same for each checkpoint that was removed.
 
     Attributes:
-        directory: The `CheckpointDirectory` of the last `fit`, which `new_run="subdirectory"` may put below `filepath`.
+        directory: The `CheckpointDirectory` of the last `fit`. Its `path` tells where the run is saved:
+            `new_run="subdirectory"` may put the run below `filepath`.
 
     Raises:
         ValueError, TypeError: A wrong argument; at the latest before the first batch. After the first batch: Keras
@@ -326,7 +328,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 failed.pop_all()
             self._session, self.directory = session, writer.directory
             best = self.best if self.verbose else None
-            self._lines.begin(self.monitor, self._ranking.mode, best)
+            self._lines.begin(self.directory.path, self.monitor, self._ranking.mode, best)
         return self._session
 
     def _writer(self) -> Writer:

@@ -138,7 +138,7 @@ class Files:
         return policy
 
     def lines(self, best_only: bool) -> Lines:
-        return OfFiles(self._folder, best_only)
+        return OfFiles(self._folder, self.directory.path, best_only)
 
     def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
         if position_of(model) is not None:
