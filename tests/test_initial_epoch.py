@@ -6,7 +6,11 @@ import pytest
 import keras_ckpt as kc
 from support.models import dense_model, fit
 
-LINE = "fit counts its epochs from 1, and the restored run has 2. To continue its count: fit(initial_epoch="
+LINE = (
+    "fit counts its epochs from 1, and the restored run has 2. To continue its count, after keras_ckpt.restore or "
+    "keras_ckpt.load_model: fit(initial_epoch=keras_ckpt.initial_epoch(model), epochs=...), where epochs is the last "
+    "of the run."
+)
 
 
 @pytest.fixture
@@ -35,11 +39,26 @@ def test_initial_epoch_is_the_number_of_completed_epochs(runs) -> None:
     assert kc.initial_epoch(model) == 3
 
 
-def test_a_fit_after_a_restore_says_where_its_epochs_count_from(runs, capsys) -> None:
-    """Where `fit` prints its progress."""
-    fit(restored(runs), kc.ModelCheckpoint(runs.path), verbose=2)
+@pytest.mark.parametrize("load", [restored, kc.load_model])
+def test_a_fit_after_a_restore_says_once_where_its_epochs_count_from(runs, tmp_path, capsys, load) -> None:
+    """Where `fit` prints its progress, however many callbacks save."""
+    fit(load(runs), kc.ModelCheckpoint(runs.path), kc.ModelCheckpoint(tmp_path / "other"), verbose=2)
 
-    assert LINE in capsys.readouterr().out
+    assert capsys.readouterr().out.count(LINE) == 1
+
+
+@pytest.mark.parametrize("load", [keras.models.load_model, kc.load_model])
+def test_a_fit_of_a_model_from_a_file_says_once_where_its_epochs_count_from(tmp_path, capsys, load) -> None:
+    """Keras loads no run with a model. The callback of the file recognizes the weights when `fit` begins."""
+    path = tmp_path / "last.keras"
+    fit(dense_model(), kc.ModelCheckpoint(path), epochs=2)
+    model = load(path)
+    assert kc.initial_epoch(model) == (2 if load is kc.load_model else 0)
+
+    fit(model, kc.ModelCheckpoint(path), kc.ModelCheckpoint(tmp_path / "other.keras"), verbose=2)
+
+    assert capsys.readouterr().out.count(LINE) == 1
+    assert kc.initial_epoch(model) == 3
 
 
 def test_a_silent_fit_logs_where_its_epochs_count_from(runs, capsys, caplog) -> None:

@@ -16,6 +16,7 @@ from keras_ckpt.model import building, compiled, parts
 from keras_ckpt.model.checkpoint_reader import BundleSource, errors_as_damage
 from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.naming import named_objects, named_variables
+from keras_ckpt.model.position import note_restored
 from keras_ckpt.model.transfer import transfer
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
@@ -83,6 +84,7 @@ def load_model(
         return model
 
     model = read_checkpoint(checkpoint, read)
+    note_restored(model)
     log.info("loaded %s", model.name)
     return model
 

@@ -37,7 +37,7 @@ class _Current:
     Attributes:
         position: The position, `None` without a run.
         optimizer: The optimizer with the state of the position, `None` if any optimizer fits.
-        restored: The position that the user last restored.
+        restored: The position that the user last restored, until a hint has named its epochs.
     """
 
     position: Position | None = None
@@ -66,6 +66,9 @@ def set_position(model: keras.Model, position: Position | None, with_optimizer: 
 def initial_epoch(model: keras.Model) -> int:
     """The number of epochs that the run of a model has completed, for `fit(initial_epoch=...)`; 0 without a run.
 
+    `restore` and `load_model` of this package set the run. A `fit` with a callback of this package counts its epochs.
+    `keras.models.load_model` sets no run, so the number is 0 until a `ModelCheckpoint` of the file begins a `fit`.
+
     Example:
 
     ```python
@@ -74,22 +77,23 @@ def initial_epoch(model: keras.Model) -> int:
     ```
 
     Args:
-        model: A model, restored or new.
+        model: A model, restored, loaded or new.
     """
     position = position_of(model)
     return position.epoch if position else 0
 
 
 def note_restored(model: keras.Model) -> None:
-    """Notes that the user has restored the position of a model."""
+    """Notes that the user has restored or loaded the position of a model."""
     current = companion(model, _Current)
     current.restored = current.position
 
 
-def restored_epochs(model: keras.Model) -> int:
-    """The completed epochs of a model that the user has restored and not trained since, else 0."""
+def take_restored_epochs(model: keras.Model) -> int:
+    """The completed epochs of a model that the user has restored and not trained since, else 0; 0 at the next call."""
     current = companion(model, _Current)
     now, restored = current.position, current.restored
+    current.restored = None
     return now.epoch if now and restored and (now.run_id, now.step) == (restored.run_id, restored.step) else 0
 
 

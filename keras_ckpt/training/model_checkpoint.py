@@ -13,7 +13,7 @@ from typing import Any, Literal
 import keras
 
 from keras_ckpt.model.keras_internals import fit_in_progress
-from keras_ckpt.model.position import position_of, restored_epochs
+from keras_ckpt.model.position import position_of, take_restored_epochs
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
@@ -255,9 +255,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._current_epoch = epoch
-        if self._session is None:
-            self._tell_of_the_epochs(epoch)
+        begins = self._session is None
         self._current()
+        if begins:
+            self._tell_of_the_epochs(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         if self._should_save_on_batch(batch):
@@ -341,13 +342,14 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         return opened_in_subdirectory(base, position.run_id if position else None, self.params, make)
 
     def _tell_of_the_epochs(self, epoch: int) -> None:
-        """Says where `fit` counts its epochs from, if it does not continue the count of a restored model."""
-        done = restored_epochs(self.model)
+        """Says once where `fit` counts its epochs from, if it does not continue the count of a restored model."""
+        done = take_restored_epochs(self.model)
         if epoch or not done:
             return
         text = (
-            f"fit counts its epochs from 1, and the restored run has {done}. To continue its count: "
-            "fit(initial_epoch=keras_ckpt.initial_epoch(model), epochs=...), where epochs is the last of the run."
+            f"fit counts its epochs from 1, and the restored run has {done}. To continue its count, after "
+            "keras_ckpt.restore or keras_ckpt.load_model: fit(initial_epoch=keras_ckpt.initial_epoch(model), "
+            "epochs=...), where epochs is the last of the run."
         )
         log.info("%s", text)
         if (self.params or {}).get("verbose"):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import keras
 
 from keras_ckpt.model.file_snapshot import Kind, fingerprint
-from keras_ckpt.model.position import Position, position_of, set_position
+from keras_ckpt.model.position import Position, note_restored, position_of, set_position
 from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import BestN, LatestN, PreservationPolicy
@@ -148,6 +148,7 @@ class Files:
         record = next((each for each in records if each.weights == weights), None)
         if record is not None:
             set_position(model, Position(record.run_id, record.step, record.epoch or 0))
+            note_restored(model)
 
     def is_read_by(self, callback: keras.callbacks.Callback, others: keras.callbacks.CallbackList | None) -> bool:
         callbacks = others.callbacks if others else []
