@@ -166,6 +166,25 @@ def test_the_line_at_a_restart_describes_the_backup(backup, capsys) -> None:
     )
 
 
+def test_the_line_at_a_restart_names_the_callbacks_that_save_by_their_paths(
+    backup, tmp_path, monkeypatch, capsys
+) -> None:
+    """Two callbacks of the same class and monitor are told apart."""
+    monkeypatch.chdir(tmp_path)
+
+    def saves() -> list[kc.ModelCheckpoint]:
+        return [kc.ModelCheckpoint("run", "loss"), kc.ModelCheckpoint("files/best.keras", "loss")]
+
+    with pytest.raises(RuntimeError):
+        train(kc.BackupAndRestore(backup, data=data()), *saves(), Fails("on_train_batch_end", 14))
+    capsys.readouterr()
+
+    train(kc.BackupAndRestore(backup, data=data()), *saves())
+
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.endswith("ModelCheckpoint(run), ModelCheckpoint(files/best.keras), History, place in the data")
+
+
 def test_a_callback_that_is_not_verbose_prints_nothing_and_logs(backup, capsys, caplog) -> None:
     """The log `keras_ckpt` has the line that a verbose callback prints."""
     with pytest.raises(RuntimeError):

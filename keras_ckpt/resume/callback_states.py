@@ -22,6 +22,7 @@ from keras_ckpt.resume import callback_places
 from keras_ckpt.resume.capture import Captures, Leaf, Look
 from keras_ckpt.resume.plain_values import UnplainError, dict_of
 from keras_ckpt.store import files
+from keras_ckpt.store.tables import relative
 
 _FIXED = (
     type,
@@ -123,7 +124,7 @@ class CallbackStates:
         """Restores states that `take` gave, in this process or in another.
 
         Returns:
-            The names of the callbacks whose state was restored.
+            The callbacks whose state was restored, for the user: a callback that saves files by their path.
         """
         known = [name for name in self._callbacks if name in states]
         for name in known:
@@ -135,7 +136,7 @@ class CallbackStates:
             for place, value in state.items():
                 self._changed[name].update([place, *callback_places.keyed(place, value)])
                 callback_places.restore(callback, place, value)
-        return known
+        return [_shown(name, self._callbacks[name]) for name in known]
 
     def strangers(self, states: Mapping[str, Any]) -> list[str]:
         """The names of states whose callback is not here."""
@@ -217,6 +218,11 @@ def _named(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, Any]:
             own = "" if type(callback) is keras.callbacks.CSVLogger else ", its file"
             named[f"{name}{own}"] = _CsvLog(callback)
     return named
+
+
+def _shown(name: str, callback: Any) -> str:
+    path = getattr(callback, "filepath", None)
+    return f"{type(callback).__name__}({relative(path)})" if isinstance(path, str) else name
 
 
 class _CsvLog:
