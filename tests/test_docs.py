@@ -12,7 +12,9 @@ from click.testing import CliRunner
 import keras_ckpt as kc
 from keras_ckpt.cli import main
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"^```([^\n]*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
@@ -32,6 +34,17 @@ def examples() -> dict[str, str]:
 def test_every_block_of_the_readme_is_run_or_is_output_or_set_up() -> None:
     """Python and shell are run here; `text` is output; `sh setup` sets the machine up, which .ci/run does."""
     assert {kind for kind, _ in BLOCKS} == {"python", "sh", "text", "sh setup"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_link_of_a_page_leads_to_a_file_or_a_heading(page) -> None:
+    """Links to other sites are not followed."""
+    for place, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), place
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch) -> None:

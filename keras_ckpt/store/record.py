@@ -1,7 +1,7 @@
 """The record of one checkpoint, and the sidecar file that stores it.
 
 A sidecar is strict JSON of bounded size. Its last member is a digest of all bytes before it, which detects a
-truncated or altered sidecar. The README's section "Sidecar format" is normative.
+truncated or altered sidecar. The norm is docs/format.md.
 """
 
 from __future__ import annotations
