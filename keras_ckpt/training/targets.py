@@ -115,11 +115,9 @@ class Files:
 
     def __init__(self, path: str, kind: Kind) -> None:
         self._kind = kind
-        self._folder = layout.split(path)[0]
-        named = CheckpointDirectory(path)
-        # A file of another template may have the name.
-        series = layout.Series(named.series.only or named.series.template)
-        self.directory = CheckpointDirectory(named.path, series)
+        # Nothing is read here: a file of another template may have the name.
+        self._folder, series = layout.split(path)
+        self.directory = CheckpointDirectory(self._folder, series)
         self._template = Template(series.template)
 
     def schedule(self, save_freq: SaveFreq | list[SaveFreq]) -> SaveSchedule:
