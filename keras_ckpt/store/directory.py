@@ -20,9 +20,9 @@ from keras_ckpt.store.listing import (
     Listing,
     amend,
     examine,
+    meaning_of,
     scan,
     series_in,
-    split,
     taken,
     verify,
 )
@@ -115,7 +115,7 @@ class CheckpointDirectory(tables.Shown):
         path = os.path.abspath(path)
         self._is_given = series is not None
         is_directory = self._is_given or os.path.isdir(path)
-        self.path, self.series = (path, series or layout.TENSORFLOW) if is_directory else split(path)
+        self.path, self.series = (path, series or layout.TENSORFLOW) if is_directory else meaning_of(path)
         self._listeners: list[Callable[[Change], object]] = []
 
     def open(self, *, create: bool = False) -> Folder:

@@ -239,8 +239,8 @@ def _without_record(file: str) -> str:
     )
 
 
-def split(path: str) -> tuple[str, Series]:
-    """The directory and the series of a path: of a directory, of a template, or of a file of Keras."""
+def meaning_of(path: str) -> tuple[str, Series]:
+    """The directory and the series that a path means. One file of a template means this file alone."""
     folder, series = layout.split(path)
     name = series.template
     if name and series.is_one_name:

@@ -278,7 +278,7 @@ def decode_tail(data: bytes, name: str, directory: str) -> CheckpointRecord:
 def _refuse_duplicates(data: bytes) -> None:
     """Refuses a duplicate member: readers differ in which of the two they take."""
     try:
-        # The text of JSON without duplicates is the same after decoding. Slower code names the duplicate.
+        # Text that is the same after decoding has no duplicates. The text of another program is searched.
         if msgspec.json.encode(msgspec.json.decode(data)) != msgspec.json.format(data, indent=-1):
             json.loads(data.decode(), object_pairs_hook=_once)
     except _UNREADABLE as error:

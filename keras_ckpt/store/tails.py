@@ -65,7 +65,7 @@ def read_tail(folder: Reading, name: str) -> tuple[int, CheckpointRecord] | None
 
 
 def is_cut(folder: Reading, name: str) -> bool:
-    """Whether a file without a record ends early: in its record or in its content. Other files are foreign, or text."""
+    """Whether a file without a record ends early, in its content or in its record. Else another program wrote it."""
     size, end = folder.read_end(name, LIMIT + _SIZE_OF_END)
     begin = folder.read_range(name, 0, _LOOK)
     if begin.startswith(_ARCHIVE) and _ARCHIVE_END not in end:
