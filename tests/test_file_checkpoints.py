@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-from support.models import HoldsSaves, Interrupts, Reports, dense_model, fit
+from support.models import HoldsSaves, Interrupts, Reports, WithFunction, dense_model, fit
 
 
 @pytest.fixture(autouse=True)
@@ -261,17 +261,6 @@ def test_arguments_that_contradict_the_path_are_refused(arguments, text) -> None
     """The error names the argument."""
     with pytest.raises(ValueError, match=text):
         kc.ModelCheckpoint(**arguments)
-
-
-class WithFunction(keras.layers.Layer):
-    """A layer that gets a function, and defines no config."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def call(self, x):
-        return self.function(x)
 
 
 def test_a_model_that_keras_cannot_save_as_a_whole_is_refused_at_the_first_batch(folder) -> None:

@@ -23,7 +23,7 @@ from keras_ckpt.model.naming import named_variables
 from keras_ckpt.store import background
 from keras_ckpt.store.files import Folder
 from support import keras_zoo
-from support.models import X, Y, dense_model, fit, same, save
+from support.models import WithFunction, X, Y, dense_model, fit, same, save
 
 OWN = {kind.__name__: kind for kind in (keras_zoo.Subclassed, keras_zoo.OwnVariables, keras_zoo.OwnAssets)}
 IN_OTHER_TESTS = "641 variables", "low-rank", "TextVectorization weighed"
@@ -40,17 +40,6 @@ class Mine(keras.layers.Layer):
 @keras.saving.register_keras_serializable("loading")
 class Registered(Mine):
     """A layer that is registered."""
-
-
-class WithFunction(keras.layers.Layer):
-    """A layer that gets a function, and defines no config."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def call(self, x):
-        return self.function(x)
 
 
 def sequence(*layers: keras.layers.Layer) -> keras.Model:

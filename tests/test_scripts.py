@@ -20,7 +20,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
-from reliability.trainer import Child, keras_station
+from reliability.trainer import acknowledged_by, keras_station
 from support.keras_files import content
 from support.models import Interrupts, Reports, X, Y
 from support.restarts import prepare
@@ -528,7 +528,7 @@ def test_a_new_process_loads_a_checkpoint_and_continues_its_run(folder, forks, n
     model = Script(lambda checkpoint: checkpoint(path, **options)).run(kc.ModelCheckpoint)
     first = kc.CheckpointDirectory(path).latest()
 
-    (loaded,) = forks.submit(in_a_new_process, str(folder), name).result()
+    (loaded,) = forks.submit(acknowledged_by, load_and_train, str(folder), name).result()
 
     newest = kc.CheckpointDirectory(path).latest()
     assert loaded == predictions(model)
@@ -536,15 +536,8 @@ def test_a_new_process_loads_a_checkpoint_and_continues_its_run(folder, forks, n
     assert kc.CheckpointDirectory(path).verify().ok
 
 
-def in_a_new_process(folder: str, name: str) -> list[Any]:
-    """Loads a checkpoint in a new process and trains. Returns its predictions before the training."""
-    with Child(load_and_train, folder, name) as child:
-        child.go()
-        assert child.end() == 0
-        return child.acknowledged
-
-
 def load_and_train(acknowledge: Callable[[Any], None], folder: str, name: str) -> None:
+    """Loads a checkpoint, acknowledges its predictions, and trains."""
     os.chdir(folder)
     path, load, options = FORMATS[name]
     model = load(path)

@@ -376,14 +376,19 @@ def test_a_pinned_file_without_a_record_is_not_replaced(tmp_path, ours) -> None:
     assert contents(tmp_path) == {"best.keras": "by hand"}
 
 
-def test_the_sidecar_of_a_file_that_was_removed_by_hand_goes_at_the_next_start(tmp_path) -> None:
-    """It is no checkpoint."""
+@pytest.fixture
+def removed_by_hand(tmp_path) -> pathlib.Path:
+    """A template with two files, of which the user removed the first."""
     path = tmp_path / "{epoch}.keras"
     for step in (1, 2):
         save(path, step, f"{step}.keras")
     (tmp_path / "1.keras").unlink()
+    return path
 
-    save(path, 3, "3.keras")
+
+def test_the_sidecar_of_a_file_that_was_removed_by_hand_goes_at_the_next_start(tmp_path, removed_by_hand) -> None:
+    """It is no checkpoint."""
+    save(removed_by_hand, 3, "3.keras")
 
     assert sorted(each.name for each in tmp_path.glob("*.json")) == ["2.keras.json", "3.keras.json"]
 
@@ -397,16 +402,11 @@ def test_a_worse_save_does_not_replace_a_file_of_its_name(tmp_path) -> None:
     assert contents(tmp_path) == {"0.5.keras": "content 1"}
 
 
-def test_a_file_that_was_removed_by_hand_is_no_damage(tmp_path) -> None:
+def test_a_file_that_was_removed_by_hand_is_no_damage(removed_by_hand) -> None:
     """Its sidecar alone is no checkpoint, and the next save of the name replaces it."""
-    path = tmp_path / "{epoch}.keras"
-    for step in (1, 2):
-        save(path, step, f"{step}.keras")
-    (tmp_path / "1.keras").unlink()
-
-    assert steps(path) == [2]
-    save(path, 3, "1.keras")
-    assert steps(path) == [2, 3]
+    assert steps(removed_by_hand) == [2]
+    save(removed_by_hand, 3, "1.keras")
+    assert steps(removed_by_hand) == [2, 3]
 
 
 def test_metrics_that_are_added_later_are_in_the_sidecar(tmp_path) -> None:

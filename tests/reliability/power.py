@@ -13,12 +13,11 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from keras_ckpt.store.directory import CheckpointDirectory
-from keras_ckpt.store.record import CheckpointRecord
 from reliability.oracle import verify
-from reliability.trainer import Acknowledge, Child, Job, at_random, train
+from reliability.trainer import Acknowledge, Child, Job, acknowledged_by, at_random, train
 
 SIZES = {"ext4": 64 << 20, "xfs": 320 << 20}
 _DIE_WITH_PARENT = 1
@@ -74,10 +73,10 @@ def cut_after_wait(job: Job, image: str, seconds: float, beside_tensorflow: bool
     place = os.path.dirname(job.path)
     with _mounted(image, place):
         before = list(CheckpointDirectory(job.path))
-        acknowledged = _result(train, job, (1, 1, 1))
+        acknowledged = acknowledged_by(train, job, (1, 1, 1))
         plain = tempfile.mkdtemp(dir=place)
         if beside_tensorflow:
-            _result(_save_by_tensorflow, plain)
+            acknowledged_by(_save_by_tensorflow, plain)
         time.sleep(seconds)
         _cut_power(place)
     with _mounted(image, place):
@@ -85,14 +84,6 @@ def cut_after_wait(job: Job, image: str, seconds: float, beside_tensorflow: bool
         if beside_tensorflow:
             counts["lost by TensorFlow"] = int(not _restores(plain))
         return counts
-
-
-def _result(action: Callable[..., None], *arguments: object) -> list[CheckpointRecord]:
-    """What a process acknowledged that came to its end."""
-    with Child(action, *arguments) as child:
-        child.go()
-        assert child.end() == 0
-        return child.acknowledged
 
 
 def _cut_power(place: str) -> None:

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.policies import PreservationPolicy
@@ -154,7 +155,7 @@ class Child:
     """A forked process that acts once it is told to, and what it has acknowledged."""
 
     def __init__(self, action: Callable[..., None], *arguments: object) -> None:
-        self.acknowledged: list[CheckpointRecord] = []
+        self.acknowledged: list[Any] = []
         self._ours, theirs = _forks.Pipe()
         self.process = _forks.Process(target=self._run, args=(theirs, action, arguments), daemon=True)
         self.process.start()
@@ -200,3 +201,11 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._ours.close()
+
+
+def acknowledged_by(action: Callable[..., None], *arguments: object) -> list[Any]:
+    """Runs an action in a forked process to its end. Returns the values that the action acknowledged."""
+    with Child(action, *arguments) as child:
+        child.go()
+        assert child.end() == 0
+        return child.acknowledged

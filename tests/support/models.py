@@ -97,6 +97,17 @@ class Interrupts(keras.callbacks.Callback):
             raise self.error
 
 
+class WithFunction(keras.layers.Layer):
+    """A layer that gets a function, and defines no config."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
 class HoldsSaves(keras.callbacks.Callback):
     """Lets no background save end before the next epoch begins, and prints the beginning of each epoch.
 

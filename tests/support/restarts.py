@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from reliability.trainer import Child, keras_station
+from reliability.trainer import acknowledged_by, keras_station
 
 
 def prepare() -> None:
@@ -25,14 +25,7 @@ def trainer() -> Iterator[Callable[..., list[str]]]:
     It returns the errors that refused the training.
     """
     with keras_station(prepare) as place:
-        yield lambda path, batches=1000: place.submit(_run, str(path), batches).result()
-
-
-def _run(path: str, batches: int) -> list[str]:
-    with Child(_train, path, batches) as child:
-        child.go()
-        assert child.end() == 0
-        return child.acknowledged
+        yield lambda path, batches=1000: place.submit(acknowledged_by, _train, str(path), batches).result()
 
 
 def _train(acknowledge: Callable[[str], None], path: str, batches: int) -> None:
