@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import keras_ckpt as kc
+from keras_ckpt.store.files import Folder
 from support.models import HoldsSaves, Interrupts, Reports, X, Y, dense_model, fit, same
 
 
@@ -854,3 +855,21 @@ def test_the_position_does_not_depend_on_the_number_of_callbacks(tmp_path) -> No
         assert [[(r.step, r.epoch, r.batch) for r in each][-2:] for each in runs] == [
             [(9, 1, 4), (12, 1, 3)]
         ] * callbacks
+
+
+def test_a_fit_that_continues_a_run_reads_each_sidecar_once(tmp_path, monkeypatch) -> None:
+    """The first save reads no sidecar again that the fit has read when it began."""
+    fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1, save_on_background=False), batches=40)
+    model = dense_model()
+    kc.restore(model, tmp_path)
+    reads, read = [], Folder.read
+
+    def counted(self: Folder, name: str, limit: int) -> bytes:
+        reads.append(name)
+        return read(self, name, limit)
+
+    monkeypatch.setattr(Folder, "read", counted)
+    fit(model, kc.ModelCheckpoint(tmp_path, save_freq=1), batches=1)
+
+    sidecars = [name for name in reads if name.endswith(".json")]
+    assert 40 <= len(sidecars) < 60

@@ -16,11 +16,10 @@ from keras_ckpt.formats.arena import Arena, Saved
 from keras_ckpt.formats.bundle_index import Entry, Index, read_index
 from keras_ckpt.formats.bundle_writer import Linked, Value, write_bundle
 from keras_ckpt.store import layout
-from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
-from keras_ckpt.store.writer import look_for_room
+from keras_ckpt.store.writer import Writer, look_for_room
 
 _WORTHWHILE = 1 << 20
 """The minimum bytes to share: a hard link has its costs too, so fewer bytes are written again."""
@@ -32,26 +31,26 @@ class SharingWrite:
     Example:
 
     ```python
-    write = SharingWrite(snapshot.move(arena), arena, directory)
-    record = writer.save(write, step=10)
+    write = SharingWrite(snapshot.move(arena), arena, writer)
+    record = writer.save(SaveRequest(step=10), write)
     write.remember(record)
     ```
 
     Args:
         values: The values to write, by key.
         arena: The arena that holds the copies of the values.
-        directory: The directory of the checkpoint.
+        writer: The writer of the directory.
     """
 
-    def __init__(self, values: Mapping[bytes, Value], arena: Arena, directory: CheckpointDirectory) -> None:
+    def __init__(self, values: Mapping[bytes, Value], arena: Arena, writer: Writer) -> None:
         self._values = values
         self._arena = arena
-        self._directory = directory
+        self._writer = writer
         self._entries: Mapping[bytes, Entry] = {}
         self._stamps: Mapping[str, Stamp] = {}
 
     def __call__(self, stage: Folder, record: CheckpointRecord) -> Sequence[CheckpointFile]:
-        if not self._arena.saved and (newest := self._directory.latest()):
+        if not self._arena.saved and (newest := self._writer.latest()):
             self._compare(newest)
         values = dict(self._values)
         linked: list[Linked] = []

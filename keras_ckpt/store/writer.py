@@ -315,10 +315,14 @@ class Writer:
         changes += _removals(self.retain(folder, joined))
         return True
 
-    def latest(self) -> CheckpointRecord | None:
-        """The newest checkpoint. Records that the last save has read are not read again."""
+    def listing(self) -> Listing:
+        """Reads the directory, as its own `listing` does. A sidecar that this writer has read is not read again."""
         with self._explaining("Cannot read"), self.directory.open() as folder:
-            records = examine(folder, self._known).records
+            return examine(folder, self._known)
+
+    def latest(self) -> CheckpointRecord | None:
+        """The newest checkpoint."""
+        records = self.listing().records
         return records[-1] if records else None
 
     def amend(

@@ -78,7 +78,7 @@ class Bundles:
         """Writes a snapshot, as `Form.write` in `session` says."""
         with self._writer.explaining(request.step):
             values = snapshot.move(self._arena)
-        sharing = SharingWrite(values, self._arena, self._writer.directory)
+        sharing = SharingWrite(values, self._arena, self._writer)
         newest = self._writer.latest() if amends else None
         is_again = newest is not None and (newest.run_id, newest.step) == (request.run_id, request.step)
         if newest and is_again and sharing.is_in(newest, _is_model_variable):

@@ -236,7 +236,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         position = self._current().progress.position
         if not owed or (owed["step"], owed["batch"]) != (position.step, position.batch):
             return
-        if all(record.step != position.step for record in self.directory):
+        if not self._current().has_saved(position.step):
             request = self._request(**owed["facts"], began=time.perf_counter())
             handler = self._noted(self._current_epoch, request.name, request.metrics, _NOT_KEPT)
             self._write(request, handler)

@@ -195,13 +195,17 @@ class Session(Generic[Held]):
         background.report()
         self._writer.open(session=self._fit)
         try:
-            listing = self._writer.directory.listing() if listing is None else listing
+            listing = self._writer.listing() if listing is None else listing
             self._writer.known_pins = answer_pin(listing, self.progress.position)
             self._writer.replaced = runs_to_replace(listing, self.progress.position, replaces)
         except Exception:
             # A notebook keeps the error, and the error's frames keep the writer alive.
             self._writer.close()
             raise
+
+    def has_saved(self, step: int) -> bool:
+        """Whether the directory has a checkpoint of a step."""
+        return any(record.step == step for record in self._writer.listing().records)
 
     @property
     def is_saving(self) -> bool:

@@ -56,7 +56,7 @@ arena = Arena()
 def save(step):
     for variable in model.weights:
         variable.assign(np.full(variable.shape, step, variable.dtype))
-    write = SharingWrite(state.snapshot().move(arena), arena, writer.directory)
+    write = SharingWrite(state.snapshot().move(arena), arena, writer)
     writer.save(SaveRequest(step=step, run_id="run"), write)
 
 def read():

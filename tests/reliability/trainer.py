@@ -69,7 +69,7 @@ class RealModel:
         for variable in model.trainable_variables:
             variable.assign(np.random.default_rng().random(variable.shape))
         model.layers[0].bias.assign(np.full(3, step))
-        return SharingWrite(state.snapshot().move(arena), arena, directory)
+        return SharingWrite(state.snapshot().move(arena), arena, Writer(directory))
 
     def saved(self, write: Write, record: CheckpointRecord) -> None:
         write.remember(record)

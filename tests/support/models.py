@@ -45,9 +45,8 @@ def fit(model: keras.Model, *callbacks: keras.callbacks.Callback, epochs: int = 
 
 def save(model: keras.Model, path: str | os.PathLike[str], step: int = 1, **facts: object) -> kc.CheckpointRecord:
     """Saves the training state of a model, as the callbacks do."""
-    directory, arena = kc.CheckpointDirectory(path), Arena()
-    write = SharingWrite(ModelState(model).snapshot().move(arena), arena, directory)
-    writer = Writer(directory)
+    writer, arena = Writer(kc.CheckpointDirectory(path)), Arena()
+    write = SharingWrite(ModelState(model).snapshot().move(arena), arena, writer)
     record = writer.save(SaveRequest(step=step, **facts), write)
     writer.close()
     return record

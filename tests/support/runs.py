@@ -72,7 +72,7 @@ def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
 
     arrays = {"changed": np.frombuffer(content.encode(), np.uint8), "same": np.arange(10, dtype=np.uint8)}
     arena = Arena()
-    return SharingWrite(Snapshot(Reader({}), arrays).move(arena), arena, runs)
+    return SharingWrite(Snapshot(Reader({}), arrays).move(arena), arena, Writer(runs))
 
 
 class Filler:
