@@ -1,10 +1,12 @@
-"""What the README and the docstrings show is run; a block that is not run says why."""
+"""Every block of code in the README, the pages of docs and the docstrings runs, and every link leads somewhere."""
 
 import inspect
+import json
 import pathlib
 import re
 import shlex
 import shutil
+import subprocess
 
 import pytest
 from click.testing import CliRunner
@@ -13,9 +15,32 @@ import keras_ckpt as kc
 from keras_ckpt.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = re.findall(r"^```([^\n]*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECIPES = (ROOT / "tests" / "test_trackers.py").read_text()
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def command(line: str) -> None:
+    """Runs a line of `sh`, as the scripts of pages do. The demo has a test of its own."""
+    name, *words = shlex.split(line, comments=True)
+    assert name == "keras-ckpt", line
+    if words[0] != "demo":
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, (line, result.output, result.exception)
+
+
+def script(text: str) -> str:
+    """The page as a Python script with the same numbers of lines: `sh` is calls of `command`, and text is empty."""
+    lines = ["from test_docs import command"] + [""] * text.count("\n")
+    for block in BLOCK.finditer(text):
+        kind, code, begin = block[1], block[2].splitlines(), text.count("\n", 0, block.start(2))
+        if kind == "python":
+            lines[begin : begin + len(code)] = code
+        elif kind == "sh":
+            lines[begin : begin + len(code)] = [f"command({line!r})" for line in code]
+    return "\n".join(lines)
 
 
 def examples() -> dict[str, str]:
@@ -31,12 +56,27 @@ def examples() -> dict[str, str]:
     return found
 
 
-def test_every_block_of_the_readme_is_run_or_is_output_or_set_up() -> None:
-    """Python and shell are run here; `text` is output; `sh setup` sets the machine up, which .ci/run does."""
-    assert {kind for kind, _ in BLOCKS} == {"python", "sh", "text", "sh setup"}
+@each_page
+def test_each_block_of_a_page_has_a_kind_that_is_checked(page) -> None:
+    """Python and shell run, Bash and JSON are parsed, `text` is output, and `sh setup` sets a machine up.
+
+    Python that needs another package names it, as in `python mlflow`, and runs in `test_trackers.py`.
+    """
+    text = page.read_text()
+    blocks = BLOCK.findall(text)
+
+    assert len(re.findall("^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(blocks), "a block is indented or not closed"
+    for kind, code in blocks:
+        assert re.fullmatch(r"python( \w+)*|sh|sh setup|text|bash|json", kind)
+        if kind == "bash":
+            subprocess.run(["bash", "-n"], input=code, text=True, check=True)
+        elif kind == "json":
+            json.loads(code)
+        elif kind.startswith("python "):
+            assert page.name in RECIPES
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_each_link_of_a_page_leads_to_a_file_or_a_heading(page) -> None:
     """Links to other sites are not followed."""
     for place, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
@@ -47,20 +87,18 @@ def test_each_link_of_a_page_leads_to_a_file_or_a_heading(page) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch) -> None:
-    """Python in one namespace, commands in the same directory; the demo has a test of its own."""
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if re.search("^```(python|sh)$", page.read_text(), re.MULTILINE)], ids=str
+)
+def test_a_page_runs_from_top_to_bottom(fork_server, tmp_path, monkeypatch, page) -> None:
+    """As one script in an empty directory. A warning of the script is a text of the page."""
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
-    for kind, code in BLOCKS:
-        if kind == "python":
-            exec(code, namespace)
-        elif kind == "sh":
-            for line in code.splitlines():
-                command, *words = shlex.split(line)
-                assert command == "keras-ckpt"
-                if words[0] != "demo":
-                    result = CliRunner().invoke(main, words)
-                    assert result.exit_code == 0, (line, result.output)
+
+    ended = fork_server.run(script(page.read_text()))
+
+    assert ended.returncode == 0, ended.stderr
+    for warning in re.findall(r"Warning: (.*)", ended.stderr):
+        assert warning in page.read_text()
 
 
 def test_every_public_thing_that_does_something_has_an_example() -> None:

@@ -12,7 +12,7 @@ import keras_ckpt as kc
 from support.models import X, Y, dense_model
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "trackers.md").read_text()
-RECIPES = dict(re.findall(r"^## ([^\n]*)\n.*?```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+RECIPES = dict(re.findall(r"^## ([^\n]*)\n.*?```python \w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 
 FOREIGN = pytest.mark.filterwarnings("ignore", "error:on_")
 """Warnings of the other packages are ignored, and those of failed functions are not."""
