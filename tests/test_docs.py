@@ -15,7 +15,8 @@ import keras_ckpt as kc
 from keras_ckpt.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 RECIPES = (ROOT / "tests" / "test_trackers.py").read_text()
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -78,13 +79,26 @@ def test_each_block_of_a_page_has_a_kind_that_is_checked(page) -> None:
 
 @each_page
 def test_each_link_of_a_page_leads_to_a_file_or_a_heading(page) -> None:
-    """Links to other sites are not followed."""
+    """Links to other sites are not followed. The site has the files in docs alone, so its pages link to no others."""
     for place, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
         target = (page.parent / place).resolve() if place else page
-        assert target.exists(), place
+        assert target.is_file(), place
+        assert page.parent == ROOT or target.is_relative_to(DOCS), f"{place} is not on the site"
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_navigation_of_the_site_has_every_page() -> None:
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+    assert pages <= set(re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+
+    assert sorted(re.findall(r"^::: keras_ckpt\.(\w+)$", text, re.MULTILINE)) == sorted({*kc.__all__} - {"__version__"})
 
 
 @pytest.mark.parametrize(
