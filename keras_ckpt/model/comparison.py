@@ -56,7 +56,7 @@ class Fit:
         objects: The objects of the model with state beyond variables, paired with the checkpoint's.
         settings: The settings of `compile` that differ.
         report: The report of the restore.
-        differs: Whether the restore leaves out any part that `strict=True` would refuse.
+        differs: Whether the restore skips any part that `strict=True` would refuse.
     """
 
     variables: Mapping[str, Any]

@@ -31,7 +31,7 @@ class Source(Protocol):
 
     @property
     def origin(self) -> str:
-        """What the checkpoint is, for messages: the end of a sentence about it."""
+        """The kind of the checkpoint, for messages: the end of a sentence about it."""
 
     @property
     def lacks_seeds(self) -> bool:

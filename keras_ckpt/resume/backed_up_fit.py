@@ -122,7 +122,7 @@ class BackedUpFit:
 
         Args:
             batch: The number of batches of the epoch that are done.
-            document: What the backup holds beside the model.
+            document: The content of the backup beside the model.
         """
         self._session.progress.resume(batch)
         self._place = Place(self._place.epoch, batch)

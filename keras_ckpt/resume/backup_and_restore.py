@@ -45,9 +45,9 @@ _ended: collections.Counter[str] = collections.Counter()
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
     """Callback that backs up a training, so that the same script, run again after a crash, resumes exactly.
 
-    A backup holds all that decides the rest of the run: the model with its optimizer, seeds and metrics, the history,
-    the states of the other callbacks, the global generators of random numbers, and the place in the data. `fit`
-    restores the backup when it begins, and removes the backup when it ends. It removes nothing else in the directory.
+    A backup holds all that decides the rest of the run. This is the model with its optimizer, seeds and metrics, the
+    history, the states of the other callbacks, the global random generators, and the place in the data. `fit` restores
+    the backup when it begins, and removes the backup when it ends. It removes nothing else in the directory.
 
     The place in the data is known if the data is a `ResumableDataset`, given to this callback and to `fit`. Otherwise
     the epoch in progress begins again at its first batch, on the newest weights.
@@ -63,9 +63,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         model.fit(data, epochs=30, shuffle=False, callbacks=[backup])
     ```
 
-    Another callback may have `get_state()` and `set_state(state)`, of plain values and NumPy arrays. Of any other
-    callback the backup holds each attribute that has changed since `fit` was called, if its value is plain, or a
-    generator of random numbers, a variable or a metric. A warning names each attribute that cannot be saved.
+    Another callback may have `get_state()` and `set_state(state)`, of plain values and NumPy arrays. Without them, the
+    backup holds each attribute of the callback that has changed since `fit` was called. Its value is plain, or a random
+    generator, a variable or a metric. A warning names each attribute that cannot be saved.
 
     A restart does not resume within a validation by a Python generator, or within a batch that raised an error.
 

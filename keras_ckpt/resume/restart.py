@@ -49,13 +49,13 @@ class Restart:
 
     Args:
         state: The state of the fit beside its model.
-        listing: What the directory of the backup holds. The writer of this process was open when it was read.
+        listing: The listing of the backup's directory. The writer of this process was open when it was read.
         ended: The number of fits with this directory that have ended in the process.
         say: Tells the user what was restored.
 
     Attributes:
         start: Where the fit begins.
-        document: What the backup holds beside the model.
+        document: The content of the backup beside the model.
     """
 
     def __init__(self, state: FitState, listing: Listing, ended: int, say: Callable[[str], object]) -> None:

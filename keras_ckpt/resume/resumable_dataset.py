@@ -38,14 +38,14 @@ class ResumableDataset(tf.data.Dataset):
     `BackupAndRestore` the dataset, and `fit(data.repeat(), steps_per_epoch=100)` the repeated dataset.
 
     Args:
-        x: One of these:
-            arrays: NumPy arrays or tensors with samples along the first axis, or a dict, list or tuple of these;
-            a `tf.data.Dataset` of batches with seeded shuffles, whose number of batches is known or infinite;
-            a `keras.utils.PyDataset`. Its draws from the global generators of Python and NumPy become a function of
-            the seed, the epoch and the batch. Training waits while it is read, unless its workers are processes;
-            a Grain `MapDataset` of batches;
-            a function that takes the number of an epoch, from 0, and returns a `tf.data.Dataset` of batches.
-            The first batch is read at once, as a fingerprint of the data.
+        x: The data. Its first batch is read at once, as a fingerprint. It is one of these:
+
+            - Arrays: NumPy arrays or tensors with samples along the first axis, or a dict, list or tuple of them.
+            - A `tf.data.Dataset` of batches with seeded shuffles. The number of its batches is known or infinite.
+            - A `keras.utils.PyDataset`. Its draws from the global generators of Python and NumPy become a function of
+              the seed, the epoch and the batch. Training waits while it is read, unless its workers are processes.
+            - A Grain `MapDataset` of batches.
+            - A function that takes the number of an epoch, from 0, and returns a `tf.data.Dataset` of batches.
         y: The targets, if `x` is arrays.
         sample_weight: A weight for each sample, if `x` is arrays.
         class_weight: A dict of weights by the number of the class, as in `fit`. It gives samples a weight, and leaves

@@ -219,7 +219,7 @@ class Writer:
         After a crash the directory is as before or as after, never in between.
 
         Args:
-            request: What to save.
+            request: The checkpoint to save.
             write: Writes the checkpoint's files, whose names all begin with its own.
 
         Returns:

@@ -51,9 +51,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     ```
 
     Args:
-        filepath: The directory of the run; or a file, such as `"best.keras"`, that each save replaces; or a template of
-            files, such as `"{epoch:02d}-{val_loss:.2f}.keras"`, with the epoch, the batch and metrics as fields. Keras
-            3.15 cannot load a model with the loss `"mse"` from a legacy `.h5` file, except with `compile=False`.
+        filepath: The directory of the run, or a file, such as `"best.keras"`, that each save replaces. It may be a
+            template of files too, such as `"{epoch:02d}-{val_loss:.2f}.keras"`, whose fields are the epoch, the batch
+            and metrics. Keras 3.15 cannot load a model with the loss `"mse"` from a legacy `.h5` file, except with
+            `compile=False`.
         monitor: The metric by which checkpoints are ranked, where something ranks them.
         verbose: 1 prints the directory when a fit begins, and a line when a save is due: the metric, and whether it
             improved, from which value. Then the outcome and the removed checkpoints follow. The outcome of a background
@@ -79,8 +80,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             epoch. `wait()` waits for all saves. The next save waits if more than 64 MB would be queued. A save by
             batches or time in the middle of an epoch is skipped instead, unless it is ranked. The first skip is a
             warning. An error is raised at the next batch. `fit` ends when all is written.
-        new_run: What a fit does that does not continue the run in the directory. `"refuse"`: it raises an error before
-            its first batch; files of Keras are replaced by their names, as in Keras, with one warning.
+        new_run: The answer to a fit that does not continue the run in the directory. `"refuse"`: it raises an error
+            before its first batch; files of Keras are replaced by their names, as in Keras, with one warning.
             `"subdirectory"`: it saves into the first of the directory and its sub-directories `2`, `3` and so on that
             has no run, as in `runs/2/best.keras`. A fit that continues one of these runs saves where the run is.
             `"replace"`: it removes the other run, except pinned checkpoints, once its first checkpoint is on disk.
@@ -97,7 +98,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         ValueError, TypeError: A wrong argument; at the latest before the first batch. After the first batch: Keras
             cannot save the model as a whole.
         DirectoryNotEmptyError: Before the first batch: the directory holds a run other than the model's, and `new_run`
-            is `"refuse"`; or it holds checkpoints that this package did not write; or `filepath` is one file, which
+            is `"refuse"`. Or it holds checkpoints that this package did not write. Or `filepath` is one file, which
             another run saved and a user pinned.
         DirectoryInUseError: Before the first batch: another process trains into the directory.
         SaveError: A checkpoint could not be saved. The others are untouched.
