@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -19,8 +20,17 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 RECIPES = (ROOT / "tests" / "test_trackers.py").read_text()
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = re.compile(r"^```(python|sh)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+"""A block that runs, and its output, if the page shows it directly below."""
+END = "end of the output of a block"
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+def named(page: pathlib.Path) -> str:
+    """The name of a page in the names of tests."""
+    return str(page.relative_to(ROOT))
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=named)
 
 
 def command(line: str) -> None:
@@ -29,19 +39,23 @@ def command(line: str) -> None:
     assert name == "keras-ckpt", line
     if words[0] != "demo":
         result = CliRunner().invoke(main, words)
-        assert result.exit_code == 0, (line, result.output, result.exception)
+        click.echo(result.output)
+        assert result.exit_code == 0, (line, result.exception)
 
 
 def script(text: str) -> str:
     """The page as a Python script with the same numbers of lines: `sh` is calls of `command`, and text is empty."""
-    lines = ["from test_docs import command"] + [""] * text.count("\n")
-    for block in BLOCK.finditer(text):
-        kind, code, begin = block[1], block[2].splitlines(), text.count("\n", 0, block.start(2))
-        if kind == "python":
-            lines[begin : begin + len(code)] = code
-        elif kind == "sh":
-            lines[begin : begin + len(code)] = [f"command({line!r})" for line in code]
+    lines = ["import sys; sys.stderr = sys.stdout; from test_docs import END, command"] + [""] * text.count("\n")
+    for block in RUN.finditer(text):
+        begin, code = text.count("\n", 0, block.start(2)), block[2].splitlines()
+        calls = code if block[1] == "python" else [f"command({line!r})" for line in code]
+        lines[begin : begin + len(code) + 1] = [*calls, "print(END)"]
     return "\n".join(lines)
+
+
+def words(output: str) -> set[str]:
+    """The words of an output, without numbers, the home directory, and the note on the columns of a narrow terminal."""
+    return set(re.findall(r"[^\W\d]+", re.sub(r"/home/me/|not shown in .*", "", output)))
 
 
 def examples() -> dict[str, str]:
@@ -101,18 +115,18 @@ def test_the_reference_has_every_public_name_once() -> None:
     assert sorted(re.findall(r"^::: keras_ckpt\.(\w+)$", text, re.MULTILINE)) == sorted({*kc.__all__} - {"__version__"})
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if re.search("^```(python|sh)$", page.read_text(), re.MULTILINE)], ids=str
-)
-def test_a_page_runs_from_top_to_bottom(fork_server, tmp_path, monkeypatch, page) -> None:
-    """As one script in an empty directory. A warning of the script is a text of the page."""
+@pytest.mark.parametrize("page", [page for page in PAGES if RUN.search(page.read_text())], ids=named)
+def test_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(fork_server, tmp_path, monkeypatch, page) -> None:
+    """As one script in an empty directory. Numbers may differ, words may not. The page shows each warning too."""
     monkeypatch.chdir(tmp_path)
 
     ended = fork_server.run(script(page.read_text()))
 
-    assert ended.returncode == 0, ended.stderr
-    for warning in re.findall(r"Warning: (.*)", ended.stderr):
+    assert ended.returncode == 0, ended.stdout
+    for warning in re.findall(r"Warning: (.*)", ended.stdout):
         assert warning in page.read_text()
+    for (_, code, shown), output in zip(RUN.findall(page.read_text()), ended.stdout.split(END), strict=False):
+        assert words(shown) <= words(output), (code, shown, output)
 
 
 def test_every_public_thing_that_does_something_has_an_example() -> None:
