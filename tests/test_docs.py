@@ -34,11 +34,11 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=named)
 
 
 def command(line: str) -> None:
-    """Runs a line of `sh`, as the scripts of pages do. The demo has a test of its own."""
+    """Runs a line of `sh`, and answers a question with yes. The demo has a test of its own."""
     name, *words = shlex.split(line, comments=True)
     assert name == "keras-ckpt", line
     if words[0] != "demo":
-        result = CliRunner().invoke(main, words)
+        result = CliRunner().invoke(main, words, input="y\n")
         click.echo(result.output)
         assert result.exit_code == 0, (line, result.exception)
 
@@ -177,3 +177,12 @@ def test_the_example_runs(tmp_path, monkeypatch, trained, name) -> None:
     }
 
     exec(examples()[name], namespace)
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_the_example_in_the_help_of_a_command_runs(tmp_path, monkeypatch, trained, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+
+    [line] = re.findall("^ *Example: (.*)$", main.commands[name].help, re.MULTILINE)
+    command(line)
