@@ -603,6 +603,23 @@ class TestPinnedFile:
         assert [each.filename for each in warned if each.category is UserWarning] == [fit.__code__.co_filename]
         assert files(tmp_path) == {"best.keras": 0.1}
 
+    def test_a_pin_that_is_set_during_the_fit_is_warned_of_once_at_the_users_line(self, tmp_path, monkeypatch) -> None:
+        """A background thread finds the pin. The warning waits for the training thread."""
+        monkeypatch.chdir(tmp_path)
+        runs = kc.CheckpointDirectory("best.keras")
+        pins = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epoch == 1 and runs.pin(1))
+        checkpoint = kc.ModelCheckpoint("best.keras")
+
+        with pytest.warns(UserWarning, match="is pinned") as warned:
+            fit(dense_model(), pins, Reports(val_loss=[0.3, 0.2, 0.1]), checkpoint, epochs=3, batches=1)
+
+        assert told(warned) == [
+            f"Step 2 is not saved into {tmp_path}: best.keras of step 1 is pinned. Unpin it, or train into another "
+            "directory."
+        ]
+        assert [each.filename for each in warned if each.category is UserWarning] == [fit.__code__.co_filename]
+        assert files(tmp_path) == {"best.keras": 0.3}
+
 
 def pinned_file(path: str) -> keras.Model:
     """Trains a run whose only file is pinned. Returns the model."""

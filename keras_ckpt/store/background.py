@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from keras_ckpt.store.notices import warn
+from keras_ckpt.store.notices import deferring, warn
 
 Result = TypeVar("Result")
 
@@ -38,6 +38,7 @@ class Job(Generic[Result]):
         self.moment = moment
         self.size = size
         self._work: Callable[[], Result] | None = work
+        self._warnings: list[str] = []
         self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         # Registered before the job can begin: Ctrl-C may come in between.
         _jobs[self] = None
@@ -67,10 +68,17 @@ class Job(Generic[Result]):
         return self._future.exception()
 
     def result(self) -> Result:
-        """Returns the result of the work, or raises its error. Waits for its end."""
+        """Returns the result of the work, or raises its error. Issues its warnings. Waits for its end."""
         self.wait()
-        _jobs.pop(self, None)
+        self.claim()
         return self._future.result()
+
+    def claim(self) -> None:
+        """Forgets the job, which has ended, and issues the warnings of its work in this thread."""
+        _jobs.pop(self, None)
+        messages, self._warnings = self._warnings, []
+        for message in messages:
+            warn(message)
 
     def drop(self) -> bool:
         """Cancels the job, unless it has begun. Returns whether it was canceled; a canceled job leaves no trace."""
@@ -86,7 +94,8 @@ class Job(Generic[Result]):
         work, self._work = self._work, None
         try:
             if work is not None and self._future.set_running_or_notify_cancel():
-                result = work()
+                with deferring(self._warnings):
+                    result = work()
                 work = None  # a waiter for the result may expect that the job holds nothing any more
                 self._future.set_result(result)
         except BaseException as error:  # noqa: BLE001 - result() raises it
@@ -121,11 +130,11 @@ def wait() -> None:
 
 
 def report() -> None:
-    """Waits for all jobs, and warns of unclaimed errors: an interrupted training never asks for its results."""
+    """Waits for all jobs, and issues unclaimed warnings and errors: an interrupted training never asks for results."""
     wait()
     for job in list(_jobs):
         if job.done():
-            _jobs.pop(job, None)
+            job.claim()
             if error := job.error():
                 # Python shows equal warnings once, so each error gets a distinct text.
                 run, step = job.moment
