@@ -603,6 +603,27 @@ class TestPinnedFile:
         assert [each.filename for each in warned if each.category is UserWarning] == [fit.__code__.co_filename]
         assert files(tmp_path) == {"best.keras": 0.1}
 
+    @pytest.mark.filterwarnings("ignore:best.keras .* is pinned:UserWarning")
+    @pytest.mark.parametrize("best_only", [True, False])
+    def test_verbose_promises_no_save_over_a_pinned_file(self, tmp_path, monkeypatch, capsys, best_only) -> None:
+        """An improvement is told, and the save after an unpin too."""
+        monkeypatch.chdir(tmp_path)
+        model = pinned_file("best.keras")
+        runs = kc.CheckpointDirectory("best.keras")
+        unpins = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epoch and runs.unpin(1))
+
+        train_files("best.keras", [0.05, 0.04], model, unpins, save_best_only=best_only, verbose=1)
+
+        lines = [line for line in capsys.readouterr().out.splitlines() if line]
+        improved = [
+            f"val_loss improved from {change}, " * best_only for change in ("0.10000 to 0.05000", "0.05000 to 0.04000")
+        ]
+        assert lines == [
+            f"Epoch 1: {improved[0]}best.keras is pinned and stays",
+            f"Epoch 2: {improved[1]}saving model to best.keras",
+            "Epoch 2: finished saving model to best.keras",
+        ]
+
     def test_a_pin_that_is_set_during_the_fit_is_warned_of_once_at_the_users_line(self, tmp_path, monkeypatch) -> None:
         """A background thread finds the pin. The warning waits for the training thread."""
         monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from keras_ckpt.errors import DiskFullError
 from keras_ckpt.model.position import Position
-from keras_ckpt.store import tables
+from keras_ckpt.store import layout, tables
 from keras_ckpt.store.directory import Change, CheckpointDirectory
 from keras_ckpt.store.record import Mode
 from keras_ckpt.training.session import Outcome
@@ -117,7 +117,7 @@ class OfDirectory:
 class OfFiles:
     """The lines of Keras's own callback: one before a save, one when the file is on disk.
 
-    A fit that saves into a sub-directory begins with a line of its own.
+    A fit that saves into a sub-directory begins with a line of its own. No line promises a save over a pinned file.
 
     Args:
         folder: The folder of the files, as the user typed it.
@@ -127,20 +127,21 @@ class OfFiles:
 
     def __init__(self, folder: str, path: str, best_only: bool) -> None:
         self._base = folder, path
-        self._folder = folder
+        self._folder, self._place = folder, path
         self._best_only = best_only
         self._lines: list[str] = []
 
     def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
         self._metric = _Metric(monitor, mode, best)
         folder, base = self._base
+        self._place = path
         self._folder = os.path.normpath(os.path.join(folder, os.path.relpath(path, base)))
         if path != base:
             _tell_place(self._folder)
 
     def save(self, save: Save) -> Handler:
         start = f"Epoch {save.epoch}:"
-        saving = f"saving model to {self._path(save.name)}"
+        saving = self._intent(save.name)
         if not self._best_only:
             self._lines.append(f"{start} {saving}")
         elif save.value is not None:  # a warning tells of a metric that is missing
@@ -164,6 +165,12 @@ class OfFiles:
         for line in self._lines:
             print(f"\n{line}")
         self._lines.clear()
+
+    def _intent(self, name: str) -> str:
+        """The words for a save to come. No save replaces a pinned file."""
+        place = os.path.join(self._place, name)
+        pinned = os.path.exists(place) and os.path.exists(layout.pin(place))
+        return f"{self._path(name)} is pinned and stays" if pinned else f"saving model to {self._path(name)}"
 
     def _path(self, name: str) -> str:
         return os.path.normpath(os.path.join(self._folder, name))
