@@ -1,6 +1,8 @@
 """`ModelCheckpoint` in real fits: what it saves, ranks, keeps and refuses."""
 
+import contextlib
 import datetime
+import io
 import math
 import pathlib
 import re
@@ -43,6 +45,18 @@ class OwnAUC(keras.metrics.AUC):
 
 ALL = kc.EveryNSteps(1)
 """A policy that keeps every save."""
+
+
+class Writes(io.StringIO):
+    """An output that keeps each write apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.writes += [text] if text else []
+        return len(text)
 
 
 class TestSaves:
@@ -144,6 +158,27 @@ class TestSaves:
             "Step 2, epoch 2: val_loss improved from 0.5 to 0.25",
             "Step 2, epoch 2: saved ckpt-2, removed ckpt-1",
         ]
+
+    def test_verbose_writes_each_line_as_a_whole(self, tmp_path) -> None:
+        """The lines of two trainings in two threads do not mix within a line."""
+        out = Writes()
+        checkpoints = [kc.ModelCheckpoint(tmp_path / name, "loss", verbose=1) for name in ("run", "last.keras")]
+        with contextlib.redirect_stdout(out):
+            fit(dense_model(), *checkpoints)
+
+        assert [text.count("\n") for text in out.writes] == [1, 2, 2, 2, 2]
+        assert all(text.endswith("\n") for text in out.writes)
+
+    def test_verbose_prints_the_lines_of_each_of_two_callbacks_in_order(self, tmp_path, monkeypatch, capsys) -> None:
+        monkeypatch.chdir(tmp_path)
+        fit(dense_model(), *(kc.ModelCheckpoint(f"{name}.keras", "loss", verbose=1) for name in "ab"), epochs=3)
+
+        out = capsys.readouterr().out
+        for name in "ab":
+            lines = re.findall(rf"Epoch (\d): ((?:finished )?saving) model to {name}.keras\n", out)
+            for kind in ("saving", "finished saving"):
+                assert [epoch for epoch, text in lines if text == kind] == ["1", "2", "3"]
+            assert all(lines.index((epoch, "saving")) < lines.index((epoch, "finished saving")) for epoch in "123")
 
     def test_verbose_prints_that_a_save_would_not_be_kept(self, runs, capsys) -> None:
         """The best value may be of an earlier fit."""

@@ -106,7 +106,7 @@ class OfDirectory:
 
     def tell(self) -> None:
         for save, facts in self._facts.items():
-            print(f"\nStep {save.position.step}, epoch {save.position.epoch}: {', '.join(facts)}")
+            _print(f"\nStep {save.position.step}, epoch {save.position.epoch}: {', '.join(facts)}")
         self._facts.clear()
 
     def _hear(self, change: Change) -> None:
@@ -163,7 +163,7 @@ class OfFiles:
 
     def tell(self) -> None:
         for line in self._lines:
-            print(f"\n{line}")
+            _print(f"\n{line}")
         self._lines.clear()
 
     def _intent(self, name: str) -> str:
@@ -206,7 +206,12 @@ class _Metric:
 
 
 def _tell_place(path: str) -> None:
-    print(f"Checkpoints are saved into {path}")
+    _print(f"Checkpoints are saved into {path}")
+
+
+def _print(line: str) -> None:
+    """Prints a line by one write, so that no line of another thread comes between its text and its end."""
+    print(f"{line}\n", end="")
 
 
 def _five_places(value: float | None) -> str:
