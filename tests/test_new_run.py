@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import signal
+import subprocess
 
 import keras
 import pytest
@@ -566,6 +567,32 @@ class TestPinnedFile:
             "new_run='subdirectory', or another filepath."
         )
         assert told(recwarn) == []
+
+    @pytest.mark.filterwarnings("ignore:An earlier training wrote:UserWarning")
+    @pytest.mark.filterwarnings("ignore:.* another program has changed:UserWarning")
+    @pytest.mark.parametrize("way", ["rm", "subdirectory"])
+    @pytest.mark.parametrize("fact", ["damaged", "no record"])
+    def test_a_file_of_an_unknown_run_is_refused_before_the_first_batch(self, tmp_path, monkeypatch, fact, way) -> None:
+        """The file was cut, or Keras wrote it. Each way of the refusal works as it is typed."""
+        monkeypatch.chdir(tmp_path)
+        model = pinned_file("best.keras")
+        if fact == "damaged":
+            os.truncate("best.keras", 1000)
+        else:
+            dense_model().save("best.keras")
+
+        with pytest.raises(kc.DirectoryNotEmptyError) as caught:
+            train_files("best.keras", [0.9], model, Interrupts(1, AssertionError("a batch ran")))
+        assert str(caught.value) == (
+            f"best.keras ({fact}) is pinned, so this fit could save nothing. In a shell, rm best.keras.keep lets the "
+            "fit replace the file. Or give ModelCheckpoint new_run='subdirectory', or another filepath."
+        )
+        if way == "rm":
+            subprocess.run(re.search("rm [^ ]*", str(caught.value))[0], shell=True, check=True)
+        train_files("best.keras", [0.9], **({} if way == "rm" else {"new_run": way}))
+
+        place = "best.keras" if way == "rm" else "2/best.keras"
+        assert kc.CheckpointDirectory(place).latest().metrics["val_loss"] == 0.9
 
     @pytest.mark.filterwarnings("ignore:An earlier training wrote:UserWarning")
     @pytest.mark.parametrize("way", ["unpin", "subdirectory"])

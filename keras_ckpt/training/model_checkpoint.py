@@ -98,8 +98,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         ValueError, TypeError: A wrong argument; at the latest before the first batch. After the first batch: Keras
             cannot save the model as a whole.
         DirectoryNotEmptyError: Before the first batch: the directory holds a run other than the model's, and `new_run`
-            is `"refuse"`. Or it holds checkpoints that this package did not write. Or `filepath` is one file, which
-            another run saved and a user pinned.
+            is `"refuse"`. Or it holds checkpoints that this package did not write. Or `filepath` is one file, which is
+            pinned and not of the model's run.
         DirectoryInUseError: Before the first batch: another process trains into the directory.
         SaveError: A checkpoint could not be saved. The others are untouched.
     """

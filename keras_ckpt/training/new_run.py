@@ -10,6 +10,7 @@ from typing import Literal, cast, get_args
 
 from keras_ckpt.errors import DirectoryInUseError, DirectoryNotEmptyError
 from keras_ckpt.model.position import Position
+from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Listing
@@ -67,23 +68,32 @@ def answer_pin(listing: Listing, position: Position) -> set[str]:
         The names of the pinned files that a warning has named.
 
     Raises:
-        DirectoryNotEmptyError: The file is another run's, so the fit could save nothing.
+        DirectoryNotEmptyError: The file is another run's, is damaged or has no record, so the fit could save nothing.
     """
-    series = listing.series
-    pinned = [record for record in listing.all_runs if series.template and series.is_one_name and record.pinned]
-    for record in pinned:
-        path = relative(record.prefix)
-        if record.run_id != position.run_id:
-            raise DirectoryNotEmptyError(
-                f"{_described(record)} is of another run and pinned, so this fit could save nothing. In a shell, "
-                f"keras-ckpt unpin {shlex.quote(path)} lets the fit replace the file. Or give ModelCheckpoint "
-                "new_run='subdirectory', or another filepath."
+    name = listing.series.template
+    if not name or not listing.series.is_one_name:
+        return set()
+    path = relative(os.path.join(listing.path, name))
+    unpin = f"keras-ckpt unpin {shlex.quote(path)}"
+    for record in listing.all_runs:
+        if record.pinned and record.run_id == position.run_id:
+            warn(
+                f"{_described(record)} is pinned, so this fit saves nothing there. In a shell, {unpin} lets the fit "
+                "replace the file. Or give ModelCheckpoint another filepath."
             )
-        warn(
-            f"{_described(record)} is pinned, so this fit saves nothing there. In a shell, keras-ckpt unpin "
-            f"{shlex.quote(path)} lets the fit replace the file. Or give ModelCheckpoint another filepath."
-        )
-    return {record.name for record in pinned}
+            return {name}
+        if record.pinned:
+            raise _refusal_of_pin(f"{_described(record)} is of another run and pinned", unpin)
+    if (files := _without_run(listing)) and os.path.exists(layout.pin(path)):
+        raise _refusal_of_pin(f"{files[0]} is pinned", f"rm {shlex.quote(layout.pin(path))}")
+    return set()
+
+
+def _refusal_of_pin(fact: str, unpin: str) -> DirectoryNotEmptyError:
+    return DirectoryNotEmptyError(
+        f"{fact}, so this fit could save nothing. In a shell, {unpin} lets the fit replace the file. Or give "
+        "ModelCheckpoint new_run='subdirectory', or another filepath."
+    )
 
 
 def opened_in_subdirectory(
@@ -164,9 +174,7 @@ def _refuse_unreadable(listing: Listing, position: Position) -> None:
 def _warn_of_replacement(listing: Listing, position: Position) -> None:
     """Warns that a fit replaces files by their names, as Keras does: of another run, without a record, or damaged."""
     earlier = [record for record in reversed(listing.all_runs) if record.run_id != position.run_id]
-    unmanaged = [f"{relative(os.path.join(listing.path, name))} (no record)" for name in listing.unmanaged]
-    damaged = [f"{relative(os.path.join(listing.path, name))} (damaged)" for name in listing.damaged]
-    files = [*map(_described, earlier), *unmanaged, *damaged]
+    files = [*map(_described, earlier), *_without_run(listing)]
     if not files:
         return
     replaced = "it" if listing.series.is_one_name else "files of the same names"
@@ -179,6 +187,12 @@ def _warn_of_replacement(listing: Listing, position: Position) -> None:
         f"An earlier training wrote {few(files)}. This fit replaces {replaced}, as Keras does.{continues} To keep all "
         "files, give ModelCheckpoint new_run='subdirectory'."
     )
+
+
+def _without_run(listing: Listing) -> list[str]:
+    """The files of unknown runs, to display: without a record, or damaged."""
+    facts = [(name, "no record") for name in listing.unmanaged] + [(name, "damaged") for name in listing.damaged]
+    return [f"{relative(os.path.join(listing.path, name))} ({fact})" for name, fact in facts]
 
 
 def _described(record: CheckpointRecord) -> str:

@@ -189,7 +189,7 @@ class Session(Generic[Held]):
         Raises:
             DirectoryInUseError: Another process saves into the directory.
             DirectoryNotEmptyError: The directory belongs to another run or to another callback of this fit, or its only
-                file is another run's and pinned.
+                file is pinned and not of this run.
             SaveError: The directory cannot be written.
         """
         background.report()
