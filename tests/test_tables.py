@@ -8,17 +8,20 @@ import pty
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
 import keras_ckpt as kc
+from keras_ckpt.cli import main
 from keras_ckpt.store import overview
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.tables import text
 from keras_ckpt.store.writer import SaveRequest, Writer
-from support.runs import Filler, history, payload
+from support.runs import Filler, history, payload, unprivileged_user
 from test_series import save as save_file
 
 LOSSES = [0.9, 0.5, 0.25, 0.125, 0.5, 0.7]
@@ -137,6 +140,46 @@ def files(path: pathlib.Path) -> None:
         save_file(path / "{epoch:02d}-{val_loss:.2f}.keras", 100 * epoch, f"{epoch:02d}-{loss:.2f}.keras", **facts)
         if epoch < 4:
             save_file(path / "best.keras", 100 * epoch, "best.keras", **facts)
+
+
+class TestRunsInSubdirectories:
+    """`new_run="subdirectory"` saves further runs into numbered sub-directories: a line below the table names them."""
+
+    @pytest.mark.parametrize("width", [80, 60])
+    @pytest.mark.parametrize("name", ["", "best.keras", "{epoch}.keras"])
+    @pytest.mark.parametrize("first", [True, False], ids=["a run in the directory", "no run in the directory"])
+    def test_are_named_with_the_command_that_lists_them(self, tmp_path, monkeypatch, width, name, first) -> None:
+        """A directory of TensorFlow checkpoints, or of files of Keras. Without a run of its own it is listed too."""
+        monkeypatch.chdir(tmp_path)
+        for place in ["."] * first + ["2", "3"]:
+            folder = pathlib.Path("runs", "all", place)
+            save_file(folder / name, 1, name.format(epoch=1)) if name else Filler(folder).save("1")
+
+        for path in ["runs/all", f"runs/all/{name}"]:
+            note = screen(kc.CheckpointDirectory(path), width, monkeypatch).splitlines()[-1]
+            assert note == "runs in sub-directories: 2, 3 (keras-ckpt ls runs/all/2)"
+        listed = CliRunner().invoke(main, note.partition("(keras-ckpt ")[2].rstrip(")").split())
+        assert listed.output.endswith("1 checkpoint, 11 bytes\n" if not name else "1 checkpoint, 9 bytes\n")
+
+    @pytest.mark.parametrize("other", ["backup", "2", "3/notes"])
+    def test_are_no_other_folders(self, tmp_path, other) -> None:
+        """A folder of another name, and a folder without a checkpoint, are not named."""
+        runs = Filler(tmp_path).save("1")
+        (tmp_path / other).mkdir(parents=True)
+        if other == "backup":
+            Filler(tmp_path / other).save("1")
+
+        assert repr(runs).endswith("1 checkpoint, 11 bytes")
+
+    def test_that_cannot_be_read_do_not_hide_the_table(self) -> None:
+        with tempfile.TemporaryDirectory(dir="/tmp") as path:  # all users may enter /tmp
+            runs = Filler(pathlib.Path(path)).save("1")
+            Filler(pathlib.Path(path, "2")).save("1")
+            os.chmod(path, 0o755)
+            os.chmod(f"{path}/2", 0)
+
+            with unprivileged_user():
+                assert repr(runs).endswith("1 checkpoint, 11 bytes")
 
 
 def test_a_folder_of_two_series_of_files_in_a_terminal_of_80_columns(tmp_path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -176,9 +177,19 @@ class CheckpointDirectory(tables.Shown):
 
     def subdirectory(self, name: str) -> CheckpointDirectory:
         """The checkpoint directory in a sub-directory. Its listeners are those of this object."""
-        found = CheckpointDirectory(os.path.join(self.path, name), self.series)
+        series = self.series if self._is_given or self.series.template else None
+        found = CheckpointDirectory(os.path.join(self.path, name), series)
         found._listeners = self._listeners
         return found
+
+    def places(self) -> Iterator[CheckpointDirectory]:
+        """This directory and its numbered sub-directories: the places that `new_run="subdirectory"` saves into."""
+        yield self
+        if os.path.isdir(self.path):
+            with Folder(self.path) as folder:
+                numbers = sorted(int(name) for name in folder.names() if name.isascii() and name.isdecimal())
+            places = (self.subdirectory(str(number)) for number in numbers)
+            yield from (place for place in places if os.path.isdir(place.path))
 
     def subscribe(self, listener: Callable[[Change], object]) -> None:
         """Calls a function after each save or removal of a checkpoint through this object; `Change` has an example.
@@ -445,9 +456,14 @@ class CheckpointDirectory(tables.Shown):
             with _naming(self.path):
                 records = [record for each in listings for record in (*each.other_runs, *each.records)]
                 rankings = [rank(each, BestN(1)) for each in listings]
-                return overview.of_directory(title, listings, rankings, taken(records))
+                return overview.of_directory(title, listings, rankings, taken(records), self._further_runs())
         except (CheckpointError, OSError) as error:  # a repr never raises
             return tables.Table(tables.printable(tables.relative(self.path)), notes=(tables.printable(str(error)),))
+
+    def _further_runs(self) -> list[str]:
+        """The numbered sub-directories that hold a run. The path of one file means this file alone."""
+        places = [] if self.series.only else itertools.islice(self.places(), 1, None)
+        return [place.path for place in places if _holds_a_run(place)]
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
@@ -463,6 +479,13 @@ class CheckpointDirectory(tables.Shown):
                 return reader(folder)
         except FileNotFoundError:
             return Listing(self.path, series=self.series)
+
+
+def _holds_a_run(place: CheckpointDirectory) -> bool:
+    """Whether a directory has checkpoints that can be listed."""
+    with contextlib.suppress(CheckpointError, OSError):
+        return any(each.listing() for each in place.each_series())
+    return False
 
 
 @contextlib.contextmanager

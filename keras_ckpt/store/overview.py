@@ -6,13 +6,14 @@ import collections
 import enum
 import functools
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.policies import PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord
-from keras_ckpt.store.tables import Column, Table, counted, few, metric, printable, size
+from keras_ckpt.store.tables import Column, Table, counted, few, metric, printable, relative, size
 
 if TYPE_CHECKING:
     from keras_ckpt.store.plan import Decision
@@ -43,14 +44,17 @@ class _Line(NamedTuple):
     marks: Sequence[str]
 
 
-def of_directory(path: str, listings: Sequence[Listing], rankings: Sequence[Ranking], taken: int) -> Table:
-    """The table of a directory: its checkpoints, the bytes they take, and notes on the damaged and unmanaged.
+def of_directory(
+    path: str, listings: Sequence[Listing], rankings: Sequence[Ranking], taken: int, further: Sequence[str] = ()
+) -> Table:
+    """The table of a directory: its checkpoints, the bytes they take, and notes on all else.
 
     Args:
         path: The directory as a person names it.
         listings: The series of the directory.
         rankings: For each series the metric that decides, and the best checkpoint.
         taken: The bytes that the checkpoints take.
+        further: The sub-directories that hold other runs.
     """
     lines = [line for each in zip(listings, rankings, strict=True) for line in _lines(*each)]
     rows = _shortened(lines, lambda line: line.record.pinned or "best" in line.marks)
@@ -69,7 +73,7 @@ def of_directory(path: str, listings: Sequence[Listing], rankings: Sequence[Rank
     several = len(listings) > 1 and any("newest" in line.marks for line in lines)
     marked = ["best and newest are marked among the files of one template"] if several else []
     colors = _colors(rows, lambda line: "green" if "best" in line.marks else "")
-    return Table(printable(path), _used(columns), (count, *marked, *_notes(listings)), colors)
+    return Table(printable(path), _used(columns), (count, *marked, *_notes(listings), *_further(further)), colors)
 
 
 def _lines(listing: Listing, ranking: Ranking) -> Iterator[_Line]:
@@ -217,6 +221,12 @@ def _notes(listings: Iterable[Listing]) -> Iterator[str]:
     for proof, names in unmanaged.items():
         if names:
             yield f"without a {proof}, left alone: {few(list(names))}"
+
+
+def _further(places: Sequence[str]) -> Iterator[str]:
+    if places:
+        names = few([os.path.basename(place) for place in places])
+        yield printable(f"runs in sub-directories: {names} (keras-ckpt ls {shlex.quote(relative(places[0]))})")
 
 
 def _proof(listing: Listing) -> str:

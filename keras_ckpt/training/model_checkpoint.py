@@ -23,7 +23,7 @@ from keras_ckpt.training.file_form import KerasFiles
 from keras_ckpt.training.hooks import Hook, Hooks
 from keras_ckpt.training.lines import Handler, Lines, Save, Silent
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
-from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory, places
+from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory
 from keras_ckpt.training.schedule import SaveFreq
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 from keras_ckpt.training.targets import target
@@ -316,7 +316,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self._session is None:
             self._ranking = self._resolve()
             base = self._target.directory
-            self._target.adopt(self.model, places(base) if self.new_run == "subdirectory" else [base])
+            self._target.adopt(self.model, base.places() if self.new_run == "subdirectory" else [base])
             fit = fit_in_progress(self)
             on_background = self.save_on_background
             if on_background == "auto":

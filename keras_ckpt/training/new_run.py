@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, cast, get_args
 
 from keras_ckpt.errors import DirectoryInUseError, DirectoryNotEmptyError
 from keras_ckpt.model.position import Position
 from keras_ckpt.store import layout
 from keras_ckpt.store.directory import CheckpointDirectory
-from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord, step_in
@@ -114,7 +113,7 @@ def opened_in_subdirectory(
         session: The owner of the writing.
         make: Makes the writer of a directory.
     """
-    for place in places(base) if run_id else ():
+    for place in base.places() if run_id else ():
         if (newest := place.latest()) is not None and newest.run_id == run_id:
             return make(place)
     candidates = itertools.chain([base], (base.subdirectory(str(number)) for number in itertools.count(2)))
@@ -136,16 +135,6 @@ def _opened_if_free(writer: Writer, run_id: str | None, session: object) -> Writ
         writer.close()
         return None
     return writer
-
-
-def places(base: CheckpointDirectory) -> Iterator[CheckpointDirectory]:
-    """The directory and its numbered sub-directories."""
-    yield base
-    if os.path.isdir(base.path):
-        with Folder(base.path) as folder:
-            numbers = sorted(int(name) for name in folder.names() if name.isascii() and name.isdecimal())
-        places = (base.subdirectory(str(number)) for number in numbers)
-        yield from (place for place in places if os.path.isdir(place.path))
 
 
 def _refusal(listing: Listing, newest: CheckpointRecord) -> str:
