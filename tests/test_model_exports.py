@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from click.testing import CliRunner
 
 import keras_ckpt as kc
+from keras_ckpt.cli import main
 from support import keras_zoo
 from support.models import X, dense_model, fit, save
 
@@ -47,6 +50,44 @@ def test_a_subclassed_model_is_exported(tmp_path) -> None:
 
     loaded = tf.saved_model.load(tmp_path / "saved")
     np.testing.assert_allclose(loaded.serve(X[:2]), model(X[:2]), rtol=1e-6)
+
+
+class Doubles(keras.layers.Layer):
+    """A layer that is not registered with Keras."""
+
+    def call(self, x):
+        return 2 * x
+
+
+class TestClassesOfTheUser:
+    """A model with a class that is neither Keras's nor registered is built with `custom_objects`."""
+
+    @pytest.fixture(params=["run", "file.keras"])
+    def saved(self, tmp_path, request) -> tuple[keras.Model, str]:
+        """A model, and the path of its checkpoint or its file of Keras."""
+        model = keras.Sequential([keras.Input((4,)), Doubles(), keras.layers.Dense(1)])
+        model.compile("sgd", "mse", run_eagerly=True)
+        fit(model, kc.ModelCheckpoint(tmp_path / request.param))
+        return model, str(tmp_path / request.param)
+
+    def test_an_export_takes_custom_objects(self, saved, tmp_path) -> None:
+        model, path = saved
+
+        kc.export(path, tmp_path / "saved", custom_objects={"Doubles": Doubles})
+
+        loaded = tf.saved_model.load(tmp_path / "saved")
+        np.testing.assert_allclose(loaded.serve(X), model.predict(X, verbose=0), rtol=1e-6)
+
+    def test_the_error_of_the_command_names_the_argument_to_type_in_python(self, saved, tmp_path) -> None:
+        """A shell cannot give a class."""
+        step = [] if saved[1].endswith(".keras") else ["latest"]
+
+        result = CliRunner().invoke(main, ["export", saved[1], *step, f"{tmp_path}/saved"])
+
+        assert result.exit_code == 1
+        advice = re.search(r"In Python, .*pass (custom_objects={.*}) to .* or (keras_ckpt.export)\.", result.output)
+        eval(f"{advice[2]}({saved[1]!r}, '{tmp_path}/saved', {advice[1]})", {"keras_ckpt": kc, "Doubles": Doubles})
+        assert (tmp_path / "saved" / "saved_model.pb").exists()
 
 
 @pytest.mark.parametrize("before", ["file", "empty folder", "folder"])

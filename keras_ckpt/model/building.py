@@ -165,8 +165,9 @@ def _known(config: Any, custom_objects: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         first = next(iter(unknown))
         raise CannotBuildError(
-            f"has a model that needs {', '.join(unknown):.300}, which this program does not have. Import the module "
-            f"that registers it, or pass custom_objects={{{first!r:.100}: {first:.100}}}."
+            f"has a model that needs {', '.join(unknown):.300}, which this program does not have. In Python, import "
+            f"the module that registers it, or pass custom_objects={{{first!r:.100}: {first:.100}}} to "
+            "keras_ckpt.load_model or keras_ckpt.export."
         )
     return known
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from keras_ckpt.formats.exporting import ENDINGS, Checkpoint, export_values
@@ -12,7 +13,13 @@ from keras_ckpt.store.files import Folder
 _ONNX = ".onnx"
 
 
-def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, weights_only: bool = False) -> None:
+def export(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    weights_only: bool = False,
+    custom_objects: Mapping[str, Any] | None = None,
+) -> None:
     """Exports a checkpoint to a file in another format, or to a SavedModel.
 
     The ending of the path is the format. The first four need neither TensorFlow nor the model:
@@ -24,8 +31,6 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, weights_only
       such as `bfloat16` in an `.npz`, become the next larger type that it has, with the same values.
     - `.onnx`: an ONNX file. `load_model` builds the model. The packages `onnx` and `tf2onnx` are needed.
     - A path that ends in `/` or has no ending: a folder with TensorFlow's SavedModel. `load_model` builds the model.
-
-    For classes of your own, call `load_model` with `custom_objects`, and `export` of the model.
 
     An export is complete and durable, or not there. It replaces a file, but never a folder or a checkpoint.
 
@@ -40,6 +45,8 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, weights_only
             Keras is accepted too.
         path: The file or the folder to write.
         weights_only: Whether to skip the optimizer and the metrics. ONNX and SavedModels never have them.
+        custom_objects: Classes and functions of the model that are neither Keras's nor registered with
+            `keras.saving.register_keras_serializable`, by name. Only the formats that build the model need them.
 
     Raises:
         DamagedCheckpointError: The checkpoint cannot be trusted.
@@ -55,9 +62,9 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, weights_only
     if path.endswith(ENDINGS):
         export_values(checkpoint, path, weights_only)
     elif path.endswith(_ONNX):
-        _export_model(checkpoint, path, "onnx")
+        _export_model(checkpoint, path, "onnx", custom_objects)
     elif name.endswith(os.sep) or not os.path.splitext(path)[1]:
-        _export_model(checkpoint, path, "tf_saved_model")
+        _export_model(checkpoint, path, "tf_saved_model", custom_objects)
     else:
         raise ValueError(
             f"export() writes files that end in {', '.join(ENDINGS)} or {_ONNX}, and SavedModels to paths that end in "
@@ -65,7 +72,7 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, weights_only
         )
 
 
-def _export_model(checkpoint: Checkpoint, path: str, form: str) -> None:
+def _export_model(checkpoint: Checkpoint, path: str, form: str, custom_objects: Mapping[str, Any] | None) -> None:
     """Builds the model of a checkpoint, and lets Keras export it."""
     if form == "onnx":
         _require_onnx()
@@ -73,7 +80,7 @@ def _export_model(checkpoint: Checkpoint, path: str, form: str) -> None:
         raise FileExistsError(errno.EEXIST, "A SavedModel replaces nothing. Remove it, or choose another path", path)
     from keras_ckpt.model.loading import load_model  # the other formats need no Keras
 
-    model = load_model(checkpoint, compile=False)
+    model = load_model(checkpoint, custom_objects, compile=False)
     _call(model)
     with Folder(os.path.dirname(path)) as folder, folder.adopting(os.path.basename(path)) as new:
         model.export(new, format=form, verbose=False)
