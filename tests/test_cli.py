@@ -528,15 +528,15 @@ def test_prune_does_not_ask_with_yes_or_if_it_removes_nothing(runs, options) -> 
     assert exit_code == 0
 
 
-def completed(*words: object) -> list[str]:
-    """The completions that a shell gets for the last of some words."""
+def completed(*words: object, kind: str = "plain") -> list[str]:
+    """The completions that a shell gets for the last of some words: words, or the paths that it completes itself."""
     line = " ".join(["keras-ckpt", *map(str, words)])
     variables = {"_KERAS_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
     out = subprocess.run(
         [sys.executable, "-c", "from keras_ckpt.cli import main; main(prog_name='keras-ckpt')"],
         env={**os.environ, **variables}, capture_output=True, check=True, text=True,
     )  # fmt: skip
-    return [line.removeprefix("plain,") for line in out.stdout.splitlines() if line.startswith("plain,")]
+    return [line.removeprefix(f"{kind},") for line in out.stdout.splitlines() if line.startswith(f"{kind},")]
 
 
 def test_a_shell_completes_steps(runs, monkeypatch) -> None:
@@ -545,6 +545,24 @@ def test_a_shell_completes_steps(runs, monkeypatch) -> None:
     assert completed("pin", runs.path, "3") == ["30"]
     monkeypatch.chdir(runs.path)
     assert completed("show", "") == ["latest", "best", "10", "20", "30", "40"]
+
+
+@pytest.mark.parametrize("name", ["best.keras", "best.weights.h5", "best.h5"])
+def test_a_shell_completes_files_of_keras(tmp_path, monkeypatch, name) -> None:
+    """A shell lists them beside directories, or after the steps of a command whose PATH may be missing."""
+    monkeypatch.chdir(tmp_path)
+    save_file(tmp_path / "runs" / name, 1, name)
+
+    assert completed("ls", "runs/b", kind="file") == ["runs/b"]
+    assert completed("show", "runs/b") == [f"runs/{name}"]
+    monkeypatch.chdir("runs")
+    assert completed("show", "be") == ["best", name]
+
+
+def test_a_shell_completes_directories_alone_where_no_file_of_keras_is(runs) -> None:
+    """The many files of TensorFlow checkpoints are no PATH."""
+    assert completed("ls", f"{runs.path}/", kind="dir") == [f"{runs.path}/"]
+    assert completed("ls", f"{runs.path}/", kind="file") == []
 
 
 def test_a_shell_completes_metrics(runs, monkeypatch) -> None:

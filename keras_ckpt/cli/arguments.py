@@ -80,9 +80,22 @@ def _matching(words: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 
 def _complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The directories, and the steps of the current directory for a command whose PATH may be missing."""
-    steps = _Step().shell_complete(ctx, param, incomplete) if isinstance(ctx.command, OfOneStep) else []
-    return [CompletionItem(incomplete, type="dir"), *steps]
+    """The directories and the files of Keras; for a command whose PATH may be missing, the steps too."""
+    files = _keras_files(incomplete)
+    if isinstance(ctx.command, OfOneStep):
+        steps = _Step().shell_complete(ctx, param, incomplete)
+        return [CompletionItem(incomplete, type="dir"), *steps, *map(CompletionItem, files)]
+    # A shell completes files by itself, together with directories. It does not know which files are Keras's.
+    return [CompletionItem(incomplete, type="file" if files else "dir")]
+
+
+def _keras_files(incomplete: str) -> list[str]:
+    """The paths of the files of Keras that begin with a text."""
+    folder = os.path.dirname(incomplete)
+    with contextlib.suppress(OSError):
+        paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder or ".")))
+        return [path for path in paths if path.startswith(incomplete) and layout.is_keras_file(path)]
+    return []
 
 
 def _complete_metric(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
