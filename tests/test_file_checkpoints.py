@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-from support.models import HoldsSaves, Interrupts, Reports, WithFunction, dense_model, fit
+from support.models import HoldsSaves, Interrupts, Reports, WithFunction, X, Y, dense_model, fit
 
 
 @pytest.fixture(autouse=True)
@@ -332,7 +332,53 @@ def test_verbose_prints_the_lines_of_keras(folder, capsys, path, on_background) 
     ]
 
 
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+class TestTheLossOfALegacyFile:
+    """Keras 3.15 writes the short name of a loss, such as `mse`, into a legacy `.h5` file and cannot load the file."""
+
+    def test_is_warned_of_at_the_first_batch_if_keras_cannot_load_it(self, folder) -> None:
+        """One warning names the loss and each way out."""
+        with pytest.warns(UserWarning, match="Keras cannot load") as warned:
+            fit(dense_model("digits"), kc.ModelCheckpoint("best.h5"), epochs=2)
+
+        assert [str(each.message) for each in warned if each.category is UserWarning] == [
+            "Keras cannot load 'digits' from its legacy .h5 files, because compile was given the loss by a short name: "
+            "'mse'. Give ModelCheckpoint a filepath that ends in .keras. Or give compile the full name, such as "
+            "'mean_squared_error'. keras.models.load_model(path, compile=False) loads the files without the loss and "
+            "the optimizer."
+        ]
+        with pytest.raises(ValueError, match=r"Could not deserialize 'keras\.metrics\.mse'"):
+            keras.models.load_model("best.h5")
+        keras.models.load_model("best.h5", compile=False)
+
+    @pytest.mark.parametrize(
+        ("path", "loss"),
+        [
+            ("best.keras", "mse"),
+            ("best.h5", "mean_squared_error"),
+            ("best.h5", ["huber"]),
+            ("best.h5", keras.losses.MeanSquaredError()),
+            ("best.h5", keras.losses.mean_squared_error),
+        ],
+    )
+    def test_is_not_warned_of_if_keras_loads_it(self, folder, path, loss) -> None:
+        """A file in the format `.keras`, a full name, a function or an object."""
+        fit(dense_model(loss=loss), kc.ModelCheckpoint(path))
+
+        keras.models.load_model(path)
+
+    def test_is_warned_of_for_one_of_several_outputs(self, folder) -> None:
+        inputs = keras.Input((4,))
+        outputs = {name: keras.layers.Dense(1, name=name)(inputs) for name in "ab"}
+        model = keras.Model(inputs, outputs)
+        model.compile("sgd", {"a": "mae", "b": "huber"}, run_eagerly=True)
+
+        with pytest.warns(UserWarning, match="by a short name: 'mae'. Give"):
+            model.fit(X, {"a": Y, "b": Y}, verbose=0, callbacks=[kc.ModelCheckpoint("best.h5")])
+
+
 @pytest.mark.parametrize("name", ["best.keras", "best.weights.h5", "best.h5"])
+@pytest.mark.filterwarnings("ignore:Keras cannot load:UserWarning")
 @pytest.mark.parametrize("part", [0, 0.5, 0.999])
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_a_file_that_was_cut_is_damaged(folder, name, part) -> None:

@@ -223,6 +223,7 @@ def saved_by_keras(model: keras.Model, path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+@pytest.mark.filterwarnings("ignore:Keras cannot load:UserWarning")
 @pytest.mark.parametrize("name", ["best.keras", "best.weights.h5", "best.h5"])
 @pytest.mark.parametrize("ours", [True, False], ids=["keras_ckpt", "Keras"])
 def test_each_value_of_a_file_of_keras_is_loaded_by_its_path(model, tmp_path, name, ours) -> None:

@@ -413,6 +413,7 @@ def test_check_digests_false_compares_only_the_size_of_a_file(folder) -> None:
     assert np.array_equal(other.layers[0].kernel.numpy(), np.ones_like(kernel))
 
 
+@pytest.mark.filterwarnings("ignore:Keras cannot load:UserWarning")
 def test_the_error_of_a_legacy_file_names_load_model(folder) -> None:
     """Its layout has no paths of objects."""
     saved("model.h5", epochs=1)

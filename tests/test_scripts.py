@@ -200,6 +200,7 @@ def outcome(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.sample(7)
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.filterwarnings("ignore:.*val_acc")
+@pytest.mark.filterwarnings("ignore:Keras cannot load:UserWarning")
 def test_a_script_leaves_the_files_and_prints_the_lines_of_keras(folder, monkeypatch, capsys, name) -> None:
     """The same files, the same content and the same lines, with another import alone."""
     results = []
@@ -522,6 +523,7 @@ FORMATS: dict[str, tuple[str, Callable[[str], keras.Model], dict[str, Any]]] = {
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.filterwarnings("ignore:Keras cannot load:UserWarning")
 def test_a_new_process_loads_a_checkpoint_and_continues_its_run(folder, forks, name) -> None:
     """Its model predicts the same to the bit, and its checkpoints are of the same run."""
     path, _, options = FORMATS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import keras
@@ -11,6 +12,7 @@ from keras_ckpt.model import building, model_state
 from keras_ckpt.model.file_snapshot import FileSnapshot, FileState, Kind
 from keras_ckpt.store import background, tails
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 from keras_ckpt.store.writer import SaveRequest, Writer
 
@@ -50,7 +52,7 @@ class KerasFiles:
         snapshot.detach(background.is_idle())
 
     def preparation(self) -> Callable[[], str]:
-        """A function that prepares nothing: Keras's own writer makes the first file.
+        """A function that prepares nothing: Keras's own writer makes the first file. Warns of an unloadable loss.
 
         Raises:
             ValueError: Keras cannot save the model as a whole. Its own writer would tell after an epoch.
@@ -59,6 +61,13 @@ class KerasFiles:
             raise ValueError(
                 f"Keras cannot save {self._model.name!r} as a whole, because {reason}. Save its weights: give "
                 "ModelCheckpoint a filepath that ends in .weights.h5 with save_weights_only=True, or a directory."
+            )
+        if self._kind == "legacy" and (names := _unloadable_losses(self._model)):
+            warn(
+                f"Keras cannot load {self._model.name!r} from its legacy .h5 files, because compile was given the loss "
+                f"by a short name: {', '.join(names)}. Give ModelCheckpoint a filepath that ends in .keras. Or give "
+                "compile the full name, such as 'mean_squared_error'. keras.models.load_model(path, compile=False) "
+                "loads the files without the loss and the optimizer."
             )
         return lambda: ""
 
@@ -90,3 +99,16 @@ class KerasFiles:
             seeds=content.seeds,
         )
         return self._writer.save(request, write_file)
+
+
+def _unloadable_losses(model: keras.Model) -> list[str]:
+    """The names of losses of `compile` that Keras 3.15 writes into a legacy file and cannot read: `mse`, `mae`."""
+
+    def is_loadable(name: str) -> bool:
+        with contextlib.suppress(TypeError, ValueError):
+            keras.losses.deserialize(name)
+            return True
+        return False
+
+    given = keras.tree.flatten(getattr(model, "loss", None))
+    return [repr(name) for name in given if isinstance(name, str) and not is_loadable(name)]
