@@ -512,6 +512,26 @@ class TestReplacedFiles:
         ]
         assert files(tmp_path) == {"last.keras": 0.3, "e-2.keras": 0.2, "e-1.keras": 0.9}
 
+    @pytest.mark.parametrize("by_keras", [True, False])
+    def test_two_callbacks_name_the_files_that_each_replaces(self, tmp_path, monkeypatch, by_keras) -> None:
+        """Each of two warnings has the files of its own callback alone. The files have records, or Keras wrote them."""
+        monkeypatch.chdir(tmp_path)
+        names = ["best.keras", "{epoch}.keras"]
+        if by_keras:
+            for name in ("best.keras", "1.keras"):
+                dense_model().save(name)
+        else:
+            fit(dense_model(), *map(kc.ModelCheckpoint, names))
+
+        with pytest.warns(UserWarning, match="An earlier training wrote") as warned:
+            fit(dense_model(), *map(kc.ModelCheckpoint, names))
+
+        fact = "no record" if by_keras else "step 5"
+        assert [text.partition(". ")[0] for text in told(warned)] == [
+            f"An earlier training wrote best.keras ({fact})",
+            f"An earlier training wrote 1.keras ({fact})",
+        ]
+
     def test_a_fit_over_a_damaged_file_says_so(self, tmp_path, monkeypatch) -> None:
         """The user may still find its values."""
         monkeypatch.chdir(tmp_path)

@@ -66,7 +66,7 @@ class Series:
     @property
     def is_one_name(self) -> bool:
         """Whether all checkpoints have the name that is the template, so a save replaces the checkpoint before."""
-        return all(field is None for _, field in _parts(self.template))
+        return all(field is None for _, field, _ in _parts(self.template))
 
     def next_to(self, name: str, taken: Container[str]) -> str:
         """A free name for a checkpoint whose name is taken: `~2`, `~3` and so on come before the suffix."""
@@ -81,7 +81,7 @@ class Series:
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
         fields = _parts(self.template.removesuffix(self._suffix))
-        parts = (re.escape(literal) + ("" if field is None else "[^/]+") for literal, field in fields)
+        parts = (re.escape(literal) + _values(field, spec) for literal, field, spec in fields)
         return re.compile(f"{''.join(parts)}(~[0-9]+)?{re.escape(self._suffix)}", re.DOTALL)
 
 
@@ -89,12 +89,22 @@ TENSORFLOW = Series()
 """The TensorFlow checkpoints of a directory."""
 
 
-def _parts(template: str) -> list[tuple[str, str | None]]:
-    """The literal texts of a template and the fields after them. A malformed template is a name, of a copied file."""
+def _parts(template: str) -> list[tuple[str, str | None, str]]:
+    """The literal texts of a template, the fields after them and their formats.
+
+    A malformed template is a name, of a copied file.
+    """
     try:
-        return [(literal, field) for literal, field, *_ in string.Formatter().parse(template)]
+        return [(literal, field, spec or "") for literal, field, spec, _ in string.Formatter().parse(template)]
     except ValueError:
-        return [(template, None)]
+        return [(template, None, "")]
+
+
+def _values(field: str | None, spec: str) -> str:
+    """The pattern of the values of a field. An epoch is a number, so `{epoch}.keras` is no template of `best.keras`."""
+    if field is None:
+        return ""
+    return " *[0-9]+" if field == "epoch" and re.fullmatch("[0-9]*d?", spec) else "[^/]+"
 
 
 def is_of_template(name: str, template: str) -> bool:
