@@ -482,9 +482,10 @@ class CheckpointDirectory(tables.Shown):
 
 
 def _holds_a_run(place: CheckpointDirectory) -> bool:
-    """Whether a directory has checkpoints that can be listed."""
-    with contextlib.suppress(CheckpointError, OSError):
-        return any(each.listing() for each in place.each_series())
+    """Whether a directory has files of checkpoints, by their names: a listing of many runs takes long."""
+    with contextlib.suppress(OSError), Folder(place.path) as folder:
+        names = folder.names()
+        return bool(layout.of_indexes(names) or folder.templates() or any(map(layout.is_keras_file, names)))
     return False
 
 
