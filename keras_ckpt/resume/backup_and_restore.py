@@ -53,7 +53,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     the epoch in progress begins again at its first batch, on the newest weights.
 
     SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end the process after the batch in progress and a backup. In a `with`
-    statement an error is followed by a backup too.
+    statement an error outside a batch is followed by a backup too.
 
     Example:
 
