@@ -1,8 +1,8 @@
 """Tries which tool does what: each row of the README's comparison with each tool.
 
 Run it from the top of the repository: `python benchmarks/peers.py`, in two minutes. It needs
-`pip install '.[benchmarks]'`. The tools are tried as they come, without settings by hand or further packages. The answers
-go to `benchmarks/peers.json`, with the versions of the tools.
+`pip install '.[benchmarks]'`. The tools are tried as they come, without settings by hand or further packages. The
+answers go to `benchmarks/peers.json`, with the versions of the tools.
 """
 
 from __future__ import annotations
