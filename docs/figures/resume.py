@@ -1,4 +1,4 @@
-"""Draws docs/images/restart.svg: a training that crashes and resumes, beside a training that does not."""
+"""Draws docs/images/resume.svg: a training that crashes and resumes, beside a training that does not."""
 
 import contextlib
 import os
@@ -65,7 +65,7 @@ def draw(images: pathlib.Path, epochs: int = EPOCHS) -> None:
     axes.set_xlabel("batch")
     axes.set_ylabel("loss, from the start of its epoch")
     axes.legend(frameon=False)
-    save(figure, images / "restart.svg")
+    save(figure, images / "resume.svg")
 
 
 if __name__ == "__main__":
