@@ -35,7 +35,7 @@ def test_the_comparison_has_the_answer_of_each_trial() -> None:
 
 def test_the_costs_are_medians_of_the_benchmark() -> None:
     figures = json.loads((ROOT / "benchmarks" / "speed.json").read_text())["figures"]
-    (_, *sizes), _, *rows = table("What it costs")
+    (_, *sizes), _, *rows = table("Costs")
 
     def median(figure: str, size: str, row: str) -> str:
         value = statistics.median(figures[figure][f"{size}, 20 variables"][row])
