@@ -57,13 +57,13 @@ def draw(images: pathlib.Path, epochs: int = EPOCHS) -> None:
     if whole != crashed | resumed:
         raise AssertionError("The resumed training is another one.")
 
-    figure, axes = plt.subplots(figsize=(7.6, 3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
     axes.plot(list(whole), list(whole.values()), color=GRAY, linewidth=1.2, label="never crashed", zorder=1)
     for losses, label, color, size in ((crashed, "crashed at batch 45", BLUE, 26), (resumed, "resumed", GOLD, 9)):
         axes.scatter(list(losses), list(losses.values()), color=color, s=size, label=label, zorder=2)
     axes.axvline(CRASH + 0.5, color=GRAY, linewidth=1, linestyle=":")
     axes.set_xlabel("batch")
-    axes.set_ylabel("loss, from the start of its epoch")
+    axes.set_ylabel("loss of the epoch so far")
     axes.legend(frameon=False)
     save(figure, images / "resume.svg")
 

@@ -22,7 +22,7 @@ mpl.rcParams |= {
     "svg.fonttype": "none",  # text stays text, in a font of the reader
     "svg.hashsalt": "keras_ckpt",
     "font.sans-serif": ["system-ui", "Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
-    "font.size": 11,
+    "font.size": 12,
     "axes.edgecolor": GRAY,
     "axes.labelcolor": GRAY,
     "axes.spines.top": False,
@@ -102,7 +102,7 @@ def draw(images: pathlib.Path, epochs: int = EPOCHS) -> None:
     pinned = min(PINNED, epochs)
     assert kept | set(removed) == set(accuracies)
 
-    figure, (curve, disk) = plt.subplots(2, sharex=True, figsize=(7.6, 5), height_ratios=(3, 2), layout="constrained")
+    figure, (curve, disk) = plt.subplots(2, sharex=True, figsize=(6.4, 4.8), height_ratios=(3, 2), layout="constrained")
     curve.plot(list(accuracies), list(accuracies.values()), color=GRAY, linewidth=1, alpha=0.6, zorder=1)
     marks = [
         ("removed", set(removed), {"facecolors": "none", "edgecolors": GRAY, "s": 34}),
@@ -122,7 +122,7 @@ def draw(images: pathlib.Path, epochs: int = EPOCHS) -> None:
         end, color = (removed[epoch], GRAY) if epoch in removed else (newest + 0.7, colors.get(epoch, BLUE))
         disk.plot([epoch, end], [epoch, epoch], color=color, linewidth=2.2, solid_capstyle="round")
     disk.set_ylabel("saved in epoch")
-    disk.set_xlabel("epoch of the training: each line is a checkpoint, as long as it is on disk")
+    disk.set_xlabel("epoch (each line: a checkpoint, while it is on disk)")
     disk.invert_yaxis()
     save(figure, images / "run.svg")
 
