@@ -17,7 +17,7 @@ from keras_ckpt.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 RECIPES = (ROOT / "tests" / "test_trackers.py").read_text()
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = re.compile(r"^```(python|sh)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -101,6 +101,15 @@ def test_each_link_of_a_page_leads_to_a_file_or_a_heading(page) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_each_test_that_the_page_of_security_names_exists() -> None:
+    """Each statement of SECURITY.md names its tests."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text()))
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+
+    assert named
+    assert named <= set(re.findall(r"def (test_\w+)", code))
 
 
 def test_the_navigation_of_the_site_has_every_page() -> None:
