@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import unittest
 
 import pytest
@@ -12,7 +11,7 @@ import keras_ckpt as kc
 
 def failures_of(module: str, case: str, monkeypatch, **classes: type) -> tuple[int, list[str]]:
     """Runs the tests of a module of Keras with other classes. Returns their number, and the names of the failed."""
-    tests = importlib.import_module(module)
+    tests = pytest.importorskip(module, reason="Keras 3.14 comes without its tests")
     for name, each in classes.items():
         monkeypatch.setattr(tests.callbacks, name, each)
     suite = unittest.defaultTestLoader.loadTestsFromTestCase(getattr(tests, case))

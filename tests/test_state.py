@@ -109,7 +109,8 @@ def towers(frozen: int) -> keras.Model:
 def mixed() -> keras.Model:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), keras.layers.Dense(2)])
     model.layers[0].trainable = False
-    inner = keras.optimizers.AdamW(use_ema=True, gradient_accumulation_steps=2)
+    # Keras 3.14 names it "adamw" itself.
+    inner = keras.optimizers.AdamW(use_ema=True, gradient_accumulation_steps=2, name="adam_w")
     model.compile(keras.optimizers.LossScaleOptimizer(inner), "mse")
     model.optimizer.build(model.trainable_variables)
     return model
