@@ -131,7 +131,7 @@ def fit_in_progress(callback: keras.callbacks.Callback | None = None) -> FitInPr
         # Reading f_locals makes a frame keep the values of all its variables, so few frames are read.
         if callback is not None and callbacks is None and frame.f_code.co_varnames[:1] == ("self",):
             callbacks = _list_in(frame, callback)
-        if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= frame.f_locals.keys():
+        if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= {*frame.f_locals}:
             steps = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
             adapter = frame.f_locals["epoch_iterator"].data_adapter
             dataset, typed = getattr(adapter, "_dataset", None), _typed(frame.f_locals, adapter)
