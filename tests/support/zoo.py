@@ -183,6 +183,8 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "ScheduleFreeAdamW": optimizers.ScheduleFreeAdamW,
     "Adam on a schedule": lambda: optimizers.Adam(optimizers.schedules.CosineDecay(0.1, 10)),
 }
+# Keras 3.14 has no MultiOptimizer.
+OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if hasattr(optimizers, name.split()[0])}
 
 metrics = keras.metrics
 THRESHOLDS = {"PrecisionAtRecall", "RecallAtPrecision", "SensitivityAtSpecificity", "SpecificityAtSensitivity"}
