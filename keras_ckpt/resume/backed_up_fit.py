@@ -115,7 +115,7 @@ class BackedUpFit:
         """
         self._beginning = self._now(assumes=False)  # the run begins with the arrays of this process
         self._session.copy(self._beginning.snapshot)
-        self._session.hold_first(self._save_the_beginning)
+        self._session.hold_first(self, BackedUpFit._save_the_beginning)
 
     def resume(self, batch: int, document: Mapping[str, Any]) -> None:
         """Resumes within the epoch that has begun.

@@ -8,7 +8,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 import keras
 import msgspec
@@ -35,10 +35,11 @@ _CHECKS = 2
 
 @dataclasses.dataclass
 class _FirstSave:
-    """The fit and the method that must save a model before any other save of that fit."""
+    """The fit, and the object with the method that must save a model before any other save of that fit."""
 
     fit: object = None
-    save: Callable[[], Callable[[], object] | None] = lambda: None
+    owner: Callable[[], Any] = lambda: None
+    save: Callable[[Any], object] = lambda owner: None
 
 
 @dataclasses.dataclass
@@ -61,6 +62,7 @@ class Snapshot(Protocol):
         """Whether the values are copies, which training cannot affect."""
 
 
+Owner = TypeVar("Owner")
 Held = TypeVar("Held", bound=Snapshot, contravariant=True)  # noqa: PLC0105
 
 
@@ -235,18 +237,21 @@ class Session(Generic[Held]):
         with self._writer.explaining(self.progress.position.step):
             self._form.copy(snapshot)
 
-    def hold_first(self, save: Callable[[], object]) -> None:
-        """Registers a method that saves before any other save of the model in this fit. Holds it weakly."""
+    def hold_first(self, owner: Owner, save: Callable[[Owner], object]) -> None:
+        """Registers a method that saves before any other save of the model in this fit. Holds its object weakly.
+
+        A `weakref.WeakMethod` would print an error at the exit of a process that a signal ends.
+        """
         first = companion(self.progress.model, _FirstSave)
-        first.fit, first.save = self._fit, weakref.WeakMethod(save)
+        first.fit, first.owner, first.save = self._fit, weakref.ref(owner), save
 
     def save_first(self) -> None:
         """Calls the method that `hold_first` registered, once."""
         first = companion(self.progress.model, _FirstSave)
         fit, first.fit = first.fit, None
-        method = first.save() if fit is self._fit else None
-        if method is not None:
-            method()
+        owner = first.owner() if fit is self._fit else None
+        if owner is not None:
+            first.save(owner)
 
     def rank(self, ranks: bool) -> None:
         """Applies the policies, or keeps everything while the metric to rank by is missing."""
