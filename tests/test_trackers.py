@@ -1,4 +1,4 @@
-"""The recipes of docs/trackers.md, with the real packages where they are installed."""
+"""The recipes of docs/guides/trackers.md, with the real packages where they are installed."""
 
 import os
 import pathlib
@@ -11,8 +11,8 @@ import tensorflow as tf
 import keras_ckpt as kc
 from support.models import X, Y, dense_model
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "trackers.md").read_text()
-RECIPES = dict(re.findall(r"^## ([^\n]*)\n.*?```python \w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "guides" / "trackers.md").read_text()
+RECIPES = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python \w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 
 FOREIGN = pytest.mark.filterwarnings("ignore", "error:on_")
 """Warnings of the other packages are ignored, and those of failed functions are not."""
