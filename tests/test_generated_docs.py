@@ -1,15 +1,24 @@
-"""The tables of figures in the documentation are those of the results in `benchmarks/`."""
+"""The tables of the documentation are those of the results in `benchmarks/`, and the drawings those of their script."""
 
 import importlib.util
 import pathlib
 import re
+from types import ModuleType
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-tables = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tables)
+
+
+def script(path: str) -> ModuleType:
+    """A script of the repository, as a module."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables, drawings = script("benchmarks/tables.py"), script("docs/figures/drawings.py")
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -46,3 +55,9 @@ def test_each_test_that_a_promise_names_is_there() -> None:
         assert tests, file
         for test in tests:
             assert f"def {test}(" in source, (file, test)
+
+
+@pytest.mark.parametrize("name", drawings.DRAWINGS)
+def test_a_drawing_is_the_drawing_of_its_script(name) -> None:
+    """`python docs/figures/drawings.py` draws it."""
+    assert (drawings.IMAGES / name).read_text() == drawings.DRAWINGS[name]
