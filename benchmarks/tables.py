@@ -89,7 +89,7 @@ TRIALS = {
             "test_an_error_at_any_call_loses_nothing",
             "test_an_error_in_a_recovery_loses_nothing",
         ],
-        "a disk with too little room": ["test_whatever_the_room_nothing_is_lost"],
+        "a disk without enough room": ["test_whatever_the_room_nothing_is_lost"],
         "a changed bit, page or file": [
             "test_each_bit_of_a_sidecar",
             "test_each_bit_of_an_index",
