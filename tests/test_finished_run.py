@@ -202,6 +202,23 @@ def test_the_fits_of_a_script_that_train_one_model_are_not_taken_for_its_end(pla
         run(place)
 
 
+def test_a_finished_fit_that_is_run_again_saves_no_checkpoint_that_a_later_fit_has_pruned(place) -> None:
+    """Otherwise the end of the first fit would be the newest checkpoint of the run."""
+
+    def script() -> None:
+        model = dense_model()
+        for name, epochs in (("first", 2), ("second", 4)):
+            backup = kc.BackupAndRestore(place / name, delete_checkpoint=False)
+            fit(model, kc.ModelCheckpoint(place, keep=2), backup, epochs=epochs, initial_epoch=epochs - 2)
+
+    script()
+    records = list(kc.CheckpointDirectory(place))
+    script()
+
+    assert [record.step for record in records] == [15, 20]
+    assert list(kc.CheckpointDirectory(place)) == records
+
+
 def test_another_model_is_refused(place) -> None:
     """The end of the run does not fit it."""
     run(place)

@@ -237,7 +237,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         position = self._current().progress.position
         if not owed or (owed["step"], owed["batch"]) != (position.step, position.batch):
             return
-        if not self._current().has_saved(position.step):
+        if not self._current().has_reached(position.step):
             request = self._request(**owed["facts"], began=time.perf_counter())
             handler = self._noted(self._current_epoch, request.name, request.metrics, _NOT_KEPT)
             self._write(request, handler)

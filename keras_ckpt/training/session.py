@@ -205,9 +205,14 @@ class Session(Generic[Held]):
             self._writer.close()
             raise
 
-    def has_saved(self, step: int) -> bool:
-        """Whether the directory has a checkpoint of a step."""
-        return any(record.step == step for record in self._writer.listing().records)
+    def has_reached(self, step: int) -> bool:
+        """Whether the newest checkpoint of the run is of a step or of a later step.
+
+        Saves reach the disk in their order. So the step was saved, and its policy may have pruned it since.
+        """
+        run_id = self.progress.position.run_id
+        steps = [record.step for record in self._writer.listing().records if record.run_id == run_id]
+        return bool(steps) and steps[-1] >= step
 
     @property
     def is_saving(self) -> bool:
