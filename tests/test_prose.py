@@ -72,5 +72,6 @@ def test_the_rules_find_a_long_sentence_a_quaint_beginning_and_a_word_to_avoid()
     good = f"It runs `a b c`.{long}, [so it is](http://a/b?c) `d`. What is it?\n\n| Ok{long} | {long} |\n|---|---|\n"
     bad = f"What is, is.\n\nIt is{long}{long}.\n\n```text\nanew\n```\n\nIt is\nput back. Of all:"
 
+    assert "anew" in AVOIDED
     assert faults(good) == []
     assert [fault.partition(":")[0] for fault in faults(bad)] == ["1", "3", "9", "9"]
