@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -39,6 +40,14 @@ def test_a_path_without_an_ending_gets_a_saved_model(trained, tmp_path, capfd, n
     np.testing.assert_allclose(loaded.serve(X), model.predict(X, verbose=0), rtol=1e-6)
     assert os.listdir(tmp_path) == [name.rstrip("/")]
     assert not capfd.readouterr().out
+
+
+def test_no_log_names_the_private_folder_of_an_export(trained, tmp_path, caplog) -> None:
+    """TensorFlow logs the folder in a notebook, where its level is INFO. After the export, the folder is gone."""
+    with caplog.at_level(logging.INFO, "tensorflow"):
+        kc.export(trained[1], tmp_path / "saved")
+
+    assert str(tmp_path) not in caplog.text
 
 
 def test_a_subclassed_model_is_exported(tmp_path) -> None:

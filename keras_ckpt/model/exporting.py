@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from keras_ckpt.formats.exporting import ENDINGS, Checkpoint, export_values
@@ -82,7 +84,7 @@ def _export_model(checkpoint: Checkpoint, path: str, form: str, custom_objects: 
 
     model = load_model(checkpoint, custom_objects, compile=False)
     _call(model)
-    with Folder(os.path.dirname(path)) as folder, folder.adopting(os.path.basename(path)) as new:
+    with Folder(os.path.dirname(path)) as folder, folder.adopting(os.path.basename(path)) as new, _unlogged(new):
         model.export(new, format=form, verbose=False)
         if form == "onnx":
             _check_onnx(new)
@@ -97,6 +99,21 @@ def _call(model: Any) -> None:
         inputs = keras.KerasTensor(shape)
     if inputs is not None:
         model(inputs)
+
+
+@contextlib.contextmanager
+def _unlogged(private: str) -> Iterator[None]:
+    """Hides lines of TensorFlow's log that name a private folder, which is gone when a person reads them."""
+
+    def is_public(entry: logging.LogRecord) -> bool:
+        return private not in entry.getMessage()
+
+    log = logging.getLogger("tensorflow")
+    log.addFilter(is_public)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_public)
 
 
 def _require_onnx() -> None:
