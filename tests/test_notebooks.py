@@ -1,55 +1,77 @@
-"""The notebooks run from top to bottom, and again where they ran before."""
+"""The notebooks run from top to bottom, and again in the directory where they ran before."""
 
-import functools
 import pathlib
 import random
+import re
+from collections.abc import Iterator
 
 import nbformat
 import pytest
-from jupyter_client.asynchronous import AsyncKernelClient
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
+from nbformat import NotebookNode
 
-ROOT = pathlib.Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+from support.notebooks import NOTEBOOKS, Kernel, kernel, outline
+from test_prose import faults
 
-
-class Manager(AsyncKernelManager):
-    """A manager without Jupyter's heartbeat, whose thread may wait for ever for a message that it has seen."""
-
-    def client(self, **options) -> AsyncKernelClient:
-        client = super().client(**options)
-        client.start_channels = functools.partial(client.start_channels, hb=False)
-        return client
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_runs(tmp_path, monkeypatch, long, request, path) -> None:
-    """Every cell runs without an error, and again in a new kernel where the notebook ran before.
+def cells(path: pathlib.Path, kind: str) -> list[NotebookNode]:
+    """The cells of a notebook that have code, or text."""
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Kernel]:
+    with kernel() as started:
+        yield started
+
+
+@each_notebook
+def test_the_notebook_runs_and_shows_its_stored_outputs(running, tmp_path, long, request, path) -> None:
+    """Every cell runs without an error, and again where the notebook ran before.
 
     The second run is for all notebooks in the long form, for a sample of one in the short form.
     """
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    stored = outline(nbformat.read(path, as_version=4))
     twice = NOTEBOOKS if long else [random.Random(request.config.option.seed).choice(NOTEBOOKS)]
+
     for _ in range(2 if path in twice else 1):
-        notebook = nbformat.read(path, as_version=4)
-
-        resources = {"metadata": {"path": str(tmp_path)}}
-        NotebookClient(notebook, timeout=300, resources=resources, kernel_manager_class=Manager).execute()
-
-        assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+        assert outline(running.run(path, tmp_path)) == stored
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_names_no_path_of_a_machine(path) -> None:
-    """Its outputs are the same on every machine."""
-    text = path.read_text()
+@each_notebook
+def test_the_stored_outputs_are_clean(path) -> None:
+    """They have no warnings, no lines of a log and no paths of a machine."""
+    outputs = [output for cell in cells(path, "code") for output in cell.outputs]
 
-    assert "/home/" not in text
-    assert "/tmp/" not in text
-    assert "/root/" not in text
+    assert "stderr" not in [output.get("name") for output in outputs]
+    assert not re.search("/(home|tmp|root)/", path.read_text())
 
 
-def test_there_are_four() -> None:
-    """Train and retain, inspect and restore, prune, interrupt and resume."""
-    assert len(NOTEBOOKS) == 4
+@each_notebook
+def test_each_image_has_an_alternative_text(path) -> None:
+    images = [cell for cell in cells(path, "code") if "image/png" in str(cell.outputs)]
+
+    assert images
+    assert all(cell.metadata.get("alt") for cell in images)
+
+
+@each_notebook
+def test_the_text_keeps_the_rules_of_words_and_links_to_files(path) -> None:
+    """Each notebook has a link to the next notebook."""
+    text = "\n\n".join(cell.source for cell in cells(path, "markdown"))
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+
+    assert not faults(text)
+    assert links
+    assert all((path.parent / link).exists() for link in links), links
+
+
+def test_there_are_five() -> None:
+    assert [path.stem for path in NOTEBOOKS] == [
+        "1_keep_the_right_ones",
+        "2_restore_load_compare",
+        "3_interrupt_and_resume",
+        "4_a_search_over_runs",
+        "5_from_checkpoint_to_deployment",
+    ]
