@@ -113,10 +113,10 @@ def test_each_test_that_the_page_of_security_names_exists() -> None:
     assert named <= set(re.findall(r"def (test_\w+)", code))
 
 
-def test_the_navigation_of_the_site_has_every_page() -> None:
-    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+def test_the_navigation_of_the_site_has_every_page_once() -> None:
+    navigation = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
-    assert pages <= set(re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert sorted(navigation) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
 def test_the_reference_has_every_public_name_once() -> None:
