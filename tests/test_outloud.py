@@ -106,6 +106,11 @@ SETTINGS = {
         {"optimizer": optimizers.Adam(0.2)},
         r"learning_rate is 0\.1 as saved, not 0\.2 as in the program. To take the program's, set",
     ),
+    "another schedule of the learning rate": (
+        {"optimizer": optimizers.Adam(optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))},
+        {"optimizer": optimizers.Adam(optimizers.schedules.ExponentialDecay(0.2, 10, 0.9))},
+        r"initial_learning_rate is 0\.2 as in the program, not 0\.1 as saved\.$",
+    ),
     "another weight decay": (
         {"optimizer": optimizers.AdamW(0.1, weight_decay=0.1)},
         {"optimizer": optimizers.AdamW(0.1, weight_decay=0.2)},

@@ -171,6 +171,18 @@ class TestRunsInSubdirectories:
 
         assert repr(runs).endswith("1 checkpoint, 11 bytes")
 
+    def test_of_any_name_are_named_below_a_directory_without_a_run(self, tmp_path, monkeypatch) -> None:
+        """A search may name its runs itself."""
+        monkeypatch.chdir(tmp_path)
+        for name in ("seed10", "seed9", "notes"):
+            pathlib.Path("search", name).mkdir(parents=True)
+        for name in ("seed10", "seed9"):
+            Filler(pathlib.Path("search", name)).save("1")
+
+        note = repr(kc.CheckpointDirectory("search")).splitlines()[-1]
+
+        assert note == "runs in sub-directories: seed9, seed10 (keras-ckpt ls search/seed9)"
+
     def test_that_cannot_be_read_do_not_hide_the_table(self) -> None:
         with tempfile.TemporaryDirectory(dir="/tmp") as path:  # all users may enter /tmp
             runs = Filler(pathlib.Path(path)).save("1")

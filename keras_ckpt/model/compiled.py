@@ -85,7 +85,8 @@ class Difference(NamedTuple):
 
     @property
     def restored(self) -> bool:
-        return self.name.endswith(RATE) and isinstance(self.program, float) and isinstance(self.saved, float)
+        is_rate = self.name.rpartition("/")[2] == RATE  # a schedule has an initial_learning_rate
+        return is_rate and isinstance(self.program, float) and isinstance(self.saved, float)
 
     def __str__(self) -> str:
         name = self.name.removesuffix(f"/{CLASS}").removeprefix("optimizer/")

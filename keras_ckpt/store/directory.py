@@ -15,7 +15,7 @@ import msgspec
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
 from keras_ckpt.store import background, commit, layout, overview, tables
 from keras_ckpt.store.checks import check
-from keras_ckpt.store.files import Folder
+from keras_ckpt.store.files import PRIVATE, Folder
 from keras_ckpt.store.listing import (
     PIN_LIMIT,
     Listing,
@@ -456,14 +456,25 @@ class CheckpointDirectory(tables.Shown):
             with _naming(self.path):
                 records = [record for each in listings for record in (*each.other_runs, *each.records)]
                 rankings = [rank(each, BestN(1)) for each in listings]
-                return overview.of_directory(title, listings, rankings, taken(records), self._further_runs())
+                further = self._further_runs(any(listings))
+                return overview.of_directory(title, listings, rankings, taken(records), further)
         except (CheckpointError, OSError) as error:  # a repr never raises
             return tables.Table(tables.printable(tables.relative(self.path)), notes=(tables.printable(str(error)),))
 
-    def _further_runs(self) -> list[str]:
-        """The numbered sub-directories that hold a run. The path of one file means this file alone."""
-        places = [] if self.series.only else itertools.islice(self.places(), 1, None)
+    def _further_runs(self, holds_a_run: bool) -> list[str]:
+        """The sub-directories that hold a run: the numbered ones, or those of any name if this directory holds none.
+
+        The path of one file means this file alone.
+        """
+        if self.series.only or not os.path.isdir(self.path):
+            return []
+        places = itertools.islice(self.places(), 1, None) if holds_a_run else self._subdirectories()
         return [place.path for place in places if _holds_a_run(place)]
+
+    def _subdirectories(self) -> Iterator[CheckpointDirectory]:
+        with Folder(self.path) as folder:
+            names = folder.names()
+        return map(self.subdirectory, sorted(set(names) - {PRIVATE}, key=lambda name: (len(name), name)))
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Folder, Listing]]:
