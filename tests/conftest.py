@@ -11,8 +11,10 @@ import pathlib
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Generator, Iterator
 
@@ -25,6 +27,11 @@ os.environ.pop("COLUMNS", None)  # a table would fit this width; a pipe has none
 from keras_ckpt import CheckpointDirectory
 from support.fork_server import ForkServer
 from support.runs import HOLD, Filler
+
+MEMORY = "/dev/shm"
+"""A file system in memory, where a sync takes no time. The tests of power cuts bring file systems of their own."""
+ROOM = 4 << 30
+"""The free bytes there with which the suite keeps its temporary files in memory."""
 
 
 @pytest.fixture
@@ -69,11 +76,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Chooses the seed of the samples; a worker has the seed of the process that started it."""
+    """Chooses the seed of the samples and the place of temporary files; a worker has those of its controller."""
     if hasattr(config, "workerinput"):
         config.option.seed = config.workerinput["seed"]
-    elif config.option.seed is None:
+        return
+    if config.option.seed is None:
         config.option.seed = random.randrange(1 << 30)
+    if os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > ROOM:
+        place = tempfile.mkdtemp(prefix="keras_ckpt-", dir=MEMORY)
+        config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
+        os.environ["TMPDIR"] = tempfile.tempdir = place
 
 
 def pytest_configure_node(node) -> None:
