@@ -182,7 +182,7 @@ def _(path: pathlib.Path) -> str:
 
 # The best of an earlier process, 0.9, against a first epoch of the next, 0.5.
 
-RESTART = "a restart remembers the best"
+RESTART = "a resumed run remembers the best"
 
 
 @trial(RESTART, "this")
