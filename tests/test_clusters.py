@@ -56,7 +56,9 @@ def test_the_script_ends_with_its_exit_code_and_a_backup_and_resumes_when_it_is_
     assert "Found a finished run" in finished.stdout
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, "requeue 7\n"), (143, "requeue 7\n"), (138, "requeue 7\n"), (0, ""), (1, "")])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(75, "requeue 7\n"), (143, "requeue 7\n"), (138, "requeue 7\n"), (0, ""), (1, "")]
+)
 def test_the_job_is_queued_again_if_its_training_was_ended_by_a_signal(tmp_path, code, requeued) -> None:
     """Otherwise not. The job has the exit code of the training."""
     for name, line in {"srun": f"exit {code}", "scontrol": 'echo "$@" >>requeued'}.items():

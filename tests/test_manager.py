@@ -165,6 +165,9 @@ class TestTensorFlowBehavior:
 
     @pytest.mark.parametrize(("last", "saved"), [(None, True), (0, False), (-2, True)])
     def test_the_interval_counts_from_last_checkpoint_step(self, setup, last, saved) -> None:
+        accepted = inspect.signature(type(setup.manager(9))).parameters
+        if "last_checkpoint_step" not in accepted:
+            pytest.skip("TensorFlow 2.18 has no last_checkpoint_step")
         counter = tf.Variable(1)
         manager = setup.manager(9, step_counter=counter, checkpoint_interval=3, last_checkpoint_step=last)
 

@@ -543,7 +543,7 @@ def _words_in(each: Any, files: Mapping[str, bytes]) -> list[Any]:
         if (text := files.get(_OLD_VOCABULARY)) is not None:
             return [kind(line) for line in text.decode().rstrip("\n").splitlines()]
         words: list[Any] = msgspec.json.decode(files[_VOCABULARY], type=list[kind]) if files else []
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, msgspec.DecodeError) as error:  # it became a ValueError later
         raise DamagedCheckpointError(f"the vocabulary of {each.name} cannot be read: {error!r}") from error
     return words
 
