@@ -540,6 +540,7 @@ dense_model().fit(backup.data, epochs=int(sys.argv[3]), shuffle=False, verbose=0
     assert "may differ in the last bits: deterministic operations True, False before" in second.stderr
 
 
+@pytest.mark.skipif(keras.__version__.startswith("3.14."), reason="after an error Keras 3.14 loses the last events")
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras's variables, when TensorBoard reads them
 def test_tensorboard_resumes_at_the_right_steps(backup, tmp_path) -> None:
     """The batches and epochs after a restart follow those before it."""

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 # The fork leaves the loop and reaches the end of the program, so it ends as every interpreter does.
 SERVER = """
-import gc, json, os, socket, sys
+import gc, json, os, signal, socket, sys
 import keras, keras_ckpt
 [getattr(keras_ckpt, name) for name in keras_ckpt.__all__]
 gc.freeze()  # the exit of a fork collects garbage among the other objects alone
@@ -26,6 +26,7 @@ while True:
     if not request:
         sys.exit()
     if not (child := os.fork()):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
         break
     for each in descriptors:
         os.close(each)
