@@ -134,14 +134,19 @@ def test_best_without_a_result_says_why(filler, saved, facts, arguments, error, 
 
 
 def test_a_plan_says_for_each_checkpoint_whether_it_stays_and_why(filler) -> None:
-    """Each decision has the record, and the policies that keep it."""
+    """Each decision has the record, and the policies that keep it, or why none does."""
     runs = filler.save("10:0.1 20:0.5 30:0.4")
 
     plan = runs.plan(LatestN(1) | BestN(1, "loss", "min") | EveryNSteps(1000))
 
     assert [(each.record.step, each.kept, each.reason) for each in plan.decisions] == [
         (10, True, "BestN(1, 'loss', 'min'), EveryNSteps(1000)"),
-        (20, False, "no policy keeps it"),
+        (
+            20,
+            False,
+            "LatestN(1): 30 is newer; BestN(1, 'loss', 'min'): 0.5 is 3rd; "
+            "EveryNSteps(1000): 10 is the first of 0 to 999",
+        ),
         (30, True, "LatestN(1)"),
     ]
     assert [record.step for record in plan.kept] == [10, 30]

@@ -56,7 +56,7 @@ def script(text: str) -> str:
 
 def words(output: str) -> set[str]:
     """The words of an output, without numbers, the home directory, and the note on the columns of a narrow terminal."""
-    return set(re.findall(r"[^\W\d]+", re.sub(r"/home/me/|not shown in .*", "", output)))
+    return set(re.findall(r"[^\W\d]+", re.sub(r"/home/me/|not shown in .*|\d(st|nd|rd|th)\b", "", output)))
 
 
 def examples() -> dict[str, str]:

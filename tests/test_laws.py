@@ -193,6 +193,20 @@ def test_a_policy_is_a_pure_function_of_records(policy, saved, random):
 
 
 @given(policies, histories_with_repeats)
+def test_a_policy_explains_each_record_as_it_selects(policy, saved):
+    """The verdicts agree with the selection, and a policy of this package always has a reason."""
+    present = saved_last(saved)
+
+    verdicts = policy.explain(present)
+
+    assert {step for step, verdict in verdicts.items() if verdict.kept} == policy.select(present)
+    assert verdicts.keys() == {record.step for record in present}
+    for part in policy.parts:
+        if not isinstance(part, EverySecondOfAKind):
+            assert part.why_not(present).keys() == verdicts.keys() - part.select(present)
+
+
+@given(policies, histories_with_repeats)
 def test_training_keeps_at_least_what_the_policy_keeps(policy, saved):
     """Before a metric has values, training keeps more records, never fewer."""
     present = saved_last(saved)

@@ -74,6 +74,47 @@ def test_the_order_of_the_list_does_not_matter() -> None:
         assert selection(policy, records) == selection(policy, records[::-1])
 
 
+@pytest.mark.parametrize(
+    ("policy", "saved", "step", "reason"),
+    [
+        (LatestN(1), "10 20 30", 10, "30 is newer"),
+        (LatestN(2), "10 20 30", 10, "30 and 20 are newer"),
+        (LatestN(3), "40 10 20 30", 40, "30, 20 and 10 are newer"),
+        (LatestN(4), "10 20 30 40 50", 10, "50, 40 and 2 more are newer"),
+        (BestN(2, "loss", "min"), "10:0.5 20:0.4 30:0.123456", 10, "0.5 is 3rd"),
+        (BestN(1, "loss", "max"), "10:0.5 20:0.5", 20, "0.5 is 2nd"),
+        (BestN(10, "loss", "min"), " ".join(f"{n}:{n}" for n in range(12)), 10, "10 is 11th"),
+        (BestN(1, "loss", "min"), " ".join(f"{n}:{n}" for n in range(30)), 20, "20 is 21st"),
+        (BestN(1, "loss", "min"), "10:nan 20:0.5", 10, "loss is nan"),
+        (BestN(1, "loss", "min"), "10:-inf 20:0.5", 10, "loss is -inf"),
+        (BestN(1, "loss", "min"), "10 20:0.5", 10, "loss is missing"),
+        (EveryNSteps(100), "130 210 190", 190, "130 is the first of 100 to 199"),
+        (EveryNHours(2), "10 20 30", 20, "1 h after 10"),
+        (EveryNHours(50), " ".join(map(str, range(40))), 36, "1.5 d after 0"),
+    ],
+)
+def test_says_why_a_step_is_not_selected(policy: PreservationPolicy, saved: str, step: int, reason: str) -> None:
+    """The reason has the numbers that decided."""
+    assert policy.why_not(history(saved))[step] == reason
+
+
+@pytest.mark.parametrize(("n", "reason"), [(1, "10 is the first of epoch 2"), (2, "10 is the first of epochs 2 to 3")])
+def test_every_n_epochs_says_why_a_step_is_not_selected(n: int, reason: str) -> None:
+    """The reason names the epochs, or says that the epoch is not known."""
+    records = [
+        CheckpointRecord(sequence=step, step=step, epoch=epoch) for step, epoch in {10: 2, 20: 2, 30: None}.items()
+    ]
+
+    assert EveryNEpochs(n).why_not(records) == {20: reason, 30: "its epoch is not known"}
+
+
+def test_every_n_hours_says_that_a_clock_was_set_back() -> None:
+    """A time before that of the last kept step is named as such."""
+    records = [CheckpointRecord(sequence=n, step=n, time=time) for n, time in enumerate([7200.0, 1800.0, 7155.0], 1)]
+
+    assert EveryNHours(2).why_not(records) == {2: "1.5 h before 1", 3: "45 s before 1"}
+
+
 @pytest.mark.parametrize("policy", [LatestN, BestN, EveryNSteps, EveryNEpochs])
 @pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), ("3", TypeError)])
 def test_a_wrong_count_is_refused_at_construction(policy: type, n: object, error: type[Exception]) -> None:
@@ -144,6 +185,23 @@ def test_a_custom_policy_joins_with_other_policies() -> None:
 
     assert policy.select(history("10 20 30")) == {20, 30}
     assert repr(policy) == "KeepRound() | LatestN(1)"
+
+
+def test_a_verdict_joins_the_reasons_of_all_policies() -> None:
+    """A policy that keeps a step is named. Otherwise each policy says why not, a custom policy as it can."""
+
+    class KeepFast(KeepRound):
+        def why_not(self, records: object) -> dict[int, str]:
+            return {30: "30 is slow"}
+
+    verdicts = (KeepRound() | KeepFast() | BestN(1, "loss", "min") | LatestN(1)).explain(history("10:1 20 30 40"))
+
+    assert verdicts[20] == (True, "KeepRound(), KeepFast()")
+    assert verdicts[30] == (
+        False,
+        "KeepRound(): not selected; KeepFast(): 30 is slow; BestN(1, 'loss', 'min'): loss is missing; "
+        "LatestN(1): 40 is newer",
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from keras_ckpt.errors import CheckpointError, MonitorError
 from keras_ckpt.store import overview, tables
 from keras_ckpt.store.listing import Listing, freed
-from keras_ckpt.store.policies import BestN, PreservationPolicy, selection
+from keras_ckpt.store.policies import BestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode
 
 
@@ -126,12 +126,13 @@ def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: typ
 
 def decide(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> Iterator[Decision]:
     """The decision of a policy for each checkpoint, oldest first. A pin keeps a checkpoint too."""
-    selected = [(repr(part), selection(part, records)) for part in policy.parts]
+    verdicts = policy.explain(records)
     reasons: dict[CheckpointRecord, list[str]] = {}
     for record in records:
-        reasons[record] = [name for name, steps in selected if record.step in steps]
+        reasons[record] = [verdicts[record.step].reason] if verdicts[record.step].kept else []
         if record.pin is not None:
             reasons[record].append(f"pinned: {record.pin}" if record.pin else "pinned")
     sizes = iter(freed([record for record in records if not reasons[record]]))
     for record, why in reasons.items():
-        yield Decision(record, bool(why), ", ".join(why) or "no policy keeps it", record.size if why else next(sizes))
+        reason = ", ".join(why) or verdicts[record.step].reason
+        yield Decision(record, bool(why), reason, record.size if why else next(sizes))

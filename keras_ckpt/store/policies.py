@@ -10,11 +10,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from keras_ckpt.errors import MonitorError
+from keras_ckpt.store import tables
 from keras_ckpt.store.record import CheckpointRecord, Mode
+
+
+class Verdict(NamedTuple):
+    """Whether a policy keeps a checkpoint, and why."""
+
+    kept: bool
+    reason: str
 
 
 class PreservationPolicy:
@@ -44,6 +52,29 @@ class PreservationPolicy:
             The steps to keep.
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(records), which returns a set of steps.")
+
+    def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
+        """Explains the checkpoints that `select` does not choose, with the numbers that decided.
+
+        All at once, because an explanation of each alone would rank all records again. A custom policy may omit it.
+
+        Args:
+            records: The records that `select` was given.
+
+        Returns:
+            For each step that is not selected the reason, such as `"0.93159 is 4th"`.
+        """
+        return {}
+
+    def explain(self, records: Sequence[CheckpointRecord]) -> dict[int, Verdict]:
+        """The verdict on each record, by its step: the policies that keep it, or the reason of each that does not."""
+        parts = [(repr(part), selection(part, records), part.why_not(records)) for part in self.parts]
+        verdicts = {}
+        for step in (record.step for record in records):
+            kept = ", ".join(name for name, selected, _ in parts if step in selected)
+            why_not = "; ".join(f"{name}: {reasons.get(step, 'not selected')}" for name, _, reasons in parts)
+            verdicts[step] = Verdict(bool(kept), kept or why_not)
+        return verdicts
 
     @property
     def monitors(self) -> frozenset[str]:
@@ -107,6 +138,11 @@ class LatestN(_Counted):
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
         return {record.step for record in _oldest_first(records)[-self.n :]}
 
+    def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
+        steps = [record.step for record in _oldest_first(records)]
+        newer = [str(step) for step in steps[: -self.n - 1 : -1]]
+        return dict.fromkeys(steps[: -self.n], f"{_and(newer)} {'is' if self.n == 1 else 'are'} newer")
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BestN(_Counted):
@@ -149,6 +185,21 @@ class BestN(_Counted):
         return BestN(self.n, monitor, self.mode or mode_of(monitor))
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        return set(self._ranked(records)[: self.n])
+
+    def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
+        values = {record.step: record.metrics.get(str(self.monitor)) for record in records}
+        reasons = {
+            step: f"{self.monitor} is {tables.metric(value) or 'missing'}"
+            for step, value in values.items()
+            if value is None or not math.isfinite(value)
+        }
+        for place, step in enumerate(self._ranked(records)[self.n :], self.n + 1):
+            reasons[step] = f"{tables.metric(values[step])} is {_ordinal(place)}"
+        return reasons
+
+    def _ranked(self, records: Sequence[CheckpointRecord]) -> list[int]:
+        """The steps of the records with a finite value, the best first."""
         if self.monitor is None or self.mode is None:
             raise MonitorError(
                 f"{self!r} has no metric to rank by, or no mode. "
@@ -157,7 +208,7 @@ class BestN(_Counted):
         sign = 1 if self.mode == "min" else -1
         values = [(record.finite(self.monitor), record.sequence, record.step) for record in records]
         ranked = sorted((sign * value, sequence, step) for value, sequence, step in values if value is not None)
-        return {step for _, _, step in ranked[: self.n]}
+        return [step for _, _, step in ranked]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -177,6 +228,17 @@ class EveryNSteps(_Counted):
     """
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        return set(self._first(records).values())
+
+    def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
+        first = self._first(records)
+        return {
+            record.step: f"{first[multiple]} is the first of {multiple * self.n} to {(multiple + 1) * self.n - 1}"
+            for record in records
+            if first[multiple := record.step // self.n] != record.step
+        }
+
+    def _first(self, records: Sequence[CheckpointRecord]) -> dict[int, int]:
         return _first_of_each((record.step // self.n, record.step, record.step) for record in records)
 
 
@@ -197,6 +259,21 @@ class EveryNEpochs(_Counted):
     """
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
+        return set(self._first(records).values())
+
+    def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
+        first = self._first(records)
+        reasons = {}
+        for record in records:
+            if record.epoch is None:
+                reasons[record.step] = "its epoch is not known"
+            elif (step := first[record.epoch // self.n]) != record.step:
+                since = record.epoch // self.n * self.n
+                until = f"s {since} to {since + self.n - 1}" if self.n > 1 else f" {since}"
+                reasons[record.step] = f"{step} is the first of epoch{until}"
+        return reasons
+
+    def _first(self, records: Sequence[CheckpointRecord]) -> dict[int, int]:
         return _first_of_each(
             (record.epoch // self.n, (record.epoch, record.step), record.step)
             for record in records
@@ -231,13 +308,23 @@ class EveryNHours(PreservationPolicy):
             raise ValueError(f"EveryNHours expected hours > 0. Received: {hours!r}")
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
-        selected: set[int] = set()
-        last: float | None = None
+        return {record.step for record, last in self._last(records) if record is last}
+
+    def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
+        return {
+            record.step: f"{tables.duration(abs(record.time - last.time))} "
+            f"{'after' if record.time >= last.time else 'before'} {last.step}"
+            for record, last in self._last(records)
+            if record is not last
+        }
+
+    def _last(self, records: Sequence[CheckpointRecord]) -> Iterator[tuple[CheckpointRecord, CheckpointRecord]]:
+        """Each record with the last that is kept then, which may be the record itself."""
+        last: CheckpointRecord | None = None
         for record in _oldest_first(records):
-            if last is None or abs(record.time - last) >= self.hours * 3600:
-                selected.add(record.step)
-                last = record.time
-        return selected
+            if last is None or abs(record.time - last.time) >= self.hours * 3600:
+                last = record
+            yield record, last
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -331,9 +418,21 @@ def _oldest_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]
     return sorted(records, key=lambda record: record.sequence)
 
 
-def _first_of_each(entries: Iterable[tuple[int, Any, int]]) -> set[int]:
-    """The steps of the smallest entries of all groups. An entry is (group, order, step)."""
+def _first_of_each(entries: Iterable[tuple[int, Any, int]]) -> dict[int, int]:
+    """For each group the step of its smallest entry. An entry is (group, order, step)."""
     first: dict[int, int] = {}
     for group, _, step in sorted(entries):
         first.setdefault(group, step)
-    return set(first.values())
+    return first
+
+
+def _and(words: Sequence[str]) -> str:
+    """A list of words in a sentence, of which a long one is cut."""
+    shown = [*words[:2], f"{len(words) - 2} more"] if len(words) > 3 else words
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
+
+
+def _ordinal(place: int) -> str:
+    """A place in a ranking, such as `4th`."""
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{place}{'th' if place % 100 in (11, 12, 13) else endings.get(place % 10, 'th')}"

@@ -160,6 +160,14 @@ def size(count: int) -> str:
     return f"{count} bytes" if unit == "bytes" else f"{value:.3g} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """A time in the largest unit of which there is at least 1."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def printable(value: str) -> str:
     """Text from disk with control characters escaped, which a terminal would act on."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in value)
