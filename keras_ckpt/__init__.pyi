@@ -24,6 +24,10 @@ from .resume.resumable_dataset import ResumableDataset as ResumableDataset
 from .store.directory import Change as Change
 from .store.directory import CheckpointDirectory as CheckpointDirectory
 from .store.directory import Verification as Verification
+from .store.history import Fate as Fate
+from .store.history import History as History
+from .store.history import Point as Point
+from .store.journal import Event as Event
 from .store.listing import Listing as Listing
 from .store.plan import Decision as Decision
 from .store.plan import PrunePlan as PrunePlan

@@ -28,7 +28,7 @@ from test_record import sealed
 
 def names(runs: CheckpointDirectory) -> list[str]:
     """The names in the directory, without the package's private folder."""
-    return sorted(name for name in os.listdir(runs.path) if name != ".keras_ckpt")
+    return sorted(set(os.listdir(runs.path)) - {".keras_ckpt", "journal.jsonl"})
 
 
 def files_of(step: int) -> list[str]:

@@ -25,6 +25,7 @@ from keras_ckpt.resume.resumable_dataset import ResumableDataset
 from keras_ckpt.resume.signals import SignalWatch
 from keras_ckpt.store import files, layout
 from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.journal import Event
 from keras_ckpt.store.layout import TENSORFLOW
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import log, warn
@@ -40,6 +41,13 @@ Logs = Mapping[str, Any] | None
 
 _ended: collections.Counter[str] = collections.Counter()
 """By directory, the number of fits that have ended in this process and removed their backup."""
+
+
+class _BackupDirectory(CheckpointDirectory):
+    """The directory of a backup. It has no journal, because it is removed when the training has ended."""
+
+    def note(self, *events: Event) -> None:
+        return
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
@@ -111,7 +119,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             )
         if not backup_dir:
             raise ValueError(f"Empty `backup_dir` argument passed. Received: backup_dir={backup_dir!r}")
-        self.directory = CheckpointDirectory(backup_dir, TENSORFLOW)
+        self.directory: CheckpointDirectory = _BackupDirectory(backup_dir, TENSORFLOW)
         self.backup_dir = self.directory.path
         self.save_freq = save_freq
         self.double_checkpoint = double_checkpoint

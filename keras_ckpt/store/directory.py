@@ -16,6 +16,8 @@ from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedC
 from keras_ckpt.store import background, commit, layout, overview, tables
 from keras_ckpt.store.checks import check
 from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.history import Fate, History, Past
+from keras_ckpt.store.journal import Event, Journal, of_record, of_save, user
 from keras_ckpt.store.listing import (
     PIN_LIMIT,
     Listing,
@@ -34,7 +36,9 @@ from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
 
 
 class Change(NamedTuple):
-    """A checkpoint that was saved or removed. A checkpoint that gets the metrics of the epoch's end is saved again.
+    """A checkpoint that was saved or removed, or a save that was skipped.
+
+    A checkpoint that gets the metrics of the epoch's end is saved again.
 
     Example:
 
@@ -44,12 +48,14 @@ class Change(NamedTuple):
     ```
 
     Attributes:
-        kind: `"saved"` or `"removed"`.
+        kind: `"saved"`, `"removed"` or `"skipped"`: a save that the policy does not want.
         record: The checkpoint.
+        why: The reason why it was removed or skipped.
     """
 
-    kind: Literal["saved", "removed"]
+    kind: Literal["saved", "removed", "skipped"]
     record: CheckpointRecord
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -192,7 +198,7 @@ class CheckpointDirectory(tables.Shown):
             yield from (place for place in places if os.path.isdir(place.path))
 
     def subscribe(self, listener: Callable[[Change], object]) -> None:
-        """Calls a function after each save or removal of a checkpoint through this object; `Change` has an example.
+        """Calls a function after each save, removal or skipped save through this object; `Change` has an example.
 
         Args:
             listener: Receives a `Change`, in the thread that saves or removes. Its errors become warnings.
@@ -200,7 +206,19 @@ class CheckpointDirectory(tables.Shown):
         self._listeners.append(listener)
 
     def notify(self, changes: Iterable[Change]) -> None:
-        """Logs changes, and calls the listeners. The caller is this directory's writer, and holds no lock."""
+        """Notes changes in the journal, and calls the listeners. The caller is a writer that holds no lock."""
+        changes = list(changes)
+        self.note(*map(_event, changes))
+        self._tell(changes)
+
+    def note(self, *events: Event) -> None:
+        """Notes events in the journal, as far as possible."""
+        if events:
+            with contextlib.suppress(OSError, ValueError), self.open() as folder:
+                Journal(folder).append(*events)
+
+    def _tell(self, changes: Iterable[Change]) -> None:
+        """Logs changes, and calls the listeners."""
         for change in changes:
             log.info("%s %s", change.kind, change.record.prefix)
             for listener in self._listeners:
@@ -228,6 +246,70 @@ class CheckpointDirectory(tables.Shown):
 
     def __getitem__(self, step: int | CheckpointRecord | None) -> CheckpointRecord:
         return self._find(self.listing(), step)
+
+    def events(self) -> list[Event]:
+        """The events in the journal, oldest first. A line that cannot be read is skipped; without a journal, none.
+
+        Example:
+
+        ```python
+        skipped = [event for event in runs.events() if event.kind == "skipped"]
+        ```
+        """
+        return self._past()[0]
+
+    def history(self, name: str | None = None) -> History:
+        """The curve of a metric over the run, from the journal and the sidecars.
+
+        Without a journal, the curve has the checkpoints that are there.
+
+        Example:
+
+        ```python
+        values = [point.value for point in runs.history("val_accuracy")]
+        ```
+
+        Args:
+            name: The metric. Defaults to the metric that training monitored.
+
+        Raises:
+            MonitorError: No metric was monitored, or no step has the metric. The error names the metrics.
+            ValueError: The path is one file of a template.
+        """
+        return Past(*self._past()).history(name)
+
+    def fates(self) -> tuple[Fate, ...]:
+        """The fate of each save: of a checkpoint that is there, of a checkpoint that went, of a skipped save.
+
+        Example:
+
+        ```python
+        removed = {fate.facts.step: fate.why for fate in runs.fates() if fate.state == "removed"}
+        ```
+
+        Raises:
+            ValueError: The path is one file of a template.
+        """
+        return Past(*self._past()).fates()
+
+    def why(self, step: int | CheckpointRecord) -> str:
+        """One sentence that tells why the checkpoint of a step is kept, was removed, or was never saved.
+
+        Example:
+
+        ```python
+        print(runs.why(120))
+        ```
+
+        Args:
+            step: The step, or a record of a checkpoint that may be gone.
+
+        Raises:
+            ValueError: The path is one file of a template.
+        """
+        if not isinstance(step, int | CheckpointRecord):
+            raise TypeError(f"why() expected a step or a record. Received: {step!r}")
+        return Past(*self._past()).why(step)
 
     def latest(self) -> CheckpointRecord | None:
         """The newest checkpoint in the order of saving, or `None` without checkpoints.
@@ -317,21 +399,20 @@ class CheckpointDirectory(tables.Shown):
         if elsewhere := {record.directory for record in plan.removed} - {self.path}:
             raise ValueError(f"The plan is for {elsewhere.pop()}, not for {self.path}.")
         _refuse_damaged(plan)
-        planned = {(record.run_id, record.sequence, record.step) for record in plan.removed}
+        planned = {record.identity for record in plan.removed}
         with self._change() as (folder, listing):
             listing.refuse_newer()
-            doomed = [
-                record
-                for record in listing.records
-                if (record.run_id, record.sequence, record.step) in planned and not record.pinned
-            ]
+            doomed = [each for each in listing.records if each.identity in planned and not each.pinned]
             if doomed and len(doomed) == len(listing.records):
                 raise PlanError(
                     f"Nothing was removed: the checkpoints that the plan keeps are no longer in {self.path}, so none "
                     f"of the {len(doomed)} checkpoints would be left. Plan again."
                 )
             commit.remove(folder, listing, doomed)
-        self.notify(Change("removed", record) for record in doomed)
+        reasons = {each.record.identity: each.reason for each in plan.decisions}
+        changes = [Change("removed", record, reasons[record.identity]) for record in doomed]
+        self.note(*(msgspec.structs.replace(_event(change), by=user()) for change in changes))
+        self._tell(changes)
         return [record.step for record in doomed]
 
     def verify(self, progress: Callable[[int, int], object] = lambda done, total: None) -> Verification:
@@ -365,13 +446,17 @@ class CheckpointDirectory(tables.Shown):
         if not isinstance(reason, str) or len(reason.encode()) > PIN_LIMIT:
             raise ValueError(f"A pin's reason must be a string of at most {PIN_LIMIT} bytes. Received: {reason!r:.100}")
         with self._change() as (folder, listing):
-            folder.replace(layout.pin(self._find(listing, step).name), reason.encode())
+            record = self._find(listing, step)
+            folder.replace(layout.pin(record.name), reason.encode())
+        self.note(of_record("pinned", record, reason=reason, by=user()))
 
     def unpin(self, step: int | CheckpointRecord | None) -> None:
         """Removes the pin of a checkpoint, if any: policies may remove the checkpoint again."""
         with self._change() as (folder, listing):
-            folder.remove(layout.pin(self._find(listing, step).name))
+            record = self._find(listing, step)
+            folder.remove(layout.pin(record.name))
             folder.sync()
+        self.note(of_record("unpinned", record, by=user()))
 
     def add_metrics(
         self, step: int | CheckpointRecord | None, metrics: Mapping[str, float] = {}, /, **named: float
@@ -394,6 +479,7 @@ class CheckpointDirectory(tables.Shown):
         with self._change() as (folder, listing):
             record = self._find(listing, step)
             amend(folder, msgspec.structs.replace(record, metrics={**record.metrics, **added}))
+        self.note(of_record("metrics", record, metrics=added, by=user()))
 
     def clear(self, *, pinned: bool = False) -> list[int]:
         """Removes all checkpoints of the directory, so that another run can begin in it.
@@ -428,8 +514,9 @@ class CheckpointDirectory(tables.Shown):
                 commit.remove(folder, listing, listing.records)
             for record in listing.records:
                 folder.remove(layout.pin(record.name))
+            Journal(folder).remove()
             del lock
-        self.notify(Change("removed", record) for record in listing.records)
+        self._tell(Change("removed", record, "the directory was cleared") for record in listing.records)
         return [record.step for record in listing.records]
 
     def _find(self, listing: Listing, step: int | CheckpointRecord | None) -> CheckpointRecord:
@@ -483,6 +570,17 @@ class CheckpointDirectory(tables.Shown):
         with _naming(self.path), self.open() as folder, folder.mutex():
             yield folder, examine(folder)
 
+    def _past(self) -> tuple[list[Event], Listing]:
+        """The journal, and then the contents of the directory."""
+        self.refuse_one_file()
+        events: list[Event] = []
+
+        def read(folder: Folder) -> Listing:
+            events.extend(Journal(folder).read())
+            return examine(folder)
+
+        return events, self._read(read)
+
     def _read(self, reader: Callable[[Folder], Listing]) -> Listing:
         background.wait()
         try:
@@ -490,6 +588,13 @@ class CheckpointDirectory(tables.Shown):
                 return reader(folder)
         except FileNotFoundError:
             return Listing(self.path, series=self.series)
+
+
+def _event(change: Change) -> Event:
+    """The event of a change that a training made."""
+    if change.kind == "removed":
+        return of_record("removed", change.record, why=change.why)
+    return of_save(change.record, kind=change.kind, why=change.why)
 
 
 def _holds_a_run(place: CheckpointDirectory) -> bool:

@@ -279,6 +279,25 @@ class Folder:
         with self.writing(name) as file:
             file.write(memoryview(data))
 
+    def append(self, name: str, line: bytes, limit: int) -> None:
+        """Appends a line to a file by one write, and creates the file where it is missing. The line is not durable.
+
+        The lines of several processes do not mix. The write ends a line that another process left incomplete. A file
+        that would have more than `limit` bytes is an error.
+        """
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", name)
+            if status.st_size + len(line) >= limit:
+                raise OSError(errno.EFBIG, f"{status.st_size} bytes, at most {limit} are allowed", name)
+            is_cut = status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n"
+            os.write(descriptor, b"\n" + line if is_cut else line)
+        finally:
+            os.close(descriptor)
+
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[NewFile]:
         """Opens a new file for writing. At the end of the `with` statement its bytes are durable.

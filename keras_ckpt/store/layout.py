@@ -5,13 +5,14 @@
     ckpt-120.data-00000-of-00001
     ckpt-120.json                    the sidecar; without a sidecar there is no checkpoint
     ckpt-120.keep                    a pin
+    journal.jsonl                    the journal
 
     07-0.31.keras                    a file of the template {epoch:02d}-{val_loss:.2f}.keras, with its record at its end
     07-0.31.keras.json               its sidecar
     07-0.31.keras.keep               its pin
 
 The folder `.keras_ckpt/` beside these files has locks, stages and trash; those of a template are in a folder of their
-own there. `files` and `commit` name the contents.
+own there, with their journal. `files` and `commit` name the contents.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import string
 from collections.abc import Container, Iterable
 
 STATE_FILE = "checkpoint"
+JOURNAL = "journal.jsonl"
 KERAS_SUFFIXES = (".keras", ".h5")
 """The suffixes of files in Keras's own formats."""
 _SIDECAR, _PIN, _INDEX, _DATA = ".json", ".keep", ".index", ".data-"

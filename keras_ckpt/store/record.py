@@ -136,12 +136,11 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
     def __post_init__(self) -> None:
         for value in self.metrics.values():
             if isinstance(value, str):
-                metrics = {name: _NON_FINITE.get(str(value), value) for name, value in self.metrics.items()}
-                msgspec.structs.force_setattr(self, "metrics", metrics)
+                msgspec.structs.force_setattr(self, "metrics", from_json(self.metrics))
                 return
 
     def __hash__(self) -> int:
-        return hash((self.run_id, self.sequence, self.step))
+        return hash(self.identity)
 
     def __repr__(self) -> str:
         metrics = "".join(f", {name}={value:.6g}" for name, value in self.metrics.items())
@@ -195,17 +194,27 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
         value = self.metrics.get(metric)
         return value if value is not None and math.isfinite(value) else None
 
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """The run, the place in the order of saving, and the step: the same for all records of one save."""
+        return self.run_id, self.sequence, self.step
+
     def same_save(self, other: CheckpointRecord) -> bool:
         """Whether both records are of one save; metrics and pins added later may differ."""
-        return (self.run_id, self.sequence, self.step) == (other.run_id, other.sequence, other.step)
+        return self.identity == other.identity
 
     @property
     def saved_at(self) -> datetime:
         """When the save began, in the local time zone. A time beyond the calendar is the last `datetime`."""
-        try:
-            return datetime.fromtimestamp(self.time, UTC).astimezone()
-        except (OverflowError, ValueError, OSError):
-            return datetime.max.replace(tzinfo=UTC)
+        return local_time(self.time)
+
+
+def local_time(seconds: float) -> datetime:
+    """A time in seconds since 1970, in the local time zone. A time beyond the calendar is the last `datetime`."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).astimezone()
+    except (OverflowError, ValueError, OSError):
+        return datetime.max.replace(tzinfo=UTC)
 
 
 def superseded(record: CheckpointRecord, others: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
@@ -336,14 +345,22 @@ def update(data: bytes, record: CheckpointRecord) -> bytes:
 
 def members(record: CheckpointRecord) -> dict[str, Any]:
     """The members of a record's sidecar in JSON types, without the digest."""
-    found = msgspec.structs.asdict(record)
-    if not all(map(math.isfinite, record.metrics.values())):
-        found["metrics"] = {name: _number(value) for name, value in record.metrics.items()}
+    found = msgspec.structs.asdict(record) | {"metrics": to_json(record.metrics)}
     for field in _CONTEXT:
         del found[field]
     if not record.template:
         del found["template"], found["weights"], found["seeds"]
     return found
+
+
+def to_json(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Metrics in JSON types: NaN and infinities become strings."""
+    return {name: _number(value) for name, value in metrics.items()}
+
+
+def from_json(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The metrics that `to_json` returned."""
+    return {name: _NON_FINITE.get(str(value), value) for name, value in metrics.items()}
 
 
 def _sealed(facts: dict[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ import os
 import re
 import time as clock
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,9 +22,11 @@ from keras_ckpt.store import commit, layout, tables
 from keras_ckpt.store import record as sidecars
 from keras_ckpt.store.directory import Change, CheckpointDirectory
 from keras_ckpt.store.files import Folder, UnfinishedError
+from keras_ckpt.store.journal import Event, of_record
 from keras_ckpt.store.listing import Known, Listing, amend, examine
 from keras_ckpt.store.locks import WriterLock
 from keras_ckpt.store.notices import warn
+from keras_ckpt.store.plan import decide
 from keras_ckpt.store.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.store.record import REASON_LIMIT, CheckpointFile, CheckpointRecord, Mode, superseded
 
@@ -35,6 +37,7 @@ _FULL = {
     errno.ENOSPC: "Free some space, or keep fewer checkpoints.",
     errno.EDQUOT: "Free some of the quota, or keep fewer checkpoints.",
 }
+_OTHER_RUN = "a new run has replaced its run"
 _MENDS = _FULL | {
     errno.EACCES: "Make the directory writable for this user, or choose another.",
     errno.EROFS: "The file system is mounted read-only: choose another directory.",
@@ -274,7 +277,8 @@ class Writer:
             self._refuse_other_run(newest, candidate)
         # Refuses what no sidecar can hold before anything is written.
         sidecars.encode(candidate)
-        if not self._wanted(candidate, listing) or self._pinned(listing, candidate):
+        if why := self._unwanted(candidate, listing) or self._pinned(listing, candidate):
+            self.directory.notify([Change("skipped", candidate, why)])
             return None
         name = lock.take_stage()
         with self.explaining(request.step), folder.stage(name) as stage:
@@ -303,16 +307,19 @@ class Writer:
         if record.template:
             listing = listing.of_run(record.run_id)
         if any(each.same_save(record) for each in listing.records):
-            changes += _removals(self.retain(folder, listing))
+            changes += self.retain(folder, listing)
             return True
-        if self._pinned(listing, record) or _pinned_without_record(folder, listing, record):
+        if why := self._pinned(listing, record) or _pinned_without_record(folder, listing, record):
+            changes.append(Change("skipped", record, why))
             return False
         _refuse_disorder(listing, stage, record)
         _warn_of_foreign(folder, listing, record)
         earlier, joined = superseded(record, listing.records), listing.joined_by(record)
         commit.publish(folder, stage, record, earlier)
-        changes += [Change("saved", record), *_removals(earlier)]
-        changes += _removals(self.retain(folder, joined))
+        changes += [Change("saved", record), *(Change("removed", each, _succession(each, record)) for each in earlier)]
+        replaced = [other for other in listing.other_runs if other.name == record.name]
+        self.directory.note(*(of_record("removed", other, why=_succession(other, record)) for other in replaced))
+        changes += self.retain(folder, joined)
         return True
 
     def listing(self) -> Listing:
@@ -345,31 +352,42 @@ class Writer:
                 return None
             changed = amend(folder, change(current[0]))
             gone = self.retain(folder, listing.joined_by(changed))
-        self.directory.notify([Change("saved", changed), *_removals(gone)])
+        self.directory.notify([Change("saved", changed), *gone])
         return changed
 
-    def retain(self, folder: Folder, listing: Listing) -> list[CheckpointRecord]:
-        """Removes checkpoints that the policy does not keep, and returns them.
+    def retain(self, folder: Folder, listing: Listing) -> list[Change]:
+        """Removes checkpoints that the policy does not keep, and returns the changes.
 
         The caller holds the mutex, and listed the directory under it.
         """
         with self._explaining("The checkpoint is saved, but older ones could not be removed from"):
             doomed = [] if listing.newer else self.unkept(listing)
+            reasons = self._reasons(listing) if doomed else {}
             commit.remove(folder, listing, doomed)
-        return doomed
+        return [Change("removed", record, reasons.get(record, _OTHER_RUN)) for record in doomed]
 
     def unkept(self, listing: Listing) -> list[CheckpointRecord]:
         """The checkpoints to prune: those of a replaced run, and those that nothing keeps, oldest first."""
-        run_ids = {record.run_id for record in listing.records[-1:]}
-        own = [record for record in listing.records if record.run_id in run_ids]
+        own = _of_newest_run(listing)
         kept = {record.step for record in own} if self.keep is None else kept_in_training(self.keep, own)
+        run_ids = {record.run_id for record in own}
         doomed = [record for record in listing.all_runs if record.run_id in self.replaced - run_ids]
         doomed += [record for record in own if record.step not in kept]
         return [record for record in doomed if not record.pinned]
 
-    def explaining(self, step: int) -> contextlib.AbstractContextManager[None]:
+    def _reasons(self, listing: Listing) -> dict[CheckpointRecord, str]:
+        """The policy's reason for each checkpoint of the newest run."""
+        return {each.record: each.reason for each in decide(self.keep, _of_newest_run(listing))} if self.keep else {}
+
+    @contextlib.contextmanager
+    def explaining(self, step: int) -> Iterator[None]:
         """Turns each error in the saving of a step into a `SaveError` that says how to mend it."""
-        return self._explaining(f"Could not save step {step} into")
+        try:
+            with self._explaining(f"Could not save step {step} into"):
+                yield
+        except Exception as error:
+            self.directory.note(Event(kind="failed", step=step, error=str(error)))
+            raise
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[Folder, WriterLock]]:
@@ -440,16 +458,18 @@ class Writer:
             return candidate
         return msgspec.structs.replace(candidate, name=series.next_to(candidate.name, names))
 
-    def _wanted(self, candidate: CheckpointRecord, listing: Listing) -> bool:
-        """Whether the policies would keep a checkpoint; "save" and "prune" are one question."""
+    def _unwanted(self, candidate: CheckpointRecord, listing: Listing) -> str:
+        """The reason why the policies would not keep a checkpoint, else `""`; "save" and "prune" are one question."""
         # A checkpoint of the same name counts too, or a worse one would replace it. Other runs do not count.
         own = [record for record in listing.records if record.run_id == candidate.run_id]
         records = [*(record for record in own if record.step != candidate.step), candidate]
-        policies = (policy for policy in (self.keep, self.only) if policy is not None)
-        return all(candidate.step in kept_in_training(policy, records) for policy in policies)
+        for policy in (self.keep, self.only):
+            if policy is not None and candidate.step not in kept_in_training(policy, records):
+                return next(each.reason for each in decide(policy, records) if each.record is candidate)
+        return ""
 
-    def _pinned(self, listing: Listing, record: CheckpointRecord) -> bool:
-        """Whether the save of a record would supersede a pinned checkpoint; warns of each checkpoint once."""
+    def _pinned(self, listing: Listing, record: CheckpointRecord) -> str:
+        """The pinned checkpoint that the save of a record would supersede, else `""`; warns of each checkpoint once."""
         others = (each for each in listing.other_runs if each.name == record.name)
         pinned = [each for each in (*superseded(record, listing.records), *others) if each.pinned]
         for each in pinned:
@@ -459,7 +479,7 @@ class Writer:
                     f"Step {record.step} is not saved into {listing.path}: {each.name} of step {each.step} is pinned. "
                     "Unpin it, or train into another directory."
                 )
-        return bool(pinned)
+        return f"{pinned[0].name} of step {pinned[0].step} is pinned" if pinned else ""
 
 
 def look_for_room(folder: Folder, size: int) -> None:
@@ -498,8 +518,17 @@ def _sealed(stage: Folder, candidate: CheckpointRecord, request: SaveRequest, wr
     return record
 
 
-def _removals(records: Iterable[CheckpointRecord]) -> list[Change]:
-    return [Change("removed", record) for record in records]
+def _of_newest_run(listing: Listing) -> list[CheckpointRecord]:
+    """The checkpoints that a policy sees."""
+    run_ids = {record.run_id for record in listing.records[-1:]}
+    return [record for record in listing.records if record.run_id in run_ids]
+
+
+def _succession(record: CheckpointRecord, successor: CheckpointRecord) -> str:
+    """The reason why a save has removed a checkpoint of the same step or of the same name."""
+    if record.step == successor.step:
+        return f"step {record.step} was saved again"
+    return f"step {successor.step} was saved as {successor.name}"
 
 
 def _refuse_disorder(listing: Listing, stage: Folder, record: CheckpointRecord) -> None:
@@ -510,14 +539,14 @@ def _refuse_disorder(listing: Listing, stage: Folder, record: CheckpointRecord) 
         raise FileNotFoundError(errno.ENOENT, "the staged checkpoint is gone", record.name)
 
 
-def _pinned_without_record(folder: Folder, listing: Listing, record: CheckpointRecord) -> bool:
-    """Whether the save of a record would replace a pinned file that has no record to trust; warns of it."""
+def _pinned_without_record(folder: Folder, listing: Listing, record: CheckpointRecord) -> str:
+    """The pinned file without a trusted record that the save of a record would replace, else `""`; warns of it."""
     if record.name in listing.unmanaged and folder.exists(layout.pin(record.name)):
         warn(
             f"{record.name} in {folder.path} is pinned and has no record, so step {record.step} does not replace it. "
             "Unpin it, or train into another directory."
         )
-        return True
+        return f"{record.name} is pinned and has no record"
     same = [name for name in listing.damaged if name == record.name or sidecars.step_in(name) == record.step]
     names = [name for name in same if folder.exists(layout.pin(name))]
     for name in names:
@@ -525,7 +554,7 @@ def _pinned_without_record(folder: Folder, listing: Listing, record: CheckpointR
             f"{name} in {folder.path} is pinned and damaged, so step {record.step} does not overwrite its remaining "
             f"files: {listing.damaged[name]}. Move its files away, or train into another directory."
         )
-    return bool(names)
+    return f"{names[0]} is pinned and damaged" if names else ""
 
 
 def _warn_of_foreign(folder: Folder, listing: Listing, record: CheckpointRecord) -> None:

@@ -21,14 +21,15 @@ from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.model import model_state, object_graph
 from keras_ckpt.store import layout
 from keras_ckpt.store.commit import read_state, write_state
-from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.directory import Change, CheckpointDirectory
 from keras_ckpt.store.files import Folder, lasting_tensorflow_path
+from keras_ckpt.store.journal import of_record
 from keras_ckpt.store.layout import TENSORFLOW
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.locating import opened
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import LatestN, PreservationPolicy, as_policy
-from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric, encodable_metadata, step_in
+from keras_ckpt.store.record import Mode, as_metric, encodable_metadata, step_in
 from keras_ckpt.store.tables import counted
 from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
 from keras_ckpt.training.hooks import Hook, Hooks
@@ -369,7 +370,7 @@ class _PreservingWriter(Writer):
         # One second earlier, as in TensorFlow, for a manager that is created again at once.
         self._opened = time.time() - 1.0
 
-    def retain(self, folder: Folder, listing: Listing) -> list[CheckpointRecord]:
+    def retain(self, folder: Folder, listing: Listing) -> list[Change]:
         with self._explaining("The checkpoint is saved, but the checkpoint to preserve could not be pinned in"):
             listing = self._preserved(folder, listing)
         return super().retain(folder, listing)
@@ -381,6 +382,7 @@ class _PreservingWriter(Writer):
             if self._hours and record.time - self._hours * 3600 >= last:
                 last = record.time
                 folder.replace(layout.pin(record.name), PRESERVED.encode())
+                self.directory.note(of_record("pinned", record, reason=PRESERVED))
                 listing = listing.joined_by(msgspec.structs.replace(record, pin=PRESERVED))
         if last != noted:
             write_state(folder, listing.records, last)

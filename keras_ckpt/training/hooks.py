@@ -35,7 +35,7 @@ class Hooks:
         """Calls the functions for each change since the last call. Their errors become warnings."""
         while self._changes:
             change = self._changes.popleft()
-            hook = self._hooks[change.kind]
+            hook = self._hooks.get(change.kind)
             try:
                 if hook is not None:
                     hook(change.record)

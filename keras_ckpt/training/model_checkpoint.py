@@ -13,6 +13,7 @@ from typing import Any, Literal
 import keras
 
 from keras_ckpt.model.keras_internals import fit_in_progress
+from keras_ckpt.model.model_state import versions
 from keras_ckpt.model.position import position_of, take_restored_epochs
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
@@ -284,6 +285,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._pending = None
         self._epochs += 1
         self._check_metrics(logs or {})
+        self._current().note("epoch", metrics=metrics_in(logs))
         if reasons:
             self._reason = ", ".join(reasons)
             self._save_model(epoch, None, logs)
@@ -296,6 +298,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         try:
             session.close()
         finally:
+            session.note("ended")
             self._lines.tell()
             self._hooks.call()
         run_id = session.progress.position.run_id
@@ -329,9 +332,20 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 session.open(replaces=self.new_run == "replace")
                 failed.pop_all()
             self._session, self.directory = session, writer.directory
+            self._note_begin(session)
             best = self.best if self.verbose else None
             self._lines.begin(self.directory.path, self.monitor, self._ranking.mode, best)
         return self._session
+
+    def _note_begin(self, session: Session[Any]) -> None:
+        """Notes in the journal that the fit begins a run, or continues a run."""
+        session.note(
+            "restored" if session.progress.position.step else "run",
+            monitor=self.monitor,
+            mode=self._ranking.mode,
+            policy=repr(self._ranking.keep) if self._ranking.keep else "",
+            versions=versions(),
+        )
 
     def _writer(self) -> Writer:
         """The writer of this fit, in the directory that `new_run` asks for."""
@@ -416,6 +430,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
             self._write(request, saved)
         else:
+            why = f"{self.monitor} does not beat initial_value_threshold={self.initial_value_threshold}"
+            self._current().note("skipped", metrics=metrics, why=why)
             handler(Outcome(None))
         self._lines.tell()
 

@@ -18,6 +18,8 @@ from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
 from keras_ckpt.model.position import Progress
 from keras_ckpt.store import background
+from keras_ckpt.store.directory import Change
+from keras_ckpt.store.journal import Event, EventKind
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import is_known, kept_in_training
@@ -237,6 +239,10 @@ class Session(Generic[Held]):
             return None
         return self._schedule.after_epoch()
 
+    def note(self, kind: EventKind, **facts: Any) -> None:
+        """Notes an event of the current step in the journal."""
+        self._writer.directory.note(Event(kind=kind, **dataclasses.asdict(self.progress.position), **facts))
+
     def copy(self, snapshot: Held) -> None:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
         with self._writer.explaining(self.progress.position.step):
@@ -279,6 +285,7 @@ class Session(Generic[Held]):
                 "save is still being written. Later saves are skipped in the same way. Save less often, or pass "
                 "save_on_background=False to make training wait."
             )
+        self.note("skipped", why="an earlier save is still being written")
         return True
 
     def save(
@@ -341,6 +348,8 @@ class Session(Generic[Held]):
         """Drops a save, unless it has begun."""
         if save.job.drop():
             self._saves.remove(save)
+            why = "a newer save took its place before it was written"
+            self._writer.directory.notify([Change("skipped", save.candidate, why)] if save.candidate else [])
             save.handler(Outcome(None, replaced=True))
 
     def _warn_of_unsaved(self) -> None:
