@@ -12,8 +12,11 @@ from .errors import MismatchError as MismatchError
 from .errors import MonitorError as MonitorError
 from .errors import PlanError as PlanError
 from .errors import SaveError as SaveError
+from .formats.difference import Difference as Difference
+from .formats.difference import LayerDifference as LayerDifference
 from .formats.variables import Variables as Variables
 from .formats.variables import load_variables as load_variables
+from .model.difference import diff as diff
 from .model.exporting import export as export
 from .model.loading import load_model as load_model
 from .model.position import initial_epoch as initial_epoch

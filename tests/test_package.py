@@ -119,11 +119,14 @@ def test_imports_between_modules_have_no_cycle() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_load_variables_loads_no_framework(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "use", ["kc.load_variables({path!r})['value'].sum() == 3", "kc.diff({path!r}, {path!r}).identical"]
+)
+def test_the_values_of_checkpoints_are_read_and_compared_without_a_framework(tmp_path, use) -> None:
     """A value is a NumPy array."""
     with Folder(tmp_path) as folder:
         write_bundle(folder, "ckpt-1", [{b"value": array_value(np.ones(3))}])
-    code = f"import keras_ckpt as kc\nassert kc.load_variables({str(tmp_path)!r})['value'].sum() == 3"
+    code = f"import keras_ckpt as kc\nassert {use.format(path=str(tmp_path))}"
 
     assert not imported(code) & {"tensorflow", "keras", "jax", "torch", "h5py"}
 

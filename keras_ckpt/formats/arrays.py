@@ -41,6 +41,11 @@ def is_number(dtype: np.dtype) -> bool:
     return dtype.newbyteorder("=") in _NUMBERS
 
 
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether a NumPy type has fractions. `ml_dtypes` gives most of its types no kind."""
+    return dtype.kind in "fc" or "float" in dtype.name
+
+
 @functools.cache
 def dtype_of(number: int) -> np.dtype:
     """The NumPy type of a number in TensorFlow's `DataType`. A quantized integer becomes a plain integer."""

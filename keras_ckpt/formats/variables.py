@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from keras_ckpt.store.checks import unreadable
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.locating import read_checkpoint
-from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 
 if TYPE_CHECKING:
     from keras_ckpt.formats.keras_writer import Dataset
@@ -145,21 +146,25 @@ class Values(NamedTuple):
         kinds: Their types and shapes by name.
         weights: The names of the model's own, without those of its optimizer and its metrics.
         read: Reads a value from a folder with the files.
+        places: The digest of the file that has a value, and the value's place in the file, by name. Two values of one
+            kind with equal places are equal to the bit. A value without a digest has no place.
     """
 
     files: Collection[str]
     kinds: Mapping[str, Kind]
     weights: Sequence[str]
     read: Callable[[Folder, str], np.ndarray]
+    places: Mapping[str, tuple[str, int]] = MappingProxyType({})
 
 
 def values_in_bundle(files: Folder, name: str, record: CheckpointRecord | None) -> Values:
     """The values of a TensorFlow checkpoint."""
-    return values_of(read_index(files, name, record.files if record else ()))
+    digested = record.files if record else ()
+    return values_of(read_index(files, name, digested), digested)
 
 
-def values_of(index: Index) -> Values:
-    """The values of a TensorFlow checkpoint by its index."""
+def values_of(index: Index, digested: Iterable[CheckpointFile] = ()) -> Values:
+    """The values of a TensorFlow checkpoint by its index and the files whose digests are known."""
     keys = {name: key.encode() for name, key in names_in(index).items()}
     entries = {name: index.entries[key] for name, key in keys.items()}
 
@@ -169,7 +174,13 @@ def values_of(index: Index) -> Values:
 
     kinds = {name: Kind(arrays.dtype_of(entry.dtype), entry.shape) for name, entry in entries.items()}
     weights = [name for name in kinds if name.startswith("model/")]
-    return Values(index.files.values(), kinds, weights, read)
+    digests = {file.name: file.digest for file in digested}
+    places = {
+        name: (digests[index.files[entry.shard]], entry.offset)
+        for name, entry in entries.items()
+        if not entry.slices and index.files[entry.shard] in digests
+    }
+    return Values(index.files.values(), kinds, weights, read, places)
 
 
 def values_in_file(files: Folder, name: str, record: CheckpointRecord | None) -> Values:
