@@ -546,6 +546,7 @@ def test_a_shell_completes_steps(runs, monkeypatch) -> None:
     assert completed("pin", runs.path, "3") == ["30"]
     monkeypatch.chdir(runs.path)
     assert completed("show", "") == ["latest", "best", "10", "20", "30", "40"]
+    assert completed("diff", "10", "3") == ["30"]
 
 
 @pytest.mark.parametrize("name", ["best.keras", "best.weights.h5", "best.h5"])

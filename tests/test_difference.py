@@ -1,6 +1,7 @@
 """`diff`: the layers of two checkpoints or models, with the change of each."""
 
 import contextlib
+import json
 import math
 import pathlib
 
@@ -8,8 +9,10 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import keras_ckpt as kc
+from keras_ckpt.cli import main
 from keras_ckpt.formats.bundle_writer import array_value, write_bundle
 from keras_ckpt.formats.difference import difference, open_side
 from keras_ckpt.formats.variables import SUFFIX
@@ -268,3 +271,62 @@ def test_an_argument_that_is_no_checkpoint_is_a_type_error(tmp_path, wrong) -> N
 def test_a_model_that_is_not_built_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="is not built"):
         kc.diff(keras.Sequential([keras.layers.Dense(2)]), written(tmp_path, d__w=np.ones(2)))
+
+
+def run(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(main, ["diff", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "2", "3"],
+        ["2", "3"],
+        ["run", "2", "run", "3"],
+        ["run", "2", "run"],
+        ["run/ckpt-2", "3"],
+        ["run/ckpt-2", "run/ckpt-3"],
+        ["run/ckpt-2", "latest"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_takes_each_checkpoint_as_a_path_and_a_step(tmp_path, monkeypatch, words) -> None:
+    """A step alone is of the path before it, and a path alone means its newest checkpoint."""
+    shared(tmp_path / "run", np.ones(3, "float32"))
+    monkeypatch.chdir(tmp_path / "run" if words[0] == "2" else tmp_path)
+
+    assert run(*words) == f"{kc.diff(tmp_path / 'run' / 'ckpt-2', tmp_path / 'run' / 'ckpt-3')}\n"
+
+
+def test_the_command_prints_json(tmp_path) -> None:
+    """An infinity is a string, because JSON has none."""
+    a, b = written(tmp_path / "a", d__w=np.zeros(2), e__w=np.ones(1)), written(tmp_path / "b", d__w=np.ones(2))
+
+    found = json.loads(run(tmp_path / "a", tmp_path / "b", "--json"))
+
+    [layer] = found.pop("layers")
+    assert found == {"a": a.prefix, "b": b.prefix, "only_in_a": ["model/e/w"], "only_in_b": [], "mismatched": {}}
+    assert layer == {
+        "name": "d",
+        "change": "Infinity",
+        "largest": 1.0,
+        "changed": 1.0,
+        "not_finite": 0,
+        "frozen": False,
+    }
+
+
+@pytest.mark.parametrize("words", [[], ["3"], ["1", "2", "3"]], ids=len)
+def test_the_command_refuses_another_number_of_checkpoints(words) -> None:
+    assert f"Expected two checkpoints, such as runs/digits 120 360. Received {len(words)}" in run(*words, code=2)
+
+
+def test_the_command_names_a_missing_checkpoint(tmp_path) -> None:
+    written(tmp_path / "a", d__w=np.zeros(2))
+
+    assert "No checkpoint of step 7" in run(tmp_path / "a", 1, 7, code=1)
+    assert "There is no directory" in run(tmp_path / "a", tmp_path / "b", code=1)
+    (tmp_path / "empty").mkdir()
+    assert "There is no checkpoint in" in run(tmp_path / "a", tmp_path / "empty", code=1)

@@ -56,6 +56,28 @@ def _path_and_step(word: str) -> tuple[str, str] | None:
     return None
 
 
+def _two(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> Iterable[Any]:
+    """Two checkpoints, each a PATH with a STEP, or with `None` for the newest.
+
+    A STEP alone is of the PATH before it. A completion needs the paths alone.
+    """
+    if ctx.resilient_parsing:
+        return [word for word in words if not _is_step(word)] or ["."]
+    path, found = ".", list[tuple[str, str | None]]()
+    for word in words:
+        if _is_step(word) or (_is_file(word) and "/" not in word):
+            opened = bool(found) and found[-1][1] is None
+            found[len(found) - opened :] = [(path, word)]
+        else:
+            path, step = _path_and_step(word) or (word, None)
+            found.append((path, step))
+    if len(found) != 2:
+        raise click.UsageError(
+            f"Expected two checkpoints, such as runs/digits 120 360. Received {len(found)}: {' '.join(words) or 'none'}"
+        )
+    return [(path, step and _Step().convert(step, param, ctx)) for path, step in found]
+
+
 def _is_step(word: str) -> bool:
     """Whether a word is a number, `latest` or `best`."""
     return word in _NAMED or (word.isascii() and word.isdecimal())
@@ -81,12 +103,17 @@ def _matching(words: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 def _complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The directories and the files of Keras; for a command whose PATH may be missing, the steps too."""
-    files = _keras_files(incomplete)
     if isinstance(ctx.command, OfOneStep):
-        steps = _Step().shell_complete(ctx, param, incomplete)
-        return [CompletionItem(incomplete, type="dir"), *steps, *map(CompletionItem, files)]
+        return _complete_path_or_step(ctx, param, incomplete)
+    files = _keras_files(incomplete)
     # A shell completes files by itself, together with directories. It does not know which files are Keras's.
     return [CompletionItem(incomplete, type="file" if files else "dir")]
+
+
+def _complete_path_or_step(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The directories, the steps and the files of Keras."""
+    steps = _Step().shell_complete(ctx, param, incomplete)
+    return [CompletionItem(incomplete, type="dir"), *steps, *map(CompletionItem, _keras_files(incomplete))]
 
 
 def _keras_files(incomplete: str) -> list[str]:
@@ -110,6 +137,14 @@ paths = click.argument(
     type=click.Path(),
     callback=lambda ctx, param, value: value or (".",),
     shell_complete=_complete_path,
+)
+two = click.argument(
+    "paths",
+    metavar="[PATH] [STEP] [PATH] [STEP]",
+    nargs=-1,
+    type=click.Path(),
+    callback=_two,
+    shell_complete=_complete_path_or_step,
 )
 step = click.argument("step", type=_Step())
 yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import operator
 import os
@@ -22,7 +23,7 @@ from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import PIN_LIMIT, Listing
 from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
-from keras_ckpt.store.record import CheckpointRecord, Mode, members
+from keras_ckpt.store.record import CheckpointRecord, Mode, encodable_metadata, members
 from keras_ckpt.store.tables import Shown, counted, few, printable, relative, text
 from keras_ckpt.version import __version__
 
@@ -169,6 +170,29 @@ def verify(context: click.Context, paths: Sequence[str], form: str | None) -> No
         elif form is None:
             _print_verifications(runs, found)
     context.exit(0 if ok else 1)
+
+
+@main.command()
+@arguments.two
+@click.option("--optimizer", is_flag=True, help="Compare the state of the optimizer too.")
+@arguments.form("json")
+def diff(paths: Sequence[tuple[str, int | str | None]], optimizer: bool, form: str | None) -> None:
+    """Compare the weights of two checkpoints, layer by layer.
+
+    A STEP alone is of the PATH before it. A PATH without a STEP means its newest checkpoint.
+
+    Example: keras-ckpt diff runs/digits 40 120
+    """
+    import keras_ckpt  # the other commands need no NumPy
+
+    a, b = (_compared(path, step) for path, step in paths)
+    try:
+        found = keras_ckpt.diff(a, b, optimizer=optimizer)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    _report(form, found, lambda: encodable_metadata(dataclasses.asdict(found)))
 
 
 @main.command(cls=arguments.OfOneStep)
@@ -348,6 +372,11 @@ def _exported(path: str, step: int | str) -> tuple[CheckpointRecord | str, str]:
         return file, relative(file)
     record = _record(path, step)[1]
     return record, f"step {record.step}"
+
+
+def _compared(path: str, step: int | str | None) -> CheckpointRecord | CheckpointDirectory | str:
+    """The checkpoint of a STEP; without a STEP the directory, which means its newest checkpoint."""
+    return _existing(path)[0] if step is None else _exported(path, step)[0]
 
 
 def _found(runs: CheckpointDirectory, record: CheckpointRecord | None) -> CheckpointRecord:

@@ -23,7 +23,7 @@ from keras_ckpt.store.tables import Column, Shown, Table, counted, few, printabl
 
 _ROWS = 40
 """The most rows of a table."""
-_PIECE = 1 << 16
+_PIECE = 1 << 15
 """The elements that are compared at once: their copies stay in the processor's caches."""
 _TINY = 1e-24
 """A smaller sum of squares may have lost elements whose squares are too small for their type."""
