@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -13,6 +12,7 @@ from keras_ckpt.model.position import Position
 from keras_ckpt.store import layout, tables
 from keras_ckpt.store.directory import Change, CheckpointDirectory
 from keras_ckpt.store.record import Mode
+from keras_ckpt.training.improvement import improves
 from keras_ckpt.training.session import Outcome
 
 Handler = Callable[[Outcome], None]
@@ -39,14 +39,12 @@ class Save(NamedTuple):
 class Lines(Protocol):
     """Prints lines about saves."""
 
-    def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
+    def begin(self, path: str, metric: Metric) -> None:
         """Begins a `fit`.
 
         Args:
             path: The directory of its checkpoints.
-            monitor: The monitored metric.
-            mode: Whether less or more of it is better.
-            best: The best value so far.
+            metric: The monitored metric.
         """
 
     def save(self, save: Save) -> Handler:
@@ -63,7 +61,7 @@ class Lines(Protocol):
 class Silent:
     """No lines."""
 
-    def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
+    def begin(self, path: str, metric: Metric) -> None:
         return
 
     def save(self, save: Save) -> Handler:
@@ -87,8 +85,8 @@ class OfDirectory:
         self._removed: collections.deque[str] = collections.deque()
         directory.subscribe(self._hear)
 
-    def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
-        self._metric = _Metric(monitor, mode, best)
+    def begin(self, path: str, metric: Metric) -> None:
+        self._metric = metric
         _tell_place(tables.relative(path))
 
     def save(self, save: Save) -> Handler:
@@ -131,8 +129,8 @@ class OfFiles:
         self._best_only = best_only
         self._lines: list[str] = []
 
-    def begin(self, path: str, monitor: str, mode: Mode | None, best: float | None) -> None:
-        self._metric = _Metric(monitor, mode, best)
+    def begin(self, path: str, metric: Metric) -> None:
+        self._metric = metric
         folder, base = self._base
         self._place = path
         self._folder = os.path.normpath(os.path.join(folder, os.path.relpath(path, base)))
@@ -176,11 +174,18 @@ class OfFiles:
         return os.path.normpath(os.path.join(self._folder, name))
 
 
-class _Metric:
-    """The monitored metric, and its best value so far."""
+class Metric:
+    """The monitored metric, and its best value so far.
 
-    def __init__(self, name: str, mode: Mode | None, best: float | None) -> None:
-        self.name, self._mode, self.best = name, mode, best
+    Args:
+        name: Its name.
+        mode: Whether less or more of it is better.
+        best: The best value so far.
+        min_delta: The difference from the best value that is no improvement.
+    """
+
+    def __init__(self, name: str, mode: Mode | None, best: float | None, min_delta: float = 0.0) -> None:
+        self.name, self._mode, self.best, self._min_delta = name, mode, best, min_delta
 
     def judge(self, value: float | None) -> str:
         """Tells whether a value is better than the best so far, and counts it."""
@@ -196,10 +201,7 @@ class _Metric:
 
     def improves(self, value: float) -> bool:
         """Whether a value is better than the best so far, and counts it."""
-        if self.best is None:
-            better = math.isfinite(value)
-        else:
-            better = value < self.best if self._mode == "min" else value > self.best
+        better = improves(value, self.best, self._mode, self._min_delta)
         if better:
             self.best = value
         return better

@@ -16,16 +16,17 @@ from keras_ckpt.model.keras_internals import fit_in_progress
 from keras_ckpt.model.model_state import versions
 from keras_ckpt.model.position import position_of, take_restored_epochs
 from keras_ckpt.store.notices import log, warn
-from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
+from keras_ckpt.store.policies import PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
 from keras_ckpt.training.bundle_form import Bundles
 from keras_ckpt.training.file_form import KerasFiles
 from keras_ckpt.training.hooks import Hook, Hooks
-from keras_ckpt.training.lines import Handler, Lines, Save, Silent
+from keras_ckpt.training.improvement import Improvements, checked_min_delta, improves
+from keras_ckpt.training.lines import Handler, Lines, Metric, Save, Silent
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
 from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory
-from keras_ckpt.training.schedule import SaveFreq
+from keras_ckpt.training.schedule import SaveFreq, checked_start_from_epoch
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 from keras_ckpt.training.targets import target
 
@@ -71,6 +72,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             due. A save in the middle of an epoch that cannot be ranked there is ranked at the epoch's end. In a
             directory batches count from the beginning of the run, for files from the callback's last save, as in Keras.
         initial_value_threshold: The value that the monitored metric must beat, with `save_best_only`.
+        start_from_epoch: The number of epochs in which nothing is saved, as in `EarlyStopping`, whatever `save_freq`
+            is. The epochs count as `fit` counts them: those before `initial_epoch` are included.
+        min_delta: With `save_best_only`, the minimum by which a value must beat the best value on disk, as in
+            `EarlyStopping`. A difference of exactly `min_delta` is not enough.
         keep: Which checkpoints to keep: a policy, or an int `n` for the newest `n`. `None` keeps all, or the best with
             `save_best_only` in a directory. A save that the policy would remove at once is not written. The files of
             an earlier run are replaced if they have the same names; otherwise they stay, and are not ranked.
@@ -116,6 +121,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         save_freq: SaveFreq | list[SaveFreq] = "epoch",
         initial_value_threshold: float | None = None,
         *,
+        start_from_epoch: int = 0,
+        min_delta: float = 0.0,
         keep: PreservationPolicy | int | None = None,
         metadata: Metadata | None = None,
         on_full_disk: OnFullDisk = "warn",
@@ -146,6 +153,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.mode = mode
         self.save_freq = save_freq
         self.initial_value_threshold = initial_value_threshold
+        self.start_from_epoch = checked_start_from_epoch(start_from_epoch)
+        self.min_delta = checked_min_delta(min_delta, save_best_only)
         self.keep = self._target.keep(policy, save_best_only)
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
         self.on_full_disk = checked_on_full_disk(on_full_disk)
@@ -261,9 +270,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._current()
         if begins:
             self._tell_of_the_epochs(epoch)
+            self._warn_of_no_epochs()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        if self._should_save_on_batch(batch):
+        if self._should_save_on_batch(batch) and self._current_epoch >= self.start_from_epoch:
             self._save_within(batch, logs)
         self._hooks.call()
 
@@ -286,7 +296,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._epochs += 1
         self._check_metrics(logs or {})
         self._current().note("epoch", metrics=metrics_in(logs))
-        if reasons:
+        if reasons and epoch >= self.start_from_epoch:
             self._reason = ", ".join(reasons)
             self._save_model(epoch, None, logs)
         self._hooks.call()
@@ -301,15 +311,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             session.note("ended")
             self._lines.tell()
             self._hooks.call()
-        run_id = session.progress.position.run_id
-        ranks = self._ranking.keep or self._ranking.only
-        if self._due and ranks and not session.missed and all(record.run_id != run_id for record in self.directory):
-            warn(
-                f"Nothing was saved into {self.filepath}: {self._due} saves were due, and {self._ranking} would keep "
-                f"none. Was {self.monitor!r} ever a finite number, and better than "
-                f"initial_value_threshold={self.initial_value_threshold}? Join the policy with "
-                "keras_ckpt.LatestN(1) to always have the newest."
-            )
+        self._warn_of_nothing(session)
 
     def _current(self) -> Session[Any]:
         """The session of the fit in progress, opened at the first epoch.
@@ -334,7 +336,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._session, self.directory = session, writer.directory
             self._note_begin(session)
             best = self.best if self.verbose else None
-            self._lines.begin(self.directory.path, self.monitor, self._ranking.mode, best)
+            self._lines.begin(self.directory.path, Metric(self.monitor, self._ranking.mode, best, self.min_delta))
         return self._session
 
     def _note_begin(self, session: Session[Any]) -> None:
@@ -370,6 +372,32 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if (self.params or {}).get("verbose"):
             print(text)
 
+    def _warn_of_no_epochs(self) -> None:
+        """Warns before the first batch if `fit` ends before the first epoch that is saved."""
+        epochs = (self.params or {}).get("epochs")
+        if epochs is not None and epochs <= self.start_from_epoch:
+            warn(
+                f"Nothing will be saved into {self.filepath}: fit ends after epoch {epochs}, and "
+                f"start_from_epoch={self.start_from_epoch} begins to save in epoch {self.start_from_epoch + 1}."
+            )
+
+    def _warn_of_nothing(self, session: Session[Any]) -> None:
+        """Warns if the fit that has ended saved nothing, and its run has no checkpoint."""
+        run_id, ranks = session.progress.position.run_id, self._ranking.keep or self._ranking.only
+        stopped = self._current_epoch < self.start_from_epoch < ((self.params or {}).get("epochs") or 0)
+        if session.missed or not (stopped or (self._due and ranks)):
+            return
+        if any(record.run_id == run_id for record in self.directory):
+            return
+        why = (
+            f"{self._due} saves were due, and {self._ranking} would keep none. Was {self.monitor!r} ever a finite "
+            f"number, and better than initial_value_threshold={self.initial_value_threshold}? Join the policy with "
+            "keras_ckpt.LatestN(1) to always have the newest."
+        )
+        if stopped:
+            why = f"fit has ended in epoch {self._current_epoch + 1}, and start_from_epoch={self.start_from_epoch}."
+        warn(f"Nothing was saved into {self.filepath}: {why}")
+
     def _resolve(self) -> _Ranking:
         """The ranking of this fit's checkpoints, with the arguments' defaults filled in from the model."""
 
@@ -379,7 +407,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return mode_of(self.model, monitor)
 
         keep = self.keep and self.keep.resolve(self.monitor, mode)
-        only = BestN(1, self.monitor, mode(self.monitor)) if self.save_best_only else None
+        only = Improvements(self.monitor, mode(self.monitor), self.min_delta or None) if self.save_best_only else None
         ranking = _Ranking(keep, only)
         modes = {monitor: mode(monitor) for monitor in ranking.monitors}
         with contextlib.suppress(ValueError):  # if nothing ranks by the monitor, its mode may be unknown
@@ -487,7 +515,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         threshold = self.initial_value_threshold
         if not self.save_best_only or threshold is None or value is None:
             return True
-        return value < threshold if self._ranking.mode == "min" else value > threshold
+        return improves(value, threshold, self._ranking.mode, self.min_delta)
 
     def _check_metrics(self, logs: Mapping[str, Any]) -> None:
         """Keeps everything while the logs of this fit lack a metric to rank by, and warns once."""

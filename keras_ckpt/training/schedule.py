@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import numbers
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -103,6 +104,13 @@ class CallbackSchedule(SaveSchedule):
         due = [n for n, count in zip(self.batches, self._seen, strict=True) if count >= n]
         self._seen = [0 if count >= n else count for n, count in zip(self.batches, self._seen, strict=True)]
         return due
+
+
+def checked_start_from_epoch(value: object) -> int:
+    """Checks the argument `start_from_epoch` of a callback."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"start_from_epoch expected a whole number of at least 0. Received: {value!r}")
+    return int(value)
 
 
 def _check(trigger: object) -> None:
