@@ -2,6 +2,9 @@
 
 import collections
 import pathlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import keras_ckpt as kc
 from keras_ckpt.resume import backup_and_restore
 from keras_ckpt.store.record import RunEnd
-from support.models import Interrupts, dense_model, fit, same
+from support.models import Interrupts, Reports, dense_model, fit, same
 
 EPOCHS = 3
 
@@ -19,6 +22,12 @@ EPOCHS = 3
 def place(tmp_path) -> pathlib.Path:
     """The directory of the run; its backup is below it."""
     return tmp_path / "run"
+
+
+@pytest.fixture
+def another_process(monkeypatch) -> Callable[[], None]:
+    """Makes the next fit the first of its process, as in a script that is run again."""
+    return lambda: monkeypatch.setattr(backup_and_restore, "_ended", collections.Counter())
 
 
 class Batches(keras.callbacks.Callback):
@@ -117,18 +126,21 @@ def test_the_best_weights_that_early_stopping_restored_are_the_end(place, option
     assert all(np.array_equal(a, b) for a, b in zip(first.get_weights(), again.get_weights(), strict=True))
 
 
-def test_weights_that_no_checkpoint_has_are_not_taken_for_an_end(place) -> None:
-    """A callback changed them when the training ended. The next start is refused."""
+def test_weights_that_no_checkpoint_has_are_not_taken_for_an_end(place, another_process) -> None:
+    """A callback changed them when the training ended. The backup stays, and the callback changes them again."""
 
     class Changes(keras.callbacks.Callback):
         def on_train_end(self, logs=None) -> None:
             self.model.layers[0].bias.assign([1.0, 2.0, 3.0])
 
-    run(place, Changes())
+    first, _ = run(place, Changes())
     assert [record.end for record in kc.CheckpointDirectory(place)] == [None] * EPOCHS
+    another_process()
 
-    with pytest.raises(kc.DirectoryNotEmptyError, match="3 checkpoints of another run"):
-        run(place)
+    again, batches = run(place, Changes())
+
+    assert batches == 0
+    assert same(first, again)
 
 
 def test_a_run_whose_end_was_pruned_is_refused(place) -> None:
@@ -141,21 +153,6 @@ def test_a_run_whose_end_was_pruned_is_refused(place) -> None:
 
     with pytest.raises(kc.DirectoryNotEmptyError, match="1 checkpoint of a finished run of 9 epochs"):
         run(place, epochs=9)
-
-
-def test_a_run_whose_end_was_not_kept_is_refused(place) -> None:
-    """The best checkpoint is not the end of the run."""
-
-    class Reports(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None) -> None:
-            logs["val_loss"] = float(epoch)
-
-    model = dense_model()
-    callbacks = [Reports(), kc.ModelCheckpoint(place, save_best_only=True), kc.BackupAndRestore(place / "backup")]
-    fit(model, *callbacks, epochs=EPOCHS)
-
-    with pytest.raises(kc.DirectoryNotEmptyError, match="1 checkpoint of another run"):
-        run(place, save_best_only=True)
 
 
 def test_the_refusal_of_more_epochs_names_the_finished_run(place) -> None:
@@ -279,15 +276,212 @@ def test_the_next_fit_of_a_model_whose_run_was_finished_trains(place, tmp_path) 
     assert batches.count == 10
 
 
-def test_a_finished_script_that_saves_files_of_keras_trains_again(place) -> None:
-    """As in Keras: the files are replaced, with a warning."""
+class Script:
+    """A script whose checkpoints do not have the end of its run. Each call is a start in a new process.
 
-    def run_with_files() -> int:
-        batches = Batches()
-        callbacks = [kc.ModelCheckpoint(place / "last.keras"), kc.BackupAndRestore(place / "backup"), batches]
-        fit(dense_model(), *callbacks, epochs=EPOCHS)
-        return batches.count
+    The first epoch is the best, so `best.keras` never has the end.
 
-    assert run_with_files() == 15
+    Attributes:
+        place: The folder of the script.
+        another_process: Makes the next fit the first of its process.
+    """
+
+    def __init__(self, place: pathlib.Path, another_process: Callable[[], None]) -> None:
+        self.place = place
+        self.another_process = another_process
+
+    def __call__(
+        self,
+        *callbacks: keras.callbacks.Callback,
+        file: str = "best.keras",
+        epochs: int = 2,
+        model: keras.Model | None = None,
+        backup: Mapping[str, Any] = MappingProxyType({}),
+        **options: Any,
+    ) -> tuple[keras.Model, int]:
+        """Runs the script. Returns the model and the number of trained batches."""
+        self.another_process()
+        keras.utils.set_random_seed(1)
+        model, batches = model or dense_model(), Batches()
+        options = {"monitor": "made_up", "mode": "min", "save_best_only": True, **options}
+        saves = kc.ModelCheckpoint(self.place / file, **options), kc.BackupAndRestore(self.place / "backup", **backup)
+        fit(model, Reports(made_up=range(9)), *saves, batches, *callbacks, epochs=epochs)
+        return model, batches.count
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The bytes of all files of the checkpoints and of the backup."""
+        paths = [path for path in self.place.rglob("*") if path.is_file() and ".keras_ckpt" not in path.parts]
+        return {str(path.relative_to(self.place)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def script(place, another_process) -> Script:
+    return Script(place, another_process)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"file": "last.weights.h5", "save_weights_only": True, "save_best_only": False},
+        {"file": "{epoch}.keras", "save_best_only": False, "save_freq": 4},
+        {"file": "best"},
+        {"backup": {"save_freq": 4, "double_checkpoint": True}},
+    ],
+    ids=str,
+)
+def test_a_script_whose_checkpoints_lack_the_end_trains_nothing_and_says_so(script, capsys, options) -> None:
+    """Its backup stays. The next start restores the end from it, and changes nothing on disk."""
+    first, batches = script(**options)
+    assert batches == 10
+    assert capsys.readouterr().out == (
+        f"\nThe backup stays in {script.place}/backup: with it the same script trains nothing when it is run again. In "
+        f"a shell, keras-ckpt clear {script.place}/backup removes it.\n"
+    )
+    files = script.files
+
+    again, batches = script(**options)
+
+    assert batches == 0
+    assert same(first, again)
+    assert script.files == files
+    out = capsys.readouterr().out
+    assert "ckpt-10; nothing is left to train after step 10, epoch 2 of 2; restored: model, " in out
+    assert out.endswith(
+        f". To train another run, remove the backup, in a shell: keras-ckpt clear {script.place}/backup\n"
+    )
+
+
+def test_the_history_and_the_weights_that_early_stopping_restored_are_those_of_the_end(script) -> None:
+    def stop() -> keras.callbacks.EarlyStopping:
+        return keras.callbacks.EarlyStopping("made_up", mode="min", patience=1, restore_best_weights=True)
+
+    first, batches = script(stop(), epochs=9)
+    assert batches == 10
+
+    again, batches = script(stop(), epochs=9)
+
+    assert batches == 0
+    assert all(np.array_equal(a, b) for a, b in zip(first.get_weights(), again.get_weights(), strict=True))
+    assert again.history.history == first.history.history
+
+
+@pytest.mark.parametrize("file", ["best.keras", "best"])
+def test_more_epochs_continue_a_finished_run_from_its_backup(script, tmp_path, another_process, file) -> None:
+    """The run ends as a run that was asked for these epochs at once."""
+    whole, _ = Script(tmp_path / "whole", another_process)(file=file, epochs=3)
+    script(file=file)
+
+    longer, batches = script(file=file, epochs=3)
+
+    assert batches == 5
+    assert same(whole, longer)
+    assert script(file=file, epochs=3)[1] == 0
+
+
+def test_fewer_epochs_than_a_finished_run_has_train_nothing(script) -> None:
+    """The backup stays for those who ask for all epochs again."""
+    script()
+    files = script.files
+
+    assert script(epochs=1)[1] == 0
+    assert script.files == files
+
+
+@pytest.mark.parametrize("options", [{}, {"file": "run", "save_best_only": False}], ids=str)
+def test_a_kill_at_the_end_of_the_training_loses_no_end(script, monkeypatch, options) -> None:
+    """The backup of the last epoch is not noted as the end. The second start notes it, and the third trains nothing."""
+
+    def fails(*arguments) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backup_and_restore.BackupAndRestore, "_end", fails)
+        with pytest.raises(RuntimeError, match="killed"):
+            script(**options)
+
+    assert [script(**options)[1], script(**options)[1]] == [0, 0]
+
+
+@pytest.mark.parametrize("removed", ["backup", "best.keras"])
+def test_a_finished_script_trains_again_when_its_backup_or_its_file_was_removed(script, removed) -> None:
+    """Those who start over remove the results of the run. Its backup alone is no reason to train nothing."""
+    script()
+    if removed == "backup":
+        kc.CheckpointDirectory(script.place / "backup").clear()
+        with pytest.warns(UserWarning, match="An earlier training wrote"):
+            assert script()[1] == 10
+    else:
+        (script.place / "best.keras").unlink()
+        assert script()[1] == 10
+
+    assert script()[1] == 0
+
+
+@pytest.mark.parametrize("new_run", ["subdirectory", "replace"])
+def test_a_finished_script_with_a_file_of_keras_that_asks_for_a_new_run_trains_it(script, new_run) -> None:
+    """Its backup does not stay."""
+    script()
+
+    assert script(new_run=new_run)[1] == 10
+    assert not (script.place / "backup").exists()
+
+
+def test_another_model_than_that_of_the_finished_run_is_refused(script) -> None:
+    """It replaces neither the file nor the backup. The error says how to start over."""
+    script()
+    files = script.files
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    other.compile("adam", "mse", run_eagerly=True)
+
+    with pytest.raises(kc.MismatchError, match="To start the training over, remove the backup"):
+        script(model=other)
+
+    assert script.files == files
+
+
+@pytest.mark.parametrize("load", [keras.models.load_model, kc.load_model], ids=["Keras's", "own"])
+def test_a_model_that_was_loaded_from_the_file_trains(script, load) -> None:
+    """The script continues the run from the best epoch, as it asks for. The backup of the end does not replace it."""
+    script()
+
+    assert script(model=load(script.place / "best.keras"))[1] == 10
+
+
+def test_fits_of_one_process_that_share_a_backup_and_a_file_all_train(script, monkeypatch) -> None:
+    """The backup of one fit does not end another, in this process and when the script is run again."""
+    monkeypatch.setattr(script, "another_process", lambda: None)
+    assert script()[1] == 10
     with pytest.warns(UserWarning, match="An earlier training wrote"):
-        assert run_with_files() == 15
+        assert script()[1] == 10
+
+    backup_and_restore._ended.clear()
+    with pytest.warns(UserWarning, match="An earlier training wrote"):
+        assert script()[1] == 10
+
+
+def test_folds_that_share_a_backup_train_when_their_files_are_their_own(script) -> None:
+    """The checkpoints of the backup's run are not those of the second fold."""
+    assert [script(file=f"{fold}.keras")[1] for fold in "ab"] == [10, 10]
+
+
+def test_a_pinned_file_of_a_finished_run_is_no_reason_for_a_warning(script) -> None:
+    """Nothing is saved. The filter of the suite turns a warning into an error."""
+    script()
+    kc.CheckpointDirectory(script.place / "best.keras").pin(5)
+
+    assert script()[1] == 0
+
+
+def test_a_backup_beside_kerass_own_checkpoint_is_removed(place, another_process) -> None:
+    """As in Keras, the script trains again."""
+    for _ in range(2):
+        batches = Batches()
+        place.mkdir(exist_ok=True)
+        saves = keras.callbacks.ModelCheckpoint(place / "last.keras"), kc.BackupAndRestore(place / "backup")
+        fit(dense_model(), *saves, batches, epochs=2)
+        another_process()
+
+        assert batches.count == 10
+        assert not (place / "backup").exists()

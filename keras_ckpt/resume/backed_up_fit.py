@@ -64,10 +64,17 @@ class BackedUpFit:
         bundles: Takes the snapshots that the session saves.
         state: The state of the fit beside its model.
         ended: The number of fits with this directory that have ended in the process.
+        epoch: The index of the epoch that the fit begins with.
     """
 
     def __init__(
-        self, model: keras.Model, session: Session[Snapshot], bundles: Bundles, state: FitState, ended: int
+        self,
+        model: keras.Model,
+        session: Session[Snapshot],
+        bundles: Bundles,
+        state: FitState,
+        ended: int,
+        epoch: int,
     ) -> None:
         self._model = model
         self._session = session
@@ -75,7 +82,7 @@ class BackedUpFit:
         self._state = state
         self._ended = ended
         self._phase = Phase.CHANGING
-        self._place = Place(0)
+        self._place = Place(epoch)
         self._logs: dict[str, Any] = {}
         self._unsaved = False  # whether the fit has made progress since the last save
         self._held: _Moment | None = None
@@ -100,6 +107,11 @@ class BackedUpFit:
     def is_whole_run(self) -> bool:
         """Whether the epochs of the fit are those of its run: no other fit has trained the model before."""
         return self._state.epochs is not None and self._session.progress.position.epoch == self._place.epoch
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest backup has all that the fit has trained."""
+        return not self._unsaved
 
     @property
     def is_broken(self) -> bool:

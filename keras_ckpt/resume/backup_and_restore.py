@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any, Self
@@ -17,7 +18,7 @@ from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress, is_
 from keras_ckpt.model.parts import is_built
 from keras_ckpt.resume.backed_up_fit import BackedUpFit, errors_as_warnings
 from keras_ckpt.resume.callback_states import empty_csv_file
-from keras_ckpt.resume.finished_run import note_end, restore_end
+from keras_ckpt.resume.finished_run import is_of_another_run, note_end, note_end_in_backup, restore_end
 from keras_ckpt.resume.fit_state import INITIAL_EPOCH, STOPPED, FitState
 from keras_ckpt.resume.patches import Patches
 from keras_ckpt.resume.restart import Restart
@@ -31,6 +32,7 @@ from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import LatestN
 from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.tables import relative
 from keras_ckpt.store.writer import Writer
 from keras_ckpt.training.bundle_form import Bundles
 from keras_ckpt.training.model_checkpoint import ModelCheckpoint
@@ -40,7 +42,7 @@ from keras_ckpt.training.session import OnFullDisk, Session, checked_on_full_dis
 Logs = Mapping[str, Any] | None
 
 _ended: collections.Counter[str] = collections.Counter()
-"""By directory, the number of fits that have ended in this process and removed their backup."""
+"""By directory, the number of fits of this process that have come to their end with `delete_checkpoint=True`."""
 
 
 class _BackupDirectory(CheckpointDirectory):
@@ -223,7 +225,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         with self._answering() as backed_up:
-            backed_up.epoch_end(epoch, logs, keep=not self.delete_checkpoint)
+            backed_up.epoch_end(epoch, logs, keep=not self.delete_checkpoint or bool(self._checkpoints()))
         self._current_epoch, self._last_batch_seen = epoch + 1, 0
 
     def on_train_end(self, logs: Logs = None) -> None:
@@ -270,17 +272,23 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def _begin(self, writer: Writer) -> None:
         """Restores the backup, if there is one, and opens what saves the next."""
         listing = self._claim(writer)
-        if not listing and self._trains_nothing():
+        ended = _ended[self.directory.path]
+        end = listing.records[-1] if listing.records and listing.records[-1].end else None
+        replaces = end is not None and is_of_another_run(end, self.model, self._checkpoints(), ended)
+        if (replaces or not listing) and self._trains_nothing():
             writer.close()
             return
-        ended = _ended[self.directory.path]
         state = FitState(self.model, self._fit, self.params or {}, self.data)
-        restart = Restart(state, listing, ended, self._say) if listing else None
+        restart = Restart(state, listing, ended, self._say) if listing and not replaces else None
         with contextlib.ExitStack() as failed:
             if restart is not None:
                 failed.callback(restart.close)
                 restart.begin()
                 self._patches.begin_with(self.model, self._fit.callbacks, restart.start.epoch)
+                if end is not None and restart.start.done:
+                    writer.close()
+                    self._is_finished = True
+                    return
             bundles = Bundles(self.model, writer)
             session = Session(
                 self,
@@ -292,8 +300,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 backs_up=True,
                 fit=self._fit,
             )
-            session.open(listing)
-            backed_up = BackedUpFit(self.model, session, bundles, state, ended)
+            session.open(listing, replaces)
+            epoch = restart.start.epoch if restart else None
+            backed_up = BackedUpFit(self.model, session, bundles, state, ended, epoch or 0)
             if restart is None:
                 for logger in self._csv_loggers:
                     empty_csv_file(logger)
@@ -349,9 +358,15 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"{self.backup_dir}: the same script continues from it, and CheckpointDirectory.clear() removes it."
             )
         elif self.delete_checkpoint:
-            if backed_up.is_whole_run:
-                note_end(self.model, self._checkpoints(), self.params["epochs"])
+            stays = backed_up.is_whole_run and self._has_the_end_alone(backed_up)
             _ended[self.directory.path] += 1
+            if stays:
+                path = relative(self.backup_dir)
+                self._say(
+                    f"\nThe backup stays in {path}: with it the same script trains nothing when it is run again. In a "
+                    f"shell, keras-ckpt clear {shlex.quote(path)} removes it."
+                )
+                return
             try:
                 self.directory.clear()
                 files.remove_unused(self.backup_dir)
@@ -360,6 +375,12 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         else:
             self._note_the_end()
             files.remove_unused(self.backup_dir)  # if no batch was trained
+
+    def _has_the_end_alone(self, backed_up: BackedUpFit) -> bool:
+        """Notes the end of the run. Returns whether no directory of checkpoints has it, and the backup has."""
+        checkpoints, epochs = self._checkpoints(), self.params["epochs"]
+        is_elsewhere = note_end(self.model, checkpoints, epochs)
+        return not is_elsewhere and backed_up.is_saved and note_end_in_backup(self.directory, checkpoints, epochs)
 
     def _note_the_end(self) -> None:
         """Notes in the backup of a stopped fit that the fit came to its end, and was not killed."""

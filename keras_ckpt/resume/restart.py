@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.tables import relative
 from keras_ckpt.training.model_checkpoint import ModelCheckpoint
 
 
@@ -92,7 +94,8 @@ class Restart:
             warn(other_fit)
         if not self.start.batch:
             self.close()
-            self._save_owed()
+            if record.end is None:  # a fit that came to its end has saved everything
+                self._save_owed()
 
     def resume_within(self) -> None:
         """Restores the backup again: Keras and the other callbacks have begun the epoch a second time."""
@@ -142,6 +145,7 @@ class Restart:
             f"Found {record.prefix}; {self._described(record)}; restored: "
             + ", ".join(["model", "random numbers", *restored])
             + (f"; not restored: {', '.join(lost)}" if lost else "")
+            + (self._way_to_train() if self.start.done else "")
         )
 
     def _decided(self, epoch: int) -> Start:
@@ -168,6 +172,11 @@ class Restart:
         if start.done == "stopped":
             text += ", where a callback stopped it: ask for more epochs, or more patience"
         return text
+
+    def _way_to_train(self) -> str:
+        """Tells how to train another run."""
+        path = shlex.quote(relative(self._listing.path))
+        return f". To train another run, remove the backup, in a shell: keras-ckpt clear {path}"
 
     def _can_resume_within(self) -> bool:
         state, document = self._state, self.document

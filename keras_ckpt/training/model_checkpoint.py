@@ -212,6 +212,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._lines.tell()
             self._hooks.call()
 
+    def adopt_run(self) -> None:
+        """Lets a model that Keras has loaded from a file of this callback continue the run of the file."""
+        base = self._target.directory
+        self._target.adopt(self.model, base.places() if self.new_run == "subdirectory" else [base])
+
     def get_state(self) -> dict[str, Any]:
         """The state that this callback needs to resume in another process, beside the files on disk."""
         return {
@@ -320,8 +325,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         """
         if self._session is None:
             self._ranking = self._resolve()
-            base = self._target.directory
-            self._target.adopt(self.model, base.places() if self.new_run == "subdirectory" else [base])
+            self.adopt_run()
             fit = fit_in_progress(self)
             on_background = self.save_on_background
             if on_background == "auto":
