@@ -57,7 +57,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     A backup holds all that decides the rest of the run. This is the model with its optimizer, seeds and metrics, the
     history, the states of the other callbacks, the global random generators, and the place in the data. `fit` restores
-    the backup when it begins, and removes the backup when it ends. It removes nothing else in the directory.
+    the backup when it begins. It removes the backup when it ends, unless only the backup has the end of a run that a
+    `ModelCheckpoint` saves. It removes nothing else in the directory.
 
     The place in the data is known if the data is a `ResumableDataset`, given to this callback and to `fit`. Otherwise
     the epoch in progress begins again at its first batch, on the newest weights.
@@ -84,8 +85,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         save_freq: When to save, as in `ModelCheckpoint`.
         double_checkpoint: Whether to keep the last two backups instead of the last one.
         delete_checkpoint: Whether to remove the backup at the end of `fit`. If it stays, the same script trains nothing
-            when it is run again. If it is removed, the script trains nothing beside a `ModelCheckpoint` whose directory
-            has the weights that `fit` left.
+            when it is run again, and continues with more epochs. If it is removed, the script trains nothing beside a
+            `ModelCheckpoint` whose directory has the weights that `fit` left. Beside a `ModelCheckpoint` without these
+            weights, such as a file `"best.keras"`, the backup stays even so, unless a `new_run` is asked for.
         data: The `ResumableDataset` that `fit` trains on.
         on_full_disk: `"warn"` or `"raise"`, as in `ModelCheckpoint`.
         save_on_background: Whether training continues while a backup is written. After a signal or an error, the
