@@ -41,6 +41,8 @@ from .store.policies import EveryNSteps as EveryNSteps
 from .store.policies import LatestN as LatestN
 from .store.policies import PreservationPolicy as PreservationPolicy
 from .store.record import CheckpointRecord as CheckpointRecord
+from .store.runs import Runs as Runs
+from .store.runs import RunsPlan as RunsPlan
 from .training.checkpoint_manager import CheckpointManager as CheckpointManager
 from .training.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from .version import __version__ as __version__

@@ -24,6 +24,7 @@ from keras_ckpt.store.listing import PIN_LIMIT, Listing
 from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode, encodable_metadata, members
+from keras_ckpt.store.runs import Runs, RunsPlan
 from keras_ckpt.store.tables import Shown, counted, few, printable, relative, text
 from keras_ckpt.version import __version__
 
@@ -61,11 +62,11 @@ def main() -> None:
 @arguments.paths
 @arguments.form("json")
 def ls(paths: Sequence[str], form: str | None) -> None:
-    """List the checkpoints of each PATH.
+    """List the checkpoints of each PATH. List the runs below a PATH that holds no run itself, the best first.
 
     Example: keras-ckpt ls runs/digits
     """
-    for runs in _directories(*paths):
+    for runs in map(_or_runs_below, _directories(*paths)):
         _report(form, runs, functools.partial(_directory_facts, runs))
 
 
@@ -87,12 +88,12 @@ def show(path: str, step: int | str, form: str | None) -> None:
 @arguments.mode
 @arguments.form("path", "json", "all")
 def best(paths: Sequence[str], monitor: str | None, mode: Mode | None, form: str | None) -> None:
-    """Show the best checkpoint of each PATH.
+    """Show the best checkpoint of each PATH. A PATH that holds no run itself means all runs below it.
 
     Example: keras-ckpt best runs/digits --monitor val_accuracy --mode max
     """
-    for runs in _whole(*paths):
-        _show(_found(runs, runs.best(monitor, mode)), form)
+    for runs in map(_or_runs_below, _whole(*paths)):
+        _show(_found(runs.path, runs.best(monitor, mode)), form)
 
 
 @main.command()
@@ -122,7 +123,7 @@ def prune(
 ) -> None:
     """Remove the checkpoints of each PATH that no --keep option keeps. Pinned checkpoints stay.
 
-    At a terminal, the command prints its plan and asks.
+    A PATH that holds no run itself means each run below it. At a terminal, the command prints its plan and asks.
 
     Example: keras-ckpt prune runs/digits --keep-latest 1 --keep-best 1 --monitor val_loss --mode min --dry-run
     """
@@ -139,7 +140,8 @@ def prune(
         policies: list[PreservationPolicy] = [kind(value) for kind, value in kinds.items() if value is not None]
     if not policies:
         raise click.UsageError("Give a --keep option, for example --keep-latest 3. To remove everything, use clear.")
-    plans = [(runs, runs.plan(functools.reduce(operator.or_, policies))) for runs in _whole(*paths)]
+    directories = map(_or_runs_below, _whole(*paths))
+    plans: list[Any] = [(runs, runs.plan(functools.reduce(operator.or_, policies))) for runs in directories]
     for _, plan in plans:
         _report(form, plan, functools.partial(_plan_facts, plan))
     if dry_run:
@@ -326,6 +328,14 @@ def _whole(*paths: str) -> list[CheckpointDirectory]:
     return directories
 
 
+def _or_runs_below(runs: CheckpointDirectory) -> CheckpointDirectory | Runs:
+    """The directory, or the runs below a directory that holds no checkpoints itself."""
+    if runs.series.template or any(each.listing() for each in runs.each_series()):
+        return runs
+    below = Runs(runs.path)
+    return below if len(below) else runs
+
+
 def _existing(*paths: str) -> list[CheckpointDirectory]:
     """The directories, each of which means one series."""
     directories = _directories(*paths)
@@ -356,7 +366,7 @@ def _record(path: str, step: int | str) -> tuple[CheckpointDirectory, Checkpoint
     (runs,) = _whole(path)
     if isinstance(step, int):
         return runs, runs[step]
-    return runs, _found(runs, runs.latest() if step == "latest" else runs.best())
+    return runs, _found(runs.path, runs.latest() if step == "latest" else runs.best())
 
 
 def _plain(error: OSError) -> str:
@@ -379,9 +389,9 @@ def _compared(path: str, step: int | str | None) -> CheckpointRecord | Checkpoin
     return _existing(path)[0] if step is None else _exported(path, step)[0]
 
 
-def _found(runs: CheckpointDirectory, record: CheckpointRecord | None) -> CheckpointRecord:
+def _found(path: str, record: CheckpointRecord | None) -> CheckpointRecord:
     if record is None:
-        raise CheckpointNotFoundError(f"There is no checkpoint in {runs.path}.")
+        raise CheckpointNotFoundError(f"There is no checkpoint in {path}.")
     return record
 
 
@@ -463,7 +473,9 @@ def _facts(record: CheckpointRecord) -> dict[str, Any]:
     }
 
 
-def _directory_facts(runs: CheckpointDirectory) -> dict[str, Any]:
+def _directory_facts(runs: CheckpointDirectory | Runs) -> dict[str, Any]:
+    if isinstance(runs, Runs):
+        return {"runs": runs.facts()}
     listings = [each.listing() for each in runs.each_series()]
     return {
         "checkpoints": [_facts(record) for listing in listings for record in listing.records],
@@ -484,7 +496,9 @@ def _others(*listings: Listing) -> dict[str, Any]:
     }
 
 
-def _plan_facts(plan: PrunePlan) -> dict[str, Any]:
+def _plan_facts(plan: PrunePlan | RunsPlan) -> dict[str, Any]:
+    if isinstance(plan, RunsPlan):
+        return {"runs": [{"path": each.listing.path, **_plan_facts(each)} for each in plan.plans]}
     decisions: Iterable[dict[str, Any]] = (
         {
             "step": decision.record.step,

@@ -16,9 +16,10 @@ import keras
 from keras_ckpt.model.position import Position
 from keras_ckpt.model.snapshot import Snapshot
 from keras_ckpt.model.tensorflow import is_finite
-from keras_ckpt.resume.fit_state import ENDED, INITIAL_EPOCH, FitState, Place
+from keras_ckpt.resume.fit_state import ENDED, FitState, Place
 from keras_ckpt.store import background
 from keras_ckpt.store.notices import warn
+from keras_ckpt.store.record import INITIAL_EPOCH
 from keras_ckpt.store.writer import SaveRequest
 from keras_ckpt.training.bundle_form import Bundles
 from keras_ckpt.training.session import Outcome, Session

@@ -19,7 +19,7 @@ from keras_ckpt.model.parts import is_built
 from keras_ckpt.resume.backed_up_fit import BackedUpFit, errors_as_warnings
 from keras_ckpt.resume.callback_states import empty_csv_file
 from keras_ckpt.resume.finished_run import is_of_another_run, note_end, note_end_in_backup, restore_end
-from keras_ckpt.resume.fit_state import INITIAL_EPOCH, STOPPED, FitState
+from keras_ckpt.resume.fit_state import STOPPED, FitState
 from keras_ckpt.resume.patches import Patches
 from keras_ckpt.resume.restart import Restart
 from keras_ckpt.resume.resumable_dataset import ResumableDataset
@@ -443,7 +443,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 def _refuse_other_checkpoints(listing: Listing) -> None:
     """Refuses a directory with checkpoints that the end of a training must not remove."""
     listing.refuse_newer()
-    others = [record.name for record in listing.records if record.pinned or not _is_backup(record)]
+    others = [record.name for record in listing.records if record.pinned or not record.is_backup]
     if others or listing.unmanaged:
         raise DirectoryNotEmptyError(
             f"{listing.path} holds checkpoints that are no backup: {', '.join([*others, *listing.unmanaged][:10])}. "
@@ -458,8 +458,3 @@ def _refuse_other_checkpoints(listing: Listing) -> None:
 
 def _stopped(record: CheckpointRecord) -> CheckpointRecord:
     return msgspec.structs.replace(record, metadata={**record.metadata, STOPPED: True})
-
-
-def _is_backup(record: CheckpointRecord) -> bool:
-    epoch = record.metadata.get(INITIAL_EPOCH)
-    return isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0

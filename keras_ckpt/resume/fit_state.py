@@ -30,8 +30,6 @@ from keras_ckpt.store.notices import warn
 
 VERSION = 2
 """The version of the document of a backup."""
-INITIAL_EPOCH = "initial_epoch"
-"""In the metadata of a backup: the index of the epoch that `fit` begins with."""
 ENDED = "ended"
 """In the metadata of a backup: the number of fits with this directory that had ended in the process."""
 STOPPED = "stopped"

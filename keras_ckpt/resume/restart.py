@@ -17,12 +17,12 @@ from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import transfer
 from keras_ckpt.resume import random_state
-from keras_ckpt.resume.fit_state import ENDED, INITIAL_EPOCH, STOPPED, VERSION, FitState, read_document, settings
+from keras_ckpt.resume.fit_state import ENDED, STOPPED, VERSION, FitState, read_document, settings
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.notices import warn
-from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.record import INITIAL_EPOCH, CheckpointRecord
 from keras_ckpt.store.tables import relative
 from keras_ckpt.training.model_checkpoint import ModelCheckpoint
 

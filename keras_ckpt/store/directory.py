@@ -357,9 +357,7 @@ class CheckpointDirectory(tables.Shown):
             ValueError: The path is one file of a template.
         """
         self.refuse_one_file()
-        policy = as_policy(keep)
-        if policy is None:
-            raise TypeError("plan() needs a policy, such as keras_ckpt.LatestN(2). Received: None")
+        policy = given_policy(keep)
         listing = self.listing()
         listing.refuse_newer()
         policy = resolved(policy, listing, PlanError) if listing.records else policy
@@ -398,7 +396,11 @@ class CheckpointDirectory(tables.Shown):
             return []
         if elsewhere := {record.directory for record in plan.removed} - {self.path}:
             raise ValueError(f"The plan is for {elsewhere.pop()}, not for {self.path}.")
-        _refuse_damaged(plan)
+        refuse_damaged(plan)
+        return self.carry_out(plan)
+
+    def carry_out(self, plan: PrunePlan) -> list[int]:
+        """Removes what a plan removes, as `prune` does. The caller has called `refuse_damaged`."""
         planned = {record.identity for record in plan.removed}
         with self._change() as (folder, listing):
             listing.refuse_newer()
@@ -623,8 +625,20 @@ def _title(listing: Listing) -> str:
     return tables.relative(os.path.join(listing.path, name) if name else listing.path)
 
 
-def _refuse_damaged(plan: PrunePlan) -> None:
-    """Refuses a plan that keeps a damaged checkpoint."""
+def given_policy(keep: PreservationPolicy | int) -> PreservationPolicy:
+    """The policy of a plan, which needs one."""
+    policy = as_policy(keep)
+    if policy is None:
+        raise TypeError("plan() needs a policy, such as keras_ckpt.LatestN(2). Received: None")
+    return policy
+
+
+def refuse_damaged(plan: PrunePlan) -> None:
+    """Refuses a plan that keeps a damaged checkpoint, by reading every byte of the checkpoints that it keeps.
+
+    Raises:
+        PlanError: A checkpoint that the plan keeps is damaged.
+    """
     with _naming(plan.listing.path), Folder(plan.listing.path, plan.listing.series) as folder:
         for record in plan.kept:
             try:

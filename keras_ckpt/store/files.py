@@ -558,6 +558,20 @@ def _make_directories(path: str) -> None:
         folder.sync()
 
 
+def folders_below(path: str, failed: Callable[[OSError], object]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """A directory and the folders below it, each with the names of its folders and of its files, in natural order.
+
+    Links and hidden folders are not entered. A folder that the caller removes from the list is not entered either.
+
+    Args:
+        path: The directory.
+        failed: Called with the error of each folder that cannot be read.
+    """
+    for folder, folders, names in os.walk(path, onerror=failed):
+        yield folder, folders, names
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=lambda name: (len(name), name))
+
+
 def files_below(path: str, limit: int) -> dict[str, bytes]:
     """Reads the files in a directory and below it, by relative path.
 

@@ -7,8 +7,10 @@ import enum
 import functools
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import msgspec
 
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.policies import PreservationPolicy
@@ -16,10 +18,13 @@ from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.tables import Column, Table, counted, few, metric, printable, relative, size
 
 if TYPE_CHECKING:
-    from keras_ckpt.store.plan import Decision
+    from keras_ckpt.store.plan import Decision, PrunePlan
+    from keras_ckpt.store.runs import RunSummary
 
 _ROWS = 40
 """The largest number of rows of a complete table."""
+_LINES = 5
+"""The largest number of lines on damage in a table of several runs."""
 
 _Row = TypeVar("_Row")
 
@@ -28,6 +33,12 @@ class _Rank(enum.IntEnum):
     """The importance of a column. A narrow terminal drops the largest ranks."""
 
     ALWAYS, MARK, EPOCH, BATCH, VALIDATION, SIZE, SAVED, TRAINING, REASON = range(9)
+
+
+class _RunRank(enum.IntEnum):
+    """The importance of a column in a table of runs."""
+
+    ALWAYS, SETTING, STEP, EPOCHS, SIZE, SAVED, STEPS, KEPT = range(8)
 
 
 class Ranking(NamedTuple):
@@ -123,6 +134,114 @@ def of_verification(path: str, listing: Listing) -> Table:
     return Table(printable(path), columns, tuple(notes), ("red",) * len(names))
 
 
+def of_runs(path: str, runs: Sequence[RunSummary], monitor: str | None, errors: Mapping[str, OSError]) -> Table:
+    """The table of several runs: the metadata that differs, the best checkpoint of each, and what the run takes.
+
+    Args:
+        path: The directory of the runs as a person names it.
+        runs: The runs, the best first.
+        monitor: The metric that ranks them, `None` if not known.
+        errors: The errors of folders that cannot be read, by path.
+    """
+    rows: list[RunSummary | int] = list(runs)
+    if len(runs) > _ROWS:
+        rows[_ROWS:] = [len(runs) - _ROWS]
+    columns = [
+        *_settings(rows, runs),
+        _column(f"best {printable(monitor or '')}", rows, functools.partial(_best_value, monitor)),
+        _column("at step", rows, lambda run: str(run.best.step) if run.best else "", rank=_RunRank.STEP),
+        _column("steps", rows, lambda run: _number(run.step), rank=_RunRank.STEPS),
+        _column("epochs", rows, lambda run: _number(run.epoch), rank=_RunRank.EPOCHS),
+        _column("kept", rows, lambda run: str(len(run.listing.records)), rank=_RunRank.KEPT),
+        _column("size", rows, lambda run: size(run.size), rank=_RunRank.SIZE),
+        _column(
+            "saved", rows, lambda run: f"{run.saved_at:%Y-%m-%d %H:%M}" if run.saved_at else "", rank=_RunRank.SAVED
+        ),
+        _column("run", rows, lambda run: printable(run.name), _more, words=True),
+    ]
+    kept = sum(len(run.listing.records) for run in runs)
+    count = f"{counted(len(runs), 'run')}, {counted(kept, 'checkpoint')}, {size(sum(run.size for run in runs))}"
+    notes = [count if runs else f"no runs: {_emptiness(path)}"]
+    notes += _damaged((run.name, run.listing) for run in runs)
+    notes += _first("cannot be read: ", [f"{relative(folder)}: {error}" for folder, error in errors.items()])
+    return Table(printable(path), _used(columns), tuple(notes), _colors(rows, lambda run: "green" * (run is runs[0])))
+
+
+def of_plans(policy: PreservationPolicy, plans: Sequence[tuple[str, PrunePlan]]) -> Table:
+    """The table of a plan for several runs: the checkpoints that stay and go in each run, and the bytes."""
+    rows = _shortened(plans, lambda named: bool(named[1].removed))
+    columns = [
+        _column("keep", rows, lambda named: _steps(named[1].kept), rank=_RunRank.STEP, words=True),
+        _column("remove", rows, lambda named: _steps(named[1].removed), words=True),
+        _column("frees", rows, lambda named: size(_frees(named[1])) if named[1].removed else "", rank=_RunRank.SIZE),
+        _column("run", rows, lambda named: printable(named[0]), _more, words=True),
+    ]
+    kept, removed = sum(len(plan.kept) for _, plan in plans), sum(len(plan.removed) for _, plan in plans)
+    freed = size(sum(_frees(plan) for _, plan in plans))
+    summary = f"{counted(len(plans), 'run')}: {kept} kept, {removed} removed, which frees {freed}"
+    damaged = _damaged((name, plan.listing) for name, plan in plans)
+    colors = _colors(rows, lambda named: "red" if named[1].removed else "green")
+    return Table(f"keep {printable(repr(policy))} in each run", _used(columns), (summary, *damaged), colors)
+
+
+def _frees(plan: PrunePlan) -> int:
+    """The bytes that the removals of a plan free."""
+    return sum(decision.size for decision in plan.decisions if not decision.kept)
+
+
+def _steps(records: Sequence[CheckpointRecord]) -> str:
+    return few([str(record.step) for record in records])
+
+
+def _settings(rows: Sequence[RunSummary | int], runs: Sequence[RunSummary]) -> Iterator[Column]:
+    """The metadata that differs between runs."""
+    for name in dict.fromkeys(name for run in runs for name in run.metadata):
+        values = [run.metadata.get(name) for run in runs]
+        if len(set(map(_setting, values))) > 1:
+            words = not all(value is None or isinstance(value, int | float) for value in values)
+            fact = functools.partial(_setting_of, name)
+            yield _column(printable(name), rows, fact, rank=_RunRank.SETTING, words=words)
+
+
+def _setting_of(name: str, run: RunSummary) -> str:
+    return _setting(run.metadata.get(name))
+
+
+def _setting(value: Any) -> str:
+    """A value of metadata in a cell."""
+    match value:
+        case None:
+            return ""
+        case str():
+            return printable(value)
+        case float():
+            return metric(value)
+    return printable(msgspec.json.encode(value).decode())
+
+
+def _best_value(monitor: str | None, run: RunSummary) -> str:
+    """The best value of a run, or the newest where none is finite."""
+    return metric(run.told.metrics.get(monitor)) if run.told and monitor else ""
+
+
+def _number(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def _damaged(listings: Iterable[tuple[str, Listing]]) -> list[str]:
+    """Lines on the damaged checkpoints of several runs."""
+    found = [
+        f"{os.path.join(name, each)}: {error}" for name, listing in listings for each, error in listing.damaged.items()
+    ]
+    return _first("damaged, left alone: ", found)
+
+
+def _first(what: str, lines: Sequence[str]) -> list[str]:
+    """The first lines of many, and the number of the others."""
+    more = [f"{what}{len(lines) - _LINES} more"] if len(lines) > _LINES else []
+    return [what + printable(line) for line in lines[:_LINES]] + more
+
+
 def _facts(
     rows: Sequence[CheckpointRecord | int], records: Sequence[CheckpointRecord], monitors: Set[str]
 ) -> Iterator[Column]:
@@ -172,7 +291,7 @@ def _column(
     fact: Callable[[_Row], str],
     gap: Callable[[int], str] = lambda skipped: "",
     *,
-    rank: _Rank = _Rank.ALWAYS,
+    rank: int = _Rank.ALWAYS,
     words: bool = False,
 ) -> Column:
     """A column of one fact of each row."""
@@ -208,8 +327,11 @@ def _absence(listings: Sequence[Listing]) -> str:
     """The reason why a directory has no checkpoints."""
     if any(listings):
         return "no checkpoints that can be used"
-    there = os.path.lexists(listings[0].path)
-    return "no checkpoints: " + ("nothing was saved here yet" if there else "the directory does not exist")
+    return f"no checkpoints: {_emptiness(listings[0].path)}"
+
+
+def _emptiness(path: str) -> str:
+    return "nothing was saved here yet" if os.path.lexists(path) else "the directory does not exist"
 
 
 def _notes(listings: Iterable[Listing]) -> Iterator[str]:

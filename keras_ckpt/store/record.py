@@ -35,6 +35,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Digest = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-fA-F]{64}$")]
 Mode = Literal["min", "max"]
 
+INITIAL_EPOCH = "initial_epoch"
+"""In the metadata of a backup: the index of the epoch that `fit` begins with."""
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LAST_MEMBER = re.compile(rb',\s*"digest":\s*"blake3:([0-9a-fA-F]{64})"\s*\}\s*\Z')
 _NAME = re.compile(r"(?P<base>.+)-(?P<step>0|[1-9][0-9]{0,18})", re.ASCII | re.DOTALL)
@@ -188,6 +190,12 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
     @property
     def pinned(self) -> bool:
         return self.pin is not None
+
+    @property
+    def is_backup(self) -> bool:
+        """Whether `BackupAndRestore` saved the checkpoint: a backup has the place of its `fit`, and no monitor."""
+        epoch = self.metadata.get(INITIAL_EPOCH)
+        return isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0 and self.monitor is None
 
     def finite(self, metric: str) -> float | None:
         """The value of a metric; `None` where it is missing, NaN or infinite, and can never be best."""
