@@ -27,6 +27,8 @@ from keras_ckpt.training.lines import Handler, Lines, Metric, Save, Silent
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
 from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory
 from keras_ckpt.training.schedule import SaveFreq, checked_start_from_epoch
+from keras_ckpt.training.score import NAME as SCORE
+from keras_ckpt.training.score import Score, ScoreFunction
 from keras_ckpt.training.session import OnFullDisk, Outcome, Session, checked_on_full_disk
 from keras_ckpt.training.targets import target
 
@@ -57,7 +59,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             template of files too, such as `"{epoch:02d}-{val_loss:.2f}.keras"`, whose fields are the epoch, the batch
             and metrics. Keras 3.15 cannot load a model with the loss `"mse"` from a legacy `.h5` file, except with
             `compile=False`.
-        monitor: The metric by which checkpoints are ranked, where something ranks them.
+        monitor: The metric by which checkpoints are ranked, where something ranks them. Defaults to `"val_loss"`, or
+            to `"score"` with `score`.
         verbose: 1 prints the directory when a fit begins, and a line when a save is due: the metric, and whether it
             improved, from which value. Then the outcome and the removed checkpoints follow. The outcome of a background
             save precedes the line of the next save, or comes at the end. For files the lines are Keras's, and the
@@ -67,7 +70,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             unless `keep` says otherwise.
         save_weights_only: In a directory, whether to omit the optimizer: training cannot resume exactly from such a
             checkpoint. For files, whether they are in the format `.weights.h5`, which has the optimizer, as in Keras.
-        mode: `"min"` if less of the monitored metric is better, `"max"` if more is, `"auto"` to ask Keras.
+        mode: `"min"` if less of the monitored metric is better, `"max"` if more is, `"auto"` to ask Keras. A
+            score is better if it is more, unless `mode` is `"min"`.
         save_freq: `"epoch"`, a number of batches, a `datetime.timedelta`, or a list of these, any of which makes a save
             due. A save in the middle of an epoch that cannot be ranked there is ranked at the epoch's end. In a
             directory batches count from the beginning of the run, for files from the callback's last save, as in Keras.
@@ -76,6 +80,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             is. The epochs count as `fit` counts them: those before `initial_epoch` are included.
         min_delta: With `save_best_only`, the minimum by which a value must beat the best value on disk, as in
             `EarlyStopping`. A difference of exactly `min_delta` is not enough.
+        score: A function of the logs of an epoch's end, which returns one number: several metrics in one. The number is
+            the metric `"score"`. An error of the function in the first epoch of a `fit` ends the training after the
+            epoch's save. Later it is a warning.
         keep: Which checkpoints to keep: a policy, or an int `n` for the newest `n`. `None` keeps all, or the best with
             `save_best_only` in a directory. A save that the policy would remove at once is not written. The files of
             an earlier run are replaced if they have the same names; otherwise they stay, and are not ranked.
@@ -113,7 +120,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def __init__(
         self,
         filepath: str | os.PathLike[str],
-        monitor: str = "val_loss",
+        monitor: str | None = None,
         verbose: int = 0,
         save_best_only: bool = False,
         save_weights_only: bool = False,
@@ -123,6 +130,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         *,
         start_from_epoch: int = 0,
         min_delta: float = 0.0,
+        score: ScoreFunction | None = None,
         keep: PreservationPolicy | int | None = None,
         metadata: Metadata | None = None,
         on_full_disk: OnFullDisk = "warn",
@@ -136,6 +144,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if mode not in ("auto", "min", "max"):
             warn(f"ModelCheckpoint mode {mode!r} is unknown, fallback to auto mode.")
             mode = "auto"
+        monitor = monitor if monitor is not None else SCORE if score else "val_loss"
         if not isinstance(monitor, str) or not monitor:
             raise TypeError(f"ModelCheckpoint expected a metric's name as monitor. Received: monitor={monitor!r}")
         if not isinstance(verbose, int):
@@ -160,6 +169,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.on_full_disk = checked_on_full_disk(on_full_disk)
         self.save_on_background = save_on_background
         self.new_run = checked_new_run(new_run)
+        self._score = Score(score)
         self._hooks = Hooks(self.directory, on_saved, on_removed)
         self._schedule = self._target.schedule(save_freq)
         self._lines: Lines = self._target.lines(save_best_only) if verbose else Silent()
@@ -268,6 +278,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._warned = False
         self._last = self._owed = {}
         self._schedule.start()
+        self._score.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._current_epoch = epoch
@@ -299,11 +310,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         reasons = [reason for reason in (self._current().epoch_end(), self._pending) if reason is not None]
         self._pending = None
         self._epochs += 1
-        self._check_metrics(logs or {})
-        self._current().note("epoch", metrics=metrics_in(logs))
-        if reasons and epoch >= self.start_from_epoch:
-            self._reason = ", ".join(reasons)
-            self._save_model(epoch, None, logs)
+        with self._score.added_to(logs or {}) as scored:
+            self._check_metrics(scored)
+            self._current().note("epoch", metrics=metrics_in(scored))
+            if reasons and epoch >= self.start_from_epoch:
+                self._reason = ", ".join(reasons)
+                self._save_model(epoch, None, scored)
         self._hooks.call()
 
     def on_train_end(self, logs: Logs = None) -> None:
@@ -408,12 +420,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         def mode(monitor: str) -> Mode:
             if monitor == self.monitor and self.mode != "auto":
                 return self.mode
-            return mode_of(self.model, monitor)
+            return "max" if monitor in self._score.names else mode_of(self.model, monitor)
 
         keep = self.keep and self.keep.resolve(self.monitor, mode)
         only = Improvements(self.monitor, mode(self.monitor), self.min_delta or None) if self.save_best_only else None
         ranking = _Ranking(keep, only)
-        modes = {monitor: mode(monitor) for monitor in ranking.monitors}
+        modes = {monitor: mode(monitor) for monitor in {*ranking.monitors, *self._score.names}}
         with contextlib.suppress(ValueError):  # if nothing ranks by the monitor, its mode may be unknown
             modes[self.monitor] = mode(self.monitor)
         return dataclasses.replace(ranking, mode=modes.pop(self.monitor, None), modes=modes)
