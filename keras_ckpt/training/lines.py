@@ -104,7 +104,7 @@ class OfDirectory:
 
     def tell(self) -> None:
         for save, facts in self._facts.items():
-            _print(f"\nStep {save.position.step}, epoch {save.position.epoch}: {', '.join(facts)}")
+            say(f"\nStep {save.position.step}, epoch {save.position.epoch}: {', '.join(facts)}")
         self._facts.clear()
 
     def _hear(self, change: Change) -> None:
@@ -161,7 +161,7 @@ class OfFiles:
 
     def tell(self) -> None:
         for line in self._lines:
-            _print(f"\n{line}")
+            say(f"\n{line}")
         self._lines.clear()
 
     def _intent(self, name: str) -> str:
@@ -208,10 +208,10 @@ class Metric:
 
 
 def _tell_place(path: str) -> None:
-    _print(f"Checkpoints are saved into {path}")
+    say(f"Checkpoints are saved into {path}")
 
 
-def _print(line: str) -> None:
+def say(line: str) -> None:
     """Prints a line by one write, so that no line of another thread comes between its text and its end."""
     print(f"{line}\n", end="")
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Literal
 
 import keras
@@ -15,15 +15,18 @@ import keras
 from keras_ckpt.model.keras_internals import fit_in_progress
 from keras_ckpt.model.model_state import versions
 from keras_ckpt.model.position import position_of, take_restored_epochs
+from keras_ckpt.store import tables
+from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import log, warn
-from keras_ckpt.store.policies import PreservationPolicy, as_policy
+from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
+from keras_ckpt.training.best import load_best, refuse_no_best
 from keras_ckpt.training.bundle_form import Bundles
 from keras_ckpt.training.file_form import KerasFiles
 from keras_ckpt.training.hooks import Hook, Hooks
 from keras_ckpt.training.improvement import Improvements, checked_min_delta, improves
-from keras_ckpt.training.lines import Handler, Lines, Metric, Save, Silent
+from keras_ckpt.training.lines import Handler, Lines, Metric, Save, Silent, say
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
 from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory
 from keras_ckpt.training.schedule import SaveFreq, checked_start_from_epoch
@@ -83,6 +86,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         score: A function of the logs of an epoch's end, which returns one number: several metrics in one. The number is
             the metric `"score"`. An error of the function in the first epoch of a `fit` ends the training after the
             epoch's save. Later it is a warning.
+        load_best_at_end: Whether the model has the best checkpoint on disk when `fit` ends, by the monitored metric:
+            weights, optimizer and place in the run. A next `fit` continues there. Any end of `fit` counts, such as a
+            stop by another callback or a NaN, but no error and no Ctrl-C: Keras calls no callback then.
         keep: Which checkpoints to keep: a policy, or an int `n` for the newest `n`. `None` keeps all, or the best with
             `save_best_only` in a directory. A save that the policy would remove at once is not written. The files of
             an earlier run are replaced if they have the same names; otherwise they stay, and are not ranked.
@@ -131,6 +137,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         start_from_epoch: int = 0,
         min_delta: float = 0.0,
         score: ScoreFunction | None = None,
+        load_best_at_end: bool = False,
         keep: PreservationPolicy | int | None = None,
         metadata: Metadata | None = None,
         on_full_disk: OnFullDisk = "warn",
@@ -170,6 +177,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.save_on_background = save_on_background
         self.new_run = checked_new_run(new_run)
         self._score = Score(score)
+        self.load_best_at_end = load_best_at_end
+        if load_best_at_end:
+            self._target.refuse_unreadable()
+            best = BestN(1, self.monitor, None if mode == "auto" else mode)
+            series = self.directory.series
+            refuse_no_best(self.keep, best, save_best_only, bool(series.template) and series.is_one_name)
         self._hooks = Hooks(self.directory, on_saved, on_removed)
         self._schedule = self._target.schedule(save_freq)
         self._lines: Lines = self._target.lines(save_best_only) if verbose else Silent()
@@ -224,8 +237,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def adopt_run(self) -> None:
         """Lets a model that Keras has loaded from a file of this callback continue the run of the file."""
-        base = self._target.directory
-        self._target.adopt(self.model, base.places() if self.new_run == "subdirectory" else [base])
+        self._target.adopt(self.model, self._places())
 
     def get_state(self) -> dict[str, Any]:
         """The state that this callback needs to resume in another process, beside the files on disk."""
@@ -320,15 +332,29 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def on_train_end(self, logs: Logs = None) -> None:
         session, self._session = self._session, None
-        if session is None:
-            return
-        try:
-            session.close()
-        finally:
-            session.note("ended")
-            self._lines.tell()
-            self._hooks.call()
-        self._warn_of_nothing(session)
+        if session is not None:
+            try:
+                session.close()
+            finally:
+                session.note("ended")
+                self._lines.tell()
+                self._hooks.call()
+            self._warn_of_nothing(session)
+        if self.load_best_at_end:
+            # If nothing was left to train, no session has begun.
+            self._load_best(self._ranking if session else self._resolve())
+
+    def _load_best(self, ranking: _Ranking) -> None:
+        """Restores the best checkpoint, and says so in one line."""
+        best = ranking.best and load_best(self.model, self._places(), ranking.best)
+        if best and self.verbose:
+            value = tables.metric(best.metrics[self.monitor])
+            say(f"Restored the best checkpoint: {tables.relative(best.prefix)}, {self.monitor} {value}")
+
+    def _places(self) -> Iterable[CheckpointDirectory]:
+        """The directories in which the run of the model may be."""
+        base = self._target.directory
+        return base.places() if self.new_run == "subdirectory" else [base]
 
     def _current(self) -> Session[Any]:
         """The session of the fit in progress, opened at the first epoch.
@@ -424,7 +450,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
         keep = self.keep and self.keep.resolve(self.monitor, mode)
         only = Improvements(self.monitor, mode(self.monitor), self.min_delta or None) if self.save_best_only else None
-        ranking = _Ranking(keep, only)
+        best = BestN(1, self.monitor, mode(self.monitor)) if self.load_best_at_end else None
+        ranking = _Ranking(keep, only, best)
         modes = {monitor: mode(monitor) for monitor in {*ranking.monitors, *self._score.names}}
         with contextlib.suppress(ValueError):  # if nothing ranks by the monitor, its mode may be unknown
             modes[self.monitor] = mode(self.monitor)
@@ -572,19 +599,21 @@ class _Ranking:
     Attributes:
         keep: Which checkpoints stay.
         only: Which checkpoints are written at all.
+        best: Which checkpoint is restored at the end.
         mode: The mode of the monitored metric.
         modes: The modes of the other metrics that a policy ranks by.
     """
 
     keep: PreservationPolicy | None = None
     only: PreservationPolicy | None = None
+    best: BestN | None = None
     mode: Mode | None = None
     modes: Mapping[str, Mode] = dataclasses.field(default_factory=dict)
 
     @property
     def monitors(self) -> Set[str]:
         """The metrics that the policies rank by."""
-        return frozenset().union(*(policy.monitors for policy in (self.keep, self.only) if policy))
+        return frozenset().union(*(policy.monitors for policy in (self.keep, self.only, self.best) if policy))
 
     def __str__(self) -> str:
         return " and ".join(repr(policy) for policy in (self.keep, self.only) if policy)

@@ -53,6 +53,13 @@ class Target(Protocol):
     def lines(self, best_only: bool) -> Lines:
         """The lines that `verbose=1` prints."""
 
+    def refuse_unreadable(self) -> None:
+        """Refuses a form of checkpoints that `restore` cannot read.
+
+        Raises:
+            ValueError: The files are in Keras's legacy format.
+        """
+
     def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
         """Lets a model without a run continue the run of the checkpoint whose weights it has.
 
@@ -94,6 +101,9 @@ class Directory:
 
     def lines(self, best_only: bool) -> Lines:
         return OfDirectory(self.directory)
+
+    def refuse_unreadable(self) -> None:
+        return
 
     def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
         return
@@ -137,6 +147,14 @@ class Files:
 
     def lines(self, best_only: bool) -> Lines:
         return OfFiles(self._folder, self.directory.path, best_only)
+
+    def refuse_unreadable(self) -> None:
+        if self._kind == "legacy":
+            path = os.path.join(self._folder, self.directory.series.template)
+            raise ValueError(
+                "ModelCheckpoint restores no legacy .h5 file, which load_best_at_end and on_nan need. Received: "
+                f"filepath={path}. Write {os.path.splitext(path)[0]}.keras"
+            )
 
     def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
         if position_of(model) is not None:
