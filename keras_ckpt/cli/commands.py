@@ -197,6 +197,20 @@ def diff(paths: Sequence[tuple[str, int | str | None]], optimizer: bool, form: s
     _report(form, found, lambda: encodable_metadata(dataclasses.asdict(found)))
 
 
+@main.command()
+@arguments.path
+@click.option("-o", "--output", metavar="FILE", default="report.html", help="The page to write. Default: report.html.")
+@arguments.form("quiet")
+def report(path: str, output: str, form: str | None) -> None:
+    """Write a report of PATH: one page of HTML with facts, the plot, and the table of the checkpoints.
+
+    Example: keras-ckpt report runs/digits -o report.html
+    """
+    (runs,) = _directories(path)
+    runs.report(output)
+    _say(form, f"Wrote {output}.")
+
+
 @main.command(cls=arguments.OfOneStep)
 @arguments.path
 @arguments.step

@@ -8,12 +8,12 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, DamagedCheckpointError, PlanError
-from keras_ckpt.store import background, commit, layout, overview, tables
+from keras_ckpt.store import background, commit, drawing, layout, overview, tables
 from keras_ckpt.store.checks import check
 from keras_ckpt.store.files import PRIVATE, Folder
 from keras_ckpt.store.history import Fate, History, Past
@@ -30,9 +30,13 @@ from keras_ckpt.store.listing import (
     verify,
 )
 from keras_ckpt.store.notices import log, warn
-from keras_ckpt.store.plan import PrunePlan, decide, rank, resolved
+from keras_ckpt.store.plan import PrunePlan, decide, rank, refuse_unknown, resolved
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
+from keras_ckpt.store.report import ROWS, Seen, View, page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Change(NamedTuple):
@@ -538,17 +542,79 @@ class CheckpointDirectory(tables.Shown):
             )
         return found
 
+    def plot(self, monitor: str | None = None, ax: Axes | None = None) -> Axes:
+        """Plots a metric over the run with matplotlib: its curve, and a mark for each checkpoint.
+
+        The axis of the values is logarithmic if they span more than a factor of 100.
+
+        Example:
+
+        ```python
+        axes = keras_ckpt.CheckpointDirectory("runs/digits").plot("val_accuracy")
+        axes.figure.savefig("accuracy.svg")
+        ```
+
+        Args:
+            monitor: The metric. Defaults to the metric that training monitored.
+            ax: The axes to draw on. Defaults to those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            CheckpointNotFoundError: No checkpoint has the metric. The error names the metrics.
+            ImportError: matplotlib is not installed.
+        """
+        listing = self.listing()
+        policy = BestN(1, monitor)
+        refuse_unknown(policy, listing, CheckpointNotFoundError)
+        picture = drawing.of_listing(_title(listing), listing, rank(listing, policy), monitor)
+        if not picture.metric:
+            raise CheckpointNotFoundError(f"No checkpoint in {self.path} has a metric, so there is nothing to plot.")
+        return drawing.plot(picture, ax)
+
+    def report(self, file: str | os.PathLike[str]) -> None:
+        """Writes a report of the run: one page of HTML with the facts, the plot and the table of the checkpoints.
+
+        The page has no script, loads nothing, and is light or dark as the reader's system.
+
+        Example:
+
+        ```python
+        keras_ckpt.CheckpointDirectory("runs/digits").report("report.html")
+        ```
+
+        Args:
+            file: The path of the page. An existing file is replaced.
+
+        Raises:
+            CheckpointNotFoundError: The directory does not exist.
+        """
+        if not os.path.isdir(self.path):
+            raise CheckpointNotFoundError(f"There is no directory {self.path}.")
+        content = page(self.look(ROWS))
+        folder, name = os.path.split(os.path.abspath(file))
+        with _naming(folder), Folder(folder) as place, place.replacing(name) as written:
+            written.write(memoryview(content))
+
     def _table(self) -> tables.Table:
         try:
-            listings = [each.listing() for each in self.each_series()]
-            title = _title(listings[0]) if len(listings) == 1 else tables.relative(self.path)
-            with _naming(self.path):
-                records = [record for each in listings for record in (*each.other_runs, *each.records)]
-                rankings = [rank(each, BestN(1)) for each in listings]
-                further = self._further_runs(any(listings))
-                return overview.of_directory(title, listings, rankings, taken(records), further)
+            return self.look().table()
         except (CheckpointError, OSError) as error:  # a repr never raises
             return tables.Table(tables.printable(tables.relative(self.path)), notes=(tables.printable(str(error)),))
+
+    def look(self, rows: int = overview.ROWS) -> View:
+        """Reads everything that a table or a report shows.
+
+        Args:
+            rows: The largest number of rows of a complete table.
+        """
+        with _naming(self.path):
+            series = [_seen(each.listing()) for each in self.each_series()]
+            title = series[0].picture.title if len(series) == 1 else tables.relative(self.path)
+            disk = taken([record for each in series for record in each.listing.all_runs])
+            further = self._further_runs(any(each.listing for each in series))
+            return View(title, series, disk, further, rows)
 
     def _further_runs(self, holds_a_run: bool) -> list[str]:
         """The sub-directories that hold a run: the numbered ones, or those of any name if this directory holds none.
@@ -597,6 +663,12 @@ def _event(change: Change) -> Event:
     if change.kind == "removed":
         return of_record("removed", change.record, why=change.why)
     return of_save(change.record, kind=change.kind, why=change.why)
+
+
+def _seen(listing: Listing) -> Seen:
+    """A series with its best checkpoint and its picture."""
+    best = rank(listing, BestN(1))
+    return Seen(listing, best, drawing.of_listing(_title(listing), listing, best))
 
 
 def _holds_a_run(place: CheckpointDirectory) -> bool:

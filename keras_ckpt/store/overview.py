@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from keras_ckpt.store.plan import Decision, PrunePlan
     from keras_ckpt.store.runs import RunSummary
 
-_ROWS = 40
+ROWS = 40
 """The largest number of rows of a complete table."""
 _LINES = 5
 """The largest number of lines on damage in a table of several runs."""
@@ -56,7 +56,13 @@ class _Line(NamedTuple):
 
 
 def of_directory(
-    path: str, listings: Sequence[Listing], rankings: Sequence[Ranking], taken: int, further: Sequence[str] = ()
+    path: str,
+    listings: Sequence[Listing],
+    rankings: Sequence[Ranking],
+    taken: int,
+    further: Sequence[str] = (),
+    bars: str = "",
+    most: int = ROWS,
 ) -> Table:
     """The table of a directory: its checkpoints, the bytes they take, and notes on all else.
 
@@ -66,9 +72,11 @@ def of_directory(
         rankings: For each series the metric that decides, and the best checkpoint.
         taken: The bytes that the checkpoints take.
         further: The sub-directories that hold other runs.
+        bars: The curve of the metric that decides.
+        most: The largest number of rows of a complete table.
     """
     lines = [line for each in zip(listings, rankings, strict=True) for line in _lines(*each)]
-    rows = _shortened(lines, lambda line: line.record.pinned or "best" in line.marks)
+    rows = _shortened(lines, lambda line: line.record.pinned or "best" in line.marks, most)
     records = [line.record for line in lines]
     shown = [row if isinstance(row, int) else row.record for row in rows]
     columns = [
@@ -84,7 +92,7 @@ def of_directory(
     several = len(listings) > 1 and any("newest" in line.marks for line in lines)
     marked = ["best and newest are marked among the files of one template"] if several else []
     colors = _colors(rows, lambda line: "green" if "best" in line.marks else "")
-    return Table(printable(path), _used(columns), (count, *marked, *_notes(listings), *_further(further)), colors)
+    return Table(printable(path), _used(columns), (count, *marked, *_notes(listings), *_further(further)), colors, bars)
 
 
 def _lines(listing: Listing, ranking: Ranking) -> Iterator[_Line]:
@@ -97,7 +105,7 @@ def _lines(listing: Listing, ranking: Ranking) -> Iterator[_Line]:
 
 def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: Listing, ranking: Ranking) -> Table:
     """The table of a plan: each record, whether it stays, the reason and the bytes."""
-    rows = _shortened(decisions, lambda decision: decision.kept)
+    rows = _shortened(decisions, lambda decision: decision.kept, ROWS)
     records = [row if isinstance(row, int) else row.record for row in rows]
     columns = [
         *_facts(records, listing.records, ranking.monitors),
@@ -251,7 +259,7 @@ def _facts(
     yield _column("step", rows, lambda record: str(record.step), lambda skipped: "...")
     yield _column("epoch", rows, lambda record: "" if record.epoch is None else str(record.epoch), rank=_Rank.EPOCH)
     yield _column("batch", rows, lambda record: str(record.batch or ""), rank=_Rank.BATCH)
-    names = _metric_names(records, monitors)
+    names = metric_names(records, monitors)
     for name in names:
         rank = _Rank.VALIDATION if _is_validation(name) else _Rank.TRAINING
         decides = name in monitors or name == names[0]
@@ -262,7 +270,7 @@ def _value(name: str, record: CheckpointRecord) -> str:
     return metric(record.metrics.get(name))
 
 
-def _metric_names(records: Iterable[CheckpointRecord], monitors: Set[str]) -> list[str]:
+def metric_names(records: Iterable[CheckpointRecord], monitors: Set[str]) -> list[str]:
     """The names of all metrics: those that decide, validation, the others; each by the number of its records."""
     counts = collections.Counter(name for record in records for name in record.metrics)
     return sorted(counts, key=lambda name: (name not in monitors, not _is_validation(name), -counts[name], name))
@@ -272,11 +280,11 @@ def _is_validation(name: str) -> bool:
     return name.startswith("val_")
 
 
-def _shortened(rows: Sequence[_Row], matters: Callable[[_Row], bool]) -> list[_Row | int]:
+def _shortened(rows: Sequence[_Row], matters: Callable[[_Row], bool], most: int) -> list[_Row | int]:
     """The rows of a table; in a long table, the first, the newest and those that matter. A number stands for a gap."""
-    if len(rows) <= _ROWS:
+    if len(rows) <= most:
         return list(rows)
-    half = _ROWS // 2
+    half = most // 2
     important = [place for place, row in enumerate(rows) if matters(row)][-half:]
     places = sorted({0, 1, *important, *range(len(rows) - half, len(rows))})
     shown: list[_Row | int] = []

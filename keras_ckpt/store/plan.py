@@ -86,7 +86,6 @@ def resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkpo
     """
     modes = {name: mode for record in listing.records for name, mode in record.modes.items()}
     modes |= {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
-    known = sorted({name for record in listing.records for name in record.metrics})
 
     def mode_of(monitor: str) -> Mode:
         if monitor in modes:
@@ -96,9 +95,9 @@ def resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkpo
         )
 
     # An unknown metric is the worse mistake, so this error comes first.
-    _refuse_unknown(policy, known, unknown)
+    refuse_unknown(policy, listing, unknown)
     complete = policy.resolve(listing.records[-1].monitor, mode_of)
-    _refuse_unknown(complete, known, unknown)
+    refuse_unknown(complete, listing, unknown)
     return complete
 
 
@@ -114,7 +113,9 @@ def rank(listing: Listing, policy: PreservationPolicy) -> overview.Ranking:
     return overview.Ranking(complete.monitors, complete.select(listing.records))
 
 
-def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: type[CheckpointError]) -> None:
+def refuse_unknown(policy: PreservationPolicy, listing: Listing, error: type[CheckpointError]) -> None:
+    """Raises an error if a policy ranks by a metric that no checkpoint has. The error names the metrics."""
+    known = sorted({name for record in listing.records for name in record.metrics})
     for monitor in sorted(policy.monitors.difference(known)):
         close = difflib.get_close_matches(monitor, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

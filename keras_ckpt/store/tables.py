@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _GAP = 2
 """The width between two columns."""
-_WISH, _LEAST = 30, 14
+WISH, _LEAST = 30, 14
 """The width that words get before a less important column is shown, and their smallest width."""
 _NAMES = 5
 """The number of names in a list."""
@@ -58,12 +58,14 @@ class Table:
         columns: The columns, all with the same number of cells.
         notes: Lines below the rows.
         colors: The color of each row, `"green"` or `"red"`, or an empty string.
+        bars: A line of block characters below the rows. A terminal without UTF-8 does not show it.
     """
 
     title: str
     columns: tuple[Column, ...] = ()
     notes: tuple[str, ...] = ()
     colors: tuple[str, ...] = ()
+    bars: str = ""
 
     def rows(self, columns: Sequence[Column]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The color and the cells of each row, of some columns."""
@@ -120,7 +122,7 @@ def html(table: Table) -> str:
     def cell(tag: str, column: Column, content: str) -> str:
         align = "left" if column.words else "right"
         # A notebook has styles of its own for cells, so each cell needs these.
-        wrap = "normal;overflow-wrap:anywhere;min-width:15em" if column.words and len(content) > _WISH else "nowrap"
+        wrap = "normal;overflow-wrap:anywhere;min-width:15em" if column.words and len(content) > WISH else "nowrap"
         return f'<{tag} style="text-align:{align};white-space:{wrap}">{escape(content)}</{tag}>'
 
     def row(tag: str, cells: Sequence[str], color: str = "") -> str:
@@ -132,7 +134,7 @@ def html(table: Table) -> str:
         names = [column.name for column in table.columns]
         head = f"<thead>{row('th', names)}</thead>" if any(names) else ""
         grid = f"<table>{head}<tbody>{rows}</tbody></table>"
-    notes = "".join(f"<div>{escape(note)}</div>" for note in table.notes)
+    notes = "".join(f"<div>{escape(note)}</div>" for note in (table.bars, *table.notes) if note)
     return f'<div style="overflow-x:auto"><strong>{escape(table.title)}</strong>{grid}{notes}</div>'
 
 
@@ -213,6 +215,8 @@ def _rendered(table: Table, console: Console, options: ConsoleOptions) -> Render
         # Rich would cut numbers to fit a terminal that is too narrow even for the columns that always stay.
         needed = sum(column.width(_LEAST) + _GAP for column in columns) - _GAP
         yield from console.render(grid, options.update_width(max(needed, options.max_width)))
+    if table.bars and not options.ascii_only:
+        yield Text(table.bars)
     for note in table.notes:
         yield Text(note)
     if dropped := [column.name for column in table.columns if column not in columns]:
@@ -224,7 +228,7 @@ def _fitting(columns: Sequence[Column], width: int) -> list[Column]:
     room = width + _GAP
     chosen = set()
     for place, column in sorted(enumerate(columns), key=lambda each: each[1].rank):
-        needed = column.width(_WISH) + _GAP
+        needed = column.width(WISH) + _GAP
         if column.rank == 0 or needed <= room:
             room -= needed
             chosen.add(place)

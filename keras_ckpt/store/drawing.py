@@ -1,0 +1,357 @@
+"""The picture of a run: the curve of a metric with a mark for each checkpoint; as SVG, on axes of matplotlib, as bars.
+
+One `Picture` has all that the outputs show, so they agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence, Set
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from keras_ckpt.store import tables
+from keras_ckpt.store.listing import Listing
+from keras_ckpt.store.overview import Ranking, metric_names
+from keras_ckpt.store.record import CheckpointRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Kind = Literal["removed", "kept", "pinned", "best"]
+KINDS: tuple[Kind, ...] = ("removed", "kept", "pinned", "best")
+"""The kinds of marks. A later kind is drawn above an earlier kind."""
+GRAY, BLUE, VIOLET, GOLD = "#767b83", "#2f7de1", "#9a5fe0", "#c27c0e"
+"""Colors that can be read on a light page and on a dark one."""
+
+_POINTS = 2000
+"""The largest number of points of a drawn curve."""
+_SPAN = 100
+"""The ratio of the largest and the smallest value from which the axis is logarithmic."""
+_BARS = "▁▂▃▄▅▆▇█"
+_FEW = 3
+"""The number of values from which bars tell more than the values."""
+_MOST, _LEAST = 40, 8
+"""The letters of the name and the bars of a line, which fits 60 columns; the bars beside a long name."""
+
+
+class Point(NamedTuple):
+    """A value of the metric at a step; NaN where the metric was not a finite number."""
+
+    step: int
+    value: float
+
+
+class Mark(NamedTuple):
+    """A checkpoint in a picture.
+
+    Attributes:
+        kind: The kind. The best checkpoint has a second mark, of the kind `"best"`.
+        step: The step.
+        value: The value of the metric; NaN without a finite value: the mark is at the lower edge.
+        text: The facts that a reader sees who points at the mark.
+    """
+
+    kind: Kind
+    step: int
+    value: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """The curve of a metric over a run, and its checkpoints.
+
+    Attributes:
+        title: The run.
+        metric: The name of the metric.
+        lines: The lines of the curve. A run that went back to an earlier step has several.
+        marks: The checkpoints.
+    """
+
+    title: str
+    metric: str
+    lines: tuple[tuple[Point, ...], ...]
+    marks: tuple[Mark, ...]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all points and marks."""
+        return [*(point.step for line in self.lines for point in line), *(mark.step for mark in self.marks)]
+
+    @property
+    def values(self) -> list[float]:
+        """All finite values of points and marks."""
+        values = [*(point.value for line in self.lines for point in line), *(mark.value for mark in self.marks)]
+        return list(filter(math.isfinite, values))
+
+    @property
+    def log(self) -> bool:
+        """Whether the axis of the values is logarithmic."""
+        values = self.values
+        return bool(values) and min(values) > 0 and max(values) > _SPAN * min(values)
+
+    @property
+    def floor(self) -> float:
+        """The lower edge, where marks without a value are."""
+        return min(self.values, default=0.0)
+
+    def curve(self) -> Iterator[Sequence[Point]]:
+        """The pieces of the lines as they are drawn. A value that is not finite is a gap; long pieces are thinned."""
+        total = sum(map(len, self.lines))
+        for line in self.lines:
+            for finite, group in itertools.groupby(line, lambda point: math.isfinite(point.value)):
+                if finite:
+                    piece = list(group)
+                    yield _thinned(piece, max(2, _POINTS * len(piece) // total))
+
+    def of_kind(self, kind: Kind) -> list[Mark]:
+        """The marks of a kind, each with a finite value."""
+        marks = [mark for mark in self.marks if mark.kind == kind]
+        return [mark if math.isfinite(mark.value) else mark._replace(value=self.floor) for mark in marks]
+
+
+def of_listing(title: str, listing: Listing, ranking: Ranking, monitor: str | None = None) -> Picture:
+    """The picture of the checkpoints in a directory.
+
+    Args:
+        title: The run.
+        listing: The directory.
+        ranking: The best checkpoints, and the metric that decides.
+        monitor: The metric. Defaults to the metric that decides, then to the first in the table.
+    """
+    records = listing.all_runs
+    metric = monitor or next(iter([*ranking.monitors, *metric_names(records, frozenset())]), "")
+    lines: list[list[Point]] = []
+    before = None
+    for record in records:
+        if before is None or record.run_id != before.run_id or record.step <= before.step:
+            lines.append([])
+        if metric in record.metrics:
+            lines[-1].append(Point(record.step, record.metrics[metric]))
+        before = record
+    best = ranking.best if metric in ranking.monitors else frozenset()
+    marks = [mark for record in records for mark in _of_record(metric, record, best)]
+    return Picture(title, metric, tuple(map(tuple, lines)), tuple(marks))
+
+
+def _of_record(metric: str, record: CheckpointRecord, best: Set[int]) -> Iterator[Mark]:
+    value = record.metrics.get(metric, math.nan)
+    place = f"step {record.step}: {tables.metric(value)}"
+    if record.pin is None:
+        yield Mark("kept", record.step, value, f"{place}, kept")
+    else:
+        yield Mark("pinned", record.step, value, f"{place}, pinned{record.pin and ': '}{record.pin}")
+    if record.step in best:
+        yield Mark("best", record.step, value, f"{place}, best")
+
+
+def bars(picture: Picture) -> str:
+    """The curve as a line of block characters, between its first and its last value.
+
+    Empty for few values, and for a metric that never changes.
+
+    A character stands for the mean of the values in its part of the curve.
+    """
+    points = [point for line in picture.lines for point in line]
+    finite = [point.value for point in points if math.isfinite(point.value)]
+    if len(finite) < _FEW or min(finite) == max(finite):
+        return ""
+    height = math.log if picture.log else float
+    low, high = height(min(finite)), height(max(finite))
+    line = ""
+    for part in _parts(points, min(len(points), max(_LEAST, _MOST - len(picture.metric)))):
+        heights = [height(point.value) for point in part if math.isfinite(point.value)]
+        share = (sum(heights) / len(heights) - low) / (high - low) if heights else 0
+        line += _BARS[min(int(share * len(_BARS)), len(_BARS) - 1)] if heights else " "
+    return f"{tables.printable(picture.metric)}  {tables.metric(finite[0])} {line} {tables.metric(finite[-1])}"
+
+
+def plot(picture: Picture, ax: Axes | None = None) -> Axes:
+    """Draws a picture with matplotlib.
+
+    Args:
+        picture: The picture.
+        ax: The axes to draw on. Defaults to those of a new figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            f"A plot needs matplotlib, which is not installed ({error}). Install it: pip install 'keras-ckpt[plot]'."
+        ) from error
+    axes = plt.subplots()[1] if ax is None else ax
+    for line in picture.curve():
+        axes.plot(*_columns(line), color=GRAY, linewidth=1, alpha=0.6, zorder=1)
+    styles: dict[Kind, dict[str, Any]] = {
+        "removed": {"facecolors": "none", "edgecolors": GRAY, "s": 20},
+        "kept": {"color": BLUE, "s": 30},
+        "pinned": {"color": VIOLET, "s": 40, "marker": "D"},
+        "best": {"facecolors": "none", "edgecolors": GOLD, "linewidths": 2, "s": 130},
+    }
+    for kind in KINDS:
+        if marks := picture.of_kind(kind):
+            axes.scatter(*_columns(marks), label=kind, zorder=2, **styles[kind])
+    if picture.log:
+        axes.set_yscale("log")
+    # A name of a metric or a directory is no formula.
+    axes.set_title(picture.title, parse_math=False)
+    axes.set_ylabel(picture.metric, parse_math=False)
+    axes.set_xlabel("step")
+    if picture.marks:
+        axes.legend(frameon=False)
+    return axes
+
+
+def _columns(points: Sequence[Point | Mark]) -> tuple[list[int], list[float]]:
+    return [point.step for point in points], [point.value for point in points]
+
+
+def _thinned(line: Sequence[Point], most: int) -> Sequence[Point]:
+    """At most so many points of a line: the smallest and the largest value of each part of it."""
+    if len(line) <= most:
+        return line
+    parts = _parts(line, most // 2)
+    return [point for part in parts for point in sorted({min(part, key=_value), max(part, key=_value)})]
+
+
+def _parts(points: Sequence[Point], count: int) -> Iterator[Sequence[Point]]:
+    """So many parts of points, of about the same length."""
+    bounds = itertools.pairwise(len(points) * place // count for place in range(count + 1))
+    return (points[start:end] for start, end in bounds)
+
+
+def _value(point: Point) -> float:
+    return point.value
+
+
+# The SVG. Two units are a pixel, so that whole numbers suffice for places.
+_WIDTH, _HEIGHT, _EDGE = 1440, 560, 24
+_HEAD, _FOOT = 84, 76
+_FONT, _LETTER = 24, 14
+"""The size of the text, and the mean width of a letter."""
+_NAME = 60
+"""The largest number of letters of the metric's name."""
+
+
+class _Axis(NamedTuple):
+    """An axis: the values at its ends, and their places."""
+
+    low: float
+    high: float
+    start: int
+    end: int
+    log: bool = False
+
+    def place(self, value: float) -> int:
+        low, high, at = (math.log(each) if self.log else each for each in (self.low, self.high, value))
+        return round(self.start + (at - low) / (high - low) * (self.end - self.start))
+
+    def ticks(self, whole: bool = False) -> list[float]:
+        """Round values between the ends."""
+        if self.log:
+            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+            return [10.0**power for power in range(first, last + 1, 1 + (last - first) // 6)]
+        exponent = 10.0 ** math.floor(math.log10((self.high - self.low) / 6))
+        step = next(each * exponent for each in (1, 2, 5, 10) if each * exponent * 6 >= self.high - self.low)
+        step = max(step, 1.0) if whole else step
+        return [step * place for place in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def svg(picture: Picture, attributes: str = "") -> str:
+    """A picture as SVG for a page of HTML: each mark has a title, which a browser shows.
+
+    Args:
+        picture: The picture.
+        attributes: Further attributes of the element, such as the namespace of a file.
+    """
+    values = picture.values or [0.0]
+    low, high = min(values), max(values)
+    log = picture.log
+    # A constant metric needs a height too, and a mark at the edge needs room.
+    room = 1.1 if log else (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    y = _Axis(low / room if log else low - room, high * room if log else high + room, _HEIGHT - _FOOT, _HEAD, log)
+    names = [(y.place(tick), f"{tick:.6g}") for tick in y.ticks()]
+    left = _EDGE + _LETTER * max((len(name) for _, name in names), default=0)
+    first, last = min(picture.steps, default=0), max(picture.steps, default=0)
+    alone = first == last
+    x = _Axis(first - alone, last + alone, left + _EDGE, _WIDTH - 2 * _EDGE)
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="{_FONT}" fill="none"{attributes}>'
+        f"<title>{_text(f'{picture.metric} of {picture.title}')}</title>"
+        + "".join(itertools.chain(_grid(x, names, left), _curve(picture, x, y), _marks(picture, x, y)))
+        + f'<g fill="currentColor"><text x="{_EDGE // 2}" y="{_FONT + 8}">{_text(_short(picture.metric))}</text>'
+        + "".join(_legend(picture))
+        + "</g></svg>"
+    )
+
+
+def _grid(x: _Axis, names: Sequence[tuple[int, str]], left: int) -> Iterator[str]:
+    """The lines and the numbers of the axes."""
+    lines = "".join(f"M{left} {place}H{_WIDTH - _EDGE}" for place, _ in names)
+    yield f'<path stroke="{GRAY}" stroke-opacity=".3" d="{lines}"/><g fill="{GRAY}">'
+    for place, name in names:
+        yield f'<text x="{left - 12}" y="{place + 8}" text-anchor="end">{name}</text>'
+    bottom = _HEIGHT - _FOOT + _FONT + 10
+    for tick in x.ticks(whole=True):
+        yield f'<text x="{x.place(tick)}" y="{bottom}" text-anchor="middle">{tick:,.0f}</text>'
+    yield f'<text x="{_WIDTH - _EDGE}" y="{bottom + _FONT + 6}" text-anchor="end">step</text></g>'
+
+
+def _curve(picture: Picture, x: _Axis, y: _Axis) -> Iterator[str]:
+    """The lines of the curve."""
+    path = ""
+    for line in picture.curve():
+        places = [(x.place(point.step), y.place(point.value)) for point in line]
+        # Differences of whole numbers are short.
+        moves = " ".join(f"{b[0] - a[0]} {b[1] - a[1]}" for a, b in itertools.pairwise(places)) or "0 0"
+        path += f"M{places[0][0]} {places[0][1]}l{moves}".replace(" -", "-")
+    if path:
+        yield f'<path stroke="{GRAY}" stroke-width="2.5" stroke-linejoin="round" stroke-linecap="round" d="{path}"/>'
+
+
+_DOTS: dict[Kind, str] = {
+    "removed": f'stroke="{GRAY}" stroke-width="9" stroke-linecap="round"',
+    "kept": f'stroke="{BLUE}" stroke-width="15" stroke-linecap="round"',
+    "pinned": f'stroke="{VIOLET}" stroke-width="17" stroke-linecap="square"',
+    "best": f'stroke="{GOLD}" stroke-width="5"',
+}
+
+
+def _dot(kind: Kind, x: int, y: int, text: str = "") -> str:
+    """A mark. A line without a length is a dot, in fewer bytes than a circle."""
+    title = text and f"<title>{_text(text)}</title>"
+    if kind == "best":
+        return f'<circle cx="{x}" cy="{y}" r="15" pointer-events="all">{title}</circle>'
+    return f'<path d="M{x} {y}h0">{title}</path>'
+
+
+def _marks(picture: Picture, x: _Axis, y: _Axis) -> Iterator[str]:
+    for kind in KINDS:
+        if marks := picture.of_kind(kind):
+            dots = (_dot(kind, x.place(mark.step), y.place(mark.value), mark.text) for mark in marks)
+            yield f"<g {_DOTS[kind]}>{''.join(dots)}</g>"
+
+
+def _legend(picture: Picture) -> Iterator[str]:
+    """The kinds of the marks, at the right end of the first line."""
+    place = _WIDTH - _EDGE
+    for kind in reversed([kind for kind in KINDS if picture.of_kind(kind)]):
+        yield f'<text x="{place}" y="{_FONT + 8}" text-anchor="end">{kind}</text>'
+        place -= _LETTER * len(kind) + _EDGE
+        yield f'<g fill="none" {_DOTS[kind]}>{_dot(kind, place, _FONT)}</g>'
+        place -= 3 * _EDGE
+
+
+def _text(text: str) -> str:
+    """Text from disk as text of a page."""
+    return escape(tables.printable(text))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"

@@ -1,0 +1,365 @@
+"""A run is looked at: its plot, its report, its sparkline, and while it trains."""
+
+from __future__ import annotations
+
+import io
+import math
+import pathlib
+import re
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree as ET
+
+import matplotlib as mpl
+import pytest
+from blake3 import blake3
+from click.testing import CliRunner
+from matplotlib import pyplot as plt
+from rich.console import Console
+
+import keras_ckpt as kc
+from keras_ckpt.cli import main
+from keras_ckpt.store import drawing
+from keras_ckpt.store.drawing import Mark, Picture, Point
+from keras_ckpt.store.record import CheckpointFile, encode
+from test_series import save as save_file
+
+HOSTILE = "<script>alert('1')</script>&\"\x1b[31m\u202e"
+"""A text that a page or a terminal would act on."""
+EPOCHS = "10:0.9 20:0.5 30:0.25 40:0.125 50:0.3"
+"""The best of five epochs is the fourth."""
+
+
+@pytest.fixture
+def run(filler) -> kc.CheckpointDirectory:
+    runs = filler.save(EPOCHS, monitor="loss", mode="min")
+    runs.pin(20, "paper")
+    return runs
+
+
+@pytest.fixture(autouse=True)
+def figures():
+    """Draws without a screen, and closes the figures."""
+    mpl.use("agg")
+    yield
+    plt.close("all")
+
+
+def picture(values, marks=(), steps=None) -> Picture:
+    """A picture of one line."""
+    points = tuple(map(Point, steps or range(1, len(values) + 1), map(float, values)))
+    return Picture("run", "loss", (points,), tuple(marks))
+
+
+def drawn(picture: Picture) -> ET.Element:
+    """The SVG of a picture, as a browser or any other program for XML reads it."""
+    return ET.fromstring(drawing.svg(picture))
+
+
+def titles(page: str) -> list[str]:
+    """The titles of the marks in a page."""
+    svg = re.search("<svg.*</svg>", page, re.DOTALL)[0]
+    return [title.text for title in list(ET.fromstring(svg).iter("title"))[1:]]
+
+
+class Page(HTMLParser):
+    """The elements and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data) -> None:
+        self.text += data
+
+
+def reported(runs: kc.CheckpointDirectory) -> str:
+    path = pathlib.Path(runs.path).with_name("report.html")
+    runs.report(path)
+    return path.read_text()
+
+
+def fill(runs: kc.CheckpointDirectory, losses: dict[int, float]) -> None:
+    """Writes checkpoints of many steps without a writer, whose saves read the directory each time."""
+    path = pathlib.Path(runs.path)
+    path.mkdir()
+    for sequence, (step, loss) in enumerate(losses.items(), 1):
+        content = {f"ckpt-{step}.{part}": b"" for part in ("data-00000-of-00001", "index")}
+        files = tuple(CheckpointFile(name, 0, f"blake3:{blake3(b'').hexdigest()}") for name in content)
+        record = kc.CheckpointRecord(
+            sequence=sequence, step=step, epoch=sequence, batch=0, run_id="run", metrics={"loss": loss},
+            monitor="loss", mode="min", time=1.79e9 + sequence, reason="epoch", files=files,
+        )  # fmt: skip
+        for name, data in {**content, f"ckpt-{step}.json": encode(record)}.items():
+            (path / name).write_bytes(data)
+
+
+class TestThePlot:
+    """`CheckpointDirectory.plot`, with matplotlib."""
+
+    def test_has_the_curve_and_a_mark_for_each_checkpoint(self, run) -> None:
+        axes = run.plot()
+
+        assert axes.lines[0].get_xydata().tolist() == [[10, 0.9], [20, 0.5], [30, 0.25], [40, 0.125], [50, 0.3]]
+        marks = {each.get_label(): each.get_offsets().tolist() for each in axes.collections}
+        assert marks == {
+            "kept": [[10, 0.9], [30, 0.25], [40, 0.125], [50, 0.3]],
+            "pinned": [[20, 0.5]],
+            "best": [[40, 0.125]],
+        }
+        assert (axes.get_ylabel(), axes.get_xlabel(), axes.get_yscale()) == ("loss", "step", "linear")
+
+    def test_is_drawn_on_the_axes_that_are_given(self, run) -> None:
+        _, (first, second) = plt.subplots(2)
+
+        assert run.plot(ax=second) is second
+        assert second.lines
+        assert not first.lines
+
+    def test_shows_another_metric_whose_mode_is_not_known_without_a_best_checkpoint(self, run) -> None:
+        run.add_metrics(10, accuracy=0.5)
+
+        axes = run.plot("accuracy")
+
+        assert axes.get_ylabel() == "accuracy"
+        assert "best" not in {each.get_label() for each in axes.collections}
+
+    def test_of_an_unknown_metric_names_the_metrics(self, run) -> None:
+        with pytest.raises(kc.CheckpointNotFoundError, match=r"'los', which no checkpoint has. .*mean 'loss'"):
+            run.plot("los")
+
+    @pytest.mark.parametrize("words", ["", "10 20"])
+    def test_without_a_metric_is_refused(self, filler, words) -> None:
+        with pytest.raises(kc.CheckpointNotFoundError, match="nothing to plot"):
+            filler.save(words).plot()
+
+    def test_writes_a_name_with_dollars_as_it_is(self, filler) -> None:
+        """matplotlib would read a formula, and fail at a wrong one."""
+        run = filler.save("1", metrics={"$\\loss$": 1.0})
+
+        run.plot().figure.savefig(io.BytesIO())
+
+    def test_without_matplotlib_says_how_to_install_it(self, run, monkeypatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+        with pytest.raises(ImportError, match=r"pip install 'keras-ckpt\[plot\]'"):
+            run.plot()
+
+
+class TestAPicture:
+    """The one description of a drawing, for every output."""
+
+    def test_has_a_gap_where_a_value_is_not_finite(self) -> None:
+        pieces = list(picture([3, 2, math.nan, 1, math.inf, 2]).curve())
+
+        assert [[point.value for point in piece] for piece in pieces] == [[3, 2], [1], [2]]
+
+    def test_has_a_line_for_each_time_that_the_run_went_back(self, filler) -> None:
+        """The lines are not joined. The second line supersedes the checkpoint of step 20."""
+        filler.save("10:0.9 20:0.5 30:0.7")
+
+        axes = filler.save("20:0.4 40:0.3").plot()
+
+        assert [line.get_xdata().tolist() for line in axes.lines] == [[10, 30], [20, 40]]
+
+    @pytest.mark.parametrize(
+        ("values", "log"), [([1, 100], False), ([1, 101], True), ([-1, 101], False), ([0, 9], False)]
+    )
+    def test_has_a_logarithmic_axis_if_its_values_span_more_than_a_factor_of_100(self, values, log) -> None:
+        assert picture(values).log == log
+        assert drawing.plot(picture(values)).get_yscale() == ("log" if log else "linear")
+
+    def test_thins_a_long_curve_and_keeps_its_extremes_and_all_marks(self) -> None:
+        values = [1.0] * 50_000
+        values[12_345], values[44_444] = 5.0, -5.0
+        marks = [Mark("kept", step, 1.0, f"step {step}") for step in range(1, 50_001, 10)]
+
+        thin = picture(values, marks)
+        [piece] = thin.curve()
+
+        assert len(piece) <= 2000
+        assert {(12_346, 5.0), (44_445, -5.0)} <= set(piece)
+        assert len(thin.of_kind("kept")) == 5000
+
+    def test_places_a_checkpoint_without_a_value_at_the_lower_edge(self) -> None:
+        marks = [Mark("kept", 2, math.nan, "step 2")]
+
+        assert [mark.value for mark in picture([3, 1], marks).of_kind("kept")] == [1]
+
+
+class TestTheDrawing:
+    """The SVG of a report."""
+
+    def test_has_a_title_for_each_mark(self) -> None:
+        marks = [Mark(kind, step, 0.5, f"step {step}, {kind}") for step, kind in enumerate(drawing.KINDS)]
+
+        found = [title.text for title in drawn(picture([0.5] * 4, marks)).iter("title")]
+
+        assert found == ["loss of run", *(mark.text for mark in marks)]
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            [],
+            [math.nan],
+            [1],
+            [0, 0],
+            [-1e-300, 1e-300],
+            [1e300, -1e300],
+            [1e-9, 1e9],
+            [5e-324, 1e308],
+            [10**9, 10**9 + 1],
+        ],
+    )
+    def test_is_xml_with_places_in_its_frame_for_any_values(self, values) -> None:
+        marks = [Mark("kept", step, value, "") for step, value in enumerate(values, 1)]
+
+        svg = drawn(picture(values, marks))
+
+        assert svg.get("viewBox") == "0 0 1440 560"
+        places = [re.match(r"M(-?\d+) (-?\d+)", path.get("d")) for path in svg.iter("path") if path.get("d")]
+        assert all(0 <= int(place[1]) <= 1440 and 0 <= int(place[2]) <= 560 for place in places)
+
+    def test_escapes_each_text(self) -> None:
+        hostile = Picture(HOSTILE, HOSTILE, (), (Mark("kept", 1, 1.0, HOSTILE),))
+
+        svg = drawing.svg(hostile)
+
+        assert "<script" not in svg
+        assert "\x1b" not in svg
+        assert "\u202e" not in svg
+        assert [title.text for title in ET.fromstring(svg).iter("title")][1].startswith("<script>alert")
+
+    def test_has_a_few_kilobytes_for_40_checkpoints(self) -> None:
+        marks = [Mark("kept", step, 0.5, f"step {step}: 0.5, kept") for step in range(40)]
+
+        assert len(drawing.svg(picture(range(40), marks))) < 5000
+
+
+class TestTheReport:
+    """`CheckpointDirectory.report` and `keras-ckpt report`: one page of HTML."""
+
+    def test_shows_facts_the_plot_and_the_table(self, run) -> None:
+        page = reported(run)
+
+        assert titles(page) == [
+            "step 10: 0.9, kept", "step 30: 0.25, kept", "step 40: 0.125, kept", "step 50: 0.3, kept",
+            "step 20: 0.5, pinned: paper",
+            "step 40: 0.125, best",
+        ]  # fmt: skip
+        text = Page(page).text
+        assert "loss 0.125 at step 40" in text
+        assert re.search(r"training was blocked[\d.e-]+ ms \(median\), [\d.e-]+ ms \(longest\)", text)
+        assert re.search(r"a save was written in[\d.e-]+ ms", text)
+        assert "5 checkpoints, 65 bytes" in text
+
+    def test_has_no_script_and_loads_nothing(self, run) -> None:
+        page = reported(run)
+
+        assert Page(page).tags.isdisjoint({"script", "link", "img", "iframe", "object", "embed", "base", "form", "a"})
+        assert Page(page).attributes.isdisjoint({"src", "href", "xlink:href", "action", "style"})
+        assert not re.search(r"url\(|@import|//", page)
+        assert "default-src 'none'" in page
+
+    def test_of_1000_saves_is_smaller_than_100_kilobytes(self, runs) -> None:
+        fill(runs, {1_000_000 + 10 * each: 1 / (each + 1) for each in range(1000)})
+
+        page = reported(runs)
+
+        assert len(titles(page)) == 1001
+        assert len(page.encode()) < 100_000
+
+    def test_escapes_everything_from_the_disk(self, filler, tmp_path) -> None:
+        facts = {"metrics": {HOSTILE: 0.5}, "monitor": HOSTILE, "mode": "min", "reason": HOSTILE, "run_id": HOSTILE}
+        run = filler.save("1", metadata={HOSTILE: HOSTILE}, versions={HOSTILE: HOSTILE}, **facts)
+        run.pin(1, HOSTILE)
+        (pathlib.Path(run.path) / "<script>-2.json").write_text("{}")
+        moved = pathlib.Path(run.path).rename(tmp_path / "<script>&'\"")
+
+        page = reported(kc.CheckpointDirectory(moved))
+
+        assert page.count("&lt;script&gt;") > 8
+        assert "script" not in Page(page).tags
+        assert "\x1b" not in page
+        assert "\u202e" not in page
+
+    def test_names_what_is_damaged(self, run) -> None:
+        (pathlib.Path(run.path) / "ckpt-30.index").write_bytes(b"")
+
+        assert "damaged, left alone: ckpt-30" in Page(reported(run)).text
+
+    def test_has_a_plot_for_each_template_of_files(self, tmp_path) -> None:
+        for name in ("{epoch}.keras", "best-{epoch}.keras"):
+            for epoch in (1, 2):
+                save_file(tmp_path / "w" / name, epoch, name.format(epoch=epoch), metrics={"loss": 1.0 / epoch})
+
+        page = reported(kc.CheckpointDirectory(tmp_path / "w"))
+
+        assert page.count("<svg") == 2
+        assert re.findall("<h2>.*?([^/]*)</h2>", page) == ["best-{epoch}.keras", "{epoch}.keras"]
+
+    def test_of_a_directory_without_checkpoints_says_so(self, tmp_path) -> None:
+        (tmp_path / "run").mkdir()
+
+        assert "no checkpoints: nothing was saved here yet" in reported(kc.CheckpointDirectory(tmp_path / "run"))
+
+    def test_of_no_directory_is_an_error(self, runs) -> None:
+        with pytest.raises(kc.CheckpointNotFoundError, match="There is no directory"):
+            runs.report("report.html")
+
+    def test_replaces_a_report_and_leaves_no_other_file(self, run, tmp_path) -> None:
+        (tmp_path / "report.html").write_text("old")
+
+        page = reported(run)
+
+        assert page.startswith("<!doctype html>")
+        assert {path.name for path in tmp_path.iterdir()} == {"run", "report.html"}
+
+    def test_of_a_missing_folder_is_an_error_that_names_it(self, run, tmp_path) -> None:
+        with pytest.raises(FileNotFoundError, match="missing"):
+            run.report(tmp_path / "missing" / "report.html")
+
+    def test_is_written_by_the_command(self, run, tmp_path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+
+        result = CliRunner().invoke(main, ["report", "run", "-o", "page.html"])
+
+        assert (result.exit_code, result.output) == (0, "Wrote page.html.\n")
+        assert (tmp_path / "page.html").read_text() == reported(run)
+
+
+class TestTheSparkline:
+    """The curve in one line below the table of a directory."""
+
+    def test_shows_the_first_and_the_last_value_around_the_curve(self, run) -> None:
+        assert "\nloss  0.9 █▄▂▁▂ 0.3\n5 checkpoints, 65 bytes" in repr(run)
+        assert "<div>loss  0.9 █▄▂▁▂ 0.3</div>" in run._repr_html_()
+
+    @pytest.mark.parametrize("words", ["1:0.5 2:0.4", "1 2 3", "1:0.5 2:0.5 3:0.5"])
+    def test_is_missing_for_few_values_and_for_a_constant_metric(self, filler, words) -> None:
+        assert not re.search(f"[{drawing._BARS}]", repr(filler.save(words)))
+
+    def test_is_missing_in_a_terminal_without_utf_8(self, run) -> None:
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        Console(file=out, width=80).print(run)
+        out.flush()
+
+        assert b"5 checkpoints" in out.buffer.getvalue()
+        assert b"loss  0.9" not in out.buffer.getvalue()
+
+    def test_has_a_blank_for_values_that_are_not_finite(self, filler) -> None:
+        assert "loss  0.9 █ ▅▁ 0.1" in repr(filler.save("1:0.9 2:nan 3:0.5 4:0.1"))
+
+    def test_of_a_long_run_fits_60_columns(self, runs) -> None:
+        fill(runs, {step: float(step) for step in range(100, 300)})
+
+        [line] = [line for line in repr(runs).splitlines() if line.startswith("loss")]
+
+        assert line == "loss  100 ▁▁▁▁▁▂▂▂▂▃▃▃▃▃▄▄▄▄▅▅▅▅▅▆▆▆▆▇▇▇▇▇████ 299"
