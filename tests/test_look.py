@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pathlib
 import re
+import signal
+import subprocess
 import sys
+import threading
+import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
+import nbformat
 import pytest
 from blake3 import blake3
 from click.testing import CliRunner
 from matplotlib import pyplot as plt
+from nbclient import NotebookClient
 from rich.console import Console
 
 import keras_ckpt as kc
 from keras_ckpt.cli import main
-from keras_ckpt.store import drawing
-from keras_ckpt.store.drawing import Mark, Picture, Point
+from keras_ckpt.store import drawing, watching
+from keras_ckpt.store.drawing import Mark, Picture
+from keras_ckpt.store.history import Point
+from keras_ckpt.store.journal import Event
 from keras_ckpt.store.record import CheckpointFile, encode
 from test_series import save as save_file
 
@@ -45,9 +54,9 @@ def figures():
     plt.close("all")
 
 
-def picture(values, marks=(), steps=None) -> Picture:
+def picture(values, marks=()) -> Picture:
     """A picture of one line."""
-    points = tuple(map(Point, steps or range(1, len(values) + 1), map(float, values)))
+    points = tuple(Point(step, None, float(value), 0) for step, value in enumerate(values, 1))
     return Picture("run", "loss", (points,), tuple(marks))
 
 
@@ -132,7 +141,7 @@ class TestThePlot:
         assert "best" not in {each.get_label() for each in axes.collections}
 
     def test_of_an_unknown_metric_names_the_metrics(self, run) -> None:
-        with pytest.raises(kc.CheckpointNotFoundError, match=r"'los', which no checkpoint has. .*mean 'loss'"):
+        with pytest.raises(kc.MonitorError, match=r"No step has the metric 'los'. .*mean 'loss'"):
             run.plot("los")
 
     @pytest.mark.parametrize("words", ["", "10 20"])
@@ -162,12 +171,24 @@ class TestAPicture:
         assert [[point.value for point in piece] for piece in pieces] == [[3, 2], [1], [2]]
 
     def test_has_a_line_for_each_time_that_the_run_went_back(self, filler) -> None:
-        """The lines are not joined. The second line supersedes the checkpoint of step 20."""
+        """The lines are not joined. The line that the run took to where it is now comes first."""
+        runs = filler.save("10:0.9 20:0.5 30:0.7")
+        runs.note(Event(kind="restored", step=20, run_id="run"))
+
+        axes = filler.save("30:0.4 40:0.3").plot()
+
+        assert [line.get_xydata().tolist() for line in axes.lines] == [
+            [[10, 0.9], [20, 0.5], [30, 0.4], [40, 0.3]],
+            [[30, 0.7]],
+        ]
+
+    def test_has_a_line_for_each_time_that_the_run_went_back_without_a_journal(self, filler) -> None:
+        """A smaller step in the order of saving tells it. The second save of step 20 superseded the first."""
         filler.save("10:0.9 20:0.5 30:0.7")
+        runs = filler.save("20:0.4 40:0.3")
+        (pathlib.Path(runs.path) / "journal.jsonl").unlink()
 
-        axes = filler.save("20:0.4 40:0.3").plot()
-
-        assert [line.get_xdata().tolist() for line in axes.lines] == [[10, 30], [20, 40]]
+        assert [line.get_xdata().tolist() for line in runs.plot().lines] == [[10, 20, 40], [30]]
 
     @pytest.mark.parametrize(
         ("values", "log"), [([1, 100], False), ([1, 101], True), ([-1, 101], False), ([0, 9], False)]
@@ -185,7 +206,7 @@ class TestAPicture:
         [piece] = thin.curve()
 
         assert len(piece) <= 2000
-        assert {(12_346, 5.0), (44_445, -5.0)} <= set(piece)
+        assert {(12_346, 5.0), (44_445, -5.0)} <= {(point.step, point.value) for point in piece}
         assert len(thin.of_kind("kept")) == 5000
 
     def test_places_a_checkpoint_without_a_value_at_the_lower_edge(self) -> None:
@@ -252,7 +273,7 @@ class TestTheReport:
         assert titles(page) == [
             "step 10: 0.9, kept", "step 30: 0.25, kept", "step 40: 0.125, kept", "step 50: 0.3, kept",
             "step 20: 0.5, pinned: paper",
-            "step 40: 0.125, best",
+            "step 40: 0.125, kept, best",
         ]  # fmt: skip
         text = Page(page).text
         assert "loss 0.125 at step 40" in text
@@ -363,3 +384,137 @@ class TestTheSparkline:
         [line] = [line for line in repr(runs).splitlines() if line.startswith("loss")]
 
         assert line == "loss  100 ▁▁▁▁▁▂▂▂▂▃▃▃▃▃▄▄▄▄▅▅▅▅▅▆▆▆▆▇▇▇▇▇████ 299"
+
+
+class Ticks(threading.Event):
+    """An event that is set after 20 looks, without waiting for the time between them."""
+
+    looks = 0
+
+    def wait(self, timeout=None) -> bool:
+        self.looks += 1
+        return self.set() if self.looks == 20 else False
+
+
+class Counting(kc.CheckpointDirectory):
+    """A directory that counts how often it is read."""
+
+    reads = 0
+
+    def look(self, *arguments):
+        self.reads += 1
+        return super().look(*arguments)
+
+
+def ended(runs: kc.CheckpointDirectory) -> None:
+    """Notes the end of a training, as `fit` does."""
+    runs.note(Event(kind="ended", step=30, run_id="run"))
+
+
+class TestAWatch:
+    """`keras-ckpt watch` and `CheckpointDirectory.watch`, beside a writer."""
+
+    def test_shows_each_change_until_the_training_has_ended(self, filler, monkeypatch) -> None:
+        """It may begin before the directory is there."""
+        monkeypatch.setattr(watching, "_SECONDS", 0.01)
+        changes = [
+            lambda: filler.save("10:0.5"),
+            lambda: filler.runs.pin(10),
+            lambda: filler.runs.add_metrics(10, test=0.25),
+            lambda: filler.runs.note(Event(kind="epoch", step=20, run_id="run", metrics={"loss": 0.3})),
+            lambda: filler.runs.note(Event(kind="epoch", step=30, run_id="run", metrics={"loss": 0.2})),
+            lambda: ended(filler.runs),
+        ]
+        seen = [""]
+
+        for view in watching.views(filler.runs, 10, threading.Event()):
+            if repr(view) != seen[-1]:
+                seen.append(repr(view))
+            for change in changes[:1]:
+                changes.remove(change)
+                change()
+
+        text = "\n".join(seen)
+        order = ["the directory does not exist", "1 checkpoint", "pinned", "0.25", "loss  0.5 █▃▁ 0.2"]
+        assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
+
+    def test_reads_nothing_while_nothing_changes(self, run) -> None:
+        """A look once a second asks for times alone, so a training does not feel it."""
+        os.utime(run.path, (1.79e9, 1.79e9))  # longer ago than the resolution of the file system's clock
+        counting, ticks = Counting(run.path), Ticks()
+
+        assert len(list(watching.views(counting, 10, ticks))) == 1
+        assert (counting.reads, ticks.looks) == (1, 20)
+
+    def test_reads_again_if_the_last_change_is_just_over(self, run) -> None:
+        """Two changes may have the same time."""
+        ticks = Ticks()
+        now = time.time() + 1e3
+        os.utime(run.path, (now, now))
+
+        shown = [os.utime(run.path, (1.79e9, 1.79e9)) for _ in watching.views(run, 10, ticks)]
+
+        assert len(shown) == 2
+
+    def test_does_not_take_the_end_of_an_earlier_training_for_the_end(self, run) -> None:
+        ended(run)
+
+        assert len(list(watching.views(run, 10, Ticks(), since=time.time() + 1e3))) == 1
+        assert len(list(watching.views(run, 10, Ticks(), since=0.0))) == 1
+        ticks = Ticks()
+        list(watching.views(run, 10, ticks))
+        assert ticks.looks == 0
+
+    def test_shows_the_error_of_a_path_that_cannot_be_read(self, tmp_path) -> None:
+        (tmp_path / "file").write_text("")
+
+        [view] = watching.views(kc.CheckpointDirectory(tmp_path / "file"), 10, Ticks())
+
+        assert "this is a file" in repr(view)
+
+    def test_in_a_shell_ends_with_the_training_of_another_process(self, filler) -> None:
+        command = [sys.executable, "-m", "keras_ckpt", "watch", filler.runs.path]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            filler.save("10:0.5 20:0.25 30:0.125")
+            ended(filler.runs)
+            output = process.communicate()[0]
+
+        assert process.returncode == 0
+        assert "loss  0.5 █▃▁ 0.125\n3 checkpoints, 39 bytes\n" in output
+
+    def test_in_a_shell_ends_with_control_c(self, run, monkeypatch) -> None:
+        monkeypatch.setattr(watching, "_stamps", lambda path: signal.raise_signal(signal.SIGINT))
+
+        assert CliRunner().invoke(main, ["watch", run.path]).exit_code == 0
+
+    def test_in_a_notebook_replaces_the_output_of_its_cell(self, tmp_path) -> None:
+        """A real kernel. The training in a later cell changes the output of the first, and ends the watch."""
+        setup = f"import sys; sys.path[:0] = {sys.path!r}\nimport pathlib\nfrom support.runs import Filler\n"
+        first = f"{setup}filler = Filler(pathlib.Path({str(tmp_path / 'run')!r}))\nwatch = filler.runs.watch()"
+        second = (
+            "from keras_ckpt.store.journal import Event\nfiller.save('10:0.5 20:0.25 30:0.125')\n"
+            "filler.runs.note(Event(kind='ended', step=30, run_id='run'))\nwatch._thread.join()\nprint(watch)"
+        )
+        notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, [first, second])))
+
+        NotebookClient(notebook, timeout=60).execute()
+
+        [shown] = notebook.cells[0].outputs
+        assert "3 checkpoints, 39 bytes" in shown.data["text/plain"]
+        assert "<svg" in shown.data["text/html"]
+        assert notebook.cells[1].outputs[0].text.startswith("<watched ")
+
+    def test_is_stopped_by_its_method(self, run, capsys) -> None:
+        """Without a notebook, IPython prints."""
+        watch = run.watch()
+
+        assert repr(watch).startswith("<watching ")
+        watch.stop()
+        assert repr(watch).startswith("<watched ")
+        assert "5 checkpoints" in capsys.readouterr().out
+
+    def test_without_ipython_names_the_command(self, run, monkeypatch) -> None:
+        monkeypatch.setitem(sys.modules, "IPython.display", None)
+
+        with pytest.raises(ImportError, match="type keras-ckpt watch"):
+            run.watch()

@@ -9,6 +9,7 @@ import operator
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,11 @@ from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSt
 from keras_ckpt.store.record import CheckpointRecord, Mode, encodable_metadata, members
 from keras_ckpt.store.runs import Runs, RunsPlan
 from keras_ckpt.store.tables import Shown, counted, few, printable, relative, text
+from keras_ckpt.store.watching import views
 from keras_ckpt.version import __version__
+
+_LEAST, _AROUND = 6, 12
+"""The smallest number of rows of a watched table, and the lines of a terminal that are no rows."""
 
 
 class _Group(click.Group):
@@ -195,6 +200,28 @@ def diff(paths: Sequence[tuple[str, int | str | None]], optimizer: bool, form: s
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     _report(form, found, lambda: encodable_metadata(dataclasses.asdict(found)))
+
+
+@main.command()
+@arguments.path
+def watch(path: str) -> None:
+    """Show the table of PATH, and again after each change, until the training ends or Ctrl-C.
+
+    Example: keras-ckpt watch runs/digits
+    """
+    import rich.console
+    import rich.live
+
+    with _arguments():
+        runs = CheckpointDirectory(path)
+    console = rich.console.Console()
+    rows = max(_LEAST, console.height - _AROUND)
+    # The training may begin later, so the directory may be missing yet.
+    with contextlib.suppress(KeyboardInterrupt), rich.live.Live(console=console, auto_refresh=False) as live:
+        for view in views(runs, rows, threading.Event()):
+            live.update(view, refresh=True)
+    if not console.is_terminal:
+        click.echo()  # rich ends the last line in a terminal alone
 
 
 @main.command()

@@ -30,10 +30,11 @@ from keras_ckpt.store.listing import (
     verify,
 )
 from keras_ckpt.store.notices import log, warn
-from keras_ckpt.store.plan import PrunePlan, decide, rank, refuse_unknown, resolved
+from keras_ckpt.store.plan import PrunePlan, decide, rank, resolved
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
 from keras_ckpt.store.report import ROWS, Seen, View, page
+from keras_ckpt.store.watching import Watch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -562,15 +563,15 @@ class CheckpointDirectory(tables.Shown):
             The axes.
 
         Raises:
-            CheckpointNotFoundError: No checkpoint has the metric. The error names the metrics.
+            MonitorError: No step has the metric. The error names the metrics.
+            CheckpointNotFoundError: No step has a metric with a finite value.
+            ValueError: The path is one file of a template.
             ImportError: matplotlib is not installed.
         """
-        listing = self.listing()
-        policy = BestN(1, monitor)
-        refuse_unknown(policy, listing, CheckpointNotFoundError)
-        picture = drawing.of_listing(_title(listing), listing, rank(listing, policy), monitor)
-        if not picture.metric:
-            raise CheckpointNotFoundError(f"No checkpoint in {self.path} has a metric, so there is nothing to plot.")
+        self.refuse_one_file()
+        picture = self.seen(monitor).picture
+        if not picture.values:
+            raise CheckpointNotFoundError(f"There is nothing to plot: {self.path} has no metric with a finite value.")
         return drawing.plot(picture, ax)
 
     def report(self, file: str | os.PathLike[str]) -> None:
@@ -597,6 +598,31 @@ class CheckpointDirectory(tables.Shown):
         with _naming(folder), Folder(folder) as place, place.replacing(name) as written:
             written.write(memoryview(content))
 
+    def watch(self, rows: int = 10) -> Watch:
+        """Shows the table and the plot of the run in a notebook, and again after each change.
+
+        A thread asks once a second whether the directory has changed, and reads it only then. It ends with the
+        training that begins after this call, with `stop()`, or with the kernel.
+
+        Example:
+
+        ```python
+        watch = keras_ckpt.CheckpointDirectory("runs/digits").watch()
+        model.fit(x, y, callbacks=[keras_ckpt.ModelCheckpoint("runs/digits")])
+        watch.stop()
+        ```
+
+        Args:
+            rows: The largest number of rows of a complete table. A longer table has the newest and the best.
+
+        Returns:
+            The watch, whose `stop()` ends it.
+
+        Raises:
+            ImportError: IPython is not installed. `keras-ckpt watch` is for terminals.
+        """
+        return Watch(self, rows)
+
     def _table(self) -> tables.Table:
         try:
             return self.look().table()
@@ -610,11 +636,17 @@ class CheckpointDirectory(tables.Shown):
             rows: The largest number of rows of a complete table.
         """
         with _naming(self.path):
-            series = [_seen(each.listing()) for each in self.each_series()]
+            series = [each.seen() for each in self.each_series()]
             title = series[0].picture.title if len(series) == 1 else tables.relative(self.path)
             disk = taken([record for each in series for record in each.listing.all_runs])
             further = self._further_runs(any(each.listing for each in series))
             return View(title, series, disk, further, rows)
+
+    def seen(self, monitor: str | None = None) -> Seen:
+        """Reads a series with its best checkpoint and its picture."""
+        events, listing = self._known()
+        past, ranking = Past(events, listing), rank(listing, BestN(1, monitor))
+        return Seen(listing, past, ranking, drawing.of_past(_title(listing), past, listing, ranking, monitor))
 
     def _further_runs(self, holds_a_run: bool) -> list[str]:
         """The sub-directories that hold a run: the numbered ones, or those of any name if this directory holds none.
@@ -639,12 +671,16 @@ class CheckpointDirectory(tables.Shown):
             yield folder, examine(folder)
 
     def _past(self) -> tuple[list[Event], Listing]:
-        """The journal, and then the contents of the directory."""
+        """The journal, and then the contents of the directory, of all checkpoints of a series."""
         self.refuse_one_file()
+        return self._known()
+
+    def _known(self) -> tuple[list[Event], Listing]:
+        """The journal, and then the contents of the directory. The path of one file means this file alone."""
         events: list[Event] = []
 
         def read(folder: Folder) -> Listing:
-            events.extend(Journal(folder).read())
+            events.extend([] if folder.series.only else Journal(folder).read())
             return examine(folder)
 
         return events, self._read(read)
@@ -663,12 +699,6 @@ def _event(change: Change) -> Event:
     if change.kind == "removed":
         return of_record("removed", change.record, why=change.why)
     return of_save(change.record, kind=change.kind, why=change.why)
-
-
-def _seen(listing: Listing) -> Seen:
-    """A series with its best checkpoint and its picture."""
-    best = rank(listing, BestN(1))
-    return Seen(listing, best, drawing.of_listing(_title(listing), listing, best))
 
 
 def _holds_a_run(place: CheckpointDirectory) -> bool:

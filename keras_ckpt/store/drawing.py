@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from keras_ckpt.errors import MonitorError
 from keras_ckpt.store import tables
+from keras_ckpt.store.history import Fate, History, Past, Point
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.overview import Ranking, metric_names
-from keras_ckpt.store.record import CheckpointRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,18 +31,14 @@ _POINTS = 2000
 """The largest number of points of a drawn curve."""
 _SPAN = 100
 """The ratio of the largest and the smallest value from which the axis is logarithmic."""
+_REASONS = 100
+"""The largest number of marks that tell why their checkpoints stay or went, so that a page stays small."""
+_GONE = ("removed", "lost")
 _BARS = "▁▂▃▄▅▆▇█"
 _FEW = 3
 """The number of values from which bars tell more than the values."""
 _MOST, _LEAST = 40, 8
 """The letters of the name and the bars of a line, which fits 60 columns; the bars beside a long name."""
-
-
-class Point(NamedTuple):
-    """A value of the metric at a step; NaN where the metric was not a finite number."""
-
-    step: int
-    value: float
 
 
 class Mark(NamedTuple):
@@ -67,7 +64,7 @@ class Picture:
     Attributes:
         title: The run.
         metric: The name of the metric.
-        lines: The lines of the curve. A run that went back to an earlier step has several.
+        lines: The lines of the curve, each of one branch. A run that went back to an earlier step has several.
         marks: The checkpoints.
     """
 
@@ -113,39 +110,45 @@ class Picture:
         return [mark if math.isfinite(mark.value) else mark._replace(value=self.floor) for mark in marks]
 
 
-def of_listing(title: str, listing: Listing, ranking: Ranking, monitor: str | None = None) -> Picture:
-    """The picture of the checkpoints in a directory.
+def of_past(title: str, past: Past, listing: Listing, ranking: Ranking, monitor: str | None = None) -> Picture:
+    """The picture of a series.
 
     Args:
         title: The run.
-        listing: The directory.
+        past: Everything that is known of it.
+        listing: The checkpoints that are there.
         ranking: The best checkpoints, and the metric that decides.
         monitor: The metric. Defaults to the metric that decides, then to the first in the table.
+
+    Raises:
+        MonitorError: No step has the metric. The error names the metrics.
     """
-    records = listing.all_runs
-    metric = monitor or next(iter([*ranking.monitors, *metric_names(records, frozenset())]), "")
-    lines: list[list[Point]] = []
-    before = None
-    for record in records:
-        if before is None or record.run_id != before.run_id or record.step <= before.step:
-            lines.append([])
-        if metric in record.metrics:
-            lines[-1].append(Point(record.step, record.metrics[metric]))
-        before = record
-    best = ranking.best if metric in ranking.monitors else frozenset()
-    marks = [mark for record in records for mark in _of_record(metric, record, best)]
-    return Picture(title, metric, tuple(map(tuple, lines)), tuple(marks))
+    names = [*filter(None, [monitor]), *ranking.monitors, *metric_names(listing.records, frozenset())]
+    try:
+        history = past.history(next(iter(names), None))
+    except MonitorError:
+        if monitor:
+            raise
+        history = History(listing.path, "")
+    lines = itertools.groupby(history.points, lambda point: point.branch)
+    # Removed checkpoints of an earlier run are no part of this curve.
+    own = {record.run_id for record in listing.records[-1:]}
+    saves = [fate for fate in past.fates() if fate.record or (fate.state in _GONE and own <= {fate.facts.run_id})]
+    best = {record.identity for record in listing.records if record.step in ranking.best}
+    best = best if history.name in ranking.monitors else set()
+    marks = [_mark(fate, history.name, len(saves) <= _REASONS) for fate in saves]
+    pairs = zip(marks, saves, strict=True)
+    rings = [Mark("best", *mark[1:3], f"{mark.text}, best") for mark, fate in pairs if fate.facts.identity in best]
+    return Picture(title, history.name, tuple(tuple(line) for _, line in lines), (*marks, *rings))
 
 
-def _of_record(metric: str, record: CheckpointRecord, best: Set[int]) -> Iterator[Mark]:
-    value = record.metrics.get(metric, math.nan)
-    place = f"step {record.step}: {tables.metric(value)}"
-    if record.pin is None:
-        yield Mark("kept", record.step, value, f"{place}, kept")
-    else:
-        yield Mark("pinned", record.step, value, f"{place}, pinned{record.pin and ': '}{record.pin}")
-    if record.step in best:
-        yield Mark("best", record.step, value, f"{place}, best")
+def _mark(fate: Fate, metric: str, reasons: bool) -> Mark:
+    """The mark of a checkpoint."""
+    kind: Kind = "removed" if fate.record is None else "pinned" if fate.record.pinned else "kept"
+    value = fate.facts.metrics.get(metric, math.nan)
+    why = fate.why if reasons else ""
+    text = why if why.startswith(kind) else f"{kind}: {why}" if why else kind
+    return Mark(kind, fate.facts.step, value, f"step {fate.facts.step}: {tables.metric(value)}, {text}")
 
 
 def bars(picture: Picture) -> str:
@@ -155,7 +158,7 @@ def bars(picture: Picture) -> str:
 
     A character stands for the mean of the values in its part of the curve.
     """
-    points = [point for line in picture.lines for point in line]
+    points = [point for line in picture.lines for point in line if not point.branch]
     finite = [point.value for point in points if math.isfinite(point.value)]
     if len(finite) < _FEW or min(finite) == max(finite):
         return ""
@@ -187,7 +190,8 @@ def plot(picture: Picture, ax: Axes | None = None) -> Axes:
         ) from error
     axes = plt.subplots()[1] if ax is None else ax
     for line in picture.curve():
-        axes.plot(*_columns(line), color=GRAY, linewidth=1, alpha=0.6, zorder=1)
+        style = "dashed" if line[0].branch else "solid"
+        axes.plot(*_columns(line), color=GRAY, linewidth=1, alpha=0.6, linestyle=style, zorder=1)
     styles: dict[Kind, dict[str, Any]] = {
         "removed": {"facecolors": "none", "edgecolors": GRAY, "s": 20},
         "kept": {"color": BLUE, "s": 30},
@@ -304,15 +308,17 @@ def _grid(x: _Axis, names: Sequence[tuple[int, str]], left: int) -> Iterator[str
 
 
 def _curve(picture: Picture, x: _Axis, y: _Axis) -> Iterator[str]:
-    """The lines of the curve."""
-    path = ""
+    """The lines of the curve. A line that the run left again is dashed."""
+    paths = {"": "", ' stroke-dasharray="6 6"': ""}
     for line in picture.curve():
         places = [(x.place(point.step), y.place(point.value)) for point in line]
         # Differences of whole numbers are short.
         moves = " ".join(f"{b[0] - a[0]} {b[1] - a[1]}" for a, b in itertools.pairwise(places)) or "0 0"
-        path += f"M{places[0][0]} {places[0][1]}l{moves}".replace(" -", "-")
-    if path:
-        yield f'<path stroke="{GRAY}" stroke-width="2.5" stroke-linejoin="round" stroke-linecap="round" d="{path}"/>'
+        dashes = list(paths)[line[0].branch > 0]
+        paths[dashes] += f"M{places[0][0]} {places[0][1]}l{moves}".replace(" -", "-")
+    for dashes, path in paths.items():
+        if path:
+            yield f'<path stroke="{GRAY}" stroke-width="2.5" stroke-linejoin="round"{dashes} d="{path}"/>'
 
 
 _DOTS: dict[Kind, str] = {

@@ -193,6 +193,9 @@ class Past:
     Args:
         events: The events of its journal.
         listing: Its contents, read after the journal.
+
+    Attributes:
+        last: The last event of a training that the journal tells; `None` without a journal.
     """
 
     def __init__(self, events: Sequence[Event], listing: Listing) -> None:
@@ -203,6 +206,7 @@ class Past:
         self._fates: dict[tuple[str, int, int], Fate] = {}
         self._places: dict[tuple[str, int, int], _Place] = {}
         self._moves: list[Event] = []
+        self.last = next((event for event in reversed(events) if event.kind in _MOVES), None)
         for event in heapq.merge(_untold(events, listing.all_runs), events, key=operator.attrgetter("at")):
             self._take(event)
         for save, record in self._records.items():

@@ -20,6 +20,7 @@ import msgspec
 
 from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.record import CheckpointRecord, Count, Metric, Mode, from_json, to_json
 
 EventKind = Literal[
@@ -143,6 +144,12 @@ class Journal:
             size = min(place.size(layout.JOURNAL), _SIZE)
             return list(_events(place.read_range(layout.JOURNAL, 0, size)))
         return []
+
+    def stamp(self) -> Stamp | None:
+        """A stamp that differs once an event was appended; `None` without a journal."""
+        with contextlib.suppress(OSError), self._place() as place:
+            return place.stamp(layout.JOURNAL)
+        return None
 
     def remove(self) -> None:
         """Removes the journal."""

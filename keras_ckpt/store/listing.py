@@ -30,7 +30,7 @@ PIN_LIMIT = 4096
 """The largest size of a pin's reason in bytes."""
 _CHECKED = 16
 """The number of known checkpoints that each look reads again, in turns."""
-_TICK = 100_000_000
+TICK = 100_000_000
 """The nanoseconds within which a file system may give two changes of a directory the same time."""
 
 
@@ -153,7 +153,7 @@ class Known:
         self._forget(inodes)
         listing = _listed(folder, inodes.keys(), check, self)
         self._inodes, self._listing = inodes, listing
-        trusted = not listing.damaged and time.time_ns() - changed > _TICK
+        trusted = not listing.damaged and time.time_ns() - changed > TICK
         self._changed = changed if trusted else 0
         return listing
 

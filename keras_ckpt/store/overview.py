@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
+from keras_ckpt.store.journal import Event
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.policies import PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord
@@ -76,7 +77,7 @@ def of_directory(
         most: The largest number of rows of a complete table.
     """
     lines = [line for each in zip(listings, rankings, strict=True) for line in _lines(*each)]
-    rows = _shortened(lines, lambda line: line.record.pinned or "best" in line.marks, most)
+    rows = shortened(lines, lambda line: line.record.pinned or "best" in line.marks, most)
     records = [line.record for line in lines]
     shown = [row if isinstance(row, int) else row.record for row in rows]
     columns = [
@@ -105,7 +106,7 @@ def _lines(listing: Listing, ranking: Ranking) -> Iterator[_Line]:
 
 def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: Listing, ranking: Ranking) -> Table:
     """The table of a plan: each record, whether it stays, the reason and the bytes."""
-    rows = _shortened(decisions, lambda decision: decision.kept, ROWS)
+    rows = shortened(decisions, lambda decision: decision.kept, ROWS)
     records = [row if isinstance(row, int) else row.record for row in rows]
     columns = [
         *_facts(records, listing.records, ranking.monitors),
@@ -152,8 +153,8 @@ def of_runs(path: str, runs: Sequence[RunSummary], monitor: str | None, errors: 
         errors: The errors of folders that cannot be read, by path.
     """
     rows: list[RunSummary | int] = list(runs)
-    if len(runs) > _ROWS:
-        rows[_ROWS:] = [len(runs) - _ROWS]
+    if len(runs) > ROWS:
+        rows[ROWS:] = [len(runs) - ROWS]
     columns = [
         *_settings(rows, runs),
         _column(f"best {printable(monitor or '')}", rows, functools.partial(_best_value, monitor)),
@@ -177,7 +178,7 @@ def of_runs(path: str, runs: Sequence[RunSummary], monitor: str | None, errors: 
 
 def of_plans(policy: PreservationPolicy, plans: Sequence[tuple[str, PrunePlan]]) -> Table:
     """The table of a plan for several runs: the checkpoints that stay and go in each run, and the bytes."""
-    rows = _shortened(plans, lambda named: bool(named[1].removed))
+    rows = shortened(plans, lambda named: bool(named[1].removed), ROWS)
     columns = [
         _column("keep", rows, lambda named: _steps(named[1].kept), rank=_RunRank.STEP, words=True),
         _column("remove", rows, lambda named: _steps(named[1].removed), words=True),
@@ -270,7 +271,7 @@ def _value(name: str, record: CheckpointRecord) -> str:
     return metric(record.metrics.get(name))
 
 
-def metric_names(records: Iterable[CheckpointRecord], monitors: Set[str]) -> list[str]:
+def metric_names(records: Iterable[CheckpointRecord | Event], monitors: Set[str]) -> list[str]:
     """The names of all metrics: those that decide, validation, the others; each by the number of its records."""
     counts = collections.Counter(name for record in records for name in record.metrics)
     return sorted(counts, key=lambda name: (name not in monitors, not _is_validation(name), -counts[name], name))
@@ -280,7 +281,7 @@ def _is_validation(name: str) -> bool:
     return name.startswith("val_")
 
 
-def _shortened(rows: Sequence[_Row], matters: Callable[[_Row], bool], most: int) -> list[_Row | int]:
+def shortened(rows: Sequence[_Row], matters: Callable[[_Row], bool], most: int) -> list[_Row | int]:
     """The rows of a table; in a long table, the first, the newest and those that matter. A number stands for a gap."""
     if len(rows) <= most:
         return list(rows)

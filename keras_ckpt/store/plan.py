@@ -86,6 +86,7 @@ def resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkpo
     """
     modes = {name: mode for record in listing.records for name, mode in record.modes.items()}
     modes |= {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
+    known = sorted({name for record in listing.records for name in record.metrics})
 
     def mode_of(monitor: str) -> Mode:
         if monitor in modes:
@@ -95,9 +96,9 @@ def resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkpo
         )
 
     # An unknown metric is the worse mistake, so this error comes first.
-    refuse_unknown(policy, listing, unknown)
+    _refuse_unknown(policy, known, unknown)
     complete = policy.resolve(listing.records[-1].monitor, mode_of)
-    refuse_unknown(complete, listing, unknown)
+    _refuse_unknown(complete, known, unknown)
     return complete
 
 
@@ -113,9 +114,7 @@ def rank(listing: Listing, policy: PreservationPolicy) -> overview.Ranking:
     return overview.Ranking(complete.monitors, complete.select(listing.records))
 
 
-def refuse_unknown(policy: PreservationPolicy, listing: Listing, error: type[CheckpointError]) -> None:
-    """Raises an error if a policy ranks by a metric that no checkpoint has. The error names the metrics."""
-    known = sorted({name for record in listing.records for name in record.metrics})
+def _refuse_unknown(policy: PreservationPolicy, known: Sequence[str], error: type[CheckpointError]) -> None:
     for monitor in sorted(policy.monitors.difference(known)):
         close = difflib.get_close_matches(monitor, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -5,9 +5,11 @@ Each text from disk is escaped, and the page forbids a browser to load anything.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -15,19 +17,23 @@ import msgspec
 
 from keras_ckpt.store import drawing, overview, tables
 from keras_ckpt.store.drawing import Picture
+from keras_ckpt.store.history import Fate, Past
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.overview import Ranking
-from keras_ckpt.store.record import CheckpointRecord
-from keras_ckpt.store.tables import Column, Table, counted, metric, printable
+from keras_ckpt.store.record import CheckpointRecord, local_time
+from keras_ckpt.store.tables import Column, Table, counted, metric, printable, size
 from keras_ckpt.version import __version__
 
 ROWS = 100
 """The largest number of rows of the table, so that the page of a long run stays small."""
+_METRICS = 8
+"""The largest number of metrics in the table."""
+_COLORS = {"best": "green", "damaged": "red", "failed": "red", "removed": "gray", "lost": "gray", "skipped": "gray"}
 _LONG = 300
 """The largest length of one fact."""
 _STYLE = """
 :root{color-scheme:light dark}
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:64rem;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}
 h1{font-size:1.5rem;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin-top:2.5rem;overflow-wrap:anywhere}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1.2rem}
@@ -48,9 +54,10 @@ th,td{padding:.15rem .9rem .15rem 0;text-align:right;vertical-align:top;white-sp
 
 
 class Seen(NamedTuple):
-    """One series of a directory: its checkpoints, the best of them, and the picture."""
+    """One series of a directory: its checkpoints, its past, the best checkpoint, and the picture."""
 
     listing: Listing
+    past: Past
     ranking: Ranking
     picture: Picture
 
@@ -79,13 +86,18 @@ class View(tables.Shown):
         pictures = [drawing.svg(each.picture, style) for each in self.series if each.picture.values]
         return tables.html(self.table()) + "".join(pictures)
 
+    def has_ended(self, since: float) -> bool:
+        """Whether the journals tell of a training that was there after a time, and that it has ended."""
+        lasts = [each.past.last for each in self.series if each.past.last and each.past.last.at >= since]
+        return bool(lasts) and all(last.kind == "ended" for last in lasts)
+
     def _table(self) -> Table:
         return self.table()
 
     def table(self) -> Table:
         """The table of all series."""
-        listings, rankings, pictures = zip(*self.series, strict=True)
-        bars = drawing.bars(pictures[0]) if len(pictures) == 1 else ""
+        listings, rankings = [each.listing for each in self.series], [each.ranking for each in self.series]
+        bars = drawing.bars(self.series[0].picture) if len(self.series) == 1 else ""
         return overview.of_directory(self.title, listings, rankings, self.taken, self.further, bars, self.rows)
 
 
@@ -99,7 +111,8 @@ def page(view: View) -> bytes:
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
             f"<title>{_text(view.title)}</title><style>{_STYLE}</style><h1>{_text(view.title)}</h1>",
             *(_section(each, heading=len(view.series) > 1) for each in view.series),
-            f"{_grid(view.table())}<footer>keras_ckpt {_text(__version__)}</footer></html>\n",
+            *(f"<p>{escape(note)}" for note in view.table().notes),
+            f"<footer>keras_ckpt {_text(__version__)}</footer></html>\n",
         ]
     )
     return text.encode()
@@ -109,12 +122,14 @@ def _section(seen: Seen, heading: bool) -> str:
     facts = "".join(f"<dt>{_text(name)}<dd>{_text(_cut(fact))}" for name, fact in _facts(seen) if fact)
     head = f"<h2>{_text(seen.picture.title)}</h2>" if heading else ""
     picture = f"<div>{drawing.svg(seen.picture)}</div>" if seen.picture.values else ""
-    return f"<section>{head}<dl>{facts}</dl>{picture}</section>"
+    return f"<section>{head}<dl>{facts}</dl>{picture}{_grid(_saves(seen))}</section>"
 
 
 def _facts(seen: Seen) -> Iterator[tuple[str, str]]:
     """The names and the facts of the head of a page."""
     records = seen.listing.records
+    states = collections.Counter(fate.state for fate in seen.past.fates())
+    yield "saves", ", ".join(f"{count} {state}" for state, count in states.items())
     if not records:
         return
     newest = records[-1]
@@ -151,6 +166,37 @@ def _spread(records: Iterable[CheckpointRecord], name: str) -> str:
     return f"{statistics.median(times):.3g} ms (median), {max(times):.3g} ms (longest)" if times else ""
 
 
+def _saves(seen: Seen) -> Table:
+    """The table of all saves: of checkpoints that are there, of those that went, and of saves that were not made."""
+    best = {record.identity for record in seen.listing.records if record.step in seen.ranking.best}
+    fates = seen.past.fates()
+    rows = overview.shortened(fates, lambda fate: fate.record is not None, ROWS)
+    names = overview.metric_names([fate.facts for fate in fates], seen.ranking.monitors)[:_METRICS]
+
+    def column(name: str, fact: Callable[[Fate], str], *, gap: str = "", words: bool = False) -> Column:
+        cells = (gap.format(row) if isinstance(row, int) else printable(fact(row)) for row in rows)
+        return Column(printable(name), tuple(cells), words=words)
+
+    def state(fate: Fate) -> str:
+        return "best" if fate.facts.identity in best else fate.state
+
+    columns = [
+        column("step", lambda fate: str(fate.facts.step), gap="..."),
+        column("epoch", lambda fate: "" if fate.facts.epoch is None else str(fate.facts.epoch)),
+        *(column(name, functools.partial(_metric, name)) for name in names),
+        column("state", state, words=True),
+        column("why", lambda fate: fate.why, gap="... {} more", words=True),
+        column("size", lambda fate: size(fate.facts.size) if fate.facts.size else ""),
+        column("saved", lambda fate: f"{local_time(fate.facts.at):%Y-%m-%d %H:%M:%S}"),
+    ]
+    colors = tuple("" if isinstance(row, int) else _COLORS.get(state(row), "") for row in rows)
+    return Table("", tuple(column for column in columns if any(column.cells)), colors=colors)
+
+
+def _metric(name: str, fate: Fate) -> str:
+    return metric(fate.facts.metrics.get(name))
+
+
 def _grid(table: Table) -> str:
     """A table as short HTML, whose look the style of the page has."""
 
@@ -164,8 +210,7 @@ def _grid(table: Table) -> str:
 
     rows = "".join(row("td", cells, color) for color, cells in table.rows(table.columns))
     head = row("th", [column.name for column in table.columns])
-    notes = "".join(f"<p>{escape(note)}</p>" for note in table.notes)
-    return (f"<div><table>{head}{rows}</table></div>" if rows else "") + notes
+    return f"<div><table>{head}{rows}</table></div>" if rows else ""
 
 
 def _text(text: str) -> str:
