@@ -116,7 +116,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Excludes the loaded modules from garbage collections, each of which takes a second with TensorFlow."""
+    """Prepares a process with TensorFlow: its iterators end at once, and a collection of garbage takes no second.
+
+    The loaded modules are excluded from collections.
+    """
+    if "tensorflow" in sys.modules:
+        from support import iterators
+
+        iterators.end_at_once()
     gc.freeze()
 
 

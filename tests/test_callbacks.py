@@ -38,13 +38,13 @@ class Crashes(callbacks.Callback):
 
 
 def train(backup, *others, epochs=10, crash=None, initial=1, **options) -> keras.callbacks.History:
-    """Trains epochs of two batches with scripted values of `val_loss`, and with a backup if `backup` is a directory."""
+    """Trains epochs of one batch with scripted values of `val_loss`, and with a backup if `backup` is a directory."""
     keras.utils.set_random_seed(initial)
-    model = dense_model()
+    model = dense_model(optimizer="sgd")
     own = [] if backup is None else [kc.BackupAndRestore(backup, **options)]
     more = [] if crash is None else [Crashes(crash)]
     reports = Reports(val_loss=LOSSES + [9.0] * 20)
-    return fit(model, reports, *others, *own, *more, epochs=epochs, batches=2)
+    return fit(model, reports, *others, *own, *more, epochs=epochs, batches=1)
 
 
 def rate_of(epoch: int, rate: float) -> float:
@@ -102,7 +102,7 @@ def test_a_callback_of_keras_ends_as_without_a_crash(tmp_path, backup, name, cra
 
     def run(callback, *others, seed=1):
         keras.utils.set_random_seed(seed)
-        model = dense_model(optimizer=keras.optimizers.Adam(**options))
+        model = dense_model(optimizer=keras.optimizers.SGD(momentum=0.9, **options))
         history = fit(model, Reports(val_loss=LOSSES), callback, *others, epochs=len(LOSSES), batches=2)
         return history, model
 

@@ -549,7 +549,7 @@ ORDERS = (IN_ORDER, IN_ANY_ORDER, RENAMES_IN_TWO)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_crash_loses_no_acknowledged_checkpoint(memory, tally, long, dice, name) -> None:
     """After a crash at any moment each visible checkpoint is whole, and recovery removes all leftovers."""
-    harness = Harness(memory, name, tally, 20_000 if long else 8, dice)
+    harness = Harness(memory, name, tally, 20_000 if long else 4, dice)
     for order in ORDERS:
         harness.crash(harness.recording, order)
 
@@ -599,7 +599,7 @@ SYNCS = {
 @pytest.mark.parametrize("site", SYNCS)
 def test_every_sync_is_needed(memory, site) -> None:
     """The harness finds a wrong state where a sync is dropped."""
-    harness = Harness(memory, SYNCS[site], collections.Counter(), 16, random.Random(site))
+    harness = Harness(memory, SYNCS[site], collections.Counter(), 4, random.Random(site))
     first = [operation.site for operation in harness.recording.log].index(site)
 
     with contextlib.suppress(SaveError):  # the recovery may say itself that something is wrong

@@ -186,7 +186,7 @@ def test_an_error_at_any_call_loses_nothing(memory, tally, long, dice, name) -> 
     """Once, for that function from then on, or for all: what was there stays, and the next save works."""
     sweep = Sweep(memory, tally, three_checkpoints(memory / "run"), ACTIONS[name])
 
-    sweep.fail_everywhere(dice, common=1 if long else 0.4, other=1 if long else 0.02)
+    sweep.fail_everywhere(dice, common=1 if long else 0.2, other=1 if long else 0.02)
 
     sweep.verify()
     assert tally["errors"] > tally["trials"] / 4
@@ -204,7 +204,7 @@ def test_an_error_in_a_recovery_loses_nothing(memory, tally, long, dice, name) -
         if moment % every == offset:
             before = recording.promise(moment).before
             sweep = Sweep(memory, tally, disk.whole(), lambda runs: Writer(runs).open(), before)
-            sweep.fail_everywhere(dice, common=1 if long else 0.4, other=0.1 if long else 0)
+            sweep.fail_everywhere(dice, common=1 if long else 0.2, other=0.1 if long else 0)
 
             sweep.verify()
 

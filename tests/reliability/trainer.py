@@ -34,7 +34,14 @@ def keras_station(prepare: Callable[[], object]) -> concurrent.futures.ProcessPo
     """A process without threads, to fork trainers from once it is prepared. All such processes import Keras once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["keras", "sklearn.datasets"])
-    return concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=prepare)
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_prepare, initargs=(prepare,))
+
+
+def _prepare(prepare: Callable[[], object]) -> None:
+    from support import iterators
+
+    iterators.end_at_once()
+    prepare()
 
 
 class Noise:
