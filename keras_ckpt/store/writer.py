@@ -26,7 +26,6 @@ from keras_ckpt.store.journal import Event, of_record
 from keras_ckpt.store.listing import Known, Listing, amend, examine
 from keras_ckpt.store.locks import WriterLock
 from keras_ckpt.store.notices import warn
-from keras_ckpt.store.plan import decide
 from keras_ckpt.store.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.store.record import REASON_LIMIT, CheckpointFile, CheckpointRecord, Mode, superseded
 
@@ -362,7 +361,7 @@ class Writer:
         """
         with self._explaining("The checkpoint is saved, but older ones could not be removed from"):
             doomed = [] if listing.newer else self.unkept(listing)
-            reasons = self._reasons(listing) if doomed else {}
+            reasons = _reasons(self.keep, _of_newest_run(listing)) if doomed and self.keep else {}
             commit.remove(folder, listing, doomed)
         return [Change("removed", record, reasons.get(record, _OTHER_RUN)) for record in doomed]
 
@@ -374,10 +373,6 @@ class Writer:
         doomed = [record for record in listing.all_runs if record.run_id in self.replaced - run_ids]
         doomed += [record for record in own if record.step not in kept]
         return [record for record in doomed if not record.pinned]
-
-    def _reasons(self, listing: Listing) -> dict[CheckpointRecord, str]:
-        """The policy's reason for each checkpoint of the newest run."""
-        return {each.record: each.reason for each in decide(self.keep, _of_newest_run(listing))} if self.keep else {}
 
     @contextlib.contextmanager
     def explaining(self, step: int) -> Iterator[None]:
@@ -465,7 +460,7 @@ class Writer:
         records = [*(record for record in own if record.step != candidate.step), candidate]
         for policy in (self.keep, self.only):
             if policy is not None and candidate.step not in kept_in_training(policy, records):
-                return next(each.reason for each in decide(policy, records) if each.record is candidate)
+                return _reasons(policy, records)[candidate]
         return ""
 
     def _pinned(self, listing: Listing, record: CheckpointRecord) -> str:
@@ -522,6 +517,15 @@ def _of_newest_run(listing: Listing) -> list[CheckpointRecord]:
     """The checkpoints that a policy sees."""
     run_ids = {record.run_id for record in listing.records[-1:]}
     return [record for record in listing.records if record.run_id in run_ids]
+
+
+def _reasons(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> dict[CheckpointRecord, str]:
+    """The policy's reason for each checkpoint."""
+    try:
+        verdicts = policy.explain(records)
+        return {record: verdicts[record.step].reason for record in records}
+    except Exception:  # noqa: BLE001 - a policy of the user's own that fails to explain itself must not fail a save
+        return dict.fromkeys(records, repr(policy))
 
 
 def _succession(record: CheckpointRecord, successor: CheckpointRecord) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from keras_ckpt.store import tables
 from keras_ckpt.store.policies import PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode
 
@@ -51,14 +52,21 @@ class Improvements(PreservationPolicy):
         return frozenset((self.monitor,))
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
-        selected: set[int] = set()
+        return {step for step, why in self._judged(records) if not why}
+
+    def why_not(self, records: Sequence[CheckpointRecord]) -> dict[int, str]:
+        return {step: why for step, why in self._judged(records) if why}
+
+    def _judged(self, records: Sequence[CheckpointRecord]) -> Iterator[tuple[int, str]]:
+        """For each step the reason why it is no improvement, `""` for an improvement."""
         best: float | None = None
         for record in records:
-            value = record.finite(self.monitor)
+            value, why = record.finite(self.monitor), ""
             if value is None:
-                continue
-            if improves(value, best, self.mode, self.min_delta or 0.0):
-                selected.add(record.step)
-            if improves(value, best, self.mode):
+                why = f"{self.monitor} is {tables.metric(record.metrics.get(self.monitor)) or 'missing'}"
+            elif not improves(value, best, self.mode, self.min_delta or 0.0):
+                margin = f" by {self.min_delta:g}" if self.min_delta else ""
+                why = f"{tables.metric(value)} does not beat {tables.metric(best)}{margin}"
+            if value is not None and improves(value, best, self.mode):
                 best = value
-        return selected
+            yield record.step, why

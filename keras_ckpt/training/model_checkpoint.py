@@ -501,7 +501,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
             self._write(request, saved)
         else:
-            why = f"{self.monitor} does not beat initial_value_threshold={self.initial_value_threshold}"
+            why = f"initial_value_threshold={self.initial_value_threshold} is not beaten"
+            if self._beats_threshold(metrics.get(self.monitor)):  # a subclass decides
+                why = "_should_save_model() refused it"
             self._current().note("skipped", metrics=metrics, why=why)
             handler(Outcome(None))
         self._lines.tell()

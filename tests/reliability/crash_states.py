@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.layout import JOURNAL
 from support.functions import call_at
 
 Place: TypeAlias = tuple[int, str]
@@ -114,9 +115,14 @@ class Recorder:
 
     def _add(self, kind: str, place: str, **more: str | bytes) -> None:
         path = os.path.relpath(place, self.root)
-        # Nothing ever depends on whether a lock's file is there; without them there are fewer states.
-        if path.split("/")[0] != ".." and not (path.startswith(PRIVATE) and path.endswith(("/lock", "/mutex"))):
+        # Nothing ever depends on a lock's file or on the journal; without them there are fewer states.
+        if path.split("/")[0] != ".." and not _is_ignored(path):
             self.log.append(Operation(kind, path, **more))
+
+
+def _is_ignored(path: str) -> bool:
+    folder, name = os.path.split(path)
+    return name == JOURNAL or (folder.startswith(PRIVATE) and name in ("lock", "mutex"))
 
 
 def _opened(descriptor: int) -> str:
@@ -282,8 +288,9 @@ def _snapshot(tree: Tree, contents: dict[int, bytes], folder: int) -> Snapshot:
 
 
 def read(path: pathlib.Path) -> Snapshot:
-    """What a directory holds."""
-    names = (name for name in sorted(os.listdir(path)) if PRIVATE not in path.parts or name not in ("lock", "mutex"))
+    """What a directory holds, without locks and journals."""
+    place = str(pathlib.Path(*path.parts[path.parts.index(PRIVATE) :])) if PRIVATE in path.parts else ""
+    names = (name for name in sorted(os.listdir(path)) if not _is_ignored(os.path.join(place, name)))
     return {
         name: read(path / name) if stat.S_ISDIR((path / name).lstat().st_mode) else (path / name).read_bytes()
         for name in names

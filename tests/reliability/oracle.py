@@ -15,6 +15,7 @@ from keras_ckpt.store import commit
 from keras_ckpt.store.checks import check_files
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import PRIVATE, Folder
+from keras_ckpt.store.layout import JOURNAL
 from keras_ckpt.store.policies import PreservationPolicy, kept_in_training
 from keras_ckpt.store.record import CheckpointRecord
 from reliability.trainer import Job
@@ -124,7 +125,7 @@ def _leftovers(path: str) -> dict[str, int]:
     """Files that belong to no checkpoint, and are no lock."""
     records = list(CheckpointDirectory(path))
     known = {file.name for record in records for file in record.files} | {f"{record.name}.json" for record in records}
-    known |= {"checkpoint", PRIVATE, *(f"{PRIVATE}/{name}" for name in ("lock", "mutex", "trash"))}
+    known |= {"checkpoint", JOURNAL, PRIVATE, *(f"{PRIVATE}/{name}" for name in ("lock", "mutex", "trash"))}
     found = {str(file.relative_to(path)) for file in pathlib.Path(path).rglob("*")} - known
     return _found("leftovers", sorted(found)) if found else {}
 
