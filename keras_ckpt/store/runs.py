@@ -198,7 +198,7 @@ class Runs(tables.Shown):
         try:
             import pandas as pd
         except ImportError as error:
-            raise ImportError(f"to_pandas() needs a package: pip install pandas ({error})") from error
+            raise ImportError(f"to_pandas() needs pandas. Install it: pip install pandas ({error})") from error
         return pd.json_normalize(self.facts())
 
     def plan(self, keep: PreservationPolicy | int) -> RunsPlan:
