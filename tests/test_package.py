@@ -78,7 +78,9 @@ def imported(code: str) -> set[str]:
         "".join(f"import keras_ckpt.{name}\n" for name in [*PURE, *named("store")]),
         "import keras_ckpt as kc\nruns = kc.CheckpointDirectory({path!r})\nrepr(runs), runs._repr_html_()\n"
         "runs.pin(10), runs.unpin(10), runs.add_metrics(10, x=1.0), runs.best('loss', 'min')\n"
-        "print(runs.plan(kc.BestN(1, 'loss', 'min') | kc.EveryNHours(1)))\nruns.prune(kc.LatestN(1)), runs.clear()",
+        "print(runs.plan(kc.BestN(1, 'loss', 'min') | kc.EveryNHours(1)))\n"
+        "print(kc.Runs({path!r}), kc.Runs({path!r}).best(), kc.Runs({path!r}).plan(1))\n"
+        "runs.prune(kc.LatestN(1)), runs.clear()",
         "from click.testing import CliRunner\nfrom keras_ckpt.cli import main\n"
         "for command in (['ls'], ['ls', '--json'], ['best'], ['verify']):\n"
         "    assert CliRunner().invoke(main, [*command, {path!r}]).exit_code == 0\n",

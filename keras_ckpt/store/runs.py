@@ -215,7 +215,7 @@ class Runs(tables.Shown):
         policy = given_policy(keep)
         plans = []
         for run in self:
-            with _naming(run):
+            with _naming(run), contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 plans.append(run.plan(policy))
         return RunsPlan(self.path, policy, tuple(plans))
 
