@@ -65,6 +65,11 @@ class TestStartFromEpoch:
 
         assert steps(runs) == [3]
 
+    def test_the_journal_tells_that_a_save_came_too_early(self, runs) -> None:
+        train(runs.path, [0.1, 0.5], start_from_epoch=1)
+
+        assert "start_from_epoch=1" in runs.why(1)
+
     def test_verbose_prints_no_line_about_the_earlier_epochs(self, tmp_path, capsys) -> None:
         train(tmp_path / "best.keras", [0.1, 0.5, 0.4], save_best_only=True, start_from_epoch=1, verbose=1)
 
@@ -104,6 +109,7 @@ class TestMinDelta:
         train(runs.path, values, mode=mode, save_best_only=True, min_delta=0.25, keep=kc.EveryNSteps(1))
 
         assert steps(runs) == kept
+        assert f"{values[1]:g} does not beat 1 by more than 0.25" in runs.why(2)
 
     def test_the_best_is_read_from_the_disk_in_the_next_fit(self, runs) -> None:
         """Nothing about the best is kept in memory."""
@@ -155,6 +161,7 @@ def test_the_improvements_stay_the_same_when_newer_checkpoints_come(losses, more
     found = selection(policy, records)
 
     assert selection(policy, records[:-1]) == found - {len(records)}
+    assert policy.why_not(records).keys() == {record.step for record in records} - found
     for record in records:
         value = record.finite("loss")
         earlier = [each.finite("loss") for each in records[: record.step - 1]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from keras_ckpt.store import tables
 from keras_ckpt.store.policies import PreservationPolicy
@@ -52,21 +52,28 @@ class Improvements(PreservationPolicy):
         return frozenset((self.monitor,))
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
-        return {step for step, why in self._judged(records) if not why}
+        return {record.step for record, best in self._with_best(records) if self._beats(record, best)}
 
-    def why_not(self, records: Sequence[CheckpointRecord]) -> dict[int, str]:
-        return {step: why for step, why in self._judged(records) if why}
+    def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
+        reasons = {}
+        for record, best in self._with_best(records):
+            value = tables.metric(record.metrics.get(self.monitor))
+            if record.finite(self.monitor) is None:
+                reasons[record.step] = f"{self.monitor} is {value or 'missing'}"
+            elif not self._beats(record, best):
+                by = f" by more than {self.min_delta:g}" if self.min_delta else ""
+                reasons[record.step] = f"{value} does not beat {tables.metric(best)}{by}"
+        return reasons
 
-    def _judged(self, records: Sequence[CheckpointRecord]) -> Iterator[tuple[int, str]]:
-        """For each step the reason why it is no improvement, `""` for an improvement."""
+    def _beats(self, record: CheckpointRecord, best: float | None) -> bool:
+        value = record.finite(self.monitor)
+        return value is not None and improves(value, best, self.mode, self.min_delta or 0.0)
+
+    def _with_best(self, records: Sequence[CheckpointRecord]) -> Iterator[tuple[CheckpointRecord, float | None]]:
+        """Each record with the best value before it, oldest first."""
         best: float | None = None
-        for record in records:
-            value, why = record.finite(self.monitor), ""
-            if value is None:
-                why = f"{self.monitor} is {tables.metric(record.metrics.get(self.monitor)) or 'missing'}"
-            elif not improves(value, best, self.mode, self.min_delta or 0.0):
-                margin = f" by {self.min_delta:g}" if self.min_delta else ""
-                why = f"{tables.metric(value)} does not beat {tables.metric(best)}{margin}"
+        for record in sorted(records, key=lambda record: record.sequence):
+            yield record, best
+            value = record.finite(self.monitor)
             if value is not None and improves(value, best, self.mode):
                 best = value
-            yield record.step, why

@@ -301,9 +301,16 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._warn_of_no_epochs()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        if self._should_save_on_batch(batch) and self._current_epoch >= self.start_from_epoch:
+        if self._should_save_on_batch(batch) and not self._warms_up():
             self._save_within(batch, logs)
         self._hooks.call()
+
+    def _warms_up(self) -> bool:
+        """Whether a save that is due is skipped, because its epoch comes too early."""
+        early = self._current_epoch < self.start_from_epoch
+        if early:
+            self._current().note("skipped", why=f"start_from_epoch={self.start_from_epoch}")
+        return early
 
     def _save_within(self, batch: int, logs: Logs) -> None:
         """Saves within an epoch, or lets the save wait for the epoch's end."""
@@ -325,7 +332,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         with self._score.added_to(logs or {}) as scored:
             self._check_metrics(scored)
             self._current().note("epoch", metrics=metrics_in(scored))
-            if reasons and epoch >= self.start_from_epoch:
+            if reasons and not self._warms_up():
                 self._reason = ", ".join(reasons)
                 self._save_model(epoch, None, scored)
         self._hooks.call()
