@@ -6,9 +6,11 @@ A look once a second asks the file system for a few times. The run is read when 
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +87,9 @@ class Watch:
         self._path = run.path
         self._stopped = threading.Event()
         shown = views(run, rows, self._stopped, since=time.time())
-        show: Callable[..., Any] = display
-        place = show(next(shown), display_id=True)
-        self._thread = threading.Thread(target=self._follow, args=(shown, place), name="keras_ckpt-watch", daemon=True)
+        show: Callable[..., Any] = functools.partial(display, display_id=f"keras_ckpt-{uuid.uuid4().hex}")
+        show(next(shown))
+        self._thread = threading.Thread(target=_follow, args=(shown, show), name="keras_ckpt-watch", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
@@ -98,6 +100,7 @@ class Watch:
         self._stopped.set()
         self._thread.join()
 
-    def _follow(self, shown: Iterator[Shown], place: Any) -> None:
-        for view in shown:
-            place.update(view)
+
+def _follow(shown: Iterator[Shown], show: Callable[..., Any]) -> None:
+    for view in shown:
+        show(view, update=True)
