@@ -24,6 +24,8 @@ from .model.report import RestoreReport as RestoreReport
 from .model.restoring import restore as restore
 from .resume.backup_and_restore import BackupAndRestore as BackupAndRestore
 from .resume.resumable_dataset import ResumableDataset as ResumableDataset
+from .store.bounds import MaxBytes as MaxBytes
+from .store.bounds import MaxCount as MaxCount
 from .store.directory import Change as Change
 from .store.directory import CheckpointDirectory as CheckpointDirectory
 from .store.directory import Verification as Verification
@@ -32,6 +34,10 @@ from .store.history import History as History
 from .store.history import Point as Point
 from .store.journal import Event as Event
 from .store.listing import Listing as Listing
+from .store.periods import Daily as Daily
+from .store.periods import KeepWithin as KeepWithin
+from .store.periods import Monthly as Monthly
+from .store.periods import Weekly as Weekly
 from .store.plan import Decision as Decision
 from .store.plan import PrunePlan as PrunePlan
 from .store.policies import BestN as BestN

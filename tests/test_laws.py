@@ -13,7 +13,9 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keras_ckpt.store.bounds import MaxBytes, MaxCount
 from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.periods import Daily, KeepWithin, Monthly, Weekly
 from keras_ckpt.store.policies import (
     BestN,
     EveryNEpochs,
@@ -24,7 +26,7 @@ from keras_ckpt.store.policies import (
     kept_in_training,
     selection,
 )
-from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.runs import payload
 
@@ -46,11 +48,23 @@ simple = st.one_of(
     st.integers(1, 12).map(EveryNSteps),
     counts.map(EveryNEpochs),
     st.sampled_from([0.25, 1, 2.5, 24]).map(EveryNHours),
+    st.builds(lambda kind, n: kind(n), st.sampled_from([Daily, Weekly, Monthly]), counts),
+    st.sampled_from(["30 min", "2 h", "1 day", "6 weeks"]).map(KeepWithin),
     st.builds(EverySecondOfAKind),
 )
-policies = st.one_of(
+unbounded = st.one_of(
     simple, st.builds(lambda a, b: a | b, simple, simple), st.builds(lambda a, b, c: a | b | c, *[simple] * 3)
 )
+bounds = st.one_of(st.integers(1, 16).map(MaxBytes), counts.map(MaxCount))
+bounded = st.one_of(
+    bounds,
+    st.builds(lambda a, b: a & b, unbounded, bounds),
+    st.builds(lambda a, b, c: a & b & c, unbounded, bounds, bounds),
+)
+policies = st.one_of(unbounded, bounded)
+
+
+files = st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["", "", "shared"])), max_size=3)
 
 
 @st.composite
@@ -69,6 +83,11 @@ def records(draw, steps):
                 # Hours that repeat, jump, and go back.
                 time=3600.0 * max(0.0, sequence + draw(st.sampled_from([0, 0, 0, -0.5, -3, 5, -1000, 1000]))),
                 pin=draw(st.sampled_from([None, None, None, "", "a reason"])),
+                # Some files are shared with other checkpoints, and no two files of other sizes are.
+                files=tuple(
+                    CheckpointFile(f"ckpt-{step}.{place}", size, f"{shared or step} {place} {size}")
+                    for place, (size, shared) in enumerate(draw(files))
+                ),
             )
         )
     return drawn
@@ -145,7 +164,7 @@ def test_pruning_twice_equals_pruning_once(policy, saved):
     assert prune(policy, once) == once
 
 
-@given(policies, policies, histories_with_repeats)
+@given(unbounded, unbounded, histories_with_repeats)
 def test_a_union_is_commutative_and_keeps_exactly_what_its_policies_keep(first, second, saved):
     """Law 3, and a union keeps no other records."""
     present = saved_last(saved)
@@ -171,12 +190,12 @@ def test_law_4_holds_for_steps_saved_again_if_the_policy_ignores_metrics_and_tim
 
 @given(policies, histories)
 def test_a_record_once_not_selected_is_never_selected_again(policy, saved):
-    """Law 5: newer records bring no older record back."""
+    """Law 5: newer records bring no older record back. A pinned record does not go, so a bound may select it later."""
     rejected: set[int] = set()
     for count in range(1, len(saved) + 1):
         selected = policy.select(saved[:count])
         assert not rejected & selected
-        rejected |= {record.step for record in saved[:count]} - selected
+        rejected |= {record.step for record in saved[:count] if not (policy.bounds and record.pinned)} - selected
 
 
 @given(policies, histories_with_repeats, st.randoms())
@@ -201,12 +220,54 @@ def test_a_policy_explains_each_record_as_it_selects(policy, saved):
 
     assert {step for step, verdict in verdicts.items() if verdict.kept} == policy.select(present)
     assert verdicts.keys() == {record.step for record in present}
-    for part in policy.parts:
+    for part in [] if policy.bounds else policy.parts:
         if not isinstance(part, EverySecondOfAKind):
             assert part.why_not(present).keys() == verdicts.keys() - part.select(present)
 
 
-@given(policies, histories_with_repeats)
+def exceeds(bound, present):
+    """Whether records exceed a bound, where each file counts once."""
+    if isinstance(bound, MaxCount):
+        return len(present) > bound.n
+    return sum({file.digest: file.size for record in present for file in record.files}.values()) > bound.size
+
+
+@settings(max_examples=50)
+@given(bounded, histories)
+def test_a_bound_holds_or_one_checkpoint_is_left(policy, saved):
+    """Pinned records count, and stay. In training the bound holds too, while nothing can be ranked."""
+    for keep in (selection, kept_in_training):
+        present = []
+        for record in saved:
+            present.append(record)
+            kept = keep(policy, present)
+            present = [each for each in present if each.step in kept or each.pinned]
+
+            over = any(exceeds(bound, present) for bound in policy.bounds)
+            assert not over or sum(not each.pinned for each in present) <= 1
+
+
+@settings(max_examples=50)
+@given(unbounded, bounds, histories)
+def test_a_bound_keeps_the_newest_checkpoint_that_the_policy_keeps(policy, bound, saved):
+    """However large it is."""
+    newest = {record.step for record in saved[-1:]}
+
+    assert newest & policy.select(saved) <= (policy & bound).select(saved)
+    assert newest <= bound.select(saved)
+
+
+@settings(max_examples=50)
+@given(unbounded, histories_with_repeats)
+def test_a_bound_that_nothing_exceeds_changes_nothing(policy, saved):
+    present = saved_last(saved)
+
+    assert (policy & MaxCount(14) & MaxBytes("1 kB")).select(present) == policy.select(present)
+    assert (policy & MaxCount(14)).explain(present) == policy.explain(present)
+
+
+@settings(max_examples=50)
+@given(unbounded, histories_with_repeats)
 def test_training_keeps_at_least_what_the_policy_keeps(policy, saved):
     """Before a metric has values, training keeps more records, never fewer."""
     present = saved_last(saved)

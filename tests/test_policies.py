@@ -2,9 +2,12 @@
 
 import datetime
 import math
+import time
 
 import pytest
 
+from keras_ckpt.store.bounds import MaxCount
+from keras_ckpt.store.periods import Daily, KeepWithin, Monthly, Weekly
 from keras_ckpt.store.policies import (
     BestN,
     EveryNEpochs,
@@ -17,6 +20,7 @@ from keras_ckpt.store.policies import (
     missing,
     selection,
 )
+from keras_ckpt.store.quantities import as_seconds
 from keras_ckpt.store.record import CheckpointRecord
 from support.runs import history, steps
 
@@ -66,11 +70,101 @@ def test_every_n_hours_counts_a_clock_that_was_set_back() -> None:
     assert EveryNHours(2).select(records) == {1, 2, 3, 5}
 
 
+def saved_at(*times: str) -> list[CheckpointRecord]:
+    """Records with the steps 1, 2, 3 and so on, saved at these times in UTC."""
+    stamps = [datetime.datetime.fromisoformat(f"{time}+00:00").timestamp() for time in times]
+    return [CheckpointRecord(sequence=step, step=step, time=stamp) for step, stamp in enumerate(stamps, 1)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "times", "kept"),
+    [
+        (Daily(2), ["2026-11-28T23:59:59", "2026-11-29T00:00:00", "2026-11-29T12:00", "2026-12-01T01:00"], "2 4"),
+        (Daily(9), ["2026-11-29T01:00", "2026-11-29T02:00", "2026-11-30T00:30"], "1 3"),
+        # A Sunday and a Monday; the last days of a year are in the first week of the next.
+        (Weekly(2), ["2026-11-22T10:00", "2026-11-23T10:00", "2026-11-29T23:00", "2026-11-30T01:00"], "2 4"),
+        (Weekly(9), ["2025-12-29T10:00", "2026-01-04T10:00", "2026-01-05T10:00"], "1 3"),
+        (Monthly(1), ["2026-10-31T23:59", "2026-11-01T00:00", "2026-11-30T10:00"], "2"),
+        (Monthly(9), ["2025-11-30T10:00", "2026-11-01T10:00", "2026-11-02T10:00"], "1 2"),
+        # A clock that was set back: the first is the first that was saved.
+        (Daily(1), ["2026-11-29T12:00", "2026-11-29T10:00", "2026-11-28T10:00"], "1"),
+        (KeepWithin("2 days"), ["2026-11-27T09:59", "2026-11-27T10:00", "2026-11-29T10:00"], "2 3"),
+        (KeepWithin("36h"), ["2026-11-27T09:00", "2026-11-28T00:00", "2026-11-29T10:00"], "2 3"),
+        (KeepWithin(datetime.timedelta(minutes=1)), ["2026-11-29T10:00", "2026-11-29T10:02", "2026-11-29T10:00"], "2"),
+    ],
+)
+def test_keeps_by_the_calendar(policy: PreservationPolicy, times: list[str], kept: str) -> None:
+    """The first of each of the newest periods that have a checkpoint, or all of the last time of training."""
+    assert policy.select(saved_at(*times)) == steps(kept)
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/Los_Angeles"])
+def test_days_are_those_of_utc_everywhere(monkeypatch, zone: str) -> None:
+    """Two machines in two time zones must agree about a directory that they share."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        assert Daily(9).select(saved_at("2026-11-29T00:10", "2026-11-29T23:50", "2026-11-30T00:10")) == {1, 3}
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_policies_by_the_calendar_say_why_a_step_is_not_selected() -> None:
+    records = saved_at("2026-10-01T10:00", "2026-11-23T10:00", "2026-11-29T10:00", "2026-11-29T11:30")
+
+    assert Daily(2).why_not(records) == {1: "2026-10-01 is the 3rd newest day", 4: "3 is the first of 2026-11-29"}
+    assert Weekly(1).why_not(records) == {
+        1: "2026-W40 is the 2nd newest week",
+        3: "2 is the first of 2026-W48",
+        4: "2 is the first of 2026-W48",
+    }
+    assert Monthly(1).why_not(records)[1] == "2026-10 is the 2nd newest month"
+    assert KeepWithin("1 h").why_not(records) == {1: "59.1 d before 4", 2: "6.06 d before 4", 3: "1.5 h before 4"}
+
+
+def test_a_time_beyond_the_calendar_is_in_its_last_day() -> None:
+    """A sidecar may have any time."""
+    records = [CheckpointRecord(sequence=step, step=step, time=time) for step, time in [(1, 1e9), (2, 1e300)]]
+
+    assert Daily(1).select(records) == Weekly(1).select(records) == Monthly(1).select(records) == {2}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90 s", 90),
+        ("5min", 300),
+        ("2h", 7200),
+        ("2d", 172800),
+        ("1 Week", 604800),
+        ("1.5 hours", 5400),
+        ("1 day", 86400),
+    ],
+)
+def test_a_time_is_a_text_with_a_unit(text: str, seconds: float) -> None:
+    """Capitals and spaces have no meaning."""
+    assert as_seconds(text, "KeepWithin") == seconds
+
+
+@pytest.mark.parametrize(
+    ("age", "error"),
+    [
+        ("2", ValueError), ("days", ValueError), ("2 months", ValueError), ("-2 d", ValueError), ("0 d", ValueError),
+        (datetime.timedelta(0), ValueError), (2, TypeError), (None, TypeError),
+    ],
+)  # fmt: skip
+def test_a_wrong_time_is_refused_at_construction(age: object, error: type[Exception]) -> None:
+    """The error shows the received value and an example."""
+    with pytest.raises(error, match=r"KeepWithin expected a time above 0, such as '2 days'.* Received: "):
+        KeepWithin(age)
+
+
 def test_the_order_of_the_list_does_not_matter() -> None:
     """The order of saving is in the records; the order of the list has no meaning."""
     records = history("30:1 10:2 20:3")
 
-    for policy in (LatestN(1), BestN(1, "loss", "min"), EveryNSteps(20), EveryNHours(2)):
+    for policy in (LatestN(1), BestN(1, "loss", "min"), EveryNSteps(20), EveryNHours(2), Daily(1), MaxCount(2)):
         assert selection(policy, records) == selection(policy, records[::-1])
 
 
@@ -115,7 +209,7 @@ def test_every_n_hours_says_that_a_clock_was_set_back() -> None:
     assert EveryNHours(2).why_not(records) == {2: "1.5 h before 1", 3: "45 s before 1"}
 
 
-@pytest.mark.parametrize("policy", [LatestN, BestN, EveryNSteps, EveryNEpochs])
+@pytest.mark.parametrize("policy", [LatestN, BestN, EveryNSteps, EveryNEpochs, Daily, Weekly, Monthly])
 @pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), ("3", TypeError)])
 def test_a_wrong_count_is_refused_at_construction(policy: type, n: object, error: type[Exception]) -> None:
     """n=0, n=-1, n=True and n="3" are errors that show the received value."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
+from keras_ckpt.store.bounds import excess
 from keras_ckpt.store.journal import Event
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.policies import PreservationPolicy
@@ -122,6 +123,8 @@ def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: 
     summary = f"{kept} kept, {len(removed)} removed, which frees {size(sum(removed))}"
     colors = _colors(rows, lambda decision: "green" if decision.kept else "red")
     notes = [summary if decisions else _absence([listing])]
+    if text := excess(policy, (decision.record for decision in decisions if decision.kept)):
+        notes.append(f"the newest and the pinned stay: {text}")
     if listing.other_runs:
         notes.append(f"of an earlier run, left alone: {few([record.name for record in listing.other_runs])}")
     return Table(f"keep {printable(repr(policy))}", _used(columns), (*notes, *_notes([listing])), colors)

@@ -3,19 +3,30 @@
 A policy reads no clock and no file. `a | b` keeps each checkpoint that `a` or `b` keeps. A policy never selects a
 record again that it once did not select, however many newer records come. Therefore pruning after every save ends
 where pruning once at the end ends.
+
+`policy & bound` comes last, and is in the module `bounds`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keras_ckpt.errors import MonitorError
 from keras_ckpt.store import tables
 from keras_ckpt.store.record import CheckpointRecord, Mode
+
+if TYPE_CHECKING:
+    from keras_ckpt.store.bounds import Bound
+
+Select = Callable[["PreservationPolicy", Sequence[CheckpointRecord]], set[int]]
+"""The selection of a policy, by itself or by a rule beside it."""
 
 
 class Verdict(NamedTuple):
@@ -81,10 +92,33 @@ class PreservationPolicy:
         """The metrics that the policy ranks by."""
         return frozenset()
 
+    def preferred(self, records: Sequence[CheckpointRecord]) -> list[int]:
+        """The selected steps in the order of their worth, by which a bound decides: the newest first."""
+        selected = selection(self, records)
+        return [record.step for record in reversed(oldest_first(records)) if record.step in selected]
+
+    def within(self, records: Sequence[CheckpointRecord], select: Select) -> set[int]:
+        """The steps that `select` keeps within the bounds of this policy."""
+        return select(self, records)
+
     @property
     def parts(self) -> tuple[PreservationPolicy, ...]:
-        """The policies that `|` joined into this policy; otherwise only the policy itself."""
+        """The policies that `|` joined into this policy, without bounds; otherwise only the policy itself."""
         return (self,)
+
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """The bounds that `&` put on this policy."""
+        return ()
+
+    @property
+    def unranked(self) -> PreservationPolicy | None:
+        """What is left of this policy while nothing can be ranked: its bounds. `None` keeps everything."""
+        return None
+
+    def bounding(self, policy: PreservationPolicy) -> PreservationPolicy:
+        """The result of `policy & self`. Only a bound has one."""
+        raise TypeError(f"`&` bounds a policy by MaxBytes or MaxCount. Received: {policy!r} & {self!r}")
 
     def resolve(self, monitor: str | None, mode_of: Callable[[str], Mode]) -> PreservationPolicy:
         """This policy with its open arguments filled in.
@@ -104,11 +138,23 @@ class PreservationPolicy:
     def __or__(self, other: PreservationPolicy) -> PreservationPolicy:
         if not isinstance(other, PreservationPolicy):
             raise TypeError(f"`|` joins a policy with another policy. Received: {other!r}")
+        if bounds := (*self.bounds, *other.bounds):
+            policies = [part for part in (*self.parts, *other.parts) if part not in bounds]
+            joined = [functools.reduce(operator.or_, policies)] if policies else []
+            raise TypeError(
+                "A bound comes last and bounds the whole. Python evaluates `&` before `|`, so brackets are needed. "
+                f"Write {functools.reduce(operator.and_, (*joined, *bounds))!r}. Received: {self!r} | {other!r}"
+            )
         return _AnyOf((*self.parts, *(part for part in other.parts if part not in self.parts)))
+
+    def __and__(self, bound: PreservationPolicy) -> PreservationPolicy:
+        if not isinstance(bound, PreservationPolicy):
+            raise TypeError(f"`&` bounds a policy by MaxBytes or MaxCount. Received: {self!r} & {bound!r}")
+        return bound.bounding(self)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class _Counted(PreservationPolicy):
+class CountedPolicy(PreservationPolicy):
     """A policy with a number of at least 1."""
 
     n: int
@@ -122,7 +168,7 @@ class _Counted(PreservationPolicy):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class LatestN(_Counted):
+class LatestN(CountedPolicy):
     """Keeps the `n` newest checkpoints, in the order of saving.
 
     Example:
@@ -136,16 +182,16 @@ class LatestN(_Counted):
     """
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
-        return {record.step for record in _oldest_first(records)[-self.n :]}
+        return {record.step for record in oldest_first(records)[-self.n :]}
 
     def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
-        steps = [record.step for record in _oldest_first(records)]
+        steps = [record.step for record in oldest_first(records)]
         newer = [str(step) for step in steps[: -self.n - 1 : -1]]
         return dict.fromkeys(steps[: -self.n], f"{_and(newer)} {'is' if self.n == 1 else 'are'} newer")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class BestN(_Counted):
+class BestN(CountedPolicy):
     """Keeps the `n` best checkpoints by a metric.
 
     With equal values, the earlier checkpoint is better. A checkpoint whose metric is missing, NaN or infinite is never
@@ -195,8 +241,12 @@ class BestN(_Counted):
             if value is None or not math.isfinite(value)
         }
         for place, step in enumerate(self._ranked(records)[self.n :], self.n + 1):
-            reasons[step] = f"{tables.metric(values[step])} is {_ordinal(place)}"
+            reasons[step] = f"{tables.metric(values[step])} is {tables.ordinal(place)}"
         return reasons
+
+    def preferred(self, records: Sequence[CheckpointRecord]) -> list[int]:
+        """The selected steps, the best first."""
+        return self._ranked(records)[: self.n]
 
     def _ranked(self, records: Sequence[CheckpointRecord]) -> list[int]:
         """The steps of the records with a finite value, the best first."""
@@ -212,7 +262,7 @@ class BestN(_Counted):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class EveryNSteps(_Counted):
+class EveryNSteps(CountedPolicy):
     """Keeps, for each multiple of `n` steps, the first checkpoint at or after it and before the next multiple.
 
     Zero is also a multiple: the first checkpoint of a run stays.
@@ -243,7 +293,7 @@ class EveryNSteps(_Counted):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class EveryNEpochs(_Counted):
+class EveryNEpochs(CountedPolicy):
     """Keeps, for each multiple of `n` epochs, the first checkpoint at or after it and before the next multiple.
 
     Zero is also a multiple: the first checkpoint of a run stays. A checkpoint whose epoch is not known is not kept.
@@ -321,7 +371,7 @@ class EveryNHours(PreservationPolicy):
     def _last(self, records: Sequence[CheckpointRecord]) -> Iterator[tuple[CheckpointRecord, CheckpointRecord]]:
         """Each record with the last that is kept then, which may be the record itself."""
         last: CheckpointRecord | None = None
-        for record in _oldest_first(records):
+        for record in oldest_first(records):
             if last is None or abs(record.time - last.time) >= self.hours * 3600:
                 last = record
             yield record, last
@@ -346,6 +396,10 @@ class _AnyOf(PreservationPolicy):
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
         return set().union(*(selection(policy, records) for policy in self.policies))
+
+    def preferred(self, records: Sequence[CheckpointRecord]) -> list[int]:
+        """The selected steps of the first policy, then those of the second, and so on."""
+        return list(itertools.chain.from_iterable(policy.preferred(records) for policy in self.policies))
 
     def __repr__(self) -> str:
         return " | ".join(repr(policy) for policy in self.policies)
@@ -372,7 +426,7 @@ def selection(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -
         TypeError: The policy did not return steps.
         ValueError: The policy returned steps of no record.
     """
-    records = _oldest_first(records)
+    records = oldest_first(records)
     answer = policy.select(records)
     try:
         selected = set(answer)
@@ -389,15 +443,20 @@ def selection(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -
 
 def is_known(policy: PreservationPolicy) -> bool:
     """Whether all parts are this package's policies: a record unselected among few stays unselected among more."""
-    return all(type(part) in (LatestN, BestN, EveryNSteps, EveryNEpochs, EveryNHours) for part in policy.parts)
+    return all(type(part).__module__.startswith("keras_ckpt.") for part in policy.parts)
 
 
 def kept_in_training(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> set[int]:
     """The steps to keep during training: the policy's selection, and more while the policy cannot rank.
 
     A policy that ranks by a metric without values would delete all records. Until a record has the metric, all records
-    of an epoch's end stay. Once the metric is known to be missing, all records stay.
+    of an epoch's end stay. Once the metric is known to be missing, all records stay. Bounds hold in any case.
     """
+    return policy.within(records, _selection_or_more)
+
+
+def _selection_or_more(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> set[int]:
+    """The steps to keep during training, without bounds."""
     selected = selection(policy, records)
     for monitor in policy.monitors:
         if missing(monitor, records):
@@ -414,7 +473,8 @@ def missing(monitor: str, records: Sequence[CheckpointRecord]) -> bool:
     return any(name.startswith(kind) for name in measured) and not any(monitor in record.metrics for record in records)
 
 
-def _oldest_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
+def oldest_first(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
+    """Records in the order of saving."""
     return sorted(records, key=lambda record: record.sequence)
 
 
@@ -430,9 +490,3 @@ def _and(words: Sequence[str]) -> str:
     """A list of words in a sentence, of which a long one is cut."""
     shown = [*words[:2], f"{len(words) - 2} more"] if len(words) > 3 else words
     return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
-
-
-def _ordinal(place: int) -> str:
-    """A place in a ranking, such as `4th`."""
-    endings = {1: "st", 2: "nd", 3: "rd"}
-    return f"{place}{'th' if place % 100 in (11, 12, 13) else endings.get(place % 10, 'th')}"

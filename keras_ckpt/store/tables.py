@@ -170,6 +170,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
+def ordinal(place: int) -> str:
+    """A place in a ranking, such as `4th`."""
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{place}{'th' if place % 100 in (11, 12, 13) else endings.get(place % 10, 'th')}"
+
+
 def printable(value: str) -> str:
     """Text from disk with control characters escaped, which a terminal would act on."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in value)

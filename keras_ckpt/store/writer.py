@@ -20,6 +20,7 @@ import msgspec
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
 from keras_ckpt.store import commit, layout, tables
 from keras_ckpt.store import record as sidecars
+from keras_ckpt.store.bounds import excess
 from keras_ckpt.store.directory import Change, CheckpointDirectory
 from keras_ckpt.store.files import Folder, UnfinishedError
 from keras_ckpt.store.journal import Event, of_record
@@ -182,6 +183,7 @@ class Writer:
         self.only = only
         self.replaced: Set[str] = frozenset()
         self.known_pins: set[str] = set()
+        self._has_excess = False
         self._lock: WriterLock | None = None
         self._session: object = None
         self._known = Known()
@@ -363,16 +365,30 @@ class Writer:
             doomed = [] if listing.newer else self.unkept(listing)
             reasons = _reasons(self.keep, _of_newest_run(listing)) if doomed and self.keep else {}
             commit.remove(folder, listing, doomed)
+        self._warn_of_excess(listing, doomed)
         return [Change("removed", record, reasons.get(record, _OTHER_RUN)) for record in doomed]
 
     def unkept(self, listing: Listing) -> list[CheckpointRecord]:
         """The checkpoints to prune: those of a replaced run, and those that nothing keeps, oldest first."""
         own = _of_newest_run(listing)
         kept = {record.step for record in own} if self.keep is None else kept_in_training(self.keep, own)
-        run_ids = {record.run_id for record in own}
-        doomed = [record for record in listing.all_runs if record.run_id in self.replaced - run_ids]
+        replaced = self.replaced - {record.run_id for record in own}
+        doomed = [record for record in listing.all_runs if record.run_id in replaced]
         doomed += [record for record in own if record.step not in kept]
         return [record for record in doomed if not record.pinned]
+
+    def _warn_of_excess(self, listing: Listing, doomed: Sequence[CheckpointRecord]) -> None:
+        """Warns once that the checkpoints left exceed a bound of the policy."""
+        if self.keep is None or self._has_excess:
+            return
+        gone = {record.step for record in doomed}
+        text = excess(self.keep, (record for record in _of_newest_run(listing) if record.step not in gone))
+        if text:
+            self._has_excess = True
+            warn(
+                f"The checkpoints in {listing.path} have {text}: the newest and the pinned stay. Unpin some, or allow "
+                "more."
+            )
 
     @contextlib.contextmanager
     def explaining(self, step: int) -> Iterator[None]:
@@ -514,9 +530,8 @@ def _sealed(stage: Folder, candidate: CheckpointRecord, request: SaveRequest, wr
 
 
 def _of_newest_run(listing: Listing) -> list[CheckpointRecord]:
-    """The checkpoints that a policy sees."""
-    run_ids = {record.run_id for record in listing.records[-1:]}
-    return [record for record in listing.records if record.run_id in run_ids]
+    """The records of the run of the newest checkpoint, which alone a policy sees."""
+    return [record for record in listing.records if record.run_id == listing.records[-1].run_id]
 
 
 def _reasons(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> dict[CheckpointRecord, str]:

@@ -265,8 +265,9 @@ class Session(Generic[Held]):
             first.save(owner)
 
     def rank(self, ranks: bool) -> None:
-        """Applies the policies, or keeps everything while the metric to rank by is missing."""
-        self._writer.keep, self._writer.only = self._policies if ranks else (None, None)
+        """Applies the policies, or keeps everything within their bounds while the metric to rank by is missing."""
+        keep, only = self._policies
+        self._writer.keep, self._writer.only = (keep, only) if ranks else (keep and keep.unranked, None)
 
     def skips(self) -> bool:
         """Whether to skip a save now, because it would wait for a save of an earlier step.
