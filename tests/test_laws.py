@@ -277,15 +277,16 @@ def test_training_keeps_at_least_what_the_policy_keeps(policy, saved):
 
 @given(policies, histories)
 def test_in_training_too_pruning_after_every_save_ends_where_pruning_once_ends(policy, saved):
-    """Law 4 for a callback, if the first record has the metrics that the policy ranks by."""
-    first = CheckpointRecord(sequence=1, step=1000, metrics={"loss": 1.0, "accuracy": 1.0}, epoch=0, batch=0)
+    """Law 4 for a callback, if the first record has the metrics that the policy ranks by. A pin keeps that record."""
+    metrics = {"loss": 1.0, "accuracy": 1.0}
+    first = CheckpointRecord(sequence=1, step=1000, metrics=metrics, epoch=0, batch=0, pin="")
     later = [msgspec.structs.replace(record, sequence=record.sequence + 1) for record in saved]
 
     present = []
     for record in [first, *later]:
         present = append(present, record)
         kept = kept_in_training(policy, present)
-        present = [each for each in present if each.step in kept or each.pinned or each is first]
+        present = [each for each in present if each.step in kept or each.pinned]
 
     kept = kept_in_training(policy, [first, *later])
-    assert present == [each for each in [first, *later] if each.step in kept or each.pinned or each is first]
+    assert present == [each for each in [first, *later] if each.step in kept or each.pinned]
