@@ -613,7 +613,7 @@ def test_tensorflow_survives_what_is_not_refused(many, tmp_path, long, tally) ->
         waiting.clear()
 
     @settings(
-        max_examples=100_000 if long else 2000,
+        max_examples=100_000 if long else 1000,
         phases=[Phase.generate],
         deadline=None,
         database=None,
@@ -642,4 +642,4 @@ def test_tensorflow_survives_what_is_not_refused(many, tmp_path, long, tally) ->
     with Folder(tmp_path) as folder:
         check()
     let_tensorflow_read()
-    assert tally["accepted"] > 50
+    assert tally["accepted"] > tally["trials"] / 40
