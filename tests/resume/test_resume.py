@@ -31,6 +31,7 @@ def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
     return [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", script.ROWS)
 def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, tally, long, dice, name) -> None:
     """The kill comes at each batch in turn in the long form, at a random batch in the short form.
@@ -64,6 +65,7 @@ def test_a_run_that_is_killed_often_ends_as_if_it_were_not(station, whole, tally
 CODES = {signal.SIGTERM: -signal.SIGTERM, signal.SIGUSR1: -signal.SIGUSR1, signal.SIGINT: 130}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["Arrays", "Pipeline"])
 def test_a_run_that_is_asked_to_end_has_all_that_it_trained(station, whole, tally, long, dice, name) -> None:
     """At random moments, in validation and between epochs too; the exit code is that of the signal.
