@@ -237,13 +237,37 @@ def test_prune_prints_json(runs) -> None:
         (["--keep-every-hours", 2], [10, 30]),
         (["--keep-every-epochs", 1], [10]),
         (["--keep-every-epochs", 1, "--keep-latest", 1], [10, 40]),
+        (["--keep-daily", 7], [10]),
+        (["--keep-weekly", 4], [10]),
+        (["--keep-monthly", 12], [10]),
+        (["--keep-within", "1h"], [30, 40]),
+        (["--keep-every-steps", 20, "--max-count", 2], [20, 40]),
+        (["--max-bytes", "26 B"], [30, 40]),
+        (["--max-bytes", "39B", "--max-count", "2"], [30, 40]),
     ],
 )
 def test_prune_has_an_option_for_each_policy(runs, options, kept) -> None:
-    """Several options keep the union."""
+    """Several options keep the union, as many of it as fit."""
     run("prune", runs.path, *options)
 
     assert [record.step for record in runs] == kept
+
+
+def test_a_bound_of_prune_drops_by_the_order_of_the_options(runs) -> None:
+    """The newest stays, and then those that the first option keeps."""
+    best, steps = ["--keep-best", 1], ["--keep-every-steps", 30]
+
+    plans = [json.loads(run("prune", runs.path, *options, "--max-count", 2, "-n", "--json")) for options in (
+        [*best, *steps], [*steps, *best],
+    )]  # fmt: skip
+
+    assert [plan["policy"] for plan in plans] == [
+        "(BestN(1, 'loss', 'min') | EveryNSteps(30)) & MaxCount(2)",
+        "(EveryNSteps(30) | BestN(1, 'loss', 'min')) & MaxCount(2)",
+    ]
+    kept = [[each["step"] for each in plan["checkpoints"] if each["kept"]] for plan in plans]
+    assert kept == [[20, 30], [10, 30]]
+    assert "over 2 checkpoints when step 30 came" in run("prune", runs.path, *best, *steps, "--max-count", 2, "-n")
 
 
 def test_pin_sets_a_reason_and_unpin_removes_the_pin(runs) -> None:
@@ -462,6 +486,10 @@ def test_best_of_an_empty_directory_exits_with_1(tmp_path) -> None:
         ["prune", "{run}", "--keep-latest", 1, "--monitor", "loss"],
         ["best", "{run}", "--mode", "up"],
         ["prune", "{run}", "--keep-every-hours", "nan"],
+        ["prune", "{run}", "--keep-within", "2"],
+        ["prune", "{run}", "--keep-latest", 1, "--max-bytes", "5 potatoes"],
+        ["prune", "{run}", "--max-count", 0],
+        ["prune", "{run}", "--max-bytes", "1 GB", "--monitor", "loss"],
         ["pin", "{run}", 10, "x" * 5000],
         ["ls", "gs://bucket/run"],
         ["show", "{run}"],

@@ -19,9 +19,11 @@ import msgspec
 from keras_ckpt.cli import arguments
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, MonitorError, PlanError
 from keras_ckpt.store import layout
+from keras_ckpt.store.bounds import MaxBytes, MaxCount
 from keras_ckpt.store.directory import CheckpointDirectory, Verification
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import PIN_LIMIT, Listing
+from keras_ckpt.store.periods import Daily, KeepWithin, Monthly, Weekly
 from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, Mode, encodable_metadata, members
@@ -32,6 +34,20 @@ from keras_ckpt.version import __version__
 
 _LEAST, _AROUND = 6, 12
 """The smallest number of rows of a watched table, and the lines of a terminal that are no rows."""
+_KEEP: Mapping[str, Any] = {
+    "keep_latest": LatestN,
+    "keep_best": BestN,
+    "keep_every_steps": EveryNSteps,
+    "keep_every_epochs": EveryNEpochs,
+    "keep_every_hours": EveryNHours,
+    "keep_daily": Daily,
+    "keep_weekly": Weekly,
+    "keep_monthly": Monthly,
+    "keep_within": KeepWithin,
+}
+"""The policies of the options of `prune`, which `|` joins."""
+_BOUNDS: Mapping[str, Any] = {"max_bytes": MaxBytes, "max_count": MaxCount}
+"""The bounds of the options of `prune`."""
 
 
 class _Group(click.Group):
@@ -108,6 +124,12 @@ def best(paths: Sequence[str], monitor: str | None, mode: Mode | None, form: str
 @click.option("--keep-every-steps", type=int, metavar="N", help="Keep one checkpoint every N steps.")
 @click.option("--keep-every-epochs", type=int, metavar="N", help="Keep one checkpoint every N epochs.")
 @click.option("--keep-every-hours", type=float, metavar="H", help="Keep one checkpoint every H hours.")
+@click.option("--keep-daily", type=int, metavar="N", help="Keep the first of each of the N newest days.")
+@click.option("--keep-weekly", type=int, metavar="N", help="Keep the first of each of the N newest weeks.")
+@click.option("--keep-monthly", type=int, metavar="N", help="Keep the first of each of the N newest months.")
+@click.option("--keep-within", metavar="TIME", help="Keep those of the last TIME of the run, such as 2d or 36h.")
+@click.option("--max-bytes", metavar="SIZE", help="Of these keep as many as fit into SIZE, such as 50GB.")
+@click.option("--max-count", type=int, metavar="N", help="Of these keep at most N.")
 @arguments.monitor
 @arguments.mode
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan, and remove nothing.")
@@ -115,38 +137,32 @@ def best(paths: Sequence[str], monitor: str | None, mode: Mode | None, form: str
 @arguments.form("quiet", "json")
 def prune(
     paths: Sequence[str],
-    keep_latest: int | None,
-    keep_best: int | None,
-    keep_every_steps: int | None,
-    keep_every_epochs: int | None,
-    keep_every_hours: float | None,
     monitor: str | None,
     mode: Mode | None,
     dry_run: bool,
     yes: bool,
     form: str | None,
+    **rules: Any,
 ) -> None:
     """Remove the checkpoints of each PATH that no --keep option keeps. Pinned checkpoints stay.
 
-    A PATH that holds no run itself means each run below it. At a terminal, the command prints its plan and asks.
+    A PATH that holds no run itself means each run below it. --max-bytes and --max-count bound what all --keep options
+    keep together, by the order of these options. Without a --keep option they keep the newest that fit. At a terminal,
+    the command prints its plan and asks.
 
     Example: keras-ckpt prune runs/digits --keep-latest 1 --keep-best 1 --monitor val_loss --mode min --dry-run
     """
-    if keep_best is None and (monitor or mode):
+    if rules["keep_best"] is None and (monitor or mode):
         raise click.UsageError("--monitor and --mode define the ranking of --keep-best N. --keep-best is missing.")
-    kinds: Mapping[Any, Any] = {
-        LatestN: keep_latest,
-        functools.partial(BestN, monitor=monitor, mode=mode): keep_best,
-        EveryNSteps: keep_every_steps,
-        EveryNEpochs: keep_every_epochs,
-        EveryNHours: keep_every_hours,
-    }
+    best = functools.partial(BestN, monitor=monitor, mode=mode)
     with _arguments():
-        policies: list[PreservationPolicy] = [kind(value) for kind, value in kinds.items() if value is not None]
-    if not policies:
+        policies = _policies({**_KEEP, "keep_best": best}, rules)
+        bounds = _policies(_BOUNDS, rules)
+    union = [functools.reduce(operator.or_, policies)] if policies else []
+    if not (union or bounds):
         raise click.UsageError("Give a --keep option, for example --keep-latest 3. To remove everything, use clear.")
-    directories = map(_or_runs_below, _whole(*paths))
-    plans: list[Any] = [(runs, runs.plan(functools.reduce(operator.or_, policies))) for runs in directories]
+    policy = functools.reduce(operator.and_, [*union, *bounds])
+    plans: list[Any] = [(runs, runs.plan(policy)) for runs in map(_or_runs_below, _whole(*paths))]
     for _, plan in plans:
         _report(form, plan, functools.partial(_plan_facts, plan))
     if dry_run:
@@ -157,6 +173,11 @@ def prune(
         click.confirm(f"Remove {counted(planned, 'checkpoint')}?", abort=True)
     removed = sum(len(runs.prune(plan)) for runs, plan in plans)
     _say(form, f"Removed {counted(removed, 'checkpoint')}.")
+
+
+def _policies(kinds: Mapping[str, Any], rules: Mapping[str, Any]) -> list[PreservationPolicy]:
+    """The policies of the options that were given, in the order of the command line."""
+    return [kinds[name](value) for name, value in rules.items() if value is not None and name in kinds]
 
 
 @main.command()

@@ -72,10 +72,10 @@ class Bound(PreservationPolicy):
 class MaxBytes(Bound):
     """Bounds the bytes on disk of the checkpoints that a policy keeps.
 
-    A file that checkpoints share counts once. If the checkpoints do not fit, the bound drops the last of this order
-    until they do: the newest checkpoint, then those of the first policy, then those of the second, and so on. Of
-    `BestN` the best come first, of any other policy the newest. The first of the order stays, however large it is.
-    Pinned checkpoints stay, and count. Alone, the bound keeps the newest checkpoints that fit.
+    A file that checkpoints share counts once. If the checkpoints do not fit, the bound drops the last of an order until
+    they do. The newest checkpoint is the first of the order, and stays, however large it is. Those of the first policy
+    follow, then those of the second, and so on. `BestN` puts its best first, any other policy its newest. Pinned
+    checkpoints stay, and count. Alone, the bound keeps the newest checkpoints that fit.
 
     Example:
 

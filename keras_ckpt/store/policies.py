@@ -113,7 +113,7 @@ class PreservationPolicy:
 
     @property
     def unranked(self) -> PreservationPolicy | None:
-        """What is left of this policy while nothing can be ranked: its bounds. `None` keeps everything."""
+        """The policy while nothing can be ranked: the bounds alone. `None` keeps everything."""
         return None
 
     def bounding(self, policy: PreservationPolicy) -> PreservationPolicy:

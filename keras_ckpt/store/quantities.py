@@ -21,7 +21,7 @@ def as_bytes(value: object, name: str) -> int:
 
     Args:
         value: The number or the text.
-        name: What the number is for, in an error.
+        name: The name of the argument, for an error.
 
     Raises:
         TypeError, ValueError: The value is no size.
