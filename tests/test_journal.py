@@ -276,6 +276,7 @@ def test_why_is_the_reason_of_the_plan_at_that_time(tmp_path, dice, long) -> Non
 def check_reasons(path: pathlib.Path, dice: random.Random) -> None:
     """Plans before each save of a random run, and compares what the run tells at its end."""
     keep = functools.reduce(operator.or_, dice.sample(POLICIES, dice.randint(1, 3)))
+    path.mkdir()  # a plan measures files there, also before the first save
     runs = kc.CheckpointDirectory(path)
     writer = Writer(runs, keep)
     reasons: dict[int, str] = {}
