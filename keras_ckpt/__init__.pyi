@@ -17,6 +17,7 @@ from .formats.difference import LayerDifference as LayerDifference
 from .formats.variables import Variables as Variables
 from .formats.variables import load_variables as load_variables
 from .model.difference import diff as diff
+from .model.evaluating import evaluate as evaluate
 from .model.exporting import export as export
 from .model.loading import load_model as load_model
 from .model.position import initial_epoch as initial_epoch

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -61,6 +63,17 @@ def set_position(model: keras.Model, position: Position | None, with_optimizer: 
     current = companion(model, _Current)
     current.position = position
     current.optimizer = _optimizer(model) if position and with_optimizer else None
+
+
+@contextlib.contextmanager
+def keeping_position(model: keras.Model) -> Iterator[None]:
+    """Gives a model its position back at the end of the block."""
+    current = companion(model, _Current)
+    before = dataclasses.replace(current)
+    try:
+        yield
+    finally:
+        vars(current).update(vars(before))
 
 
 def initial_epoch(model: keras.Model) -> int:

@@ -196,7 +196,7 @@ class _Transfer:
             for name, value in before.items():
                 backend.assign(variables[name], value)
             raise
-        _retrace(self._model)
+        retrace(self._model)
 
     def _restore_object(self, name: str, each: Any, entry: Learned, read: Mapping[str, backend.Tensor]) -> None:
         """Restores the learned state of an object."""
@@ -237,7 +237,7 @@ def _set_position(model: keras.Model, record: CheckpointRecord | None, request: 
     set_position(model, position, with_optimizer=not request.weights_only)
 
 
-def _retrace(model: keras.Model) -> None:
+def retrace(model: keras.Model) -> None:
     """Makes a model trace its functions again: a traced function may hold an old learned state as a constant."""
     for kind in ("train", "test", "predict"):
         if getattr(model, f"{kind}_function", None) is not None:

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -487,6 +487,31 @@ class CheckpointDirectory(tables.Shown):
             record = self._find(listing, step)
             amend(folder, msgspec.structs.replace(record, metrics={**record.metrics, **added}))
         self.note(of_record("metrics", record, metrics=added, by=user()))
+
+    def evaluate(self, model: Any, data: Any, prefix: str = "test_", **options: Any) -> dict[int, dict[str, float]]:
+        """Evaluates each checkpoint on data, and adds the metrics to its sidecar.
+
+        The same as `keras_ckpt.evaluate(model, directory, data)`, which describes the arguments and errors.
+
+        Example:
+
+        ```python
+        runs.evaluate(model, (x_test, y_test))
+        print(runs.best("test_accuracy", mode="max"))
+        ```
+
+        Args:
+            model: A compiled and built model that the checkpoints fit. Afterwards it is as it was.
+            data: The data, in a form of `validation_data` of `fit`.
+            prefix: The prefix of the names of the metrics.
+            **options: Arguments of `model.evaluate`.
+
+        Returns:
+            The metrics that this call has added, by step.
+        """
+        import keras_ckpt  # a model needs TensorFlow, which nothing else here needs
+
+        return keras_ckpt.evaluate(model, self, data, prefix, **options)
 
     def clear(self, *, pinned: bool = False) -> list[int]:
         """Removes all checkpoints of the directory, so that another run can begin in it.
