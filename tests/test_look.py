@@ -31,6 +31,7 @@ from keras_ckpt.store.drawing import Mark, Picture
 from keras_ckpt.store.history import Point
 from keras_ckpt.store.journal import Event
 from keras_ckpt.store.record import CheckpointFile, encode
+from support.runs import Filler
 from test_series import save as save_file
 
 HOSTILE = "<script>alert('1')</script>&\"\x1b[31m\u202e"
@@ -311,6 +312,18 @@ class TestTheReport:
         assert "\x1b" not in page
         assert "\u202e" not in page
 
+    def test_tells_why_checkpoints_went_and_which_saves_failed(self, filler) -> None:
+        run = filler.save("10:0.9 20:0.5 30:0.4", keep=kc.LatestN(1), monitor="loss", mode="min")
+        run.note(Event(kind="failed", step=40, run_id="run", error="No space left on device"))
+
+        page = reported(run)
+
+        reason = next(fate.why for fate in run.fates() if fate.facts.step == 20)
+        assert f"step 20: 0.5, removed: {reason}" in titles(page)
+        assert re.search(rf"20.*0\.5.*removed.*{re.escape(reason)}", Page(page).text)
+        assert "saves2 removed, 1 kept, 1 failed" in Page(page).text
+        assert "errorsstep 40: No space left on device" in Page(page).text
+
     def test_names_what_is_damaged(self, run) -> None:
         (pathlib.Path(run.path) / "ckpt-30.index").write_bytes(b"")
 
@@ -384,6 +397,56 @@ class TestTheSparkline:
         [line] = [line for line in repr(runs).splitlines() if line.startswith("loss")]
 
         assert line == "loss  100 ▁▁▁▁▁▂▂▂▂▃▃▃▃▃▄▄▄▄▅▅▅▅▅▆▆▆▆▇▇▇▇▇████ 299"
+
+
+@pytest.fixture
+def search(tmp_path) -> kc.Runs:
+    """Three runs, one without the metric of the others."""
+    for name, words in {"a": "10:0.9 20:0.5", "b <&>": "10:0.9 20:0.1", "c": "10 20"}.items():
+        Filler(tmp_path / "search" / name).save(words, monitor="loss", mode="min")
+    return kc.Runs(tmp_path / "search")
+
+
+class TestSeveralRuns:
+    """`Runs.plot` and `Runs.report`: small plots beside each other, the best run first."""
+
+    def test_have_axes_of_one_scale(self, search) -> None:
+        first, second = search.plot()
+
+        assert [first.get_title(), second.get_title()] == ["b <&>", "a"]
+        assert first.get_ylim() == second.get_ylim()
+        assert first.get_legend()
+        assert not second.get_legend()
+
+    def test_of_a_metric_that_no_run_has_are_refused(self, search) -> None:
+        with pytest.raises(kc.CheckpointNotFoundError, match="nothing to plot"):
+            search.plot("accuracy")
+
+    def test_are_a_table_and_small_drawings_in_a_report(self, search, tmp_path) -> None:
+        search.report(tmp_path / "report.html")
+
+        page = (tmp_path / "report.html").read_text()
+        assert Page(page).tags >= {"table", "svg"}
+        assert re.findall("<figcaption>(.*?)</figcaption>", page) == ["b &lt;&amp;&gt;", "a"]
+        drawings = [ET.fromstring(svg) for svg in re.findall("<svg.*?</svg>", page)]
+        places = [svg.findall("g")[1].findall("path")[0].get("d") for svg in drawings]
+        assert places[0] == places[1]  # the first values are equal, and so are their places
+
+    def test_are_reported_by_the_command(self, search, tmp_path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+
+        result = CliRunner().invoke(main, ["report", "search"])
+
+        assert (result.exit_code, result.output) == (0, "Wrote report.html.\n")
+        assert "<figcaption>" in (tmp_path / "report.html").read_text()
+
+    def test_of_a_search_of_40_runs_are_those_of_the_best_24(self, tmp_path) -> None:
+        for number in range(40):
+            fill(kc.CheckpointDirectory(tmp_path / str(number)), {10: 1 + number / 40, 20: 0.5})
+
+        kc.Runs(tmp_path).report(tmp_path / "report.html")
+
+        assert (tmp_path / "report.html").read_text().count("<svg") == 24
 
 
 class Ticks(threading.Event):

@@ -252,9 +252,11 @@ def watch(path: str) -> None:
 def report(path: str, output: str, form: str | None) -> None:
     """Write a report of PATH: one page of HTML with facts, the plot, and the table of the checkpoints.
 
+    The page of a PATH that holds no run itself has the runs below it.
+
     Example: keras-ckpt report runs/digits -o report.html
     """
-    (runs,) = _directories(path)
+    (runs,) = map(_or_runs_below, _directories(path))
     runs.report(output)
     _say(form, f"Wrote {output}.")
 

@@ -33,7 +33,7 @@ from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.plan import PrunePlan, decide, rank, resolved
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
 from keras_ckpt.store.record import CheckpointRecord, Mode, as_metric
-from keras_ckpt.store.report import ROWS, Seen, View, page
+from keras_ckpt.store.report import ROWS, Seen, View, page, write
 from keras_ckpt.store.watching import Watch
 
 if TYPE_CHECKING:
@@ -618,10 +618,7 @@ class CheckpointDirectory(tables.Shown):
         """
         if not os.path.isdir(self.path):
             raise CheckpointNotFoundError(f"There is no directory {self.path}.")
-        content = page(self.look(ROWS))
-        folder, name = os.path.split(os.path.abspath(file))
-        with _naming(folder), Folder(folder) as place, place.replacing(name) as written:
-            written.write(memoryview(content))
+        write(file, page(self.look(ROWS)))
 
     def watch(self, rows: int = 10) -> Watch:
         """Shows the table and the plot of the run in a notebook, and again after each change.

@@ -87,8 +87,7 @@ class Picture:
     @property
     def log(self) -> bool:
         """Whether the axis of the values is logarithmic."""
-        values = self.values
-        return bool(values) and min(values) > 0 and max(values) > _SPAN * min(values)
+        return _is_log(self.values)
 
     @property
     def floor(self) -> float:
@@ -108,6 +107,10 @@ class Picture:
         """The marks of a kind, each with a finite value."""
         marks = [mark for mark in self.marks if mark.kind == kind]
         return [mark if math.isfinite(mark.value) else mark._replace(value=self.floor) for mark in marks]
+
+
+def _is_log(values: Sequence[float]) -> bool:
+    return bool(values) and min(values) > 0 and max(values) > _SPAN * min(values)
 
 
 def of_past(title: str, past: Past, listing: Listing, ranking: Ranking, monitor: str | None = None) -> Picture:
@@ -182,13 +185,30 @@ def plot(picture: Picture, ax: Axes | None = None) -> Axes:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            f"A plot needs matplotlib, which is not installed ({error}). Install it: pip install 'keras-ckpt[plot]'."
-        ) from error
-    axes = plt.subplots()[1] if ax is None else ax
+    axes: Axes = _pyplot().subplots()[1] if ax is None else ax
+    _draw(picture, axes, legend=True)
+    return axes
+
+
+def plots(pictures: Sequence[Picture]) -> list[Axes]:
+    """Draws pictures beside each other with matplotlib, on axes of one scale.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    across = math.ceil(math.sqrt(len(pictures)))
+    down = math.ceil(len(pictures) / across)
+    options = {"sharey": True, "squeeze": False, "figsize": (4 * across, 3 * down), "layout": "constrained"}
+    grid = list(plt.subplots(down, across, **options)[1].flat)
+    for empty in grid[len(pictures) :]:
+        empty.remove()
+    for picture, axes in zip(pictures, grid, strict=False):
+        _draw(picture, axes, legend=axes is grid[0])
+    return grid[: len(pictures)]
+
+
+def _draw(picture: Picture, axes: Axes, legend: bool) -> None:
     for line in picture.curve():
         style = "dashed" if line[0].branch else "solid"
         axes.plot(*_columns(line), color=GRAY, linewidth=1, alpha=0.6, linestyle=style, zorder=1)
@@ -207,9 +227,18 @@ def plot(picture: Picture, ax: Axes | None = None) -> Axes:
     axes.set_title(picture.title, parse_math=False)
     axes.set_ylabel(picture.metric, parse_math=False)
     axes.set_xlabel("step")
-    if picture.marks:
+    if legend and picture.marks:
         axes.legend(frameon=False)
-    return axes
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            f"A plot needs matplotlib, which is not installed ({error}). Install it: pip install 'keras-ckpt[plot]'."
+        ) from error
+    return plt
 
 
 def _columns(points: Sequence[Point | Mark]) -> tuple[list[int], list[float]]:
@@ -235,8 +264,15 @@ def _value(point: Point) -> float:
 
 
 # The SVG. Two units are a pixel, so that whole numbers suffice for places.
-_WIDTH, _HEIGHT, _EDGE = 1440, 560, 24
-_HEAD, _FOOT = 84, 76
+class Size(NamedTuple):
+    """The width and the height of a drawing."""
+
+    width: int
+    height: int
+
+
+LARGE, SMALL = Size(1440, 560), Size(720, 440)
+_EDGE, _HEAD, _FOOT = 24, 84, 76
 _FONT, _LETTER = 24, 14
 """The size of the text, and the mean width of a letter."""
 _NAME = 60
@@ -267,44 +303,45 @@ class _Axis(NamedTuple):
         return [step * place for place in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
-def svg(picture: Picture, attributes: str = "") -> str:
+def svg(picture: Picture, attributes: str = "", size: Size = LARGE, values: Sequence[float] = ()) -> str:
     """A picture as SVG for a page of HTML: each mark has a title, which a browser shows.
 
     Args:
         picture: The picture.
-        attributes: Further attributes of the element, such as the namespace of a file.
+        attributes: Further attributes of the element, such as a style.
+        size: The size. A small picture has no legend.
+        values: The values that the axis spans. Defaults to those of the picture.
     """
-    values = picture.values or [0.0]
-    low, high = min(values), max(values)
-    log = picture.log
+    values = values or picture.values or [0.0]
+    low, high, log = min(values), max(values), _is_log(values)
     # A constant metric needs a height too, and a mark at the edge needs room.
     room = 1.1 if log else (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    y = _Axis(low / room if log else low - room, high * room if log else high + room, _HEIGHT - _FOOT, _HEAD, log)
+    y = _Axis(low / room if log else low - room, high * room if log else high + room, size.height - _FOOT, _HEAD, log)
     names = [(y.place(tick), f"{tick:.6g}") for tick in y.ticks()]
     left = _EDGE + _LETTER * max((len(name) for _, name in names), default=0)
     first, last = min(picture.steps, default=0), max(picture.steps, default=0)
     alone = first == last
-    x = _Axis(first - alone, last + alone, left + _EDGE, _WIDTH - 2 * _EDGE)
+    x = _Axis(first - alone, last + alone, left + _EDGE, size.width - 2 * _EDGE)
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="{_FONT}" fill="none"{attributes}>'
+        f'<svg viewBox="0 0 {size.width} {size.height}" role="img" font-size="{_FONT}" fill="none"{attributes}>'
         f"<title>{_text(f'{picture.metric} of {picture.title}')}</title>"
-        + "".join(itertools.chain(_grid(x, names, left), _curve(picture, x, y), _marks(picture, x, y)))
+        + "".join(itertools.chain(_grid(x, names, left, size), _curve(picture, x, y), _marks(picture, x, y)))
         + f'<g fill="currentColor"><text x="{_EDGE // 2}" y="{_FONT + 8}">{_text(_short(picture.metric))}</text>'
-        + "".join(_legend(picture))
+        + "".join(_legend(picture, size) if size is LARGE else ())
         + "</g></svg>"
     )
 
 
-def _grid(x: _Axis, names: Sequence[tuple[int, str]], left: int) -> Iterator[str]:
+def _grid(x: _Axis, names: Sequence[tuple[int, str]], left: int, size: Size) -> Iterator[str]:
     """The lines and the numbers of the axes."""
-    lines = "".join(f"M{left} {place}H{_WIDTH - _EDGE}" for place, _ in names)
+    lines = "".join(f"M{left} {place}H{size.width - _EDGE}" for place, _ in names)
     yield f'<path stroke="{GRAY}" stroke-opacity=".3" d="{lines}"/><g fill="{GRAY}">'
     for place, name in names:
         yield f'<text x="{left - 12}" y="{place + 8}" text-anchor="end">{name}</text>'
-    bottom = _HEIGHT - _FOOT + _FONT + 10
+    bottom = size.height - _FOOT + _FONT + 10
     for tick in x.ticks(whole=True):
         yield f'<text x="{x.place(tick)}" y="{bottom}" text-anchor="middle">{tick:,.0f}</text>'
-    yield f'<text x="{_WIDTH - _EDGE}" y="{bottom + _FONT + 6}" text-anchor="end">step</text></g>'
+    yield f'<text x="{size.width - _EDGE}" y="{bottom + _FONT + 6}" text-anchor="end">step</text></g>'
 
 
 def _curve(picture: Picture, x: _Axis, y: _Axis) -> Iterator[str]:
@@ -344,9 +381,9 @@ def _marks(picture: Picture, x: _Axis, y: _Axis) -> Iterator[str]:
             yield f"<g {_DOTS[kind]}>{''.join(dots)}</g>"
 
 
-def _legend(picture: Picture) -> Iterator[str]:
+def _legend(picture: Picture, size: Size) -> Iterator[str]:
     """The kinds of the marks, at the right end of the first line."""
-    place = _WIDTH - _EDGE
+    place = size.width - _EDGE
     for kind in reversed([kind for kind in KINDS if picture.of_kind(kind)]):
         yield f'<text x="{place}" y="{_FONT + 8}" text-anchor="end">{kind}</text>'
         place -= _LETTER * len(kind) + _EDGE

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
@@ -17,11 +18,12 @@ import msgspec
 
 from keras_ckpt.store import drawing, overview, tables
 from keras_ckpt.store.drawing import Picture
+from keras_ckpt.store.files import Folder
 from keras_ckpt.store.history import Fate, Past
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.overview import Ranking
 from keras_ckpt.store.record import CheckpointRecord, local_time
-from keras_ckpt.store.tables import Column, Table, counted, metric, printable, size
+from keras_ckpt.store.tables import Column, Table, counted, few, metric, printable, size
 from keras_ckpt.version import __version__
 
 ROWS = 100
@@ -48,6 +50,10 @@ th,td{padding:.15rem .9rem .15rem 0;text-align:right;vertical-align:top;white-sp
 .l{text-align:left;white-space:normal;min-width:15em}
 .green{font-weight:600;color:light-dark(#137333,#5bd27a)}
 .red{color:light-dark(#c5221f,#ff8a80)}
+.runs{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1rem}
+.runs svg{min-width:0}
+figure{margin:0;min-width:0}
+figcaption{font-weight:600;overflow-wrap:anywhere}
 .gray{color:#767b83}
 @media(max-width:40rem){dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
 """
@@ -102,20 +108,45 @@ class View(tables.Shown):
 
 
 def page(view: View) -> bytes:
-    """The page of a directory: facts and a picture of each series, and the table."""
+    """The page of a directory: facts, a picture and the saves of each series, and the notes of its table."""
+    sections = [_section(each, heading=len(view.series) > 1) for each in view.series]
+    return _page(view.title, [*sections, *_notes(view.table())])
+
+
+def page_of_runs(table: Table, pictures: Sequence[Picture]) -> bytes:
+    """The page of several runs: their table, and a small picture of each, all with the same axis of values."""
+    values = [value for picture in pictures for value in picture.values]
+    figures = (
+        f"<figure><figcaption>{_text(each.title)}</figcaption>{drawing.svg(each, '', drawing.SMALL, values)}</figure>"
+        for each in pictures
+    )
+    return _page(table.title, [_grid(table), *_notes(table), f'<div class="runs">{"".join(figures)}</div>'])
+
+
+def write(file: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a page. An existing file is replaced."""
+    folder, name = os.path.split(os.path.abspath(file))
+    with Folder(folder) as place, place.replacing(name) as written:
+        written.write(memoryview(content))
+
+
+def _page(title: str, parts: Iterable[str]) -> bytes:
     text = "".join(
         [
             '<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
             # Even a text that were not escaped could load nothing.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-            f"<title>{_text(view.title)}</title><style>{_STYLE}</style><h1>{_text(view.title)}</h1>",
-            *(_section(each, heading=len(view.series) > 1) for each in view.series),
-            *(f"<p>{escape(note)}" for note in view.table().notes),
+            f"<title>{_text(title)}</title><style>{_STYLE}</style><h1>{_text(title)}</h1>",
+            *parts,
             f"<footer>keras_ckpt {_text(__version__)}</footer></html>\n",
         ]
     )
     return text.encode()
+
+
+def _notes(table: Table) -> Iterator[str]:
+    return (f"<p>{escape(note)}" for note in table.notes)
 
 
 def _section(seen: Seen, heading: bool) -> str:
@@ -130,6 +161,8 @@ def _facts(seen: Seen) -> Iterator[tuple[str, str]]:
     records = seen.listing.records
     states = collections.Counter(fate.state for fate in seen.past.fates())
     yield "saves", ", ".join(f"{count} {state}" for state, count in states.items())
+    wrong = [f"step {fate.facts.step}: {fate.why}" for fate in seen.past.fates() if fate.state in ("failed", "damaged")]
+    yield "errors", few(wrong)
     if not records:
         return
     newest = records[-1]

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from keras_ckpt.errors import CheckpointError, CheckpointNotFoundError, MonitorError, PlanError
-from keras_ckpt.store import background, layout, overview, tables
+from keras_ckpt.store import background, drawing, layout, overview, report, tables
 from keras_ckpt.store.directory import CheckpointDirectory, given_policy, refuse_damaged
 from keras_ckpt.store.files import PRIVATE, Folder, folders_below
 from keras_ckpt.store.listing import Listing, examine, scan
@@ -22,6 +22,10 @@ from keras_ckpt.store.record import CheckpointRecord, Mode
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+
+_PICTURES = 24
+"""The largest number of plots beside each other."""
 
 
 class RunSummary(NamedTuple):
@@ -201,6 +205,41 @@ class Runs(tables.Shown):
             raise ImportError(f"to_pandas() needs pandas. Install it: pip install pandas ({error})") from error
         return pd.json_normalize(self.facts())
 
+    def plot(self, monitor: str | None = None) -> list[Axes]:
+        """Plots a metric over each run with matplotlib, on axes beside each other, the best run first.
+
+        The axes have one scale of values. They show the best 24 runs that have the metric.
+
+        Example:
+
+        ```python
+        first, *others = keras_ckpt.Runs("runs").plot("val_accuracy")
+        first.figure.savefig("runs.svg")
+        ```
+
+        Args:
+            monitor: The metric. Defaults to the metric that most runs monitor.
+
+        Returns:
+            The axes of each run.
+
+        Raises:
+            CheckpointNotFoundError: No run has the metric.
+            ImportError: matplotlib is not installed.
+        """
+        pictures = self._pictures(monitor)
+        if not pictures:
+            raise CheckpointNotFoundError(f"There is nothing to plot: no run below {self.path} has the metric.")
+        return drawing.plots(pictures)
+
+    def report(self, file: str | os.PathLike[str]) -> None:
+        """Writes a report: one page of HTML with the table of the runs, and a small plot of each.
+
+        Args:
+            file: The path of the page. An existing file is replaced.
+        """
+        report.write(file, report.page_of_runs(self._table(), self._pictures()))
+
     def plan(self, keep: PreservationPolicy | int) -> RunsPlan:
         """Plans which checkpoints a policy would keep and remove in each run by itself. Removes nothing.
 
@@ -291,6 +330,18 @@ class Runs(tables.Shown):
             return [RunSummary(_name(self.path, each), each, None) for each in listings], None
         runs = [RunSummary(_name(self.path, each), each, _best(each, ranking)) for each in listings]
         return sorted(runs, key=lambda run: _order(run.best, ranking)), ranking.monitor
+
+    def _pictures(self, monitor: str | None = None) -> list[drawing.Picture]:
+        """The pictures of the best runs that have a metric, the best first."""
+        runs, ranked = self._summaries(self._listings(scan))
+        pictures = []
+        for run in runs:
+            with contextlib.suppress(MonitorError, OSError):
+                picture = _directory(run.listing).seen(monitor or ranked).picture
+                pictures += [dataclasses.replace(picture, title=run.name)] if picture.values else []
+            if len(pictures) == _PICTURES:
+                break
+        return pictures
 
     def _table(self) -> tables.Table:
         title = tables.relative(self.path)
