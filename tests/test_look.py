@@ -373,8 +373,8 @@ class TestTheSparkline:
     """The curve in one line below the table of a directory."""
 
     def test_shows_the_first_and_the_last_value_around_the_curve(self, run) -> None:
-        assert "\nloss  0.9 █▄▂▁▂ 0.3\n5 checkpoints, 65 bytes" in repr(run)
-        assert "<div>loss  0.9 █▄▂▁▂ 0.3</div>" in run._repr_html_()
+        assert "\nloss  0.9 ▇▄▂▁▂ 0.3\n5 checkpoints, 65 bytes" in repr(run)
+        assert "<div>loss  0.9 ▇▄▂▁▂ 0.3</div>" in run._repr_html_()
 
     @pytest.mark.parametrize("words", ["1:0.5 2:0.4", "1 2 3", "1:0.5 2:0.5 3:0.5"])
     def test_is_missing_for_few_values_and_for_a_constant_metric(self, filler, words) -> None:
@@ -389,14 +389,14 @@ class TestTheSparkline:
         assert b"loss  0.9" not in out.buffer.getvalue()
 
     def test_has_a_blank_for_values_that_are_not_finite(self, filler) -> None:
-        assert "loss  0.9 █ ▅▁ 0.1" in repr(filler.save("1:0.9 2:nan 3:0.5 4:0.1"))
+        assert "loss  0.9 ▇ ▄▁ 0.1" in repr(filler.save("1:0.9 2:nan 3:0.5 4:0.1"))
 
     def test_of_a_long_run_fits_60_columns(self, runs) -> None:
         fill(runs, {step: float(step) for step in range(100, 300)})
 
         [line] = [line for line in repr(runs).splitlines() if line.startswith("loss")]
 
-        assert line == "loss  100 ▁▁▁▁▁▂▂▂▂▃▃▃▃▃▄▄▄▄▅▅▅▅▅▆▆▆▆▇▇▇▇▇████ 299"
+        assert line == "loss  100 ▁▁▁▁▁▂▂▂▂▂▃▃▃▃▃▃▄▄▄▄▄▅▅▅▅▅▆▆▆▆▆▇▇▇▇▇ 299"
 
 
 @pytest.fixture
@@ -498,7 +498,7 @@ class TestAWatch:
                 change()
 
         text = "\n".join(seen)
-        order = ["the directory does not exist", "1 checkpoint", "pinned", "0.25", "loss  0.5 █▃▁ 0.2"]
+        order = ["the directory does not exist", "1 checkpoint", "pinned", "0.25", "loss  0.5 ▇▃▁ 0.2"]
         assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
 
     def test_reads_nothing_while_nothing_changes(self, run) -> None:
@@ -543,7 +543,7 @@ class TestAWatch:
             output = process.communicate()[0]
 
         assert process.returncode == 0
-        assert "loss  0.5 █▃▁ 0.125\n3 checkpoints, 39 bytes\n" in output
+        assert "loss  0.5 ▇▃▁ 0.125\n3 checkpoints, 39 bytes\n" in output
 
     def test_in_a_shell_ends_with_control_c(self, run, monkeypatch) -> None:
         monkeypatch.setattr(watching, "_stamps", lambda path: signal.raise_signal(signal.SIGINT))

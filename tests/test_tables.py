@@ -76,7 +76,7 @@ def test_a_directory_in_a_terminal_of_80_columns(runs, monkeypatch) -> None:
         4000      4     0.125         0.875    0.9375  150 kB  best
         5000      5       0.5           0.5      0.75  150 kB
         6000      6       0.7           0.3      0.65  150 kB  newest
-        val_loss  0.9 █▄▂▁▄▆ 0.7
+        val_loss  0.9 ▇▄▂▁▄▆ 0.7
         6 checkpoints, 898 kB
         not shown in 80 columns: loss, saved, reason
     """)
@@ -93,7 +93,7 @@ def test_a_directory_in_a_terminal_of_60_columns(runs, monkeypatch) -> None:
         4000      4     0.125         0.875  best
         5000      5       0.5           0.5
         6000      6       0.7           0.3  newest
-        val_loss  0.9 █▄▂▁▄▆ 0.7
+        val_loss  0.9 ▇▄▂▁▄▆ 0.7
         6 checkpoints, 898 kB
         not shown in 60 columns: accuracy, loss, size, saved, reason
     """)

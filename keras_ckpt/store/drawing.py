@@ -34,7 +34,7 @@ _SPAN = 100
 _REASONS = 100
 """The largest number of marks that tell why their checkpoints stay or went, so that a page stays small."""
 _GONE = ("removed", "lost")
-_BARS = "▁▂▃▄▅▆▇█"
+_BARS = "▁▂▃▄▅▆▇"  # a full block would touch the line above
 _FEW = 3
 """The number of values from which bars tell more than the values."""
 _MOST, _LEAST = 40, 8
