@@ -150,6 +150,12 @@ class TestThePlot:
         with pytest.raises(kc.CheckpointNotFoundError, match="nothing to plot"):
             filler.save(words).plot()
 
+    def test_draws_values_of_any_size(self) -> None:
+        steps = [Point(0, None, 1e-300, 0), Point(2**63 - 1, None, 1e199, 0), Point(2**63 - 1, None, 1e300, 0)]
+        marks = (Mark("kept", 2**63 - 1, 1.7e308, "kept"),)
+
+        drawing.plot(Picture("run", "loss", (tuple(steps),), marks)).figure.savefig(io.BytesIO())
+
     def test_writes_a_name_with_dollars_as_it_is(self, filler) -> None:
         """matplotlib would read a formula, and fail at a wrong one."""
         run = filler.save("1", metrics={"$\\loss$": 1.0})
@@ -236,6 +242,7 @@ class TestTheDrawing:
             [-1e-300, 1e-300],
             [1e300, -1e300],
             [1e-9, 1e9],
+            [-1.7e308, 1.7e308],
             [5e-324, 1e308],
             [10**9, 10**9 + 1],
         ],
@@ -376,7 +383,7 @@ class TestTheSparkline:
         assert "\nloss  0.9 ▇▄▂▁▂ 0.3\n5 checkpoints, 65 bytes" in repr(run)
         assert "<div>loss  0.9 ▇▄▂▁▂ 0.3</div>" in run._repr_html_()
 
-    @pytest.mark.parametrize("words", ["1:0.5 2:0.4", "1 2 3", "1:0.5 2:0.5 3:0.5"])
+    @pytest.mark.parametrize("words", ["1:0.5 2:0.4", "1 2 3", "1:0.5 2:0.5 3:0.5", "1:1.7e308 2:-1.7e308 3:0"])
     def test_is_missing_for_few_values_and_for_a_constant_metric(self, filler, words) -> None:
         assert not re.search(f"[{drawing._BARS}]", repr(filler.save(words)))
 

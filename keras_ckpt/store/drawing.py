@@ -33,6 +33,8 @@ _SPAN = 100
 """The ratio of the largest and the smallest value from which the axis is logarithmic."""
 _REASONS = 100
 """The largest number of marks that tell why their checkpoints stay or went, so that a page stays small."""
+_HUGE = 1e200
+"""The size from which a value counts as infinite: scales and their margins must be finite too."""
 _GONE = ("removed", "lost")
 _BARS = "▁▂▃▄▅▆▇"  # a full block would touch the line above
 _FEW = 3
@@ -82,7 +84,7 @@ class Picture:
     def values(self) -> list[float]:
         """All finite values of points and marks."""
         values = [*(point.value for line in self.lines for point in line), *(mark.value for mark in self.marks)]
-        return list(filter(math.isfinite, values))
+        return list(filter(_is_drawn, values))
 
     @property
     def log(self) -> bool:
@@ -98,7 +100,7 @@ class Picture:
         """The pieces of the lines as they are drawn. A value that is not finite is a gap; long pieces are thinned."""
         total = sum(map(len, self.lines))
         for line in self.lines:
-            for finite, group in itertools.groupby(line, lambda point: math.isfinite(point.value)):
+            for finite, group in itertools.groupby(line, lambda point: _is_drawn(point.value)):
                 if finite:
                     piece = list(group)
                     yield _thinned(piece, max(2, _POINTS * len(piece) // total))
@@ -106,7 +108,12 @@ class Picture:
     def of_kind(self, kind: Kind) -> list[Mark]:
         """The marks of a kind, each with a finite value."""
         marks = [mark for mark in self.marks if mark.kind == kind]
-        return [mark if math.isfinite(mark.value) else mark._replace(value=self.floor) for mark in marks]
+        return [mark if _is_drawn(mark.value) else mark._replace(value=self.floor) for mark in marks]
+
+
+def _is_drawn(value: float) -> bool:
+    """Whether a value has a place in a drawing."""
+    return abs(value) < _HUGE
 
 
 def _is_log(values: Sequence[float]) -> bool:
@@ -162,14 +169,14 @@ def bars(picture: Picture) -> str:
     A character stands for the mean of the values in its part of the curve.
     """
     points = [point for line in picture.lines for point in line if not point.branch]
-    finite = [point.value for point in points if math.isfinite(point.value)]
+    finite = [point.value for point in points if _is_drawn(point.value)]
     if len(finite) < _FEW or min(finite) == max(finite):
         return ""
     height = math.log if picture.log else float
     low, high = height(min(finite)), height(max(finite))
     line = ""
     for part in _parts(points, min(len(points), max(_LEAST, _MOST - len(picture.metric)))):
-        heights = [height(point.value) for point in part if math.isfinite(point.value)]
+        heights = [height(point.value) for point in part if _is_drawn(point.value)]
         share = (sum(heights) / len(heights) - low) / (high - low) if heights else 0
         line += _BARS[min(int(share * len(_BARS)), len(_BARS) - 1)] if heights else " "
     return f"{tables.printable(picture.metric)}  {tables.metric(finite[0])} {line} {tables.metric(finite[-1])}"
