@@ -269,6 +269,12 @@ def test_a_bound_holds_while_the_metric_to_rank_by_is_missing(tmp_path) -> None:
     assert [record.epoch for record in kc.CheckpointDirectory(tmp_path)] == [4, 5]
 
 
+@pytest.mark.parametrize(("min_free", "error"), [("10 G", ValueError), (0, ValueError), (True, TypeError)])
+def test_a_wrong_min_free_is_refused_at_construction(tmp_path, min_free: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="min_free expected a size above 0, such as '50 GB'"):
+        kc.ModelCheckpoint(tmp_path, min_free=min_free)
+
+
 def test_a_manager_stays_within_a_bound(tmp_path) -> None:
     import tensorflow as tf
 

@@ -172,7 +172,8 @@ def test_a_save_within_an_epoch_is_followed_by_one_that_has_the_metric(runs) -> 
 @pytest.mark.parametrize(
     ("path", "options", "kept"),
     [
-        ("run", {"keep": 2}, r"keep=LatestN\(2\) does not keep it. Pass keep=LatestN\(2\) \| keras_ckpt.BestN\(1\)"),
+        ("run", {"keep": 2}, r"keep=LatestN\(2\) does not keep it. Pass keep=LatestN\(2\) \| BestN\(1\)"),
+        ("run", {"keep": kc.LatestN(2) & kc.MaxCount(9)}, r"keep=\(LatestN\(2\) \| BestN\(1\)\) & MaxCount\(9\)"),
         ("run", {"keep": kc.BestN(1, "loss") | kc.LatestN(1)}, "does not keep it"),
         ("run", {"keep": kc.BestN(1, mode="max"), "mode": "min"}, "does not keep it"),
         ("run", {"keep": kc.EveryNSteps(2), "save_best_only": True}, "does not keep it"),

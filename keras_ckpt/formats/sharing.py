@@ -19,7 +19,7 @@ from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
-from keras_ckpt.store.writer import Writer, look_for_room
+from keras_ckpt.store.writer import Writer
 
 _WORTHWHILE = 1 << 20
 """The minimum bytes to share: a hard link has its costs too, so fewer bytes are written again."""
@@ -59,7 +59,7 @@ class SharingWrite:
         for saved in reversed(self._arena.saved.values()):
             if _size(values) >= _WORTHWHILE:
                 linked += _link(stage, saved, self._candidates(saved, values), values, unchanged, stamps)
-        look_for_room(stage, _size(values))
+        self._writer.make_room(record, _size(values))
         files, self._entries = write_bundle(stage, record.name, _grouped(values, unchanged), linked)
         self._stamps = {file.name: stamp for file, stamp in zip(files, stamps, strict=False)}
         return files

@@ -254,17 +254,23 @@ def _fold(
         for record in present.records:
             if record.step not in selected and not record.pinned:
                 present.drop(record)
-        for record in _last_of_order(policy, present.records, selected) if present.over() else ():
+        for record in droppable(policy, present.records, selected) if present.over() else ():
             if over := present.over():
                 present.drop(record)
                 reasons[record.step] = f"over {over[0].bound.text()} when step {newest.step} came"
     return select(policy, present.records), reasons
 
 
-def _last_of_order(
+def droppable(
     policy: PreservationPolicy, records: Sequence[CheckpointRecord], selected: Set[int]
 ) -> list[CheckpointRecord]:
-    """The records that a bound may drop, in the order in which it drops them: all selected but the dearest."""
+    """The records that a policy selects and a bound may drop, in the order in which it drops them.
+
+    Args:
+        policy: The policy.
+        records: The records, oldest first.
+        selected: The steps that the policy selects of them.
+    """
     by_step = {record.step: record for record in reversed(records)}
     order = dict.fromkeys([*list(by_step)[:1], *policy.preferred(records), *by_step])
     droppable = [by_step[step] for step in order if step in selected][:0:-1]

@@ -138,12 +138,10 @@ class PreservationPolicy:
     def __or__(self, other: PreservationPolicy) -> PreservationPolicy:
         if not isinstance(other, PreservationPolicy):
             raise TypeError(f"`|` joins a policy with another policy. Received: {other!r}")
-        if bounds := (*self.bounds, *other.bounds):
-            policies = [part for part in (*self.parts, *other.parts) if part not in bounds]
-            joined = [functools.reduce(operator.or_, policies)] if policies else []
+        if self.bounds or other.bounds:
             raise TypeError(
                 "A bound comes last and bounds the whole. Python evaluates `&` before `|`, so brackets are needed. "
-                f"Write {functools.reduce(operator.and_, (*joined, *bounds))!r}. Received: {self!r} | {other!r}"
+                f"Write {joined(self, other)!r}. Received: {self!r} | {other!r}"
             )
         return _AnyOf((*self.parts, *(part for part in other.parts if part not in self.parts)))
 
@@ -403,6 +401,14 @@ class _AnyOf(PreservationPolicy):
 
     def __repr__(self) -> str:
         return " | ".join(repr(policy) for policy in self.policies)
+
+
+def joined(first: PreservationPolicy, second: PreservationPolicy) -> PreservationPolicy:
+    """The union of two policies, within the bounds of both."""
+    bounds = (*first.bounds, *second.bounds)
+    policies = [part for part in (*first.parts, *second.parts) if part not in bounds]
+    union = [functools.reduce(operator.or_, policies)] if policies else []
+    return functools.reduce(operator.and_, (*union, *bounds))
 
 
 def as_policy(keep: PreservationPolicy | int | None) -> PreservationPolicy | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import time as clock
@@ -20,11 +21,11 @@ import msgspec
 from keras_ckpt.errors import CheckpointError, DirectoryNotEmptyError, DiskFullError, SaveError
 from keras_ckpt.store import commit, layout, tables
 from keras_ckpt.store import record as sidecars
-from keras_ckpt.store.bounds import excess
+from keras_ckpt.store.bounds import droppable, excess
 from keras_ckpt.store.directory import Change, CheckpointDirectory
 from keras_ckpt.store.files import Folder, UnfinishedError
 from keras_ckpt.store.journal import Event, of_record
-from keras_ckpt.store.listing import Known, Listing, amend, examine
+from keras_ckpt.store.listing import Known, Listing, amend, examine, freed
 from keras_ckpt.store.locks import WriterLock
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import PreservationPolicy, kept_in_training
@@ -157,6 +158,8 @@ class Writer:
         target: The directory.
         keep: The policy that retains checkpoints, asked before each save and after it; `None` keeps all.
         only: A policy that a new checkpoint must satisfy besides, or it is not written.
+        min_free: The bytes of the disk that a save leaves free. If it would not, it removes checkpoints before it, as
+            `make_room` says.
 
     Attributes:
         replaced: The runs whose checkpoints are pruned after a checkpoint of another run is saved. Policies see the run
@@ -172,6 +175,7 @@ class Writer:
         target: CheckpointDirectory,
         keep: PreservationPolicy | None = None,
         only: PreservationPolicy | None = None,
+        min_free: int = 0,
     ) -> None:
         if not target.series.template and os.path.realpath(target.path) in {
             "/",
@@ -181,6 +185,7 @@ class Writer:
         self.directory = target
         self.keep = keep
         self.only = only
+        self._min_free = min_free
         self.replaced: Set[str] = frozenset()
         self.known_pins: set[str] = set()
         self._has_excess = False
@@ -283,8 +288,8 @@ class Writer:
             return None
         name = lock.take_stage()
         with self.explaining(request.step), folder.stage(name) as stage:
-            size = newest.size if newest and request.size is None else request.size
-            look_for_room(stage, size or 0)
+            if size := newest.size if newest and request.size is None else request.size:
+                self.make_room(candidate, size)
             return Staged(_sealed(stage, candidate, request, write), name)
 
     def _commit(self, folder: Folder, lock: WriterLock, staged: Staged) -> CheckpointRecord | None:
@@ -322,6 +327,62 @@ class Writer:
         self.directory.note(*(of_record("removed", other, why=_succession(other, record)) for other in replaced))
         changes += self.retain(folder, joined)
         return True
+
+    def make_room(self, record: CheckpointRecord, size: int) -> None:
+        """Raises if the disk has no room for a save, before anything is written.
+
+        If the disk would have less than `min_free` bytes after the save, checkpoints are removed first, only as many
+        as needed. Those go first that the policy removes after the save in any case. Others follow by the order of a
+        bound, with a warning. The newest checkpoint stays. If all of them are too few, none is removed.
+
+        Args:
+            record: The checkpoint to save, without its files.
+            size: The bytes that the files need.
+        """
+        needed = size + self._min_free
+        with self.directory.open() as folder:
+            if self._min_free and folder.free() < needed:
+                with folder.mutex():
+                    gone = self._remove_early(folder, record, size)
+                self.directory.notify(gone)
+            if (free := folder.free()) < needed:
+                least = f", of which {tables.size(self._min_free)} are to stay free" if self._min_free else ""
+                raise OSError(errno.ENOSPC, f"{tables.size(size)} are needed, {tables.size(free)} are free{least}")
+
+    def _remove_early(self, folder: Folder, record: CheckpointRecord, size: int) -> list[Change]:
+        """Removes checkpoints before a save, as `make_room` says, and returns the changes."""
+        listing = examine(folder, self._known)
+        if record.template:
+            listing = listing.of_run(record.run_id)
+        pressed = f"less than {tables.size(self._min_free)} would be free when step {record.step} came"
+        removals = self._removals_before(listing, record, size, pressed)
+        missing = size + self._min_free - folder.free()
+        totals = itertools.accumulate(freed([change.record for change in removals]), initial=0)
+        enough = [total >= missing for total in totals]
+        if not enough[-1]:
+            return []
+        removals = removals[: enough.index(True)]
+        commit.remove(folder, listing, [change.record for change in removals])
+        if dear := [str(change.record.step) for change in removals if change.why == pressed]:
+            warn(
+                f"The save of step {record.step} into {listing.path} needs {tables.size(size)}, and "
+                f"{tables.size(self._min_free)} are to stay free. So it removes checkpoints that {self.keep!r} would "
+                f"keep: {tables.few(dear)}."
+            )
+        return removals
+
+    def _removals_before(self, listing: Listing, record: CheckpointRecord, size: int, pressed: str) -> list[Change]:
+        """The removals that may precede a save: those that follow it in any case, then others for a reason."""
+        if self.keep is None or listing.newer:
+            return []
+        joined = listing.joined_by(msgspec.structs.replace(record, files=(CheckpointFile(record.name, size, "new"),)))
+        own = _of_newest_run(joined)
+        others = droppable(self.keep, own, kept_in_training(self.keep, own))
+        reasons = _reasons(self.keep, own)
+        removals = [Change("removed", each, reasons.get(each, _OTHER_RUN)) for each in self.unkept(joined)]
+        removals += [Change("removed", each, pressed) for each in others]
+        stays = {record.sequence, *(newest.sequence for newest in listing.all_runs[-1:])}
+        return [change for change in removals if change.record.sequence not in stays]
 
     def listing(self) -> Listing:
         """Reads the directory, as its own `listing` does. A sidecar that this writer has read is not read again."""
@@ -491,13 +552,6 @@ class Writer:
                     "Unpin it, or train into another directory."
                 )
         return f"{pinned[0].name} of step {pinned[0].step} is pinned" if pinned else ""
-
-
-def look_for_room(folder: Folder, size: int) -> None:
-    """Raises if the disk has no room for `size` bytes, before anything is written."""
-    free = folder.free()
-    if free < size:
-        raise OSError(errno.ENOSPC, f"{tables.size(size)} are needed, {tables.size(free)} are free")
 
 
 def by_prefix(write: Callable[[str], object]) -> Write:

@@ -11,7 +11,7 @@ from keras_ckpt.model.position import position_of
 from keras_ckpt.model.restoring import restore
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import warn
-from keras_ckpt.store.policies import BestN, LatestN, PreservationPolicy, is_known
+from keras_ckpt.store.policies import BestN, LatestN, PreservationPolicy, is_known, joined
 from keras_ckpt.store.record import CheckpointRecord
 
 
@@ -30,7 +30,7 @@ def refuse_no_best(keep: PreservationPolicy | None, best: BestN, improves: bool,
     parts = keep.parts if keep is not None else (LatestN(1),) if is_one_file else ()
     if parts and not any(_keeps(part, best, improves) for part in parts):
         kept = f"keep={keep!r}" if keep is not None else "a file that each save replaces"
-        mend = "save_best_only=True" if is_one_file else f"keep={keep!r} | keras_ckpt.BestN(1)"
+        mend = f"keep={joined(keep, BestN(1))!r}" if keep is not None and not is_one_file else "save_best_only=True"
         raise ValueError(
             f"load_best_at_end=True needs the checkpoint with the best {best.monitor!r}, and {kept} does not keep it. "
             f"Pass {mend}."

@@ -19,6 +19,7 @@ from keras_ckpt.store import tables
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
+from keras_ckpt.store.quantities import as_bytes
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata
 from keras_ckpt.store.writer import SaveRequest, Writer
 from keras_ckpt.training.best import load_best, refuse_no_best
@@ -94,6 +95,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             an earlier run are replaced if they have the same names; otherwise they stay, and are not ranked.
         metadata: A dict to put into each sidecar, or a function of `logs` that returns a dict.
         on_full_disk: Whether a full disk is a warning and training continues (`"warn"`), or an error (`"raise"`).
+        min_free: The bytes of the disk to leave free: a number, or a text such as `"10 GB"`. A save that would leave
+            less removes checkpoints before it, those that `keep` removes after it in any case. If they are too few, it
+            removes more by the order of `MaxBytes`, with a warning, but never the newest. If these are too few, it
+            removes none, and the disk counts as full. `None` leaves nothing free.
         save_on_background: Whether training continues while a save is written. `"auto"` does, except for files when a
             subclass, a later callback of the user's own or a later `LambdaCallback` could read a file in the same
             epoch. `wait()` waits for all saves. The next save waits if more than 64 MB would be queued. A save by
@@ -141,6 +146,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         keep: PreservationPolicy | int | None = None,
         metadata: Metadata | None = None,
         on_full_disk: OnFullDisk = "warn",
+        min_free: str | float | None = None,
         save_on_background: bool | Literal["auto"] = "auto",
         new_run: NewRun = "refuse",
         on_saved: Hook | None = None,
@@ -174,6 +180,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.keep = self._target.keep(policy, save_best_only)
         self.metadata = metadata if callable(metadata) else encodable_metadata(metadata or {})
         self.on_full_disk = checked_on_full_disk(on_full_disk)
+        self.min_free = 0 if min_free is None else as_bytes(min_free, "min_free")
         self.save_on_background = save_on_background
         self.new_run = checked_new_run(new_run)
         self._score = Score(score)
@@ -401,7 +408,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def _writer(self) -> Writer:
         """The writer of this fit, in the directory that `new_run` asks for."""
         base = self._target.directory
-        make = functools.partial(Writer, keep=self._ranking.keep, only=self._ranking.only)
+        make = functools.partial(Writer, keep=self._ranking.keep, only=self._ranking.only, min_free=self.min_free)
         if self.new_run != "subdirectory":
             return make(base)
         position = position_of(self.model)

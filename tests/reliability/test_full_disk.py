@@ -137,6 +137,65 @@ def test_an_argument_makes_it_an_error(on_a_small_disk) -> None:
     assert found["whole"]
 
 
+ROOM = """
+import json, sys, warnings
+from support.runs import payload
+from keras_ckpt.errors import DiskFullError
+from keras_ckpt.store.bounds import MaxCount
+from keras_ckpt.store.directory import CheckpointDirectory
+from keras_ckpt.store.policies import BestN, LatestN
+from keras_ckpt.store.writer import SaveRequest, Writer
+
+disk, keep, min_free, *pinned = sys.argv[1:]
+runs = CheckpointDirectory(f"{disk}/run")
+seen, why = [], {}
+def write(folder, record):
+    seen.append([each.step for each in runs])
+    return payload(bytes([record.step]) * 40_000)(folder, record)
+runs.subscribe(lambda change: change.kind == "removed" and why.update({change.record.step: change.why}))
+full = []
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for step in range(1, 6):
+        writer = Writer(runs, eval(keep), min_free=int(min_free) if step > 1 else 0)
+        try:
+            writer.save(SaveRequest(step=step, size=80_000, metrics={"loss": step}), write)
+        except DiskFullError as error:
+            full.append(str(error))
+        writer.close()
+        if str(step) in pinned:
+            runs.pin(step)
+print(json.dumps({
+    "before": seen,
+    "after": [each.step for each in runs],
+    "why": [why.get(step, "") for step in range(1, 6)],
+    "full": full,
+    "warned": [str(each.message) for each in caught],
+    "whole": runs.verify().ok,
+}))
+"""
+
+FIT_WITH_ROOM = """
+import json, sys, warnings
+import numpy as np
+import keras, keras_ckpt as kc
+
+model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(500), keras.layers.Dense(1)])
+model.compile("adam", "mse", run_eagerly=True)
+path, min_free = sys.argv[1] + sys.argv[2], sys.argv[3]
+checkpoint = kc.ModelCheckpoint(path, monitor="loss", keep=kc.LatestN(2), min_free=min_free)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x, y = np.zeros((4, 100), "float32"), np.zeros((4, 1), "float32")
+    model.fit(x, y, batch_size=4, epochs=4, verbose=0, callbacks=[checkpoint])
+runs = kc.CheckpointDirectory(path)
+print(json.dumps({
+    "warned": [text for each in caught if "free" in (text := str(each.message))],
+    "kept": [record.step for record in runs],
+    "whole": runs.verify().ok,
+}))
+"""
+
 FILES = """
 import json, sys, warnings
 import numpy as np
@@ -183,3 +242,62 @@ def test_whatever_the_room_nothing_is_lost(on_a_small_disk, tally, long) -> None
         tally["invalid"] += outcome["invalid"]
         assert outcome["left"] == []
     assert tally["full"]
+
+
+class TestRoomBeforeASave:
+    """`min_free`: three checkpoints fit on a disk of 1 MB that keeps 740 kB free, and a fourth does not."""
+
+    def test_what_the_policy_removes_after_a_save_is_removed_before_it(self, on_a_small_disk) -> None:
+        """Without a warning. Without `min_free` it is removed after the save."""
+        early = on_a_small_disk("1m", ROOM, "LatestN(3)", "740000")
+        late = on_a_small_disk("1m", ROOM, "LatestN(3)", "0")
+
+        assert early["before"] == [[], [1], [1, 2], [2, 3], [3, 4]]
+        assert late["before"] == [[], [1], [1, 2], [1, 2, 3], [2, 3, 4]]
+        for found in (early, late):
+            assert found["after"] == [3, 4, 5]
+            assert found["why"][:2] == [f"LatestN(3): {news} are newer" for news in ("4, 3 and 2", "5, 4 and 3")]
+            assert (found["full"], found["warned"], found["whole"]) == ([], [], True)
+
+    @pytest.mark.parametrize(
+        ("keep", "after"), [("LatestN(9)", [3, 4, 5]), ("BestN(2, 'loss', 'min') | LatestN(9)", [1, 4, 5])]
+    )
+    def test_if_these_are_too_few_others_go_with_a_warning(self, on_a_small_disk, keep, after) -> None:
+        """By the order of a bound: the best stays where the policy names it first. The newest stays in any case."""
+        found = on_a_small_disk("1m", ROOM, keep, "740000")
+
+        assert found["after"] == after
+        assert (found["full"], found["whole"]) == ([], True)
+        assert [f"The save of step {step} into" in text for step, text in zip((4, 5), found["warned"], strict=True)]
+        assert all("740 kB are to stay free. So it removes checkpoints that" in text for text in found["warned"])
+        assert "less than 740 kB would be free when step 4 came" in found["why"]
+
+    @pytest.mark.parametrize("keep", ["LatestN(1)", "LatestN(9)", "None"])
+    def test_the_newest_stays_and_the_disk_counts_as_full(self, on_a_small_disk, keep) -> None:
+        """The removal of all others would not be enough, so none goes."""
+        found = on_a_small_disk("1m", ROOM, keep, "1000000")
+
+        assert found["after"] == [1]
+        assert len(found["full"]) == 4
+        assert "80 kB are needed, " in found["full"][0]
+        assert "of which 1 MB are to stay free. Free some space" in found["full"][0]
+        assert (found["warned"], found["whole"]) == ([], True)
+
+    def test_without_a_policy_nothing_is_removed(self, on_a_small_disk) -> None:
+        """Everything is to be kept, so the save is skipped."""
+        found = on_a_small_disk("1m", ROOM, "None", "740000")
+
+        assert found["after"] == [1, 2, 3]
+        assert len(found["full"]) == 2
+
+    def test_a_pinned_checkpoint_stays(self, on_a_small_disk) -> None:
+        found = on_a_small_disk("1m", ROOM, "LatestN(9)", "740000", "1")
+
+        assert found["after"] == [1, 4, 5]
+
+    @pytest.mark.parametrize("name", ["/run", "/{epoch}.keras"])
+    def test_a_fit_makes_room(self, on_a_small_disk, name) -> None:
+        """Two checkpoints of 600 kB fit, and a third would leave less than 500 kB free."""
+        found = on_a_small_disk("2200k", FIT_WITH_ROOM, name, "500 kB")
+
+        assert found == {"warned": [], "kept": [3, 4], "whole": True}
