@@ -56,6 +56,67 @@ def test_ls_prints_json(runs) -> None:
     assert listed["without_sidecar"] == ["ckpt-10"]
 
 
+def test_ls_all_prints_removed_checkpoints_with_the_reason(runs) -> None:
+    runs.prune(kc.LatestN(1))
+
+    lines = run("ls", "--all", runs.path).splitlines()
+
+    assert re.search(r"^ +10 .* removed +LatestN\(1\): 40 is newer$", "\n".join(lines), re.MULTILINE)
+    assert re.search(r"^ +40 .* kept$", "\n".join(lines), re.MULTILINE)
+    assert lines[-1] == "3 removed, 1 kept"
+
+
+def test_ls_all_prints_json(runs) -> None:
+    runs.prune(kc.LatestN(1))
+
+    saves = json.loads(run("ls", "--all", "--json", runs.path))["saves"]
+
+    assert [(each["step"], each["state"], each["metrics"]["loss"]) for each in saves] == [
+        (10, "removed", 0.5),
+        (20, "removed", 0.2),
+        (30, "removed", 0.4),
+        (40, "kept", "NaN"),
+    ]
+    assert saves[0]["why"] == "LatestN(1): 40 is newer"
+
+
+def test_ls_all_dims_what_is_gone_in_a_terminal(runs) -> None:
+    runs.prune(kc.LatestN(1))
+
+    assert runs.seen().past._table().colors == ("dim", "dim", "dim", "")
+
+
+def test_ls_all_lists_each_series_of_a_folder(tmp_path) -> None:
+    for template in ("best.keras", "last.keras"):
+        save_file(tmp_path / template, 10, template)
+
+    listed = run("ls", "--all", tmp_path)
+
+    assert listed.count("1 kept") == 2
+
+
+def test_why_prints_the_sentence_of_a_step(runs) -> None:
+    """A step that is gone, `latest`, and a step that was never saved."""
+    runs.prune(kc.LatestN(1))
+
+    assert run("why", runs.path, 10) == f"{runs.why(10)}\n"
+    assert run("why", runs.path, "latest") == "Step 40 is kept: nothing has removed it.\n"
+    assert run("why", runs.path, 15) == f"{runs.why(15)}\n"
+
+
+def test_why_of_a_file_of_keras_is_of_its_series(tmp_path) -> None:
+    """The path of one file of a template."""
+    template = "{epoch:02d}.keras"
+    save_file(tmp_path / template, 10, "01.keras")
+    save_file(tmp_path / template, 20, "02.keras")
+
+    assert run("why", tmp_path / "01.keras") == "Step 10 is kept: nothing has removed it.\n"
+
+
+def test_why_of_a_directory_that_does_not_exist_is_not_found(tmp_path) -> None:
+    assert "There is no directory" in run("why", tmp_path / "nowhere", 10, code=1)
+
+
 def test_show_prints_the_most_important_facts_of_a_checkpoint(runs) -> None:
     """The other facts would fill a screen."""
     text = run("show", runs.path, 20)

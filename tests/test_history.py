@@ -10,8 +10,20 @@ import sys
 
 import pytest
 
-from keras_ckpt import BestN, CheckpointDirectory, EveryNSteps, LatestN, MonitorError
+from keras_ckpt import (
+    BackupAndRestore,
+    BestN,
+    CheckpointDirectory,
+    EveryNSteps,
+    LatestN,
+    ModelCheckpoint,
+    MonitorError,
+    SaveError,
+    restore,
+)
 from keras_ckpt.store.journal import Event
+from keras_ckpt.store.writer import SaveRequest, Writer
+from support.models import Reports, dense_model, fit
 from support.runs import Filler
 
 
@@ -237,3 +249,92 @@ def test_a_damaged_checkpoint_is_told_with_its_damage(filler) -> None:
 
     assert states(runs) == {10: "damaged", 20: "kept"}
     assert runs.why(10) == "Step 10 is there, and is damaged: ckpt-10.index is missing."
+
+
+class TestOfAFit:
+    """The events that a real fit writes."""
+
+    def test_a_fit_tells_its_begin_each_epoch_each_save_and_its_end(self, runs) -> None:
+        """The metrics of an epoch are told also where nothing is saved."""
+        checkpoint = ModelCheckpoint(runs.path, monitor="val_loss", keep=BestN(1), save_on_background=False)
+        fit(dense_model(), Reports(val_loss=[0.5, 0.7, 0.3]), checkpoint, epochs=3)
+
+        events = runs.events()
+
+        assert [event.kind for event in events] == [
+            *("run", "epoch", "saved"),
+            *("epoch", "skipped"),
+            *("epoch", "saved", "removed", "ended"),
+        ]
+        assert (events[0].policy, events[0].monitor, events[0].mode) == (
+            "BestN(1, 'val_loss', 'min')",
+            "val_loss",
+            "min",
+        )
+        assert [event.metrics["val_loss"] for event in events if event.kind == "epoch"] == [0.5, 0.7, 0.3]
+        assert [point.value for point in runs.history()] == [0.5, 0.7, 0.3]
+        assert {event.run_id for event in events} == {runs.latest().run_id}
+        assert [runs.why(fate.facts.step).split(": ", 1)[1] for fate in runs.fates()] == [
+            "BestN(1, 'val_loss', 'min'): 0.5 is 2nd.",
+            "BestN(1, 'val_loss', 'min'): 0.7 is 2nd.",
+            "BestN(1, 'val_loss', 'min').",
+        ]
+
+    def test_a_fit_after_going_back_is_a_branch(self, runs) -> None:
+        model, checkpoint = dense_model(), ModelCheckpoint(runs.path, monitor="val_loss")
+        fit(model, Reports(val_loss=[0.5, 0.4, 0.3]), checkpoint, epochs=3)
+        first = next(iter(runs))
+        restore(model, first)
+        fit(model, Reports(val_loss=[None, 0.2]), checkpoint, initial_epoch=1, epochs=2)
+
+        history = runs.history()
+
+        assert [event.step for event in runs.events() if event.kind == "restored"] == [first.step]
+        assert [(point.epoch, point.value) for point in history] == [(1, 0.5), (2, 0.2)]
+        assert [point.value for point in history.points if point.branch == 1] == [0.4, 0.3]
+
+    def test_the_directory_of_a_backup_has_no_journal(self, runs, backup) -> None:
+        """It is removed when the training has ended."""
+        fit(dense_model(), ModelCheckpoint(runs.path), BackupAndRestore(backup, delete_checkpoint=False), epochs=2)
+
+        assert not (backup / "journal.jsonl").exists()
+        assert runs.events()[-1].kind == "ended"
+
+    def test_clear_removes_the_journal(self, runs) -> None:
+        """Another run can begin in the directory, with a past of its own."""
+        fit(dense_model(), ModelCheckpoint(runs.path), epochs=1)
+        runs.clear()
+
+        assert runs.events() == []
+        assert not (pathlib.Path(runs.path) / "journal.jsonl").exists()
+
+    def test_a_failed_save_is_told_with_its_error(self, filler) -> None:
+        runs = filler.save("10")
+
+        def fails(folder, record):
+            raise OSError("the disk has burned")
+
+        with pytest.raises(SaveError):
+            Writer(runs).save(SaveRequest(step=20, run_id="run"), fails)
+
+        assert states(runs) == {10: "kept", 20: "failed"}
+        assert "the save failed: Could not save step 20 into" in runs.why(20)
+
+    def test_a_policy_that_cannot_explain_itself_fails_no_save(self, filler) -> None:
+        class Silent(LatestN):
+            def why_not(self, records):
+                raise RuntimeError("no reason")
+
+        runs = filler.save("10 20", keep=Silent(1))
+
+        assert [record.step for record in runs] == [20]
+        assert runs.why(10).endswith(": Silent(1).")
+
+    def test_the_next_fit_tells_after_the_journal_was_removed(self, runs) -> None:
+        """A journal is never needed. The checkpoints before it are in the curve."""
+        model, checkpoint = dense_model(), ModelCheckpoint(runs.path, monitor="val_loss")
+        fit(model, Reports(val_loss=[0.5]), checkpoint, epochs=1)
+        (pathlib.Path(runs.path) / "journal.jsonl").unlink()
+        fit(model, Reports(val_loss=[0.4]), checkpoint, epochs=1)
+
+        assert [point.value for point in runs.history()] == [0.5, 0.4]

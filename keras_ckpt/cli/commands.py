@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import operator
 import os
 import shlex
@@ -22,11 +23,12 @@ from keras_ckpt.store import layout
 from keras_ckpt.store.bounds import MaxBytes, MaxCount
 from keras_ckpt.store.directory import CheckpointDirectory, Verification
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.history import Past
 from keras_ckpt.store.listing import PIN_LIMIT, Listing
 from keras_ckpt.store.periods import Daily, KeepWithin, Monthly, Weekly
 from keras_ckpt.store.plan import PrunePlan
 from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
-from keras_ckpt.store.record import CheckpointRecord, Mode, encodable_metadata, members
+from keras_ckpt.store.record import CheckpointRecord, Mode, encodable_metadata, members, to_json
 from keras_ckpt.store.runs import Runs, RunsPlan
 from keras_ckpt.store.tables import Shown, counted, few, printable, relative, text
 from keras_ckpt.store.watching import views
@@ -81,12 +83,20 @@ def main() -> None:
 
 @main.command()
 @arguments.paths
+@click.option(
+    "-a", "--all", "everything", is_flag=True, help="List removed checkpoints and skipped saves too, and why."
+)
 @arguments.form("json")
-def ls(paths: Sequence[str], form: str | None) -> None:
+def ls(paths: Sequence[str], everything: bool, form: str | None) -> None:
     """List the checkpoints of each PATH. List the runs below a PATH that holds no run itself, the best first.
 
     Example: keras-ckpt ls runs/digits
     """
+    if everything:
+        for each in itertools.chain.from_iterable(runs.each_series() for runs in _directories(*paths)):
+            past = each.seen().past
+            _report(form, past, functools.partial(_past_facts, past))
+        return
     for runs in map(_or_runs_below, _directories(*paths)):
         _report(form, runs, functools.partial(_directory_facts, runs))
 
@@ -101,6 +111,22 @@ def show(path: str, step: int | str, form: str | None) -> None:
     Example: keras-ckpt show runs/digits 120
     """
     _show(_record(path, step)[1], form)
+
+
+@main.command(cls=arguments.OfOneStep)
+@arguments.path
+@arguments.step
+def why(path: str, step: int | str) -> None:
+    """Tell why the checkpoint of a STEP is kept, was removed, or was never saved.
+
+    Example: keras-ckpt why runs/digits 120
+    """
+    if isinstance(step, int):
+        (runs,) = _whole(path)
+        click.echo(runs.why(step))
+        return
+    _, record = _record(path, step)
+    click.echo(CheckpointDirectory(record.directory, layout.Series(record.template)).why(record))
 
 
 @main.command()
@@ -535,6 +561,22 @@ def _facts(record: CheckpointRecord) -> dict[str, Any]:
         "pin": record.pin,
         **members(record),
     }
+
+
+def _past_facts(past: Past) -> dict[str, Any]:
+    saves = [
+        {
+            "state": fate.state,
+            "why": fate.why,
+            "by": fate.by,
+            "at": fate.at,
+            "branch": fate.branch,
+            **{name: getattr(fate.facts, name) for name in ("step", "epoch", "batch", "name", "run_id", "size")},
+            "metrics": to_json(fate.facts.metrics),
+        }
+        for fate in past.fates()
+    ]
+    return {"saves": saves}
 
 
 def _directory_facts(runs: CheckpointDirectory | Runs) -> dict[str, Any]:

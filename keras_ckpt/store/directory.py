@@ -86,7 +86,7 @@ class Verification(tables.Shown):
         return not self.listing.damaged
 
     def _table(self) -> tables.Table:
-        return overview.of_verification(_title(self.listing), self.listing)
+        return overview.of_verification(self.listing.title, self.listing)
 
 
 class CheckpointDirectory(tables.Shown):
@@ -668,7 +668,7 @@ class CheckpointDirectory(tables.Shown):
         """Reads a series with its best checkpoint and its picture."""
         events, listing = self._known()
         past, ranking = Past(events, listing), rank(listing, BestN(1, monitor))
-        return Seen(listing, past, ranking, drawing.of_past(_title(listing), past, listing, ranking, monitor))
+        return Seen(listing, past, ranking, drawing.of_past(listing.title, past, listing, ranking, monitor))
 
     def _further_runs(self, holds_a_run: bool) -> list[str]:
         """The sub-directories that hold a run: the numbered ones, or those of any name if this directory holds none.
@@ -741,12 +741,6 @@ def _naming(path: str) -> Iterator[None]:
     except OSError as error:
         error.filename = os.path.join(path, error.filename) if isinstance(error.filename, str) else path
         raise
-
-
-def _title(listing: Listing) -> str:
-    """The path of a series, to display."""
-    name = listing.series.only or listing.series.template
-    return tables.relative(os.path.join(listing.path, name) if name else listing.path)
 
 
 def given_policy(keep: PreservationPolicy | int) -> PreservationPolicy:

@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from keras_ckpt.errors import MonitorError
-from keras_ckpt.store import policies, tables
+from keras_ckpt.store import bounds, overview, periods, policies, tables
 from keras_ckpt.store.journal import TRAINING, Event, of_save
 from keras_ckpt.store.listing import Listing
-from keras_ckpt.store.plan import decide
-from keras_ckpt.store.policies import PreservationPolicy
+from keras_ckpt.store.plan import decide, rank
+from keras_ckpt.store.policies import BestN, PreservationPolicy
 from keras_ckpt.store.record import CheckpointRecord, local_time, step_in
 
 State = Literal["kept", "damaged", "removed", "lost", "skipped", "failed"]
@@ -187,7 +187,7 @@ class _Run:
                     yield place
 
 
-class Past:
+class Past(tables.Shown):
     """Everything that is known of the checkpoints of a series.
 
     Args:
@@ -240,6 +240,9 @@ class Past:
                 self._fates[save] = dataclasses.replace(fate, facts=facts)
                 self._places[save].measure(event)
 
+    def _table(self) -> tables.Table:
+        return overview.of_fates(self._listing.title, self.fates(), self._listing, rank(self._listing, BestN(1)))
+
     def history(self, name: str | None = None) -> History:
         """The curve of a metric over the newest run; by default of the monitored metric.
 
@@ -267,7 +270,7 @@ class Past:
         damaged = {name: step_in(name) for name in self._listing.damaged if name not in told}
         for name, step in damaged.items():
             if step is not None:
-                facts = Event(kind="saved", step=step, name=name, at=0.0)
+                facts = Event(kind="saved", step=step, name=name)
                 found.append(Fate(facts, "damaged", str(self._listing.damaged[name])))
         return tuple(found)
 
@@ -367,8 +370,10 @@ def _built(node: ast.expr) -> Any:
     match node:
         case ast.BinOp(left, ast.BitOr(), right):
             return _built(left) | _built(right)
+        case ast.BinOp(left, ast.BitAnd(), right):
+            return _built(left) & _built(right)
         case ast.Call(ast.Name(name), arguments, []):
-            kind = getattr(policies, name, None)
+            kind = next((vars(each)[name] for each in (policies, bounds, periods) if name in vars(each)), None)
             if isinstance(kind, type) and issubclass(kind, PreservationPolicy):
                 return kind(*map(ast.literal_eval, arguments))
     raise ValueError(f"not a policy: {ast.dump(node):.100}")

@@ -46,7 +46,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
     ```
 
     Attributes:
-        at: When the event was written, in seconds since 1970.
+        at: When the event was written, in seconds since 1970; 0 before.
         kind: `"run"`: a fit begins a run. `"restored"`: a fit continues the run from the step. `"epoch"`: an epoch
             has ended. `"saved"`: a checkpoint was saved, or got the metrics of the epoch's end. `"skipped"`: a save
             was due, and was not made. `"failed"`: a save failed. `"removed"`, `"pinned"`, `"unpinned"`: of a
@@ -69,7 +69,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
         versions: The versions of Python and of the packages, where a fit begins.
     """
 
-    at: Annotated[float, msgspec.Meta(ge=0)] = msgspec.field(default_factory=time.time)
+    at: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     kind: EventKind
     step: Count
     run_id: str = ""
@@ -168,7 +168,7 @@ class Journal:
 
 def _line(event: Event) -> bytes:
     """The line of an event. Metrics are dropped, and texts are cut, if it would be too long."""
-    event = msgspec.structs.replace(event, metrics=to_json(event.metrics))
+    event = msgspec.structs.replace(event, at=event.at or time.time(), metrics=to_json(event.metrics))
     size = _LINE
     while True:
         try:

@@ -68,6 +68,12 @@ class Listing:
         return bool(self.records or self.damaged or self.unmanaged)
 
     @property
+    def title(self) -> str:
+        """The path of the series, to display."""
+        name = self.series.only or self.series.template
+        return relative(os.path.join(self.path, name) if name else self.path)
+
+    @property
     def all_runs(self) -> tuple[CheckpointRecord, ...]:
         """The checkpoints of all runs, oldest first."""
         return _oldest_first([*self.other_runs, *self.records]) if self.other_runs else self.records

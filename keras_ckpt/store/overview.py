@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
+from keras_ckpt.store import layout
 from keras_ckpt.store.bounds import excess
 from keras_ckpt.store.journal import Event
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.policies import PreservationPolicy
-from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.record import CheckpointRecord, local_time
 from keras_ckpt.store.tables import Column, Table, counted, few, metric, printable, relative, size
 
 if TYPE_CHECKING:
+    from keras_ckpt.store.history import Fate
     from keras_ckpt.store.plan import Decision, PrunePlan
     from keras_ckpt.store.runs import RunSummary
 
@@ -28,7 +30,11 @@ ROWS = 40
 _LINES = 5
 """The largest number of lines on damage in a table of several runs."""
 
+_COLORS = {"kept": "", "kept, best": "green", "damaged": "red", "failed": "red"}
+"""The colors of the states of saves. All other saves are dimmed."""
+
 _Row = TypeVar("_Row")
+_Facts = TypeVar("_Facts", CheckpointRecord, Event)
 
 
 class _Rank(enum.IntEnum):
@@ -128,6 +134,28 @@ def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: 
     if listing.other_runs:
         notes.append(f"of an earlier run, left alone: {few([record.name for record in listing.other_runs])}")
     return Table(f"keep {printable(repr(policy))}", _used(columns), (*notes, *_notes([listing])), colors)
+
+
+def of_fates(path: str, fates: Sequence[Fate], listing: Listing, ranking: Ranking) -> Table:
+    """The table of all saves: of the checkpoints that are there, of those that went, and of the saves not made."""
+    rows = shortened(fates, lambda fate: fate.record is not None, ROWS)
+    facts = [row if isinstance(row, int) else row.facts for row in rows]
+    columns = [
+        *_facts(facts, [fate.facts for fate in fates], ranking.monitors),
+        _column("size", facts, lambda event: size(event.size) if event.size else "", rank=_Rank.SIZE),
+        _column("saved", facts, lambda event: f"{local_time(event.at):%Y-%m-%d %H:%M}", rank=_Rank.SAVED),
+        _column("state", rows, lambda fate: _state(fate, ranking), words=True),
+        _column("why", rows, lambda fate: printable(fate.why), _more, words=True),
+    ]
+    counts = collections.Counter(fate.state for fate in fates)
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    colors = _colors(rows, lambda fate: _COLORS.get(_state(fate, ranking), "dim"))
+    return Table(printable(path), _used(columns), (summary or _absence([listing]),), colors)
+
+
+def _state(fate: Fate, ranking: Ranking) -> str:
+    is_best = fate.record is not None and fate.record.step in ranking.best
+    return f"{fate.state}, best" if is_best else fate.state
 
 
 def of_verification(path: str, listing: Listing) -> Table:
@@ -254,11 +282,9 @@ def _first(what: str, lines: Sequence[str]) -> list[str]:
     return [what + printable(line) for line in lines[:_LINES]] + more
 
 
-def _facts(
-    rows: Sequence[CheckpointRecord | int], records: Sequence[CheckpointRecord], monitors: Set[str]
-) -> Iterator[Column]:
+def _facts(rows: Sequence[_Facts | int], records: Sequence[_Facts], monitors: Set[str]) -> Iterator[Column]:
     """The file, the step, the place in training and the metrics of some rows. A metric that decides always stays."""
-    if any(record.template for record in records):
+    if any(layout.is_keras_file(record.name) for record in records):
         yield _column("file", rows, lambda record: printable(record.name), words=True)
     yield _column("step", rows, lambda record: str(record.step), lambda skipped: "...")
     yield _column("epoch", rows, lambda record: "" if record.epoch is None else str(record.epoch), rank=_Rank.EPOCH)
@@ -270,7 +296,7 @@ def _facts(
         yield _column(printable(name), rows, functools.partial(_value, name), rank=_Rank.ALWAYS if decides else rank)
 
 
-def _value(name: str, record: CheckpointRecord) -> str:
+def _value(name: str, record: CheckpointRecord | Event) -> str:
     return metric(record.metrics.get(name))
 
 

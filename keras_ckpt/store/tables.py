@@ -20,7 +20,7 @@ WISH, _LEAST = 30, 14
 """The width that words get before a less important column is shown, and their smallest width."""
 _NAMES = 5
 """The number of names in a list."""
-_HUES = {"green": "#1e8e3e", "red": "#e0402f"}
+_HUES = {"green": "#1e8e3e", "red": "#e0402f", "dim": "#767b83"}
 """The colors in a notebook, which can be read on a light page and on a dark one."""
 _PIPE = 10_000
 """The width of a pipe: all columns fit, and nothing wraps."""
@@ -57,7 +57,7 @@ class Table:
         title: The title.
         columns: The columns, all with the same number of cells.
         notes: Lines below the rows.
-        colors: The color of each row, `"green"` or `"red"`, or an empty string.
+        colors: The color of each row, `"green"`, `"red"` or `"dim"`, or an empty string.
         bars: A line of block characters below the rows. A terminal without UTF-8 does not show it.
     """
 

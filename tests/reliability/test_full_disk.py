@@ -38,6 +38,8 @@ print(json.dumps({
     "kept": kept,
     "whole": whole,
     "afterwards": [record.step for record in runs],
+    "failed": [fate.facts.step for fate in runs.fates() if fate.state == "failed"],
+    "why": runs.why(3),
 }))
 """
 
@@ -126,6 +128,14 @@ def test_training_goes_on_with_a_warning(on_a_small_disk) -> None:
     assert all("No space left" in text or "are needed" in text for text in found["warned"])
     assert found["error"] is None
     assert found["afterwards"] == [2, 5]
+
+
+def test_the_journal_tells_which_saves_the_full_disk_failed(on_a_small_disk) -> None:
+    """The event is small, and is written once the unfinished save has been removed."""
+    found = on_a_small_disk("1500k", FIT, "warn")
+
+    assert found["failed"] == [3, 4]
+    assert found["why"].startswith("Step 3 was not saved, because the save failed: Could not save step 3 into")
 
 
 def test_an_argument_makes_it_an_error(on_a_small_disk) -> None:
