@@ -23,6 +23,7 @@ from .model.loading import load_model as load_model
 from .model.position import initial_epoch as initial_epoch
 from .model.report import RestoreReport as RestoreReport
 from .model.restoring import restore as restore
+from .model.restoring import rollback as rollback
 from .resume.backup_and_restore import BackupAndRestore as BackupAndRestore
 from .resume.resumable_dataset import ResumableDataset as ResumableDataset
 from .store.bounds import MaxBytes as MaxBytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,22 @@ class Position:
     batch: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Rollback:
+    """A rollback that the user asked for.
+
+    Attributes:
+        position: The position of the checkpoint.
+        number: The number of rollbacks in this process. The same script, run again, has the same number here.
+    """
+
+    position: Position
+    number: int
+
+
+_numbers = itertools.count(1)
+
+
 @dataclasses.dataclass
 class _Current:
     """The position of a model in its run.
@@ -40,11 +57,13 @@ class _Current:
         position: The position, `None` without a run.
         optimizer: The optimizer with the state of the position, `None` if any optimizer fits.
         restored: The position that the user last restored, until a hint has named its epochs.
+        rollback: The rollback that the user last asked for.
     """
 
     position: Position | None = None
     optimizer: Any = None
     restored: Position | None = None
+    rollback: Rollback | None = None
 
 
 def position_of(model: keras.Model) -> Position | None:
@@ -100,6 +119,19 @@ def note_restored(model: keras.Model) -> None:
     """Notes that the user has restored or loaded the position of a model."""
     current = companion(model, _Current)
     current.restored = current.position
+
+
+def note_rollback(model: keras.Model) -> None:
+    """Notes that the user has rolled a model back to its position."""
+    current = companion(model, _Current)
+    if current.position is not None:  # a checkpoint without a run
+        current.rollback = Rollback(current.position, next(_numbers))
+
+
+def rollback_of(model: keras.Model) -> Rollback | None:
+    """The rollback of a model that has not been trained or restored since, else `None`."""
+    current = companion(model, _Current)
+    return current.rollback if current.rollback and current.rollback.position == current.position else None
 
 
 def take_restored_epochs(model: keras.Model) -> int:

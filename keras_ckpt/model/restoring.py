@@ -10,7 +10,7 @@ from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.learned import learners
 from keras_ckpt.model.naming import named_objects, named_variables
 from keras_ckpt.model.parts import is_built
-from keras_ckpt.model.position import note_restored
+from keras_ckpt.model.position import note_restored, note_rollback
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import transfer
 from keras_ckpt.store.directory import CheckpointDirectory
@@ -80,4 +80,39 @@ def restore(
     report = read_checkpoint(checkpoint, lambda files, name, record: transfer(model, files, name, record, request))
     note_restored(model)
     log.info("restored %s", report.prefix)
+    return report
+
+
+def rollback(
+    model: keras.Model, run: CheckpointDirectory | str | os.PathLike[str], step: int | CheckpointRecord
+) -> RestoreReport:
+    """Goes back to a checkpoint of a run: restores all of it, so that the next `fit` continues there.
+
+    The checkpoints of later steps stay until the new training saves their steps again, or a policy removes them. The
+    journal of the run shows a branch. A newer backup of `BackupAndRestore` does not undo the rollback: the next `fit`
+    replaces the backup. The same script, run again after a crash, resumes from a backup since the rollback.
+
+    Example:
+
+    ```python
+    keras_ckpt.rollback(model, "runs/digits", 40)
+    model.optimizer.learning_rate = 1e-4
+    model.fit(x, y, initial_epoch=keras_ckpt.initial_epoch(model), epochs=10)
+    ```
+
+    Args:
+        model: A built and compiled model.
+        run: A directory, or its path.
+        step: The checkpoint's step or record.
+
+    Returns:
+        The report of `restore`. Its `epoch` is the number of completed epochs, as `initial_epoch(model)` is.
+
+    Raises:
+        CheckpointNotFoundError: The checkpoint does not exist.
+        MismatchError, DamagedCheckpointError, ValueError: As `restore` says; nothing was changed.
+    """
+    directory = run if isinstance(run, CheckpointDirectory) else CheckpointDirectory(run)
+    report = restore(model, directory[step])
+    note_rollback(model)
     return report

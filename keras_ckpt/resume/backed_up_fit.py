@@ -16,7 +16,7 @@ import keras
 from keras_ckpt.model.position import Position
 from keras_ckpt.model.snapshot import Snapshot
 from keras_ckpt.model.tensorflow import is_finite
-from keras_ckpt.resume.fit_state import ENDED, FitState, Place
+from keras_ckpt.resume.fit_state import FitState, Place
 from keras_ckpt.store import background
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import INITIAL_EPOCH
@@ -64,7 +64,7 @@ class BackedUpFit:
         session: The open session that saves.
         bundles: Takes the snapshots that the session saves.
         state: The state of the fit beside its model.
-        ended: The number of fits with this directory that have ended in the process.
+        noted: The metadata of each backup, which a restart compares.
         epoch: The index of the epoch that the fit begins with.
     """
 
@@ -74,14 +74,14 @@ class BackedUpFit:
         session: Session[Snapshot],
         bundles: Bundles,
         state: FitState,
-        ended: int,
+        noted: Mapping[str, Any],
         epoch: int,
     ) -> None:
         self._model = model
         self._session = session
         self._bundles = bundles
         self._state = state
-        self._ended = ended
+        self._noted = noted
         self._phase = Phase.CHANGING
         self._place = Place(epoch)
         self._logs: dict[str, Any] = {}
@@ -287,7 +287,7 @@ class BackedUpFit:
             epoch=position.epoch,
             batch=position.batch,
             reason=reason,
-            metadata={INITIAL_EPOCH: moment.place.epoch, ENDED: self._ended},
+            metadata={INITIAL_EPOCH: moment.place.epoch, **self._noted},
             began=began,
         )
         self._unsaved, self._repeat = False, None

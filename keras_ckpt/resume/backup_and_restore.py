@@ -16,10 +16,11 @@ import msgspec
 from keras_ckpt.errors import DirectoryNotEmptyError, PlanError
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress, is_running
 from keras_ckpt.model.parts import is_built
+from keras_ckpt.model.position import Rollback, rollback_of
 from keras_ckpt.resume.backed_up_fit import BackedUpFit, errors_as_warnings
 from keras_ckpt.resume.callback_states import empty_csv_file
 from keras_ckpt.resume.finished_run import is_of_another_run, note_end, note_end_in_backup, restore_end
-from keras_ckpt.resume.fit_state import STOPPED, FitState
+from keras_ckpt.resume.fit_state import ENDED, ROLLBACK, STOPPED, FitState
 from keras_ckpt.resume.patches import Patches
 from keras_ckpt.resume.restart import Restart
 from keras_ckpt.resume.resumable_dataset import ResumableDataset
@@ -275,8 +276,13 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         """Restores the backup, if there is one, and opens what saves the next."""
         listing = self._claim(writer)
         ended = _ended[self.directory.path]
+        rollback = rollback_of(self.model)
+        noted = {ENDED: ended, **({ROLLBACK: [rollback.position.step, rollback.number]} if rollback else {})}
         end = listing.records[-1] if listing.records and listing.records[-1].end else None
         replaces = end is not None and is_of_another_run(end, self.model, self._checkpoints(), ended)
+        if rollback is not None and listing.records and listing.records[-1].metadata.get(ROLLBACK) != noted[ROLLBACK]:
+            self._replace_for(rollback, listing.records[-1])
+            replaces = True
         if (replaces or not listing) and self._trains_nothing():
             writer.close()
             return
@@ -304,13 +310,31 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             )
             session.open(listing, replaces)
             epoch = restart.start.epoch if restart else None
-            backed_up = BackedUpFit(self.model, session, bundles, state, ended, epoch or 0)
+            backed_up = BackedUpFit(self.model, session, bundles, state, noted, epoch or 0)
             if restart is None:
                 for logger in self._csv_loggers:
                     empty_csv_file(logger)
                 backed_up.begin()
             failed.pop_all()
         self._restart, self._backed_up = restart, backed_up
+
+    def _replace_for(self, rollback: Rollback, backup: CheckpointRecord) -> None:
+        """Says that the fit replaces a backup of before a rollback, which would undo the rollback.
+
+        Raises:
+            DirectoryNotEmptyError: The backup is of another run, which may still need it.
+        """
+        step = rollback.position.step
+        if backup.run_id != rollback.position.run_id:
+            raise DirectoryNotEmptyError(
+                f"The model was rolled back to step {step} of a run, and {backup.prefix} is the backup of another run. "
+                "Give BackupAndRestore another directory. To remove the backup, type "
+                f"keras_ckpt.CheckpointDirectory({relative(self.backup_dir)!r}).clear()."
+            )
+        self._say(
+            f"The model was rolled back to step {step}, so the fit begins there. Its first backup replaces "
+            f"{backup.prefix}, which is of before."
+        )
 
     def _trains_nothing(self) -> bool:
         """Restores the end of a finished run, if `fit` begins this run again, and says so."""

@@ -32,6 +32,9 @@ VERSION = 2
 """The version of the document of a backup."""
 ENDED = "ended"
 """In the metadata of a backup: the number of fits with this directory that had ended in the process."""
+ROLLBACK = "rollback"
+"""In the metadata of a backup: the step to which the user rolled the model back before the fit, and the number of the
+rollback in the process."""
 STOPPED = "stopped"
 """In the metadata of a backup: a callback stopped the fit, and the fit came to its end."""
 
