@@ -16,6 +16,7 @@ from .formats.difference import Difference as Difference
 from .formats.difference import LayerDifference as LayerDifference
 from .formats.variables import Variables as Variables
 from .formats.variables import load_variables as load_variables
+from .model.averaging import average as average
 from .model.difference import diff as diff
 from .model.evaluating import evaluate as evaluate
 from .model.exporting import export as export

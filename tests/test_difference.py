@@ -13,23 +13,14 @@ from click.testing import CliRunner
 
 import keras_ckpt as kc
 from keras_ckpt.cli import main
-from keras_ckpt.formats.bundle_writer import array_value, write_bundle
 from keras_ckpt.formats.difference import difference, open_side
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.store.writer import SaveRequest, Writer
+from support.bundles import written
 from support.models import dense_model, fit, save
 
 FLOATS = ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]
 rng = np.random.default_rng(3)
-
-
-def written(path: pathlib.Path, **arrays: np.ndarray) -> kc.CheckpointRecord:
-    """A checkpoint of arrays by the names of variables in a model, with `__` for `/`."""
-    values = {f"model/{name.replace('__', '/')}{SUFFIX}".encode(): array_value(each) for name, each in arrays.items()}
-    writer = Writer(kc.CheckpointDirectory(path))
-    record = writer.save(SaveRequest(step=1), lambda folder, record: write_bundle(folder, record.name, [values])[0])
-    writer.close()
-    return record
 
 
 def pair(path: pathlib.Path, a: np.ndarray, b: np.ndarray) -> kc.LayerDifference:

@@ -122,7 +122,12 @@ def test_imports_between_modules_have_no_cycle() -> None:
 
 
 @pytest.mark.parametrize(
-    "use", ["kc.load_variables({path!r})['value'].sum() == 3", "kc.diff({path!r}, {path!r}).identical"]
+    "use",
+    [
+        "kc.load_variables({path!r})['value'].sum() == 3",
+        "kc.diff({path!r}, {path!r}).identical",
+        "kc.average([{path!r}], into={path!r} + '/average').step == 1",
+    ],
 )
 def test_the_values_of_checkpoints_are_read_and_compared_without_a_framework(tmp_path, use) -> None:
     """A value is a NumPy array."""

@@ -10,6 +10,15 @@ from keras_ckpt.store.checks import unreadable
 
 
 @contextlib.contextmanager
+def damage_of(prefix: str) -> Iterator[None]:
+    """Adds the path of a checkpoint to the error of its damage."""
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{prefix} cannot be trusted: {error}") from error
+
+
+@contextlib.contextmanager
 def errors_as_damage(*others: type[Exception]) -> Iterator[None]:
     """Turns the many errors of readers of a damaged file into `DamagedCheckpointError`; lack of memory is no damage.
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats import arrays
+from keras_ckpt.formats.damage import damage_of
 from keras_ckpt.formats.variables import Kind, Values, is_of_optimizer, values_in_bundle, values_in_file
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.locating import read_checkpoint
@@ -140,8 +140,8 @@ class Side(NamedTuple):
     as_file: Callable[[], Side]
 
     def names(self, optimizer: bool) -> list[str]:
-        """The names of the values to compare. In a checkpoint of TensorFlow no name may tell the model's own."""
-        own = frozenset(self.weights) or {name for name in self.kinds if not is_of_optimizer(name)}
+        """The names of the values to compare."""
+        own = frozenset(self.weights)
         return [name for name in self.kinds if name in own or (optimizer and is_of_optimizer(name))]
 
 
@@ -166,16 +166,14 @@ def open_side(checkpoint: object, keep_open: contextlib.ExitStack) -> Side:
             return Side(prefix, True, content.kinds, weights, content.read, {}, as_file)
 
         read_value = functools.partial(_read, prefix, values, files)
-        return Side(prefix, is_file, values.kinds, values.weights, read_value, values.places, as_file)
+        return Side(prefix, is_file, values.kinds, values.own, read_value, values.places, as_file)
 
     return read_checkpoint(checkpoint, read, keep_open)
 
 
 def _read(prefix: str, values: Values, files: Folder, name: str) -> np.ndarray:
-    try:
+    with damage_of(prefix):
         return values.read(files, name)
-    except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(f"{prefix} cannot be trusted: {error}") from error
 
 
 def difference(a: Side, b: Side, optimizer: bool) -> Difference:

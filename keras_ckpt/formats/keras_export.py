@@ -18,7 +18,7 @@ from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_parts import BundleParts
 from keras_ckpt.formats.config import Config, Place, uncompiled
-from keras_ckpt.formats.damage import errors_as_damage
+from keras_ckpt.formats.damage import damage_of, errors_as_damage
 from keras_ckpt.formats.description import Learned
 from keras_ckpt.formats.keras_reader import read_assets, read_config, read_names, read_verified
 from keras_ckpt.formats.keras_writer import Member, archive, dataset_of, new_skeleton
@@ -153,10 +153,8 @@ def _in_bundle(prefix: str, files: Folder, name: str, record: CheckpointRecord |
 
     def read(path: str) -> np.ndarray:
         source = sources[path]
-        try:
+        with damage_of(prefix):
             return variables.read(files, source) if isinstance(source, str) else source
-        except DamagedCheckpointError as error:
-            raise DamagedCheckpointError(f"{prefix} cannot be trusted: {error}") from error
 
     kinds = {
         path: variables.kinds[each] if isinstance(each, str) else Kind(each.dtype, each.shape)

@@ -156,6 +156,11 @@ class Values(NamedTuple):
     read: Callable[[Folder, str], np.ndarray]
     places: Mapping[str, tuple[str, int]] = MappingProxyType({})
 
+    @property
+    def own(self) -> Sequence[str]:
+        """The names of the model's own. In a checkpoint of TensorFlow, all that may be: no name may tell them."""
+        return self.weights or [name for name in self.kinds if not is_of_optimizer(name)]
+
 
 def values_in_bundle(files: Folder, name: str, record: CheckpointRecord | None) -> Values:
     """The values of a TensorFlow checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -40,20 +40,46 @@ def transfer(
         MismatchError: The checkpoint does not fit the model.
         DamagedCheckpointError: The checkpoint differs from its digests or cannot be read.
     """
+
+    def opened(objects: Mapping[str, Any]) -> Source:
+        return open_source(model, objects, files, name, record, request.check_digests)
+
+    fit = transfer_from(model, opened, record, request)
+    _set_position(model, record, request, fit.differs)
+    return fit.report
+
+
+def transfer_from(
+    model: keras.Model,
+    opened: Callable[[Mapping[str, Any]], Source],
+    record: CheckpointRecord | None,
+    request: RestoreRequest,
+) -> Fit:
+    """Restores a source into a model, or leaves the model as it was. The position of the model stays.
+
+    Args:
+        model: A built model.
+        opened: Opens the source, given the objects of the model by name.
+        record: The record of the checkpoint, `None` if it has none.
+        request: The options.
+
+    Raises:
+        MismatchError: The source does not fit the model.
+        DamagedCheckpointError: The source cannot be read.
+    """
     objects = naming.named_objects(model)
     undo = learned.Undo(learned.learners(objects, request.weights_only).values())
     try:
-        source = _opened(model, objects, files, name, record, request.check_digests)
+        source = opened(objects)
         fit = Comparison(model, source, record, request, objects).fit()
         _Transfer(model, source, request, fit).run()
-        _set_position(model, record, request, fit.differs)
-        return fit.report
+        return fit
     except BaseException:
         undo.undo()
         raise
 
 
-def _opened(
+def open_source(
     model: keras.Model,
     objects: Mapping[str, Any],
     files: Folder,
