@@ -311,14 +311,14 @@ class Runs(tables.Shown):
 
     def _ranking(self, listings: Sequence[Listing], monitor: str | None, mode: Mode | None) -> BestN | None:
         """The policy that finds the best checkpoint of each run, by one metric; `None` without checkpoints."""
-        records = sorted((record for each in listings for record in each.records), key=lambda record: record.time)
-        if not records:
+        used = sorted((each for each in listings if each.records), key=lambda each: each.records[-1].time)
+        if not used:
             return None
-        monitors = collections.Counter(each.records[-1].monitor for each in listings if each.records)
+        monitors = collections.Counter(each.records[-1].monitor for each in used)
         del monitors[None]
         if monitor is None and monitors:
             [(monitor, _)] = monitors.most_common(1)
-        together = Listing(self.path, tuple(records))
+        together = Listing(self.path, tuple(record for each in used for record in each.records))
         return cast(BestN, resolved(BestN(1, monitor, mode), together, CheckpointNotFoundError))
 
     def _summaries(self, listings: Sequence[Listing]) -> tuple[list[RunSummary], str | None]:
