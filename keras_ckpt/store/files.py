@@ -293,6 +293,7 @@ class Folder:
                 raise OSError(errno.EINVAL, "not a regular file", name)
             if status.st_size + len(line) >= limit:
                 raise OSError(errno.EFBIG, f"{status.st_size} bytes, at most {limit} are allowed", name)
+            # The line of a write in progress looks cut too. Then an empty line comes after it, which readers skip.
             is_cut = status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n"
             os.write(descriptor, b"\n" + line if is_cut else line)
         finally:
