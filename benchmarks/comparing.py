@@ -1,4 +1,4 @@
-"""`diff` and `average` of checkpoints of 100 MB, against the bare reading of the same checkpoints.
+"""`diff` of two checkpoints of 100 MB, against the bare reading of the same checkpoints.
 
 Run it from the top of the repository: `python benchmarks/comparing.py`. All figures come from one run, in turns. They
 are times of the processor, which other programs do not change.
