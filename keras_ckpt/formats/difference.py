@@ -23,7 +23,7 @@ from keras_ckpt.store.tables import Column, Shown, Table, counted, few, printabl
 
 _ROWS = 40
 """The most rows of a table."""
-_PIECE = 1 << 15
+_PIECE = 1 << 16
 """The elements that are compared at once: their copies stay in the processor's caches."""
 _TINY = 1e-24
 """A smaller sum of squares may have lost elements whose squares are too small for their type."""
@@ -266,23 +266,27 @@ class _Sums:
         self.has_floats |= floats
         a, b = _parts(a), _parts(b)
         self.size += len(a)
+        # The memory of the copies is used again, because new memory costs as much as the comparison.
+        room = np.empty((2, min(len(a), _PIECE)), np.result_type(a.dtype, np.float32) if floats else np.float32)
         with np.errstate(all="ignore"):
             for at in range(0, len(a), _PIECE):
                 piece, other = a[at : at + _PIECE], b[at : at + _PIECE]
                 changed = int(np.count_nonzero(_bits(piece) != _bits(other)))
                 self.changed += changed
                 if floats:
-                    self._add_floats(_wide(piece), _wide(other), changed)
+                    self._add_floats(piece, other, room[:, : len(piece)], changed)
 
-    def _add_floats(self, a: np.ndarray, b: np.ndarray, changed: int) -> None:
-        before, moves = _squares(a), b - a
-        moved = _squares(moves) if changed else 0.0
+    def _add_floats(self, a: np.ndarray, b: np.ndarray, room: np.ndarray, changed: int) -> None:
+        wide, moves = room
+        wide[:], moves[:] = a, b
+        moves -= wide
+        before, moved = _squares(wide), _squares(moves) if changed else 0.0
         if not math.isfinite(before + moved):
             a, b = a.astype(np.float64), b.astype(np.float64)
             finite = np.isfinite(a) & np.isfinite(b)
             self.not_finite += len(a) - int(np.count_nonzero(finite))
-            a, moves = a[finite], b[finite] - a[finite]
-            before, moved = _squares(a), _squares(moves)
+            moves = b[finite] - a[finite]
+            before, moved = _squares(a[finite]), _squares(moves)
         self._before += before
         self._moved += moved
         if changed and len(moves):
@@ -298,11 +302,6 @@ def _parts(array: np.ndarray) -> np.ndarray:
 def _bits(elements: np.ndarray) -> np.ndarray:
     """The bits of elements as whole numbers, which compare NaN too. Strings are compared as they are."""
     return elements if elements.dtype == object else elements.view(f"u{elements.dtype.itemsize}")
-
-
-def _wide(elements: np.ndarray) -> np.ndarray:
-    """The elements in a type that has exact sums: the small types lose too much."""
-    return elements.astype(np.result_type(elements.dtype, np.float32), copy=False)
 
 
 def _squares(elements: np.ndarray) -> float:
