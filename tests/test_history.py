@@ -21,7 +21,7 @@ from keras_ckpt import (
     SaveError,
     restore,
 )
-from keras_ckpt.store.journal import Event
+from keras_ckpt.store.journal import Event, written
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.models import Reports, dense_model, fit
 from support.runs import Filler
@@ -95,7 +95,7 @@ def test_why_tells_the_parts_of_the_policy_that_keep_a_checkpoint(filler) -> Non
     """The newest run tells its policy where it begins."""
     runs = filler.runs
     keep = LatestN(1) | BestN(1, "loss", "min") | EveryNSteps(1000)
-    runs.note(Event(kind="run", step=0, run_id="run", policy=repr(keep)))
+    runs.note(Event(kind="run", step=0, run_id="run", policy=written(keep)))
     filler.save("10:0.1 20:0.5", keep=keep)
 
     assert runs.why(10) == "Step 10 is kept: BestN(1, 'loss', 'min'), EveryNSteps(1000)."
@@ -267,7 +267,7 @@ class TestOfAFit:
             *("epoch", "saved", "removed", "ended"),
         ]
         assert (events[0].policy, events[0].monitor, events[0].mode) == (
-            "BestN(1, 'val_loss', 'min')",
+            [["BestN", 1, "val_loss", "min"]],
             "val_loss",
             "min",
         )

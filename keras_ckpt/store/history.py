@@ -5,7 +5,6 @@ Without a journal, the records on disk are all that is known. Where both differ,
 
 from __future__ import annotations
 
-import ast
 import collections
 import contextlib
 import dataclasses
@@ -18,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from keras_ckpt.errors import MonitorError
-from keras_ckpt.store import bounds, overview, periods, policies, tables
-from keras_ckpt.store.journal import TRAINING, Event, of_save
+from keras_ckpt.store import overview, tables
+from keras_ckpt.store.journal import TRAINING, Event, of_save, policy_of
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.plan import decide, rank
-from keras_ckpt.store.policies import BestN, PreservationPolicy
+from keras_ckpt.store.policies import BestN
 from keras_ckpt.store.record import CheckpointRecord, local_time, step_in
 
 State = Literal["kept", "damaged", "removed", "lost", "skipped", "failed"]
@@ -290,7 +289,7 @@ class Past(tables.Shown):
         records = self._listing.records
         reasons = {each: f"pinned: {each.pin}" if each.pin else "pinned" for each in records if each.pinned}
         begun = self._begun.get(self._newest)
-        if begun and (policy := _policy(begun.policy)):
+        if begun and (policy := policy_of(begun)):
             with contextlib.suppress(MonitorError):
                 reasons |= {each.record: each.reason for each in decide(policy, records) if each.kept}
         return reasons
@@ -356,24 +355,3 @@ def _sentence(fate: Fate) -> str:
         case "skipped":
             return f"{step} was not saved: {why}."
     return f"{step} was not saved, because the save failed: {why}."
-
-
-def _policy(text: str) -> PreservationPolicy | None:
-    """The policy whose source text an event has; `None` for a policy of the user's own."""
-    with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        found = _built(ast.parse(text, mode="eval").body)
-        return found if isinstance(found, PreservationPolicy) else None
-    return None
-
-
-def _built(node: ast.expr) -> Any:
-    match node:
-        case ast.BinOp(left, ast.BitOr(), right):
-            return _built(left) | _built(right)
-        case ast.BinOp(left, ast.BitAnd(), right):
-            return _built(left) & _built(right)
-        case ast.Call(ast.Name(name), arguments, []):
-            kind = next((vars(each)[name] for each in (policies, bounds, periods) if name in vars(each)), None)
-            if isinstance(kind, type) and issubclass(kind, PreservationPolicy):
-                return kind(*map(ast.literal_eval, arguments))
-    raise ValueError(f"not a policy: {ast.dump(node):.100}")

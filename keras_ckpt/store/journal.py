@@ -8,18 +8,23 @@ docs/format.md.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 import getpass
 import io
+import operator
 import os
-import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from keras_ckpt.store import layout
+from keras_ckpt.store.bounds import MaxBytes, MaxCount
 from keras_ckpt.store.files import Folder
+from keras_ckpt.store.periods import Daily, KeepWithin, Monthly, Weekly
+from keras_ckpt.store.policies import BestN, EveryNEpochs, EveryNHours, EveryNSteps, LatestN, PreservationPolicy
 from keras_ckpt.store.reading import Stamp
 from keras_ckpt.store.record import CheckpointRecord, Count, Metric, Mode, from_json, to_json
 
@@ -32,7 +37,12 @@ _LINE = 4096
 """The largest size of a line in bytes. One write of this size is not mixed with the writes of other processes."""
 _SIZE = 64 << 20
 """The largest size of a journal in bytes: nothing more is written, and nothing more is read."""
-_TEXTS = ("run_id", "name", "reason", "why", "by", "policy", "error", "monitor")
+_POLICIES: dict[str, Callable[..., PreservationPolicy]] = {
+    kind.__name__: kind
+    for kind in (LatestN, BestN, EveryNSteps, EveryNEpochs, EveryNHours, Daily, Weekly, Monthly, KeepWithin)
+}
+_POLICIES |= {kind.__name__: kind for kind in (MaxBytes, MaxCount)}
+_TEXTS = ("run_id", "name", "reason", "why", "by", "error", "monitor")
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -64,7 +74,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
         why: The reason why a checkpoint was removed, or why a save was skipped.
         by: Who did it: `"callback"` for the training, a user and a host for a notebook or a command line.
         size: The bytes of the checkpoint.
-        policy: The policy that retains checkpoints, where a fit begins.
+        policy: The policy that retains checkpoints, where a fit begins: each part and each bound with its arguments.
+            Empty for a policy of the user's own.
         error: The error of a failed save.
         versions: The versions of Python and of the packages, where a fit begins.
     """
@@ -84,7 +95,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
     why: str = ""
     by: str = TRAINING
     size: Count = 0
-    policy: str = ""
+    policy: list[list[Any]] = []
     error: str = ""
     versions: dict[str, str] = {}
 
@@ -113,13 +124,34 @@ def of_save(record: CheckpointRecord, kind: EventKind = "saved", **facts: Any) -
     return of_record(kind, record, metrics=record.metrics, reason=record.reason, size=record.size, **facts)
 
 
+def written(policy: PreservationPolicy | None) -> list[list[Any]]:
+    """A policy as an event has it."""
+    parts = [] if policy is None else [*policy.parts, *policy.bounds]
+    if any(type(part) not in _POLICIES.values() for part in parts):
+        return []
+    return [[type(part).__name__, *map(_plain, vars(part).values())] for part in parts]
+
+
+def policy_of(event: Event) -> PreservationPolicy | None:
+    """The policy of an event; `None` if the event has none, or has one that this version cannot read."""
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        parts = [_POLICIES[name](*arguments) for name, *arguments in event.policy]
+        policies = functools.reduce(operator.or_, (part for part in parts if not part.bounds))
+        return functools.reduce(operator.and_, (part for part in parts if part.bounds), policies)
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return f"{value.total_seconds()} seconds" if isinstance(value, datetime.timedelta) else value
+
+
 def user() -> str:
     """The user and the host of this process."""
     try:
         name = getpass.getuser()
     except (OSError, KeyError):  # a container may run as a user without a name
         name = str(os.getuid())
-    return f"{name}@{socket.gethostname()}"
+    return f"{name}@{os.uname().nodename}"
 
 
 class Journal:
@@ -180,7 +212,7 @@ def _line(event: Event) -> bytes:
         size //= 2
         texts = {name: getattr(event, name)[:size].encode(errors="replace").decode() for name in _TEXTS}
         metrics = {} if line else event.metrics
-        event = msgspec.structs.replace(event, metrics=metrics, versions={}, **texts)
+        event = msgspec.structs.replace(event, metrics=metrics, versions={}, policy=[], **texts)
 
 
 _decode = msgspec.json.Decoder(Event).decode

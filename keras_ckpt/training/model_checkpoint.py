@@ -15,7 +15,7 @@ import keras
 from keras_ckpt.model.keras_internals import fit_in_progress
 from keras_ckpt.model.model_state import versions
 from keras_ckpt.model.position import position_of, take_restored_epochs
-from keras_ckpt.store import tables
+from keras_ckpt.store import journal, tables
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.policies import BestN, PreservationPolicy, as_policy
@@ -401,7 +401,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             "restored" if session.progress.position.step else "run",
             monitor=self.monitor,
             mode=self._ranking.mode,
-            policy=repr(self._ranking.keep) if self._ranking.keep else "",
+            policy=journal.written(self._ranking.keep),
             versions=versions(),
         )
 

@@ -273,7 +273,8 @@ def test_a_harmless_change_is_ignored(run, model, row) -> None:
     assert runs.verify().ok
 
     runs.clear()
-    assert {path.name for path in run.iterdir()} == foreign - {INDEX, DATA, "checkpoint", "journal.jsonl"} | {".keras_ckpt"}
+    own = {INDEX, DATA, "checkpoint", "journal.jsonl"}
+    assert {path.name for path in run.iterdir()} == foreign - own | {".keras_ckpt"}
 
 
 def test_a_newer_format_is_refused_and_nothing_is_pruned(run, model) -> None:
@@ -409,7 +410,7 @@ def test_a_metric_may_have_any_name(filler, name) -> None:
     runs.add_metrics(1, {name: 0.5})
 
     assert runs[1].metrics[name] == 0.5
-    assert {entry.partition(".")[0] for entry in os.listdir(runs.path)} == {"", "checkpoint", "ckpt-1"}
+    assert {entry.partition(".")[0] for entry in os.listdir(runs.path)} == {"", "checkpoint", "ckpt-1", "journal"}
     assert "\x1b" not in str(runs)
 
 
