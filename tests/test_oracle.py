@@ -4,6 +4,7 @@ The oracle does not use the package. It lists every save that was due, and appli
 records at once. Half of the histories run through real `fit` calls, half through the manager.
 """
 
+import datetime
 import math
 import random
 import time
@@ -20,7 +21,7 @@ from support.models import dense_model, fit
 VALUES = [0.1, 0.2, 0.2, 0.3, 0.4, 0.5, math.nan, math.inf, -math.inf, None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Save:
     """A save that was due."""
 
@@ -48,6 +49,10 @@ class Rule:
             "steps": kc.EveryNSteps,
             "epochs": kc.EveryNEpochs,
             "hours": kc.EveryNHours,
+            "%Y-%j": kc.Daily,
+            "%G %V": kc.Weekly,
+            "%Y %m": kc.Monthly,
+            "within": lambda hours: kc.KeepWithin(f"{hours} h"),
         }
         return kinds[self.kind](self.n)
 
@@ -62,8 +67,22 @@ class Rule:
             case "epochs":
                 same = [o for o in saves if o.epoch is not None and o.epoch // self.n == (save.epoch or 0) // self.n]
                 return save.epoch is not None and save.step == min(same, key=lambda o: (o.epoch, o.step)).step
-            case _:
+            case "hours":
                 return save.step in self._hourly(saves)
+            case "within":
+                return all(other.time - save.time <= self.n * 3600 for other in saves)
+            case form:
+                period = _period(save, form)
+                later = {_period(other, form) for other in saves if _period(other, form) > period}
+                earlier = [o for o in saves if _period(o, form) == period and o.order < save.order]
+                return len(later) < self.n and not earlier
+
+    def order(self, saves: list[Save]) -> list[Save]:
+        """The saves that the rule keeps, the dearest first."""
+        kept = [save for save in reversed(saves) if self.keeps(save, saves)]
+        if self.kind == "best":
+            kept.sort(key=lambda save: sum(self._beats(other, save) for other in saves))
+        return kept
 
     def _beats(self, other: Save, save: Save) -> bool:
         if not _finite(other) or other is save:
@@ -84,15 +103,33 @@ def _finite(save: Save) -> bool:
     return save.value is not None and math.isfinite(save.value)
 
 
-def expected(rules: list[Rule], saves: list[Save]) -> list[int]:
-    """The steps on disk at the end, in the order of saving."""
-    ranked = any(rule.kind == "best" for rule in rules)
-    unknown = ranked and all(save.value is None for save in saves)
-    return [
-        save.step
-        for save in saves
-        if save.pinned or (unknown and not save.middle) or any(rule.keeps(save, saves) for rule in rules)
-    ]
+def _period(save: Save, form: str) -> str:
+    return datetime.datetime.fromtimestamp(save.time, datetime.UTC).strftime(form)
+
+
+def expected(rules: list[Rule], saves: list[Save], most: int | None) -> list[int]:
+    """The steps on disk at the end, in the order of saving.
+
+    Without a bound, all saves are judged at once. With a bound, after each save the dearest `most` stay.
+    """
+    if most is None:
+        return [save.step for save in saves if save.pinned or save in _selected(rules, saves)]
+    there: list[Save] = []
+    for save in saves:
+        there = [*there, save]
+        selected = _selected(rules, there)
+        there = [each for each in there if each.pinned or each in selected]
+        order = [*there[-1:], *(each for rule in rules for each in rule.order(there)), *reversed(there)]
+        order = [each for place, each in enumerate(order) if each in selected and each not in order[:place]]
+        while len(there) > most and (cheap := [each for each in order[1:] if each in there and not each.pinned]):
+            there.remove(cheap[-1])
+    return [save.step for save in there]
+
+
+def _selected(rules: list[Rule], saves: list[Save]) -> list[Save]:
+    """The saves that a rule keeps, or that stay because nothing can be ranked yet."""
+    unknown = any(rule.kind == "best" for rule in rules) and all(save.value is None for save in saves)
+    return [save for save in saves if (unknown and not save.middle) or any(rule.keeps(save, saves) for rule in rules)]
 
 
 def random_rules(dice: random.Random) -> list[Rule]:
@@ -102,15 +139,17 @@ def random_rules(dice: random.Random) -> list[Rule]:
         lambda: Rule("steps", dice.randint(1, 9)),
         lambda: Rule("epochs", dice.randint(1, 3)),
         lambda: Rule("hours", dice.choice([0.5, 1, 2.5])),
+        lambda: Rule(dice.choice(["%Y-%j", "%G %V", "%Y %m"]), dice.randint(1, 3)),
+        lambda: Rule("within", dice.choice([0.5, 4, 100])),
     ]
     return [dice.choice(kinds)() for _ in range(dice.randint(1, 3))]
 
 
-def union(rules: list[Rule]) -> kc.PreservationPolicy:
+def joined(rules: list[Rule], most: int | None) -> kc.PreservationPolicy:
     policy = rules[0].policy()
     for rule in rules[1:]:
         policy |= rule.policy()
-    return policy
+    return policy if most is None else policy & kc.MaxCount(most)
 
 
 @dataclass
@@ -118,11 +157,12 @@ class Clock:
     """A clock that stands still, jumps, and goes backwards."""
 
     dice: random.Random
+    unit: float
     now: float = 1_000_000.0
     readings: list[float] = field(default_factory=list)
 
     def tick(self) -> float:
-        self.now += 1800 * self.dice.choice([0, 1, 1, 2, 4, -3])
+        self.now += self.unit * self.dice.choice([0, 1, 1, 2, 4, -3])
         return self.now
 
 
@@ -163,6 +203,7 @@ def due_in_fit(rules, batches, save_freq, values, times) -> list[Save]:
 
 
 @pytest.mark.filterwarnings("ignore:Two epochs have ended without")
+@pytest.mark.filterwarnings("ignore:The checkpoints in .* have .*, over")
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", range(20))
 def test_fits_leave_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, monkeypatch, seed) -> None:
@@ -173,19 +214,21 @@ def test_fits_leave_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, m
         rules = random_rules(dice)
         batches, save_freq = dice.choice([(1, "epoch"), (2, "epoch"), (3, 2), (2, 3), (3, 3), (4, 1)])
         values = [dice.choice(VALUES) for _ in range(dice.randint(3, 8))]
-        clock = Clock(dice)
+        most = dice.choice([None, 1, 2, 3]) if save_freq == "epoch" else None
+        clock = Clock(dice, dice.choice([1800, 40_000]))
         times = [clock.tick() for _ in range(batches * len(values))]
         monkeypatch.setattr(time, "time", lambda clock=clock: clock.now)
         set_position(model, None)
         runs = kc.CheckpointDirectory(tmp_path / str(number))
 
-        checkpoint = kc.ModelCheckpoint(runs.path, save_freq=save_freq, keep=union(rules))
+        checkpoint = kc.ModelCheckpoint(runs.path, save_freq=save_freq, keep=joined(rules, most))
         fit(model, Scripted(clock, times, values), checkpoint, epochs=len(values), batches=batches)
 
         saves = due_in_fit(rules, batches, save_freq, values, times)
-        assert [record.step for record in runs] == expected(rules, saves), (rules, values, save_freq)
+        assert [record.step for record in runs] == expected(rules, saves, most), (rules, most, values, save_freq)
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoints in .* have .*, over")
 @pytest.mark.sample(8)
 @pytest.mark.parametrize("seed", range(20))
 def test_the_manager_leaves_the_checkpoints_on_disk_that_the_oracle_predicts(tmp_path, monkeypatch, seed) -> None:
@@ -194,10 +237,11 @@ def test_the_manager_leaves_the_checkpoints_on_disk_that_the_oracle_predicts(tmp
     checkpoint = tf.train.Checkpoint(value=tf.Variable(0))
     for number in range(5):
         rules = random_rules(dice)
-        clock = Clock(dice)
+        most = dice.choice([None, None, 1, 2, 4])
+        clock = Clock(dice, dice.choice([1800, 40_000]))
         monkeypatch.setattr(time, "time", lambda clock=clock: clock.now)
         runs = kc.CheckpointDirectory(tmp_path / str(number))
-        manager = kc.CheckpointManager(checkpoint, runs.path, keep=union(rules))
+        manager = kc.CheckpointManager(checkpoint, runs.path, keep=joined(rules, most))
         steps = dice.sample(range(60), dice.randint(4, 14))
         saves = []
         for order, step in enumerate(steps):
@@ -209,4 +253,4 @@ def test_the_manager_leaves_the_checkpoints_on_disk_that_the_oracle_predicts(tmp
                 runs.pin(step)
                 save.pinned = True
 
-        assert [record.step for record in runs] == expected(rules, saves), (rules, saves)
+        assert [record.step for record in runs] == expected(rules, saves, most), (rules, most, saves)

@@ -448,8 +448,16 @@ def selection(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -
 
 
 def is_known(policy: PreservationPolicy) -> bool:
-    """Whether all parts are this package's policies: a record unselected among few stays unselected among more."""
+    """Whether all parts are this package's policies."""
     return all(type(part).__module__.startswith("keras_ckpt.") for part in policy.parts)
+
+
+def is_final(policy: PreservationPolicy) -> bool:
+    """Whether a record that is unselected among the newest stays unselected among all.
+
+    The choice of a bound and of `EveryNHours` depends on older records.
+    """
+    return is_known(policy) and not policy.bounds and not any(isinstance(part, EveryNHours) for part in policy.parts)
 
 
 def kept_in_training(policy: PreservationPolicy, records: Sequence[CheckpointRecord]) -> set[int]:

@@ -22,7 +22,7 @@ from keras_ckpt.store.directory import Change
 from keras_ckpt.store.journal import Event, EventKind
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.notices import warn
-from keras_ckpt.store.policies import is_known, kept_in_training
+from keras_ckpt.store.policies import is_final, kept_in_training
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.writer import SaveRequest, Writer, milliseconds
 from keras_ckpt.training.backlog import MAX_WAITING, Backlog
@@ -333,7 +333,7 @@ class Session(Generic[Held]):
         waiting = [save for save in self._saves if save.candidate is not None]
         others = [save.candidate for save in waiting if save.candidate and save.candidate.step != candidate.step]
         kept = {record.step for record in others}
-        if self._writer.keep is not None and is_known(self._writer.keep):
+        if self._writer.keep is not None and is_final(self._writer.keep):
             kept = kept_in_training(self._writer.keep, [*others, candidate])
         again = [save for save in waiting if save.candidate and save.candidate.step == candidate.step]
         older = [save for save in waiting if save.candidate and save.candidate.step not in kept and save not in again]
