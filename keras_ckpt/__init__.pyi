@@ -54,4 +54,5 @@ from .store.runs import Runs as Runs
 from .store.runs import RunsPlan as RunsPlan
 from .training.checkpoint_manager import CheckpointManager as CheckpointManager
 from .training.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+from .training.rollback import Rollback as Rollback
 from .version import __version__ as __version__

@@ -34,7 +34,7 @@ class Position:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollback:
+class RolledBack:
     """A rollback that the user asked for.
 
     Attributes:
@@ -63,7 +63,7 @@ class _Current:
     position: Position | None = None
     optimizer: Any = None
     restored: Position | None = None
-    rollback: Rollback | None = None
+    rollback: RolledBack | None = None
 
 
 def position_of(model: keras.Model) -> Position | None:
@@ -125,10 +125,10 @@ def note_rollback(model: keras.Model) -> None:
     """Notes that the user has rolled a model back to its position."""
     current = companion(model, _Current)
     if current.position is not None:  # a checkpoint without a run
-        current.rollback = Rollback(current.position, next(_numbers))
+        current.rollback = RolledBack(current.position, next(_numbers))
 
 
-def rollback_of(model: keras.Model) -> Rollback | None:
+def rollback_of(model: keras.Model) -> RolledBack | None:
     """The rollback of a model that has not been trained or restored since, else `None`."""
     current = companion(model, _Current)
     return current.rollback if current.rollback and current.rollback.position == current.position else None

@@ -15,13 +15,13 @@ import keras
 
 from keras_ckpt.model.position import Position
 from keras_ckpt.model.snapshot import Snapshot
-from keras_ckpt.model.tensorflow import is_finite
 from keras_ckpt.resume.fit_state import FitState, Place
 from keras_ckpt.store import background
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import INITIAL_EPOCH
 from keras_ckpt.store.writer import SaveRequest
 from keras_ckpt.training.bundle_form import Bundles
+from keras_ckpt.training.rollback import has_finite_weights
 from keras_ckpt.training.session import Outcome, Session
 
 Logs = Mapping[str, Any] | None
@@ -90,7 +90,7 @@ class BackedUpFit:
         self._beginning: _Moment | None = None
         self._due: str | None = None  # the reason of a save that waits for the end of the epoch
         self._repeat: str | None = None  # the reason of a save that found a wrong assumption
-        self._ends_with_nan = any(isinstance(each, keras.callbacks.TerminateOnNaN) for each in state.others)
+        self._answers_nan = any(map(_answers_nan, state.others))
 
     @property
     def is_safe(self) -> bool:
@@ -278,7 +278,7 @@ class BackedUpFit:
 
     def _save(self, reason: str, began: float, moment: _Moment) -> None:
         """Saves a moment, unless its values are not finite: the backup before is worth more."""
-        if self.is_broken or (self._ends_with_nan and not self._is_finite()):
+        if self.is_broken or (self._answers_nan and not has_finite_weights(self._model)):
             return
         position = moment.position
         request = SaveRequest(
@@ -311,8 +311,10 @@ class BackedUpFit:
             self._save(reason, began, self._now())
             self._session.settle(wait=True)
 
-    def _is_finite(self) -> bool:
-        return all(is_finite(each.value) for each in self._model.trainable_variables)
+
+def _answers_nan(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback answers a loss that is NaN, so that weights with NaN are not worth a backup."""
+    return isinstance(callback, keras.callbacks.TerminateOnNaN) or bool(getattr(callback, "on_nan", None))
 
 
 @contextlib.contextmanager

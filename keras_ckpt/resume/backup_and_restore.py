@@ -16,7 +16,7 @@ import msgspec
 from keras_ckpt.errors import DirectoryNotEmptyError, PlanError
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress, is_running
 from keras_ckpt.model.parts import is_built
-from keras_ckpt.model.position import Rollback, rollback_of
+from keras_ckpt.model.position import RolledBack, rollback_of
 from keras_ckpt.resume.backed_up_fit import BackedUpFit, errors_as_warnings
 from keras_ckpt.resume.callback_states import empty_csv_file
 from keras_ckpt.resume.finished_run import is_of_another_run, note_end, note_end_in_backup, restore_end
@@ -318,7 +318,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             failed.pop_all()
         self._restart, self._backed_up = restart, backed_up
 
-    def _replace_for(self, rollback: Rollback, backup: CheckpointRecord) -> None:
+    def _replace_for(self, rollback: RolledBack, backup: CheckpointRecord) -> None:
         """Says that the fit replaces a backup of before a rollback, which would undo the rollback.
 
         Raises:

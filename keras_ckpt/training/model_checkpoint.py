@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import keras
 
-from keras_ckpt.model.keras_internals import fit_in_progress
+from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
 from keras_ckpt.model.model_state import versions
 from keras_ckpt.model.position import position_of, take_restored_epochs
 from keras_ckpt.store import journal, tables
@@ -30,6 +30,7 @@ from keras_ckpt.training.improvement import Improvements, checked_min_delta, imp
 from keras_ckpt.training.lines import Handler, Lines, Metric, Save, Silent, say
 from keras_ckpt.training.monitor import metrics_in, missing_metric_warning, mode_of, modes_of
 from keras_ckpt.training.new_run import NewRun, checked_new_run, opened_in_subdirectory
+from keras_ckpt.training.rollback import Recovery, Rollback, checked_on_nan
 from keras_ckpt.training.schedule import SaveFreq, checked_start_from_epoch
 from keras_ckpt.training.score import NAME as SCORE
 from keras_ckpt.training.score import Score, ScoreFunction
@@ -90,6 +91,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         load_best_at_end: Whether the model has the best checkpoint on disk when `fit` ends, by the monitored metric:
             weights, optimizer and place in the run. A next `fit` continues there. Any end of `fit` counts, such as a
             stop by another callback or a NaN, but no error and no Ctrl-C: Keras calls no callback then.
+        on_nan: The answer to a loss that is NaN or infinite after a batch or an epoch. `None`: none. `"rollback"`, or
+            a `Rollback`: the newest checkpoint of the run with a finite loss and finite weights is restored, and the
+            training continues with the next batch. Each rollback is a warning. No model with weights that are not
+            finite is saved. The other callbacks keep their state.
         keep: Which checkpoints to keep: a policy, or an int `n` for the newest `n`. `None` keeps all, or the best with
             `save_best_only` in a directory. A save that the policy would remove at once is not written. The files of
             an earlier run are replaced if they have the same names; otherwise they stay, and are not ranked.
@@ -143,6 +148,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         min_delta: float = 0.0,
         score: ScoreFunction | None = None,
         load_best_at_end: bool = False,
+        on_nan: Rollback | Literal["rollback"] | None = None,
         keep: PreservationPolicy | int | None = None,
         metadata: Metadata | None = None,
         on_full_disk: OnFullDisk = "warn",
@@ -184,9 +190,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.save_on_background = save_on_background
         self.new_run = checked_new_run(new_run)
         self._score = Score(score)
+        self.on_nan = checked_on_nan(on_nan)
+        self._recovery = Recovery(self.on_nan)
         self.load_best_at_end = load_best_at_end
+        if load_best_at_end or self.on_nan:
+            self._target.refuse_unreadable(bool(self.on_nan))
         if load_best_at_end:
-            self._target.refuse_unreadable()
             best = BestN(1, self.monitor, None if mode == "auto" else mode)
             series = self.directory.series
             refuse_no_best(self.keep, best, save_best_only, bool(series.template) and series.is_one_name)
@@ -254,6 +263,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             "epochs": self._epochs,
             "elapsed": self._schedule.elapsed(),
             "last": self._last,
+            "recovery": self._recovery.get_state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -263,6 +273,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._epochs = state["epochs"]
         self._schedule.resume(state["elapsed"])
         self._last = self._owed = state.get("last", {})
+        if "recovery" in state:
+            self._recovery.set_state(state["recovery"])
 
     def resume_within(self, batch: int) -> None:
         """Resumes in the middle of an epoch that another process began.
@@ -298,6 +310,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self._last = self._owed = {}
         self._schedule.start()
         self._score.begin()
+        self._recovery.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._current_epoch = epoch
@@ -307,10 +320,18 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._tell_of_the_epochs(epoch)
             self._warn_of_no_epochs()
 
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
+        self._recovery.batch_begin(self.model)
+
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        if self._should_save_on_batch(batch) and not self._warms_up():
+        due = self._should_save_on_batch(batch)
+        if self._is_sound(logs, due) and due and not self._warms_up():
             self._save_within(batch, logs)
         self._hooks.call()
+
+    def _is_sound(self, logs: Logs, due: bool) -> bool:
+        """Whether the model may be saved. With `on_nan`, a loss that is not finite is followed by a rollback here."""
+        return self._recovery.is_sound(self._current(), self.directory, logs, due, self._note)
 
     def _warms_up(self) -> bool:
         """Whether a save that is due is skipped, because its epoch comes too early."""
@@ -339,7 +360,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         with self._score.added_to(logs or {}) as scored:
             self._check_metrics(scored)
             self._current().note("epoch", metrics=metrics_in(scored))
-            if reasons and not self._warms_up():
+            if self._is_sound(logs, bool(reasons)) and reasons and not self._warms_up():
                 self._reason = ", ".join(reasons)
                 self._save_model(epoch, None, scored)
         self._hooks.call()
@@ -379,6 +400,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._ranking = self._resolve()
             self.adopt_run()
             fit = fit_in_progress(self)
+            self._recovery.check(self.model, _answers(fit))
             on_background = self.save_on_background
             if on_background == "auto":
                 on_background = not self._target.is_read_by(self, fit.callbacks)
@@ -390,19 +412,20 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 session.open(replaces=self.new_run == "replace")
                 failed.pop_all()
             self._session, self.directory = session, writer.directory
-            self._note_begin(session)
+            self._note("restored" if session.progress.position.step else "run")
             best = self.best if self.verbose else None
             self._lines.begin(self.directory.path, Metric(self.monitor, self._ranking.mode, best, self.min_delta))
         return self._session
 
-    def _note_begin(self, session: Session[Any]) -> None:
-        """Notes in the journal that the fit begins a run, or continues a run."""
-        session.note(
-            "restored" if session.progress.position.step else "run",
+    def _note(self, kind: Literal["run", "restored"], **facts: Any) -> None:
+        """Notes in the journal that the training begins a run, or continues from a step of a run."""
+        self._current().note(
+            kind,
             monitor=self.monitor,
             mode=self._ranking.mode,
             policy=journal.written(self._ranking.keep),
             versions=versions(),
+            **facts,
         )
 
     def _writer(self) -> Writer:
@@ -596,6 +619,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 f"Two epochs have ended without {absent[0]!r}. Nothing can be ranked by it until it is there. Until "
                 "then every checkpoint of an epoch's end stays. Does fit() have validation data?"
             )
+
+
+def _answers(fit: FitInProgress) -> list[Rollback | None]:
+    """The answers of all callbacks of a fit to a loss that is not finite."""
+    callbacks = fit.callbacks.callbacks if fit.callbacks else []
+    return [each.on_nan for each in callbacks if isinstance(each, ModelCheckpoint)]
 
 
 def _fields(epoch: int, batch: int | None, logs: Logs) -> dict[str, Any]:

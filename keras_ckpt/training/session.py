@@ -240,8 +240,8 @@ class Session(Generic[Held]):
         return self._schedule.after_epoch()
 
     def note(self, kind: EventKind, **facts: Any) -> None:
-        """Notes an event of the current step in the journal."""
-        self._writer.directory.note(Event(kind=kind, **dataclasses.asdict(self.progress.position), **facts))
+        """Notes an event in the journal, of the current step by default."""
+        self._writer.directory.note(Event(kind=kind, **{**dataclasses.asdict(self.progress.position), **facts}))
 
     def copy(self, snapshot: Held) -> None:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""

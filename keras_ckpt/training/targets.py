@@ -53,11 +53,14 @@ class Target(Protocol):
     def lines(self, best_only: bool) -> Lines:
         """The lines that `verbose=1` prints."""
 
-    def refuse_unreadable(self) -> None:
-        """Refuses a form of checkpoints that `restore` cannot read.
+    def refuse_unreadable(self, with_optimizer: bool) -> None:
+        """Refuses a form of checkpoints that cannot be restored at the end of `fit`, or in it.
+
+        Args:
+            with_optimizer: Whether the optimizer must be restored too.
 
         Raises:
-            ValueError: The files are in Keras's legacy format.
+            ValueError: The files are in Keras's legacy format, or lack the optimizer.
         """
 
     def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
@@ -102,8 +105,12 @@ class Directory:
     def lines(self, best_only: bool) -> Lines:
         return OfDirectory(self.directory)
 
-    def refuse_unreadable(self) -> None:
-        return
+    def refuse_unreadable(self, with_optimizer: bool) -> None:
+        if with_optimizer and self._weights_only:
+            raise ValueError(
+                "on_nan needs the state of the optimizer, which may have NaN too, and save_weights_only=True omits it. "
+                "Pass save_weights_only=False."
+            )
 
     def adopt(self, model: keras.Model, places: Iterable[CheckpointDirectory]) -> None:
         return
@@ -148,7 +155,7 @@ class Files:
     def lines(self, best_only: bool) -> Lines:
         return OfFiles(self._folder, self.directory.path, best_only)
 
-    def refuse_unreadable(self) -> None:
+    def refuse_unreadable(self, with_optimizer: bool) -> None:
         if self._kind == "legacy":
             path = os.path.join(self._folder, self.directory.series.template)
             raise ValueError(
