@@ -554,8 +554,12 @@ class TestAWatch:
 
     def test_in_a_shell_ends_with_control_c(self, run, monkeypatch) -> None:
         monkeypatch.setattr(watching, "_stamps", lambda path: signal.raise_signal(signal.SIGINT))
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
-        assert CliRunner().invoke(main, ["watch", run.path]).exit_code == 0
+        try:
+            assert CliRunner().invoke(main, ["watch", run.path]).exit_code == 0
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_in_a_notebook_replaces_the_output_of_its_cell(self, tmp_path) -> None:
         """A real kernel. The training in a later cell changes the output of the first, and ends the watch."""
