@@ -272,6 +272,17 @@ def test_a_bound_keeps_the_newest_checkpoint_that_the_policy_keeps(policy, bound
 
 
 @settings(max_examples=50)
+@given(bounds, histories)
+def test_a_bound_alone_is_a_bound_on_all_checkpoints(bound, saved):
+    """With the same reasons."""
+    everything = LatestN(99) & bound
+    dropped = {step: verdict.reason for step, verdict in everything.explain(saved).items() if not verdict.kept}
+
+    assert bound.select(saved) == everything.select(saved)
+    assert bound.why_not(saved) == dropped
+
+
+@settings(max_examples=50)
 @given(unbounded, histories_with_repeats)
 def test_a_bound_that_nothing_exceeds_changes_nothing(policy, saved):
     present = saved_last(saved)

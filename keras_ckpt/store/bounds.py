@@ -12,13 +12,11 @@ import collections
 import dataclasses
 import functools
 import operator
-import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 
 from keras_ckpt.store import tables
 from keras_ckpt.store.policies import (
     CountedPolicy,
-    LatestN,
     PreservationPolicy,
     Select,
     Verdict,
@@ -27,9 +25,6 @@ from keras_ckpt.store.policies import (
 )
 from keras_ckpt.store.quantities import as_bytes
 from keras_ckpt.store.record import CheckpointRecord, Mode
-
-_EVERYTHING = LatestN(sys.maxsize)
-"""The policy of a bound alone."""
 
 
 class Bound(PreservationPolicy):
@@ -62,10 +57,20 @@ class Bound(PreservationPolicy):
         return self
 
     def select(self, records: Sequence[CheckpointRecord]) -> set[int]:
-        return _fold(_EVERYTHING, [self], records, selection)[0]
+        return {record.step for record in records} - self.why_not(records).keys()
 
     def why_not(self, records: Sequence[CheckpointRecord]) -> Mapping[int, str]:
-        return _fold(_EVERYTHING, [self], records, selection)[1]
+        present = _Present([self])
+        waiting: collections.deque[CheckpointRecord] = collections.deque()
+        reasons: dict[int, str] = {}
+        for newest in oldest_first(records):
+            present.add(newest)
+            while waiting and (over := present.over()):
+                present.drop(oldest := waiting.popleft())
+                reasons[oldest.step] = _reason(over, newest)
+            if not newest.pinned:
+                waiting.append(newest)
+        return reasons
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -257,8 +262,13 @@ def _fold(
         for record in droppable(policy, present.records, selected) if present.over() else ():
             if over := present.over():
                 present.drop(record)
-                reasons[record.step] = f"over {over[0].bound.text()} when step {newest.step} came"
+                reasons[record.step] = _reason(over, newest)
     return select(policy, present.records), reasons
+
+
+def _reason(over: Sequence[_Tally], newest: CheckpointRecord) -> str:
+    """The reason why a checkpoint was dropped when a newer one came."""
+    return f"over {over[0].bound.text()} when step {newest.step} came"
 
 
 def droppable(
