@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import pathlib
 import re
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 
+import keras_ckpt as kc
 from keras_ckpt import (
     BackupAndRestore,
     BestN,
@@ -21,7 +23,7 @@ from keras_ckpt import (
     SaveError,
     restore,
 )
-from keras_ckpt.store.journal import Event, written
+from keras_ckpt.store.journal import _POLICIES, Event, policy_of, written
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.models import Reports, dense_model, fit
 from support.runs import Filler
@@ -338,3 +340,41 @@ class TestOfAFit:
         fit(model, Reports(val_loss=[0.4]), checkpoint, epochs=1)
 
         assert [point.value for point in runs.history()] == [0.5, 0.4]
+
+
+def test_each_public_policy_can_be_read_from_an_event() -> None:
+    """A new policy is added there too, or the reasons of what it keeps stay unknown."""
+    kinds = [kind for name in kc.__all__ if isinstance(kind := getattr(kc, name), type)]
+    public = {kind.__name__ for kind in kinds if issubclass(kind, kc.PreservationPolicy)}
+
+    assert public - {"PreservationPolicy"} == set(_POLICIES)
+
+
+def test_a_policy_of_this_package_is_read_as_it_was_written() -> None:
+    """With bounds, periods, numbers and texts."""
+    best, time = kc.BestN(2, "the loss, (mean)", "max"), kc.KeepWithin(datetime.timedelta(hours=2))
+    union = kc.LatestN(1) | kc.EveryNHours(0.5) | best | kc.EveryNEpochs(10) | kc.EveryNSteps(1000)
+    bounded = (union & kc.MaxCount(3) & kc.MaxBytes("50 GB"), kc.LatestN(2) & kc.MaxBytes(10**9))
+    for keep in (
+        union,
+        union | kc.Daily(3) | kc.Weekly(2) | kc.Monthly(1),
+        *bounded,
+        kc.MaxCount(3),
+        kc.MaxBytes("5 GB"),
+    ):
+        event = Event(kind="run", step=0, policy=written(keep))
+        assert repr(policy_of(event)) == repr(keep)
+    assert repr(policy_of(Event(kind="run", step=0, policy=written(time)))) == "KeepWithin('7200.0 seconds')"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], [1], [0], [-1], [1e300], [0.5], ["a"], ["2 days"], [1, "loss", "min"], [1, "loss"], [[1]], [None], [{}]],
+)
+def test_no_policy_that_a_journal_names_fails_a_listing(filler, arguments) -> None:
+    """Whatever class and arguments a foreign line has: also base classes, which cannot select."""
+    runs = filler.save("10:0.5 20:0.4")
+    for name in (*_POLICIES, "CountedPolicy", "PreservationPolicy", "Bound", "_AnyOf", "dict", "", 3):
+        for others in ([], [["LatestN", 1]], [["MaxCount", 1]]):
+            runs.note(Event(kind="run", step=0, run_id="run", policy=[[name, *arguments], *others]))
+            assert [fate.state for fate in runs.fates()] == ["kept", "kept"], (name, others)

@@ -126,7 +126,8 @@ def of_save(record: CheckpointRecord, kind: EventKind = "saved", **facts: Any) -
 
 def written(policy: PreservationPolicy | None) -> list[list[Any]]:
     """A policy as an event has it."""
-    parts = [] if policy is None else [*policy.parts, *policy.bounds]
+    # A bound alone is its own part.
+    parts = [] if policy is None else list(dict.fromkeys([*policy.parts, *policy.bounds]))
     if any(type(part) not in _POLICIES.values() for part in parts):
         return []
     return [[type(part).__name__, *map(_plain, vars(part).values())] for part in parts]
@@ -136,8 +137,9 @@ def policy_of(event: Event) -> PreservationPolicy | None:
     """The policy of an event; `None` if the event has none, or has one that this version cannot read."""
     with contextlib.suppress(LookupError, TypeError, ValueError):
         parts = [_POLICIES[name](*arguments) for name, *arguments in event.policy]
-        policies = functools.reduce(operator.or_, (part for part in parts if not part.bounds))
-        return functools.reduce(operator.and_, (part for part in parts if part.bounds), policies)
+        policies, bounds = [[part for part in parts if bool(part.bounds) is limits] for limits in (False, True)]
+        union = [functools.reduce(operator.or_, policies)] if policies else []
+        return functools.reduce(operator.and_, [*union, *bounds])
     return None
 
 

@@ -245,6 +245,19 @@ def touch_at(run: pathlib.Path, seconds: int) -> None:
         os.utime(path, (seconds, seconds))
 
 
+HOSTILE = b"\n".join(
+    b'{"at":%s,"kind":"%s","step":%d,"policy":%s,"name":"../x","why":"<script>","metrics":{"loss":1e300}}'
+    % (at, kind, step, policy)
+    for at, kind, step, policy in [
+        (b"1", b"run", 0, b"\"__import__('os').system('touch x')\""),
+        (b"1e300", b"restored", 2**62, b'[["LatestN",[[1]]]]'),
+        (b"0", b"saved", 7, b"[[]]"),
+        (b"0", b"removed", 7, b'[["MaxCount",1],["MaxCount",2]]'),
+        (b"0", b"run", 0, b'[["BestN",1,"loss","sideways"]]'),
+        (b"0", b"run", 0, b'[["PreservationPolicy"]]'),
+    ]
+)
+"""Events that contradict each other and the checkpoints, and policies that are none."""
 HARMLESS: dict[str, Harm] = {
     "an unknown member": member("later", {"a": 1}),
     "another file of that name": lambda run: write_more(run, "ckpt-10.notes"),
@@ -253,6 +266,7 @@ HARMLESS: dict[str, Harm] = {
     "numbers that are none": lambda run: write_more(run, "ckpt-\uff11\uff12.json", "ckpt-1_0.json", "CKPT-x.json"),
     "files of TensorFlow": lambda run: write_more(run, "checkpoint.tmp12", "ckpt-4_temp"),
     "a state file that leads outside": write("checkpoint", b'model_checkpoint_path: "../outside/victim"\n'),
+    "a hostile journal": write("journal.jsonl", HOSTILE),
     "files of 1970": lambda run: touch_at(run, 0),
     "files of 2106": lambda run: touch_at(run, 2**32),
 }
