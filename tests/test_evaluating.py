@@ -1,6 +1,7 @@
 """`evaluate`: each checkpoint of a run is measured on further data, and its sidecar gets the metrics."""
 
 import pathlib
+import shutil
 
 import keras
 import numpy as np
@@ -13,11 +14,20 @@ from support.models import X, Y, dense_model, fit, same
 DATA = X[20:], Y[20:]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[keras.Model, pathlib.Path]:
+    """A model, and the directory of its run of three checkpoints."""
+    model, path = dense_model(metrics=["mae"]), tmp_path_factory.mktemp("trained") / "run"
+    fit(model, kc.ModelCheckpoint(path), epochs=3, batches=2)
+    return model, path
+
+
 @pytest.fixture
-def model(runs) -> keras.Model:
-    """The model of a run of three checkpoints, after the last of them."""
-    model = dense_model(metrics=["mae"])
-    fit(model, kc.ModelCheckpoint(runs.path), epochs=3, batches=2)
+def model(runs, trained) -> keras.Model:
+    """The model of the run, after its last checkpoint. The run is a copy, for one test."""
+    model, path = trained
+    shutil.copytree(path, runs.path)
+    kc.restore(model, runs[6])
     return model
 
 
@@ -117,8 +127,9 @@ def test_a_checkpoint_that_is_pruned_or_damaged_meanwhile_is_skipped_with_a_warn
 
     assert list(added) == [2]
     assert ["ckpt-4" in str(caught[0].message), "ckpt-6" in str(caught[1].message)] == [True, True]
-    with pytest.warns(UserWarning, match=r"ckpt-4 .*is not evaluated"):
-        runs.evaluate(model, DATA)
+    pathlib.Path(runs[4].paths[-1]).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"ckpt-4 is not evaluated: it is damaged\. "):
+        assert runs.evaluate(model, DATA) == {}
 
 
 def test_data_that_does_not_fit_is_an_error_that_changes_nothing(runs, model) -> None:

@@ -97,6 +97,7 @@ class TestStartFromEpoch:
 
 
 class TestMinDelta:
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize(
         ("mode", "values", "kept"),
         [

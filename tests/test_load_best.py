@@ -32,6 +32,7 @@ def steps(runs: kc.CheckpointDirectory) -> list[int]:
     return [record.step for record in runs]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("path", "options"),
     [
@@ -68,6 +69,7 @@ def test_the_next_fit_continues_from_the_best_checkpoint(runs) -> None:
     assert len({record.run_id for record in runs}) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("stop", "losses"),
     [
@@ -108,6 +110,7 @@ def test_an_error_in_fit_leaves_the_model_as_training_left_it(runs) -> None:
 
     assert not has(model, remembers.weights[0])
     assert not has(model, remembers.weights[1])
+    assert steps(runs) == [1, 2]
 
 
 def test_a_finished_script_that_runs_again_ends_with_the_best_weights(tmp_path) -> None:

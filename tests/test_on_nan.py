@@ -92,6 +92,7 @@ def test_a_training_that_diverges_is_rescued_by_a_smaller_learning_rate(runs) ->
     assert not any(map(has_nan, runs))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("path", ["run", "{epoch}.keras"])
 def test_a_model_with_nan_in_its_weights_is_not_saved(tmp_path, backup, path) -> None:
     """Although the loss of its last batch is finite. The backup of that step is not written either."""

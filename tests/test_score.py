@@ -71,6 +71,7 @@ def test_the_logs_of_other_callbacks_have_no_score(runs) -> None:
     assert history.history.keys() == {"loss"}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("score", "cause"),
     [
@@ -92,7 +93,9 @@ def test_a_score_that_fails_in_the_first_epoch_is_an_error_after_the_save(runs, 
 def test_a_score_beside_a_metric_of_this_name_is_an_error(runs) -> None:
     """Neither takes the place of the other without a word."""
     with pytest.raises(ValueError, match="the model has a metric 'score' of its own"):
-        fit(dense_model(), Reports(score=[0.5]), kc.ModelCheckpoint(runs.path, score=lambda logs: 1.0))
+        fit(dense_model(), Reports(score=[0.5]), kc.ModelCheckpoint(runs.path, score=lambda logs: 1.0), batches=1)
+
+    assert scores(runs) == {1: 0.5}
 
 
 def test_a_score_that_fails_in_a_later_epoch_is_a_warning(runs) -> None:
