@@ -109,7 +109,7 @@ MUTANTS = {
         "test_directory.py::test_verify_tells_the_whole_from_the_damaged",
     ),
     "pruning trusts sizes": Mutant(
-        without("store.directory.CheckpointDirectory.prune", "_refuse_damaged"),
+        without("store.directory.CheckpointDirectory.prune", "refuse_damaged"),
         "test_directory.py::test_nothing_is_removed_in_favour_of_what_is_damaged",
     ),
     "names from disk are not checked": Mutant(
