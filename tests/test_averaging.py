@@ -403,6 +403,12 @@ def test_a_wrong_argument_is_refused(trained, tmp_path, monkeypatch, arguments, 
     assert not os.listdir(tmp_path)
 
 
+def test_several_runs_are_refused(trained, tmp_path) -> None:
+    """The mean of the newest checkpoints of other runs would be no model."""
+    with pytest.raises(TypeError, match=r"expected a directory or a list of checkpoints first"):
+        kc.average(kc.Runs(trained.path), into=tmp_path / "mean")
+
+
 def test_a_list_has_no_metric(trained, tmp_path) -> None:
     """All of it is averaged, so a metric would not matter."""
     with pytest.raises(ValueError, match="neither monitor nor mode"):

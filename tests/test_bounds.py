@@ -1,6 +1,7 @@
 """Bounds: the checkpoints that `policy & MaxBytes(...)` and `policy & MaxCount(...)` keep, on disk too."""
 
 import pathlib
+import re
 
 import msgspec
 import pytest
@@ -123,7 +124,7 @@ def test_a_size_is_a_number_or_a_text_with_a_unit(text: object, count: int) -> N
 @pytest.mark.parametrize(
     ("size", "error"),
     [
-        ("50 G", ValueError), ("GB", ValueError), ("50", ValueError), ("-1 GB", ValueError), ("1e9 B", ValueError),
+        ("50 G", ValueError), ("GB", ValueError), ("50 5", ValueError), ("-1 GB", ValueError), ("1e9 B", ValueError),
         ("0 GB", ValueError), (0, ValueError), (-5, ValueError), (float("nan"), ValueError), (float("inf"), ValueError),
         (True, TypeError), (None, TypeError), (b"1 GB", TypeError),
     ],
@@ -154,7 +155,16 @@ def test_resolve_fills_in_the_arguments_of_the_bounded_policy() -> None:
     assert policy.monitors == {"loss"}
 
 
-@pytest.mark.parametrize("other", [LatestN(2), BestN(3), 5, "50 GB", None])
+@pytest.mark.parametrize("other", [LatestN(2), BestN(3)])
+def test_a_policy_after_the_ampersand_is_refused_with_what_to_write(other: PreservationPolicy) -> None:
+    """A bound comes last; two policies are joined by `|`."""
+    with pytest.raises(TypeError, match=rf"To keep what either keeps, write {re.escape(repr(LatestN(3) | other))}\."):
+        LatestN(3) & other
+    with pytest.raises(TypeError, match=rf"Write {re.escape(repr(other & MaxCount(3)))}\. Received: MaxCount"):
+        MaxCount(3) & other
+
+
+@pytest.mark.parametrize("other", [5, "50 GB", None])
 def test_only_a_bound_can_stand_after_the_ampersand(other: object) -> None:
     with pytest.raises(TypeError, match=r"`&` bounds a policy by MaxBytes or MaxCount\. Received: LatestN"):
         LatestN(3) & other
@@ -220,7 +230,7 @@ def test_files_that_are_hard_links_count_once_on_disk(tmp_path, monkeypatch) -> 
 
 
 def test_a_budget_below_one_checkpoint_keeps_the_newest_and_warns_once(filler) -> None:
-    with pytest.warns(UserWarning, match=f"have {SIZE} bytes, over 5 bytes: the newest and the pinned stay") as warned:
+    with pytest.warns(UserWarning, match=f"have {SIZE} bytes, over 5 bytes: a bound leaves one checkpoint") as warned:
         runs = filler.save("10 20 30", LatestN(3) & MaxBytes(5))
 
     assert [record.step for record in runs] == [30]
@@ -232,7 +242,9 @@ def test_pins_that_exceed_the_budget_stay_with_the_newest_and_a_warning(filler) 
     runs.pin(10)
     runs.pin(20)
 
-    with pytest.warns(UserWarning, match="over 1 checkpoint: the newest and the pinned stay. Unpin some") as warned:
+    with pytest.warns(
+        UserWarning, match="over 1 checkpoint: a bound leaves one checkpoint and the pinned. Unpin some"
+    ) as warned:
         filler.save("30 40", LatestN(9) & MaxCount(1))
 
     assert [record.step for record in runs] == [10, 20, 40]
@@ -246,8 +258,8 @@ def test_a_plan_says_that_what_stays_exceeds_the_bound(filler) -> None:
     plan = runs.plan(LatestN(2) & MaxCount(1))
 
     assert [record.step for record in plan.removed] == [20]
-    assert "the newest and the pinned stay: 2 checkpoints, over 1 checkpoint" in str(plan)
-    assert "stay:" not in str(runs.plan(LatestN(2) & MaxCount(3)))
+    assert "a bound leaves one checkpoint and the pinned: 2 checkpoints, over 1 checkpoint" in str(plan)
+    assert "a bound leaves" not in str(runs.plan(LatestN(2) & MaxCount(3)))
 
 
 def test_a_fit_stays_within_a_bound(tmp_path) -> None:

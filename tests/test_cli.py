@@ -95,6 +95,15 @@ def test_ls_all_lists_each_series_of_a_folder(tmp_path) -> None:
     assert listed.count("1 kept") == 2
 
 
+def test_ls_all_lists_each_run_below_a_directory(tmp_path) -> None:
+    for name in ("a", "b"):
+        Filler(tmp_path / name).save("10 20", kc.LatestN(1))
+
+    listed = run("ls", "--all", tmp_path)
+
+    assert listed.count("1 removed, 1 kept") == 2
+
+
 def test_why_prints_the_sentence_of_a_step(runs) -> None:
     """A step that is gone, `latest`, and a step that was never saved."""
     runs.prune(kc.LatestN(1))

@@ -127,6 +127,7 @@ def test_the_variables_of_a_layer_are_compared_together_and_layers_sorted_by_cha
     assert [each.frozen for each in found.layers] == [False, False, True]
     assert not found.identical
     assert kc.diff(a, a).identical
+    assert "3 layers, 3 frozen: the weights are identical" in str(kc.diff(a, a))
 
 
 def test_variables_of_one_side_and_other_shapes_and_types_are_lines(tmp_path) -> None:

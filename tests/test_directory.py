@@ -54,6 +54,7 @@ def test_a_missing_directory_is_empty() -> None:
     assert runs.latest() is None
     assert runs.best() is None
     assert runs.clear() == []
+    assert runs.plan(BestN(1)).decisions == ()
     assert "no checkpoints" in str(runs)
 
 

@@ -35,6 +35,15 @@ def measured(runs: kc.CheckpointDirectory) -> list[int]:
     return [record.step for record in runs if "test_loss" in record.metrics]
 
 
+class CountsTests(keras.callbacks.Callback):
+    """Counts the evaluations."""
+
+    tests = 0
+
+    def on_test_end(self, logs=None) -> None:
+        self.tests += 1
+
+
 class AtTheEndOf(keras.callbacks.Callback):
     """Calls a function at the end of an evaluation, given its number from 1."""
 
@@ -89,13 +98,17 @@ def test_a_model_of_another_run_stays_in_its_run(runs, model, tmp_path) -> None:
 
 
 def test_a_checkpoint_that_has_the_metrics_is_skipped(runs, model) -> None:
-    """Another prefix measures it again. A later checkpoint is measured by the next call."""
-    assert list(runs.evaluate(model, DATA)) == [2, 4, 6]
+    """Its metrics are returned. Another prefix measures it again. The next call measures a later checkpoint."""
+    first, counts = runs.evaluate(model, DATA), CountsTests()
+    assert list(first) == [2, 4, 6]
     fit(model, kc.ModelCheckpoint(runs.path), batches=2)
 
-    assert list(runs.evaluate(model, DATA)) == [8]
-    assert runs.evaluate(model, DATA) == {}
-    assert list(runs.evaluate(model, DATA, prefix="again_")) == [2, 4, 6, 8]
+    second = runs.evaluate(model, DATA, callbacks=[counts])
+    assert (list(second), counts.tests) == ([2, 4, 6, 8], 1)
+    assert {step: second[step] for step in first} == first
+    assert (runs.evaluate(model, DATA, callbacks=[counts]), counts.tests) == (second, 1)
+    assert list(runs.evaluate(model, DATA, prefix="again_", callbacks=[counts])) == [2, 4, 6, 8]
+    assert counts.tests == 5
 
 
 def test_interrupted_work_is_kept(runs, model) -> None:
@@ -110,7 +123,9 @@ def test_interrupted_work_is_kept(runs, model) -> None:
 
     assert measured(runs) == [2]
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(model.get_weights(), weights, strict=True))
-    assert list(runs.evaluate(model, DATA)) == [4, 6]
+    counts = CountsTests()
+    assert list(runs.evaluate(model, DATA, callbacks=[counts])) == [2, 4, 6]
+    assert counts.tests == 2
 
 
 def test_a_checkpoint_that_is_pruned_or_damaged_meanwhile_is_skipped_with_a_warning(runs, model) -> None:
@@ -129,7 +144,7 @@ def test_a_checkpoint_that_is_pruned_or_damaged_meanwhile_is_skipped_with_a_warn
     assert ["ckpt-4" in str(caught[0].message), "ckpt-6" in str(caught[1].message)] == [True, True]
     pathlib.Path(runs[4].paths[-1]).write_bytes(b"")
     with pytest.warns(UserWarning, match=r"ckpt-4 is not evaluated: it is damaged\. "):
-        assert runs.evaluate(model, DATA) == {}
+        assert list(runs.evaluate(model, DATA)) == [2]
 
 
 def test_data_that_does_not_fit_is_an_error_that_changes_nothing(runs, model) -> None:

@@ -149,7 +149,7 @@ def test_training_stops_after_too_many_rollbacks(runs) -> None:
 
 def test_training_stops_without_a_good_checkpoint(runs) -> None:
     """Nothing was saved before the first NaN."""
-    with pytest.warns(UserWarning, match=r"no whole checkpoint of the run has a finite loss and weights\. Tr"):
+    with pytest.warns(UserWarning, match=r"no whole checkpoint of the run in \S+ has a finite loss and weights\. Tr"):
         history = fit(dense_model(), Poisons(2), kc.ModelCheckpoint(runs.path, on_nan="rollback"), epochs=3, batches=3)
 
     assert history.epoch == [0]

@@ -93,7 +93,7 @@ def ls(paths: Sequence[str], everything: bool, form: str | None) -> None:
     Example: keras-ckpt ls runs/digits
     """
     if everything:
-        for each in itertools.chain.from_iterable(runs.each_series() for runs in _directories(*paths)):
+        for each in itertools.chain.from_iterable(_each_run(runs) for runs in _directories(*paths)):
             past = each.seen().past
             _report(form, past, functools.partial(_past_facts, past))
         return
@@ -416,6 +416,12 @@ def _whole(*paths: str) -> list[CheckpointDirectory]:
         with _arguments():
             runs.refuse_one_file()
     return directories
+
+
+def _each_run(runs: CheckpointDirectory) -> Iterable[CheckpointDirectory]:
+    """The series of a directory, or each run below a directory that holds no checkpoints itself."""
+    found = _or_runs_below(runs)
+    return found if isinstance(found, Runs) else runs.each_series()
 
 
 def _or_runs_below(runs: CheckpointDirectory) -> CheckpointDirectory | Runs:

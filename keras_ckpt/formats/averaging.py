@@ -25,6 +25,7 @@ from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.plan import resolved
 from keras_ckpt.store.policies import BestN
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord, Mode, step_in
+from keras_ckpt.store.runs import Runs
 from keras_ckpt.store.tables import few, relative
 from keras_ckpt.store.writer import SaveRequest, Write, Writer
 from keras_ckpt.version import __version__
@@ -105,7 +106,7 @@ def chosen(
 
 def _listed(checkpoints: Any, monitor: str | None, mode: Mode | None) -> Sequence[Checkpoint]:
     """The checkpoints of a list. Those of one series are in the order of saving."""
-    if isinstance(checkpoints, CheckpointRecord) or not isinstance(checkpoints, Iterable):
+    if isinstance(checkpoints, CheckpointRecord | Runs) or not isinstance(checkpoints, Iterable):
         raise TypeError(
             f"average() expected a directory or a list of checkpoints first. Received: {checkpoints!r:.200}"
         )

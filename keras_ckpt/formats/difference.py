@@ -109,7 +109,8 @@ class Difference(Shown):
     def _notes(self) -> Iterable[str]:
         frozen = sum(each.frozen for each in self.layers)
         hidden = f", {len(self.layers) - _ROWS} of them not shown" if len(self.layers) > _ROWS else ""
-        yield f"{counted(len(self.layers), 'layer')}, {frozen} frozen{hidden}"
+        equal = ": the weights are identical" if self.identical else ""
+        yield f"{counted(len(self.layers), 'layer')}, {frozen} frozen{hidden}{equal}"
         if self.only_in_a:
             yield f"only in a: {few(self.only_in_a)}"
         if self.only_in_b:

@@ -17,7 +17,7 @@ from keras_ckpt.model.position import keeping_position
 from keras_ckpt.model.restoring import restore
 from keras_ckpt.model.transfer import retrace
 from keras_ckpt.store.directory import CheckpointDirectory
-from keras_ckpt.store.notices import warn
+from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.record import CheckpointRecord
 
 
@@ -31,9 +31,9 @@ def evaluate(
     """Evaluates each checkpoint of a run on data, and adds the metrics to its sidecar.
 
     Each checkpoint is restored into the model and measured by `model.evaluate`. Its metrics are on disk before the next
-    checkpoint begins, so interrupted work is kept. A checkpoint that has the metrics already is skipped. A terminal
-    shows a progress bar. At the end, or after an error, the model has its own state again: weights, seeds, learned
-    state and place in its run.
+    checkpoint begins, so interrupted work is kept. A checkpoint that has the metrics already is skipped, whatever the
+    data are. A terminal shows a progress bar. At the end, or after an error, the model has its own state again:
+    weights, seeds, learned state and place in its run.
 
     Example:
 
@@ -52,7 +52,7 @@ def evaluate(
         **options: Arguments of `model.evaluate`, such as `batch_size`, `steps` or `verbose`.
 
     Returns:
-        The metrics that this call has added, by step.
+        The metrics with the prefix of each evaluated checkpoint, by step, also of those that had them already.
 
     Raises:
         ValueError: The model cannot be evaluated on the data. The model is as it was, and so is the checkpoint.
@@ -63,13 +63,15 @@ def evaluate(
     _check(model, data, prefix)
     arguments = dict(zip(("x", "y", "sample_weight"), keras.utils.unpack_x_y_sample_weight(data), strict=True))
     arguments |= {"verbose": 0, **options, "return_dict": True}
-    names, added = {f"{prefix}loss"}, {}
+    names, found, skipped = {f"{prefix}loss"}, {}, 0
     listing = directory.listing()
     for name, error in listing.damaged.items():
         warn(f"{os.path.join(listing.path, name)} is not evaluated: it is damaged. {error}")
     with _unchanged(model):
         for record in _shown(listing.records):
             if names <= record.metrics.keys():
+                found[record.step] = {name: value for name, value in record.metrics.items() if name.startswith(prefix)}
+                skipped += 1
                 continue
             try:
                 restore(model, record, weights_only=True)
@@ -78,8 +80,10 @@ def evaluate(
             except (CheckpointNotFoundError, DamagedCheckpointError) as error:
                 warn(f"{record.prefix} is not evaluated: {error}")
                 continue
-            names, added[record.step] = {*metrics}, metrics
-    return added
+            names, found[record.step] = {*metrics}, metrics
+    if skipped:
+        log.info("%d checkpoints had %sloss already; another prefix measures them again", skipped, prefix)
+    return found
 
 
 def _check(model: object, data: Any, prefix: object) -> None:
@@ -104,9 +108,9 @@ def _measured(model: keras.Model, record: CheckpointRecord, arguments: dict[str,
     try:
         return dict(model.evaluate(**arguments))
     except Exception as error:
-        line = str(error).strip().partition("\n")[0].rstrip(".")
+        text = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"{record.prefix} could not be evaluated: {type(error).__name__}: {line:.500}. Give evaluate() data as for "
+            f"{record.prefix} could not be evaluated: {type(error).__name__}: {text:.500}. Give evaluate() data as for "
             "fit(), and options of model.evaluate(). The model and the checkpoint are as they were."
         ) from error
 

@@ -242,8 +242,9 @@ def is_finite(value: Tensor) -> bool:
     if value.dtype in (tf.float32, tf.float64):
         # The fastest look at the values; a sum that overflows proves nothing.
         array = np.asarray(value).reshape(-1)
-        if np.isfinite(np.dot(array, array)):
-            return True
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.dot(array, array)):
+                return True
     if value.dtype.size == 1:
         value = tf.cast(value, tf.float32)  # TensorFlow has no arithmetic for float8
     return bool(tf.math.is_finite(tf.reduce_sum(value))) or bool(tf.reduce_all(tf.math.is_finite(value)))

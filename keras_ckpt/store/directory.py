@@ -367,7 +367,7 @@ class CheckpointDirectory(tables.Shown):
         listing.refuse_newer()
         policy = resolved(policy, listing, PlanError) if listing.records else policy
         with _naming(self.path):
-            decisions = tuple(decide(policy, listing.records))
+            decisions = tuple(decide(policy, listing.records)) if listing.records else ()
         if listing.records and not any(decision.kept for decision in decisions):
             raise PlanError(
                 f"{policy!r} would keep none of the {len(decisions)} checkpoints in {self.path}. "

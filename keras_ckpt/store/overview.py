@@ -33,6 +33,9 @@ _LINES = 5
 _COLORS = {"kept": "", "kept, best": "green", "damaged": "red", "failed": "red"}
 """The colors of the states of saves. All other saves are dimmed."""
 
+_SETTING = 30
+"""The largest width of a list of metadata, such as the paths of an average."""
+
 _Row = TypeVar("_Row")
 _Facts = TypeVar("_Facts", CheckpointRecord, Event)
 
@@ -130,7 +133,7 @@ def of_plan(policy: PreservationPolicy, decisions: Sequence[Decision], listing: 
     colors = _colors(rows, lambda decision: "green" if decision.kept else "red")
     notes = [summary if decisions else _absence([listing])]
     if text := excess(policy, (decision.record for decision in decisions if decision.kept)):
-        notes.append(f"the newest and the pinned stay: {text}")
+        notes.append(f"a bound leaves one checkpoint and the pinned: {text}")
     if listing.other_runs:
         notes.append(f"of an earlier run, left alone: {few([record.name for record in listing.other_runs])}")
     return Table(f"keep {printable(repr(policy))}", _used(columns), (*notes, *_notes([listing])), colors)
@@ -256,7 +259,8 @@ def _setting(value: Any) -> str:
             return printable(value)
         case float():
             return metric(value)
-    return printable(msgspec.json.encode(value).decode())
+    text = printable(msgspec.json.encode(value).decode())
+    return text if len(text) <= _SETTING else f"{text[: _SETTING - 3]}..."
 
 
 def _best_value(monitor: str | None, run: RunSummary) -> str:

@@ -118,7 +118,8 @@ class PreservationPolicy:
 
     def bounding(self, policy: PreservationPolicy) -> PreservationPolicy:
         """The result of `policy & self`. Only a bound has one."""
-        raise TypeError(f"`&` bounds a policy by MaxBytes or MaxCount. Received: {policy!r} & {self!r}")
+        advice = f"Write {self & policy!r}" if policy.bounds else f"To keep what either keeps, write {policy | self!r}"
+        raise TypeError(f"`&` bounds a policy by MaxBytes or MaxCount. {advice}. Received: {policy!r} & {self!r}")
 
     def resolve(self, monitor: str | None, mode_of: Callable[[str], Mode]) -> PreservationPolicy:
         """This policy with its open arguments filled in.

@@ -8,7 +8,7 @@ import numbers
 import re
 from collections.abc import Mapping
 
-_SIZES = {"B": 1, "bytes": 1}
+_SIZES = {"": 1, "B": 1, "bytes": 1}
 _SIZES |= {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGTP", 1)}
 _SIZES |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGTP", 1)}
 _TIMES = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -54,7 +54,7 @@ def as_seconds(value: object, name: str) -> float:
 
 def _in_units(text: str, units: Mapping[str, int]) -> float | None:
     """The value of a number with a unit, `None` for any other text. Capitals have no meaning."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-z]+)\s*", text, re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-z]*)\s*", text, re.ASCII | re.IGNORECASE)
     factors = {unit.lower(): factor for unit, factor in units.items()}
     if match is None or (factor := factors.get(match[2].lower())) is None:
         return None

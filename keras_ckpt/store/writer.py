@@ -447,8 +447,8 @@ class Writer:
         if text:
             self._has_excess = True
             warn(
-                f"The checkpoints in {listing.path} have {text}: the newest and the pinned stay. Unpin some, or allow "
-                "more."
+                f"The checkpoints in {listing.path} have {text}: a bound leaves one checkpoint and the pinned. "
+                "Unpin some, or allow more."
             )
 
     @contextlib.contextmanager

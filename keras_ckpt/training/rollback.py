@@ -175,7 +175,8 @@ class Recovery:
         rate = _rate(model)
         record = next((each for each in good if _is_restored(model, each)), None)
         if record is None:
-            self._stop(model, f"{what}, and no whole checkpoint of the run has a finite loss and weights.")
+            where = tables.relative(directory.path)
+            self._stop(model, f"{what}, and no whole checkpoint of the run in {where} has a finite loss and weights.")
             return
         self._count, self._is_back = self._count + 1, True
         if rate is not None:
