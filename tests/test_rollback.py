@@ -73,7 +73,7 @@ def test_a_newer_backup_does_not_undo_it(crashed, backup, capsys) -> None:
 
 
 def test_a_loss_that_was_nan_is_followed_by_a_rollback(runs, backup) -> None:
-    """The training stopped with its earlier backup left in place, and begins anew at the checkpoint."""
+    """A training that a NaN stopped keeps its earlier backup. After a rollback the next fit begins at its step."""
 
     class Poisons(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None) -> None:

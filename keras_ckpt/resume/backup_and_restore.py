@@ -384,7 +384,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"{self.backup_dir}: the same script continues from it, and CheckpointDirectory.clear() removes it."
             )
         elif self.delete_checkpoint:
-            stays = backed_up.is_whole_run and self._has_the_end_alone(backed_up)
+            stays = backed_up.is_whole_run and self._note_end(backed_up)
             _ended[self.directory.path] += 1
             if stays:
                 path = relative(self.backup_dir)
@@ -402,8 +402,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             self._note_the_end()
             files.remove_unused(self.backup_dir)  # if no batch was trained
 
-    def _has_the_end_alone(self, backed_up: BackedUpFit) -> bool:
-        """Notes the end of the run. Returns whether no directory of checkpoints has it, and the backup has."""
+    def _note_end(self, backed_up: BackedUpFit) -> bool:
+        """Notes the end of the run. Returns whether the backup alone has it, and no directory of checkpoints."""
         checkpoints, epochs = self._checkpoints(), self.params["epochs"]
         is_elsewhere = note_end(self.model, checkpoints, epochs)
         return not is_elsewhere and backed_up.is_saved and note_end_in_backup(self.directory, checkpoints, epochs)

@@ -507,7 +507,7 @@ class CheckpointDirectory(tables.Shown):
             **options: Arguments of `model.evaluate`.
 
         Returns:
-            The metrics that this call has added, by step.
+            The metrics with the prefix of each evaluated checkpoint, by step, also of those that had them already.
         """
         import keras_ckpt  # a model needs TensorFlow, which nothing else here needs
 
