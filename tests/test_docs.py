@@ -127,7 +127,7 @@ def test_the_reference_has_every_public_name_once() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if RUN.search(page.read_text())], ids=named)
 def test_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(fork_server, tmp_path, monkeypatch, page) -> None:
-    """As one script in an empty directory. Numbers may differ, words may not. The page shows each warning too."""
+    """As one script in an empty directory. Numbers may differ, words may not. It shows each warning and curve too."""
     monkeypatch.chdir(tmp_path)
 
     ended = fork_server.run(script(page.read_text()))
@@ -137,6 +137,7 @@ def test_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(fork_server, tm
         assert warning in page.read_text()
     for (_, code, shown), output in zip(RUN.findall(page.read_text()), ended.stdout.split(END), strict=False):
         assert words(shown) <= words(output), (code, shown, output)
+        assert not shown or ("▁" in shown) == ("▁" in output), (code, shown, output)
 
 
 def test_every_public_thing_that_does_something_has_an_example() -> None:
