@@ -22,7 +22,7 @@ import savers
 import keras_ckpt as kc
 from keras_ckpt.formats import sharing
 from keras_ckpt.model import checkpoint_reader, comparison, model_state, naming, snapshot
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import tensorflow as backend
 from keras_ckpt.resume import backed_up_fit
 from keras_ckpt.store import background, writer
 from keras_ckpt.training import session

@@ -15,7 +15,7 @@ from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats import targets
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_reader import read_values
-from keras_ckpt.model.tensorflow import allocate, tensor_of
+from keras_ckpt.model.backends.tensorflow import allocate, tensor_of
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.streams import PORTION

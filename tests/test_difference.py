@@ -153,14 +153,14 @@ def shared(path: pathlib.Path, changed: np.ndarray) -> list[kc.CheckpointRecord]
     """Two checkpoints of a directory, which share the file of all values but one."""
     from keras_ckpt.formats.arena import Arena
     from keras_ckpt.formats.sharing import SharingWrite
+    from keras_ckpt.model.backends.tensorflow import Reader
     from keras_ckpt.model.snapshot import Snapshot
-    from keras_ckpt.model.tensorflow import Reader
 
     arrays = {f"model/body/kernel{SUFFIX}": np.ones(1 << 19, "float32"), f"model/head/kernel{SUFFIX}": changed}
     arena, writer, records = Arena(), Writer(kc.CheckpointDirectory(path)), []
     for step in (1, 2, 3):
         arrays[f"model/head/kernel{SUFFIX}"] = changed * step
-        write = SharingWrite(Snapshot(Reader({}), arrays).move(arena), arena, writer)
+        write = SharingWrite(Snapshot(Reader(None, {}), arrays).move(arena), arena, writer)
         records.append(writer.save(SaveRequest(step=step), write))
         write.remember(records[-1])
     writer.close()

@@ -15,10 +15,10 @@ import tensorflow as tf
 from keras_ckpt.formats import threads
 from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.bundle_writer import Value
+from keras_ckpt.model.backends.tensorflow import Reader, array_of
 from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.model.snapshot import Snapshot, arena_of
-from keras_ckpt.model.tensorflow import Reader, array_of
 from support.bundles import NUMBERS
 
 BATCHES = 24
@@ -113,7 +113,7 @@ def test_a_read_shares_the_memory_of_the_variables() -> None:
     """A read makes no copy."""
     variables = [tf.Variable(tf.ones(1000)) for _ in range(3)]
 
-    reader = Reader(dict(zip("abc", variables, strict=True)))
+    reader = Reader(None, dict(zip("abc", variables, strict=True)))
 
     first, second = reader.read(), reader.read()
 
@@ -125,7 +125,7 @@ def test_a_read_of_a_table_whose_rows_change_in_place_is_a_copy() -> None:
     """TensorFlow changes the rows of such a variable even if its value is held."""
     table = tf.Variable(tf.zeros((4, 2)))
     table.scatter_nd_update([[0]], [[1.0, 1.0]])
-    before = Reader({"table": table}).read()["table"]
+    before = Reader(None, {"table": table}).read()["table"]
 
     table.scatter_nd_update([[1]], [[2.0, 2.0]])
 
@@ -139,11 +139,11 @@ def test_several_threads_copy_the_values_of_the_variables(monkeypatch, change) -
     monkeypatch.setattr(threads, "_THREADS", 3)
     threads.helpers.cache_clear()
     arena = Arena()
-    Snapshot(Reader(variables), {}).move(arena)
+    Snapshot(Reader(None, variables), {}).move(arena)
     for variable in variables.values():
         variable.assign_add(tf.ones_like(variable))
 
-    taken = Snapshot(Reader(variables), {"text": "as it is"})
+    taken = Snapshot(Reader(None, variables), {"text": "as it is"})
     taken.detach(arena, change)
     copies = taken.move(arena)
 
@@ -159,7 +159,7 @@ class TestDetached:
 
     def test_a_detached_snapshot_has_the_values_of_its_moment(self) -> None:
         arena, variables = Arena(), self.variables()
-        taken = Snapshot(Reader(variables), {"other": np.ones(2, np.float32)})
+        taken = Snapshot(Reader(None, variables), {"other": np.ones(2, np.float32)})
         before = {key: variable.numpy().tobytes() for key, variable in variables.items()}
 
         taken.detach(arena, change=True)
@@ -172,7 +172,7 @@ class TestDetached:
 
     def test_a_detached_snapshot_holds_no_memory_of_variables(self) -> None:
         variables = self.variables()
-        taken = Snapshot(Reader(variables), {})
+        taken = Snapshot(Reader(None, variables), {})
 
         taken.detach(Arena(), change=True)
 
@@ -185,7 +185,7 @@ class TestDetached:
     def test_a_detached_snapshot_is_in_the_order_of_the_variables(self) -> None:
         """The arena has the same order, so the values are written in long runs."""
         arena, variables = Arena(), self.variables()
-        taken = Snapshot(Reader(variables), {})
+        taken = Snapshot(Reader(None, variables), {})
 
         taken.detach(arena, change=True)
 
@@ -196,7 +196,9 @@ class TestDetached:
         arena, variables = Arena(), self.variables()
         taken = []
         for _ in range(3):
-            taken.append((Snapshot(Reader(variables), {}), [each.numpy().tobytes() for each in variables.values()]))
+            taken.append(
+                (Snapshot(Reader(None, variables), {}), [each.numpy().tobytes() for each in variables.values()])
+            )
             taken[-1][0].detach(arena, change=len(taken) == 1)
             if len(taken) == 2:
                 for variable in variables.values():
@@ -213,7 +215,7 @@ class TestDetached:
             key: tf.cast(tf.cast(value, between), dtype) for key, value in {"x": [[0, 1]], "": 1, "no": [[]]}.items()
         }
         variables = {key: tf.Variable(value) for key, value in tensors.items()}
-        arena, taken = Arena(), Snapshot(Reader(variables), {})
+        arena, taken = Arena(), Snapshot(Reader(None, variables), {})
 
         taken.detach(arena, change=True)
 
@@ -301,7 +303,7 @@ class TestSeveralThreads:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
     def large(self) -> Snapshot:
-        return Snapshot(Reader({key: tf.Variable(tf.fill(1 << 20, np.uint8(1))) for key in "ab"}), {})
+        return Snapshot(Reader(None, {key: tf.Variable(tf.fill(1 << 20, np.uint8(1))) for key in "ab"}), {})
 
 
 def test_a_read_of_a_variable_of_a_strategy_has_one_copy() -> None:
@@ -311,7 +313,7 @@ def test_a_read_of_a_variable_of_a_strategy_has_one_copy() -> None:
         mirrored = tf.Variable([1.0, 2.0])
     plain = tf.Variable([3.0])
 
-    values = Reader({"mirrored": mirrored, "plain": plain}).read()
+    values = Reader(None, {"mirrored": mirrored, "plain": plain}).read()
 
     assert {key: value.numpy().tolist() for key, value in values.items()} == {"mirrored": [1, 2], "plain": [3]}
 

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_ckpt.formats import config, description
-from keras_ckpt.model import object_graph
-from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX, ModelState
+from keras_ckpt.formats import config, description, graph
+from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX
 from keras_ckpt.model.naming import named_variables
 from support.models import X, dense_model, fit, save
 
@@ -315,7 +314,7 @@ def test_the_file_is_a_plain_tensorflow_checkpoint_with_these_names(tmp_path) ->
     prefix = save(model, tmp_path).prefix
 
     on_disk = dict(tf.train.list_variables(prefix))
-    extra = {object_graph.KEY, config.KEY, description.KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
+    extra = {graph.KEY, config.KEY, description.KEY, NAMES_KEY, f"save_counter{SUFFIX}"}
     assert on_disk.keys() - extra == {f"{name}{SUFFIX}" for name in named_variables(model)}
     for name, variable in named_variables(model).items():
         assert np.array_equal(tf.train.load_variable(prefix, name + SUFFIX), variable.numpy())
@@ -375,14 +374,6 @@ def test_layers_in_a_list_have_names_though_tensorflow_does_not_track_them() -> 
         "model/dense_1/kernel",
     ]
     assert not any("dense" in type(each).__name__.lower() for each in tf.train.TrackableView(model).descendants())
-
-
-def test_another_backend_is_refused_with_advice(monkeypatch) -> None:
-    """The error comes before anything is written."""
-    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
-
-    with pytest.raises(ValueError, match=r"Received: torch\. Set KERAS_BACKEND=tensorflow"):
-        ModelState(dense_model())
 
 
 def test_keys_of_optimizers_may_have_slashes() -> None:

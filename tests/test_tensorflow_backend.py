@@ -8,16 +8,15 @@ import pytest
 import tensorflow as tf
 
 from keras_ckpt.formats.arrays import number_of
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import tensorflow as backend
 from keras_ckpt.model.matching import Kind
-from support.models import dense_model
 
 
 def test_reader_reads_several_variables_in_one_operation() -> None:
     """The private names are `execute.execute`, `context.context` and the operation `_ReadVariablesOp`."""
     variables = {"numbers": tf.Variable([1.0, 2.0]), "text": tf.Variable("word"), "large": tf.Variable(tf.zeros(100))}
 
-    values = backend.Reader(variables).read()
+    values = backend.Reader(None, variables).read()
 
     assert values.keys() == variables.keys()
     assert all(np.array_equal(values[key].numpy(), variable.numpy()) for key, variable in variables.items())
@@ -25,7 +24,7 @@ def test_reader_reads_several_variables_in_one_operation() -> None:
 
 def test_a_value_that_was_read_does_not_change_with_its_variable() -> None:
     variable = tf.Variable(np.zeros(1000, np.float32))
-    value = backend.Reader({"x": variable}).read()["x"]
+    value = backend.Reader(None, {"x": variable}).read()["x"]
 
     variable.assign_add(tf.ones(1000))
 
@@ -38,20 +37,6 @@ def test_tracked_is_the_class_of_all_objects_that_tensorflow_tracks() -> None:
 
     assert all(isinstance(each, backend.Tracked) for each in tracked)
     assert not any(isinstance(each, backend.Tracked) for each in ([1], object(), np.ones(1)))
-
-
-def test_nodes_reads_the_graph_that_tensorflow_writes(tmp_path) -> None:
-    """`nodes` and `Root.graph` use `trackable_object_graph_pb2`."""
-    model = dense_model()
-    prefix = tf.train.Checkpoint(model=model).write(str(tmp_path / "plain"))
-    data = tf.train.load_checkpoint(prefix).get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
-    keys = {key for key, _ in tf.train.list_variables(prefix)}
-
-    theirs = backend.nodes(data)
-    ours = backend.nodes(backend.Root(model).graph({}))
-
-    assert [node.children.keys() for node in ours] == [node.children.keys() for node in theirs]
-    assert {node.key for node in theirs if node.key} == keys - {"_CHECKPOINTABLE_OBJECT_GRAPH"}
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.bool, tf.dtypes.experimental.float8_e5m2])

@@ -19,11 +19,12 @@ import itertools
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from crc32c import crc32c
 
 from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.formats import protobuf
 from keras_ckpt.formats.dtypes import ITEM_SIZES, STRING, VARIANT
 from keras_ckpt.store import layout
 from keras_ckpt.store.checks import refuse_changed
@@ -40,21 +41,6 @@ _FOOTER = 48
 _MAGIC = bytes.fromhex("57fb808b247547db")
 _BLOCK_TRAILER = 5  # a byte for the compression, which TensorFlow does not use, and a checksum of four bytes
 CHECKSUM = 4
-
-# The wire types of Protocol Buffers.
-_NUMBER, _BYTES = 0, 2
-_FIXED = {1: 8, 5: 4}
-
-
-class _Fixed(NamedTuple):
-    """A number of four or eight bytes."""
-
-    value: int
-
-
-Kind = TypeVar("Kind", int, bytes, _Fixed)
-_Fields = dict[int, list[int | bytes | _Fixed]]
-
 
 Slice = tuple[tuple[int, int], ...]
 """A part of a variable: its start and its length in each dimension, or `WHOLE` for the whole dimension."""
@@ -158,8 +144,8 @@ def _table(index: bytes) -> list[tuple[bytes, bytes]]:
 
 def _place(data: bytes, at: int) -> tuple[tuple[int, int], int]:
     """The offset and the size of a block, and the position after them."""
-    offset, at = varint(data, at)
-    size, at = varint(data, at)
+    offset, at = protobuf.read_varint(data, at)
+    size, at = protobuf.read_varint(data, at)
     return (offset, size), at
 
 
@@ -184,9 +170,9 @@ def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
     whole, key, at = set(), b"", offset
     while at < limit:
         began = at
-        shared, at = varint(index, at)
-        rest, at = varint(index, at)
-        length, at = varint(index, at)
+        shared, at = protobuf.read_varint(index, at)
+        rest, at = protobuf.read_varint(index, at)
+        length, at = protobuf.read_varint(index, at)
         middle = at + rest
         if shared > len(key) or middle + length > limit or shared + rest > KEY_LIMIT:
             raise DamagedCheckpointError(f"has an entry at {began} with an impossible length")
@@ -203,24 +189,28 @@ def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
 
 def _shards(header: bytes) -> int:
     """The number of data files."""
-    fields = _fields(header)
-    shards, order, version = _number(fields, 1), _number(fields, 2), _fields(b"".join(_messages(fields, 3)))
+    fields = protobuf.decode(header)
+    shards, order, version = (
+        protobuf.number(fields, 1),
+        protobuf.number(fields, 2),
+        protobuf.decode(b"".join(protobuf.messages(fields, 3))),
+    )
     if not 1 <= shards <= _SHARD_LIMIT:
         raise DamagedCheckpointError(f"has an impossible number of data files, {shards}")
     if order:
         raise DamagedCheckpointError("has another byte order than this machine")
-    if _number(version, 2) > 1:
+    if protobuf.number(version, 2) > 1:
         raise DamagedCheckpointError("has a newer version of TensorFlow's format")
     return shards
 
 
 def _entry(message: bytes) -> Entry:
-    fields = _fields(message)
+    fields = protobuf.decode(message)
     # A repeated message is joined, as in TensorFlow.
-    shape = _shape(b"".join(_messages(fields, 2)))
-    slices = tuple(_slice(each, shape) for each in _messages(fields, 7))
-    dtype, shard, offset, size = (_number(fields, number) for number in (1, 3, 4, 5))
-    entry = Entry(dtype, shape, shard, offset, size, _fixed(fields, 6), slices)
+    shape = _shape(b"".join(protobuf.messages(fields, 2)))
+    slices = tuple(_slice(each, shape) for each in protobuf.messages(fields, 7))
+    dtype, shard, offset, size = (protobuf.number(fields, number) for number in (1, 3, 4, 5))
+    entry = Entry(dtype, shape, shard, offset, size, protobuf.fixed(fields, 6), slices)
     if dtype not in ITEM_SIZES and dtype not in (STRING, VARIANT):
         raise DamagedCheckpointError(f"has an unknown type, {dtype}")
     if offset < 0 or size < 0:
@@ -237,20 +227,20 @@ def _entry(message: bytes) -> Entry:
 
 @functools.lru_cache  # many variables have the same shape
 def _shape(message: bytes) -> tuple[int, ...]:
-    fields = _fields(message)
-    dimensions = [_fields(each) for each in _messages(fields, 2)]
+    fields = protobuf.decode(message)
+    dimensions = [protobuf.decode(each) for each in protobuf.messages(fields, 2)]
     # Names of dimensions are refused, because TensorFlow never writes them.
     if fields.keys() - {2} or any(each.keys() - {1} for each in dimensions):
         raise DamagedCheckpointError("has more than numbers in its shape")
-    shape = tuple(_number(each, 1) for each in dimensions)
+    shape = tuple(protobuf.number(each, 1) for each in dimensions)
     if len(shape) > _DIMENSION_LIMIT or any(each < 0 for each in shape) or math.prod(filter(None, shape)) >> 63:
         raise DamagedCheckpointError(f"has a shape that is impossible: {shape!r:.100}")
     return shape
 
 
 def _slice(message: bytes, shape: Sequence[int]) -> Slice:
-    extents = [_fields(each) for each in _messages(_fields(message), 1)]
-    part = tuple((_number(each, 1), _number(each, 2) if 2 in each else -1) for each in extents)
+    extents = [protobuf.decode(each) for each in protobuf.messages(protobuf.decode(message), 1)]
+    part = tuple((protobuf.number(each, 1), protobuf.number(each, 2) if 2 in each else -1) for each in extents)
     if (
         not part
         or len(part) != len(shape)
@@ -303,7 +293,7 @@ def _strings_size(folder: Folder, file: str, entry: Entry, count: int) -> int:
     lengths = folder.read_range(file, entry.offset, min(entry.size, 10 * count))
     at = total = 0
     for _ in range(count):
-        length, at = varint(lengths, at)
+        length, at = protobuf.read_varint(lengths, at)
         total += length
     return at + CHECKSUM + total
 
@@ -312,7 +302,7 @@ def _variants_size(folder: Folder, file: str, entry: Entry, count: int) -> int:
     """The size of variants, such as the state of a dataset iterator: each a length, a message, and a checksum."""
     size = 0
     for _ in range(count):
-        length, used = varint(folder.read_range(file, entry.offset + size, 10), 0)
+        length, used = protobuf.read_varint(folder.read_range(file, entry.offset + size, 10), 0)
         size += used + length + CHECKSUM
         if size > entry.size:
             break
@@ -360,65 +350,3 @@ def _refusal(key: bytes | None, reason: object) -> DamagedCheckpointError:
     """The error of an entry, of the header or of the index, with its reason."""
     entry = "" if key is None else f"the entry {key.decode(errors='replace')!r:.200} of " if key else "the header of "
     return DamagedCheckpointError(f"{entry}its index {reason}")
-
-
-def _fields(message: bytes) -> _Fields:
-    """The values of a Protocol Buffers message by the number of their field."""
-    fields: _Fields = {}
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = varint(message, at)
-        kind = tag & 7
-        value: int | bytes | _Fixed | None = None
-        if kind == _NUMBER:
-            value, at = varint(message, at)
-        elif kind == _BYTES:
-            length, begin = varint(message, at)
-            at = begin + length
-            value = message[begin:at]
-        elif kind in _FIXED:
-            begin, at = at, at + _FIXED[kind]
-            value = _Fixed(int.from_bytes(message[begin:at], "little"))
-        if at > end or value is None or not 0 < tag >> 3 < 1 << 29:
-            raise DamagedCheckpointError("is not a valid Protocol Buffers message")
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
-
-
-def _number(fields: _Fields, field: int) -> int:
-    """The last number of a field, 0 if the field is absent."""
-    value = (_values(fields, field, int) or [0])[-1]
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _fixed(fields: _Fields, field: int) -> int:
-    """The last number of four or eight bytes of a field, 0 if the field is absent."""
-    return (_values(fields, field, _Fixed) or [_Fixed(0)])[-1].value
-
-
-def _messages(fields: _Fields, field: int) -> list[bytes]:
-    """All messages of a field."""
-    return _values(fields, field, bytes)
-
-
-def _values(fields: _Fields, field: int, kind: type[Kind]) -> list[Kind]:
-    """All values of a field, which must be of one kind."""
-    values = [value for value in fields.get(field, ()) if isinstance(value, kind)]
-    if len(values) < len(fields.get(field, ())):
-        raise DamagedCheckpointError("is not a valid Protocol Buffers message")
-    return values
-
-
-def varint(data: bytes, at: int) -> tuple[int, int]:
-    """Decodes a number of seven bits a byte. Returns it with the position after it."""
-    if at < len(data) and data[at] < 128:  # the usual case
-        return data[at], at + 1
-    value = 0
-    for place, byte in enumerate(data[at : at + 10]):
-        value |= (byte & 127) << 7 * place
-        if byte < 128:
-            # TensorFlow misreads some numbers that are longer than necessary.
-            if value >> 64 or not byte:
-                break
-            return value, at + place + 1
-    raise DamagedCheckpointError("has a number that is truncated or too long")

@@ -12,8 +12,9 @@ import numpy as np
 from crc32c import crc32c
 
 from keras_ckpt.errors import DamagedCheckpointError
-from keras_ckpt.formats.bundle_index import CHECKSUM, WHOLE, Entry, Index, Slice, masked, slice_key, varint
+from keras_ckpt.formats.bundle_index import CHECKSUM, WHOLE, Entry, Index, Slice, masked, slice_key
 from keras_ckpt.formats.dtypes import ITEM_SIZES, NAMES, STRING
+from keras_ckpt.formats.protobuf import read_varint
 from keras_ckpt.formats.targets import Target, fill
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile
@@ -113,7 +114,7 @@ def _strings(key: bytes, entry: Entry, memory: memoryview) -> np.ndarray:
     data, count = bytes(memory), math.prod(entry.shape)
     lengths, at = [], 0
     for _ in range(count):
-        length, at = varint(data, at)
+        length, at = read_varint(data, at)
         lengths.append(length)
     # Checksums use lengths of a fixed size. The file has lengths of variable size.
     fixed = b"".join(struct.pack("<I" if length < 1 << 32 else "<Q", length) for length in lengths)

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from crc32c import crc32c
 
+from keras_ckpt.formats import protobuf
 from keras_ckpt.formats.arrays import number_of
 from keras_ckpt.formats.bundle_index import KEY_LIMIT, Entry, Slice, masked
 from keras_ckpt.formats.dtypes import STRING
@@ -92,7 +93,7 @@ def string_value(texts: Sequence[bytes], shape: tuple[int, ...]) -> Value:
     # Checksums use lengths of a fixed size. The file has lengths of variable size.
     sealed = struct.pack("<I", masked(crc32c(lengths)))
     content = b"".join(texts)
-    data = b"".join([*(_varint(len(text)) for text in texts), sealed, content])
+    data = b"".join([*(protobuf.varint(len(text)) for text in texts), sealed, content])
     checksum = crc32c(content, crc32c(lengths + sealed))
     return Value(STRING, shape, np.frombuffer(data, np.uint8), masked(checksum))
 
@@ -257,29 +258,31 @@ def _pieces(data: np.ndarray) -> Iterable[np.ndarray]:
 
 def _header(shards: int) -> bytes:
     """A `BundleHeaderProto`: the number of data files, little-endian byte order, and version 1 of the format."""
-    return _number(1, shards) + _message(3, _number(1, 1))
+    return protobuf.numbered(1, shards) + protobuf.message(3, protobuf.numbered(1, 1))
 
 
 def _entry(entry: Entry) -> bytes:
     """A `BundleEntryProto`."""
     place = _located(entry.shard, entry.offset, entry.size) + b"\x35" + struct.pack("<I", entry.checksum)
-    slices = b"".join([_message(7, b"".join(map(_extent, each))) for each in entry.slices])
+    slices = b"".join([protobuf.message(7, b"".join(map(_extent, each))) for each in entry.slices])
     return _kind(entry.dtype, entry.shape) + place + slices
 
 
 @functools.lru_cache  # many variables have the same type and shape
 def _kind(dtype: int, shape: Sequence[int]) -> bytes:
-    return _number(1, dtype) + _message(2, b"".join(_message(2, _number(1, size)) for size in shape))
+    return protobuf.numbered(1, dtype) + protobuf.message(
+        2, b"".join(protobuf.message(2, protobuf.numbered(1, size)) for size in shape)
+    )
 
 
 @functools.lru_cache(1 << 12)  # most values keep their place from checkpoint to checkpoint
 def _located(shard: int, offset: int, size: int) -> bytes:
-    return (_number(3, shard) if shard else b"") + _number(4, offset) + _number(5, size)
+    return (protobuf.numbered(3, shard) if shard else b"") + protobuf.numbered(4, offset) + protobuf.numbered(5, size)
 
 
 def _extent(extent: tuple[int, int]) -> bytes:
     """The encoded start and length of a part in one dimension."""
-    return _message(1, _number(1, extent[0]) + _number(2, extent[1]))
+    return protobuf.message(1, protobuf.numbered(1, extent[0]) + protobuf.numbered(2, extent[1]))
 
 
 def _table(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -308,37 +311,14 @@ def _blocks(pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes
 
 
 def _block(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
-    entries = [b"\0" + _varint(len(key)) + _varint(len(value)) + key + value for key, value in pairs]
+    entries = [b"\0" + protobuf.varint(len(key)) + protobuf.varint(len(value)) + key + value for key, value in pairs]
     starts = list(itertools.accumulate(map(len, entries), initial=0))[: len(entries)] or [0]
     return b"".join(entries) + struct.pack(f"<{len(starts) + 1}I", *starts, len(starts))
 
 
 def _appended(file: bytearray, block: bytes) -> bytes:
     """Appends a block with its checksum. Returns its encoded offset and size."""
-    place = _varint(len(file)) + _varint(len(block))
+    place = protobuf.varint(len(file)) + protobuf.varint(len(block))
     sealed = block + b"\0"
     file += sealed + struct.pack("<I", masked(crc32c(sealed)))
     return place
-
-
-def _message(field: int, content: bytes) -> bytes:
-    return bytes([field << 3 | 2]) + _varint(len(content)) + content
-
-
-def _number(field: int, number: int) -> bytes:
-    return bytes([field << 3]) + _varint(number)
-
-
-def _varint(number: int) -> bytes:
-    """A number encoded with seven bits a byte."""
-    if number < 128:
-        return _SMALL[number]
-    encoded = bytearray()
-    while number > 127:
-        encoded.append(number & 127 | 128)
-        number >>= 7
-    encoded.append(number)
-    return bytes(encoded)
-
-
-_SMALL = [bytes([number]) for number in range(128)]

@@ -14,9 +14,9 @@ from keras_ckpt.formats import arrays
 from keras_ckpt.formats.averaging import Mean, refuse_other_weights, title_of
 from keras_ckpt.formats.damage import damage_of
 from keras_ckpt.model import learned, naming
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.comparison import RestoreRequest
-from keras_ckpt.model.keras_internals import layers_of, value_of
+from keras_ckpt.model.keras_internals import layers_of
 from keras_ckpt.model.matching import Kind
 from keras_ckpt.model.parts import is_built
 from keras_ckpt.model.position import set_position
@@ -143,9 +143,8 @@ class _Weights:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        variables = naming.named_variables(model, weights_only=True)
-        self._variables = {name: value_of(variable) for name, variable in variables.items()}
-        self._before = backend.Reader(self._variables).read()
+        self._variables = naming.named_variables(model, weights_only=True)
+        self._before = backend.Reader(model, self._variables).read()
 
     def reset(self, but: Iterable[Any] = ()) -> None:
         """Resets the weights.
@@ -153,7 +152,7 @@ class _Weights:
         Args:
             but: The variables that stay as they are.
         """
-        stay = {id(value_of(each)) for each in but}
+        stay = {id(each) for each in but}
         for name, variable in self._variables.items():
             if id(variable) not in stay:
                 backend.assign(variable, self._before[name])

@@ -15,7 +15,7 @@ import keras
 from keras_ckpt.errors import CannotBuildError
 from keras_ckpt.formats.config import Config, uncompiled
 from keras_ckpt.model import keras_internals
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.keras_internals import layers_of
 from keras_ckpt.model.naming import SEED
 from keras_ckpt.model.parts import is_built

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from keras_ckpt.errors import DamagedCheckpointError
-from keras_ckpt.formats import damage
+from keras_ckpt.formats import damage, graph
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_parts import BundleParts
 from keras_ckpt.formats.bundle_reader import read_values
@@ -18,7 +18,7 @@ from keras_ckpt.formats.config import Config
 from keras_ckpt.formats.dtypes import NAMES
 from keras_ckpt.formats.variables import names_in
 from keras_ckpt.model import model_state, naming, object_graph
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.matching import Kind
 from keras_ckpt.store import layout
 from keras_ckpt.store.files import Folder
@@ -86,9 +86,9 @@ class BundleSource:
         Afterwards the variables have the names that they have in the model.
         """
         with errors_as_damage():
-            graph = object_graph.ObjectGraph(self._parts.text(object_graph.KEY))
+            objects = object_graph.ObjectGraph(self._parts.text(graph.KEY))
         with backend.scope(model):
-            found = graph.find(model, {key.decode(): entry.shape for key, entry in self._index.entries.items()})
+            found = objects.find(model, {key.decode(): entry.shape for key, entry in self._index.entries.items()})
         self._keys, self._kinds = {**found.keys, **found.unexpected}, {}
         if unknown := sorted(set(self._keys.values()) - self._index.variables):
             raise DamagedCheckpointError(

@@ -12,7 +12,7 @@ import keras
 
 from keras_ckpt.errors import MismatchError
 from keras_ckpt.model import compiled, learned, matching, naming
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.keras_internals import trained_by
 from keras_ckpt.model.matching import Matching
 from keras_ckpt.model.naming import SEED

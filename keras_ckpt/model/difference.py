@@ -69,8 +69,7 @@ def _in_memory(model: keras.Model) -> Side:
     """The values of a model, without a copy of them where the backend allows it."""
     from keras_ckpt.formats.keras_writer import dataset_of
     from keras_ckpt.model import naming
-    from keras_ckpt.model import tensorflow as backend
-    from keras_ckpt.model.keras_internals import value_of
+    from keras_ckpt.model.backends import backend
     from keras_ckpt.model.parts import is_built
     from keras_ckpt.model.places import places_of
 
@@ -80,7 +79,7 @@ def _in_memory(model: keras.Model) -> Side:
             "batch of data."
         )
     variables = naming.named_variables(model)
-    tensors = backend.Reader({name: value_of(variable) for name, variable in variables.items()}).read()
+    tensors = backend.Reader(model, variables).read()
     values = {name: backend.array_of(tensors[name]) for name in variables}
     title = f"the model {model.name!r}"
 

@@ -11,8 +11,7 @@ import keras
 
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError
 from keras_ckpt.model import learned, naming
-from keras_ckpt.model import tensorflow as backend
-from keras_ckpt.model.keras_internals import value_of
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.position import keeping_position
 from keras_ckpt.model.restoring import restore
 from keras_ckpt.model.transfer import retrace
@@ -120,8 +119,8 @@ def _unchanged(model: keras.Model) -> Iterator[None]:
     """Gives a model its state back at the end of the block: variables, learned state, place in its run."""
     learners = learned.learners(naming.named_objects(model))
     undo = learned.Undo(learners.values())
-    variables = {name: value_of(each) for name, each in naming.named_variables(model).items()}
-    before = backend.Reader(variables).read()
+    variables = naming.named_variables(model)
+    before = backend.Reader(model, variables).read()
     with keeping_position(model):
         try:
             yield

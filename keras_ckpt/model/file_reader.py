@@ -20,7 +20,7 @@ from keras_ckpt.formats.keras_reader import read_assets, read_layout, read_names
 from keras_ckpt.formats.keras_writer import dataset_of
 from keras_ckpt.formats.targets import Target, fill
 from keras_ckpt.model import naming
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.checkpoint_reader import errors_as_damage
 from keras_ckpt.model.keras_internals import answers_of, places_in_files
 from keras_ckpt.model.learned import learners, learns_elsewhere

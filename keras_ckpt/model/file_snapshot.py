@@ -32,9 +32,9 @@ from keras_ckpt.formats.keras_writer import (
 from keras_ckpt.formats.threads import begin
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model import naming, parts
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.companions import companion
-from keras_ckpt.model.keras_internals import answers_of, config_of, places_in_files, value_of, written_by_keras
+from keras_ckpt.model.keras_internals import answers_of, config_of, places_in_files, written_by_keras
 from keras_ckpt.model.learned import Steady, files_of
 from keras_ckpt.model.snapshot import Snapshot, arena_of
 from keras_ckpt.model.structure import Structure
@@ -124,7 +124,7 @@ class FileState:
     def _of(self, image: bytes) -> FileSnapshot:
         """A snapshot that writes a file of the present state as it is."""
         seeds = naming.seeds_in(naming.named_variables(self._model))
-        states = _listed({name: value_of(variable) for name, variable in seeds.items()})
+        states = _listed(backend.Reader(self._model, seeds).read())
         content = Content([memoryview(image)], fingerprint(self._model), states)
         return FileSnapshot(self._kind, len(image), lambda arena: content, self._arena)
 
@@ -225,7 +225,9 @@ class Content(NamedTuple):
 
 def fingerprint(model: keras.Model) -> str:
     """The digest of the weights of a model. A model that Keras loads from a file has the same fingerprint."""
-    return _digest([_flat(np.ascontiguousarray(backend.array_of(value_of(weight)))) for weight in model.weights])
+    weights = {str(place): weight for place, weight in enumerate(model.weights)}
+    values = backend.Reader(model, weights).read()
+    return _digest([_flat(np.ascontiguousarray(backend.array_of(values[key]))) for key in weights])
 
 
 class _Moment(NamedTuple):
@@ -295,7 +297,7 @@ class _Plan:
         self._seeds = {f"{name}{SUFFIX}": name for name in seeds}
         read |= zip(self._seeds, seeds.values(), strict=True)
         self._keys = {id(variable): key for key, variable in read.items()}
-        self._reader = backend.Reader({key: value_of(variable) for key, variable in read.items()})
+        self._reader = backend.Reader(model, read)
         self._scalars = {key: variable for key, variable in read.items() if not tuple(variable.shape)}
         self._kinds = {dataset: _kind(source) for dataset, source in self._answers().items()}
         proofs, layout = companion(model, _Proofs), self._layout(objects, read)

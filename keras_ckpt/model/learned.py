@@ -23,7 +23,7 @@ from keras_ckpt.formats import description as descriptions
 from keras_ckpt.formats.arrays import number_of
 from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description, Learned
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.keras_internals import unlock
 from keras_ckpt.model.matching import ambiguous, same_end
 from keras_ckpt.model.naming import named_objects

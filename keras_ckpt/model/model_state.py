@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import keras
 import msgspec
+import numpy as np
 
-from keras_ckpt.formats import config, description
+from keras_ckpt.formats import config, description, graph
 from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.threads import begin
 from keras_ckpt.formats.variables import COUNTER, SUFFIX
 from keras_ckpt.model import building, compiled, naming, object_graph, parts
-from keras_ckpt.model import tensorflow as backend
-from keras_ckpt.model.keras_internals import trained_by, value_of
+from keras_ckpt.model.backends import backend
+from keras_ckpt.model.keras_internals import trained_by
 from keras_ckpt.model.learned import Learners
 from keras_ckpt.model.places import places_of
 from keras_ckpt.model.snapshot import Late, Snapshot
@@ -46,30 +47,16 @@ class ModelState:
     Args:
         model: A built model.
         weights_only: Whether to skip the optimizer and the metrics.
-
-    Raises:
-        ValueError: Keras runs on another backend than TensorFlow.
     """
 
     def __init__(self, model: keras.Model, weights_only: bool = False) -> None:
-        if keras.backend.backend() != "tensorflow":
-            raise ValueError(
-                f"keras_ckpt saves models of Keras's TensorFlow backend. Received: {keras.backend.backend()}. "
-                "Set KERAS_BACKEND=tensorflow before Keras is imported."
-            )
         self.model = model
-        self._root = backend.Root(model)
         self._weights_only = weights_only
         self._plan: _Plan | None = None
 
     def names(self) -> dict[str, Any]:
         """The variables that a snapshot has, by name."""
         return naming.named_variables(self.model, self._weights_only)
-
-    @property
-    def save_counter(self) -> Any:
-        """The variable in which TensorFlow counts saves."""
-        return self._root.save_counter
 
     def sizes(self) -> Mapping[bytes, int]:
         """The bytes of each variable, by its key in a snapshot."""
@@ -80,13 +67,15 @@ class ModelState:
         made = self._current_plan().config
         return lambda: made.config
 
-    def snapshot(self, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
+    def snapshot(self, step: int = 0, others: Mapping[str, Any] = {}, later: Late | None = None) -> Snapshot:
         """Takes a snapshot of the present values of the variables.
 
         Args:
+            step: The step of the checkpoint: TensorFlow's own manager continues to count from here.
             others: Arrays and texts to write too, by key.
             later: Arrays to write too, which are known when the snapshot is moved.
         """
+        others = {COUNTER: np.array(step, np.int64), **others}
         if (plan := self._plan) is not None:
             # Other threads may run Python while TensorFlow reads, so a thread checks meanwhile whether the plan holds.
             holds = begin(plan.structure.holds)
@@ -127,15 +116,14 @@ class ModelState:
         names = self.names()
         by_id = {id(variable): name for name, variable in names.items()}
         variables = {f"{name}{SUFFIX}": variable for name, variable in names.items()}
-        variables[COUNTER] = self._root.save_counter
-        graph = self._root.graph({id(variable): key for key, variable in variables.items()})
-        texts = {object_graph.KEY: graph, NAMES_KEY: b"1"}
+        objects = object_graph.encoded(model, {id(variable): key for key, variable in variables.items()})
+        texts = {graph.KEY: objects, NAMES_KEY: b"1"}
         learners = Learners(model, by_id, self._described(optimizers, by_id), self._weights_only)
         return _Plan(
             variables=[*variables.values()],
-            reader=backend.Reader({key: value_of(variable) for key, variable in variables.items()}),
+            reader=backend.Reader(model, variables),
             constants={key.encode(): string_value([text], ()) for key, text in texts.items()},
-            sizes={key.encode(): backend.size_of(value_of(variable)) for key, variable in variables.items()},
+            sizes={key.encode(): backend.size_of(variable) for key, variable in variables.items()},
             learners=learners,
             config=_Config(model, by_id, learners.names()),
             owners=owners,

@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.keras_internals import layers_of, trained_by
 from keras_ckpt.model.parts import (
     inner_optimizers,

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_ckpt.errors import DamagedCheckpointError, MismatchError
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.errors import MismatchError
+from keras_ckpt.formats import graph
+from keras_ckpt.formats.variables import COUNTER
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.keras_internals import layers_of, trained_by
 from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.parts import optimizers_of
-
-KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
 class Found(NamedTuple):
@@ -48,6 +48,27 @@ class Comparison(NamedTuple):
     missing: list[str]
 
 
+def encoded(model: keras.Model, keys: Mapping[int, str]) -> bytes:
+    """The object graph of `tf.train.Checkpoint(model=model)`, for the checkpoint of a model.
+
+    Args:
+        model: The model.
+        keys: The keys of its variables in the checkpoint, by identity.
+    """
+    objects = _Objects()
+    _, *below = [each for _, each in objects.places(model).values()]
+    # TensorFlow's order: the root, its attributes, and everything below.
+    numbers = {id(model): 1} | {id(each): number for number, each in enumerate(below, 3)}
+
+    def node(each: Any) -> graph.Node:
+        children = {name: numbers[id(child)] for name, child in objects.children(each).items()}
+        return graph.Node(children, keys.get(id(each)), each.name if id(each) in keys else "")
+
+    counter = COUNTER.partition("/")[0]
+    root = graph.Node({"model": 1, counter: 2})
+    return graph.encode([root, node(model), graph.Node({}, COUNTER, counter), *map(node, below)])
+
+
 def hidden(root: Any) -> list[str]:
     """The places of weights of layers that TensorFlow does not track: layers in Keras's lists and dicts.
 
@@ -75,13 +96,9 @@ class ObjectGraph:
     """
 
     def __init__(self, data: bytes) -> None:
-        nodes = backend.nodes(data)
+        nodes = graph.decode(data)
         self._children = [node.children for node in nodes]
         self._keys = {number: node.key for number, node in enumerate(nodes) if node.key is not None}
-        named = [number for node in nodes for number in (*node.children.values(), *node.slots)]
-        # TensorFlow counts a negative number from the end, and would restore another object.
-        if not all(0 <= number < len(nodes) for number in (0, *named)):
-            raise DamagedCheckpointError("its object graph is incomplete: it names an object that it does not have")
 
     def find(self, model: keras.Model, shapes: Mapping[str, Any]) -> Found:
         """Finds a model under any name, and its optimizers, and builds the optimizers as in the checkpoint.

@@ -17,7 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.keras_internals import layers_of, metrics_given
 
 _VARIABLES = keras.Variable | backend.Variable

@@ -13,7 +13,7 @@ from keras_ckpt.formats.arena import LARGE, Arena
 from keras_ckpt.formats.bundle_writer import Value, array_value, string_value
 from keras_ckpt.formats.dtypes import STRING
 from keras_ckpt.formats.threads import share_out
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.companions import companion
 
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_ckpt.formats.description import Description
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.matching import Kind
 
 

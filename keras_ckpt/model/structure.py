@@ -9,8 +9,8 @@ from typing import Any
 import keras
 
 from keras_ckpt.model import parts
-from keras_ckpt.model import tensorflow as backend
-from keras_ckpt.model.keras_internals import layers_of, value_of
+from keras_ckpt.model.backends import backend
+from keras_ckpt.model.keras_internals import layers_of
 
 _PARTS_OF_KERAS = keras.layers.Layer, keras.Variable
 
@@ -35,7 +35,7 @@ class Structure:
         self._model = model
         self._owners = owners
         self._variables = variables
-        self._values = list(map(value_of, variables))
+        self._values = list(map(backend.storage_of, variables))
         # The parts are held, so that no new object gets the identity of a part.
         self._parts = _parts_of(model, owners)
         self._identities = list(map(id, self._parts))
@@ -47,7 +47,7 @@ class Structure:
         return same and _built(self._owners) == self._built and self._reads_the_same()
 
     def _reads_the_same(self) -> bool:
-        return all(map(operator.is_, map(value_of, self._variables), self._values))
+        return all(map(operator.is_, map(backend.storage_of, self._variables), self._values))
 
 
 def _built(owners: Iterable[Any]) -> list[bool]:

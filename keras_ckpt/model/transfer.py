@@ -11,11 +11,10 @@ import keras
 from keras_ckpt.errors import DamagedCheckpointError, MismatchError
 from keras_ckpt.formats.description import Learned
 from keras_ckpt.model import compiled, learned, matching, naming
-from keras_ckpt.model import tensorflow as backend
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.checkpoint_reader import BundleSource
 from keras_ckpt.model.comparison import OPTIMIZER, Comparison, Fit, RestoreRequest
 from keras_ckpt.model.file_reader import FileSource
-from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.position import Position, set_position
 from keras_ckpt.model.report import RestoreReport, by_layer, shortened
 from keras_ckpt.model.source import Source
@@ -203,10 +202,10 @@ class _Transfer:
 
     def _assign(self, values: Mapping[str, backend.Tensor], read: Mapping[str, backend.Tensor]) -> None:
         """Assigns the values to the model and restores its objects; after an error, resets the variables."""
-        variables = {name: value_of(self._fit.variables[name]) for name in values}
+        variables = {name: self._fit.variables[name] for name in values}
         objects = self._fit.objects
         changes_objects = bool(objects.paired or objects.variables_only)
-        before = backend.Reader(variables).read() if changes_objects else {}
+        before = backend.Reader(self._model, variables).read() if changes_objects else {}
         for name, value in values.items():
             backend.assign(variables[name], value)
         if not changes_objects:

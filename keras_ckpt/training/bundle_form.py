@@ -48,12 +48,11 @@ class Bundles:
         """The snapshot of the model as it is now.
 
         Args:
-            step: The step of the checkpoint: TensorFlow's own manager continues to count from here.
+            step: The step of the checkpoint.
             others: Other values to write, by key.
             later: Other values to write, which are known when the snapshot is moved.
         """
-        self._state.save_counter.assign(step)
-        return self._state.snapshot(others, later)
+        return self._state.snapshot(step, others, later)
 
     def copy(self, snapshot: Snapshot) -> None:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""

@@ -17,6 +17,7 @@ import msgspec
 import tensorflow as tf
 
 from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError
+from keras_ckpt.formats import graph
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.model import model_state, object_graph
 from keras_ckpt.store import layout
@@ -276,9 +277,9 @@ class CheckpointManager(tf.train.CheckpointManager):
         _ = self._checkpoint.save_counter  # created by this access
         path = lasting_tensorflow_path(self._directory, name)
         reader = tf.train.load_checkpoint(path)
-        if reader.has_tensor(object_graph.KEY):
-            graph = object_graph.ObjectGraph(reader.get_tensor(object_graph.KEY))
-            _check_differences(os.path.join(self._directory, name), graph.compare(self._checkpoint))
+        if reader.has_tensor(graph.KEY):
+            objects = object_graph.ObjectGraph(reader.get_tensor(graph.KEY))
+            _check_differences(os.path.join(self._directory, name), objects.compare(self._checkpoint))
         self._checkpoint.restore(path)
 
     def _latest(self) -> str | None:

@@ -11,9 +11,9 @@ from typing import Any
 import keras
 
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.position import Progress, keeping_position
-from keras_ckpt.model.tensorflow import is_finite
 from keras_ckpt.model.transfer import transfer
 from keras_ckpt.store import tables
 from keras_ckpt.store.directory import CheckpointDirectory
@@ -66,7 +66,7 @@ def checked_on_nan(value: object) -> Rollback | None:
 
 def has_finite_weights(model: keras.Model) -> bool:
     """Whether no weight that is trained is NaN or infinite."""
-    return all(is_finite(each.value) for each in model.trainable_variables)
+    return all(backend.is_finite(each.value) for each in model.trainable_variables)
 
 
 class Recovery:

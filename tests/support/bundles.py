@@ -11,8 +11,8 @@ from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_writer import array_value, write_bundle
 from keras_ckpt.formats.variables import SUFFIX
+from keras_ckpt.model.backends.tensorflow import Reader, array_of
 from keras_ckpt.model.snapshot import Snapshot
-from keras_ckpt.model.tensorflow import Reader, array_of
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointRecord
@@ -40,7 +40,7 @@ def write_pages(path: pathlib.Path, tensors: dict[str, tf.Tensor], name: str = "
     """The same, from memory that can be written as it is."""
     arrays = {key: array_of(tensor) for key, tensor in tensors.items()}
     with Folder(path) as folder:
-        written, _ = write_bundle(folder, name, [Snapshot(Reader({}), arrays).move(Arena())])
+        written, _ = write_bundle(folder, name, [Snapshot(Reader(None, {}), arrays).move(Arena())])
         assert all(folder.digest(file.name) == (file.size, file.digest) for file in written)
         assert read_index(folder, name).variables == tensors.keys()
     return [file.name for file in written]

@@ -67,12 +67,12 @@ def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
 
     from keras_ckpt.formats.arena import Arena
     from keras_ckpt.formats.sharing import SharingWrite
+    from keras_ckpt.model.backends.tensorflow import Reader
     from keras_ckpt.model.snapshot import Snapshot
-    from keras_ckpt.model.tensorflow import Reader
 
     arrays = {"changed": np.frombuffer(content.encode(), np.uint8), "same": np.arange(10, dtype=np.uint8)}
     arena = Arena()
-    return SharingWrite(Snapshot(Reader({}), arrays).move(arena), arena, Writer(runs))
+    return SharingWrite(Snapshot(Reader(None, {}), arrays).move(arena), arena, Writer(runs))
 
 
 class Filler:

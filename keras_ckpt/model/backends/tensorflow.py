@@ -1,7 +1,4 @@
-"""TensorFlow: the variables of Keras's TensorFlow backend, their memory, and the objects that TensorFlow tracks.
-
-No other module of the model imports TensorFlow. A module for another backend provides the same names.
-"""
+"""TensorFlow: the variables of Keras's TensorFlow backend, their memory, and the objects that TensorFlow tracks."""
 
 from __future__ import annotations
 
@@ -10,19 +7,17 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
-
-# The format of the object graph, which is as stable as the checkpoints on everybody's disk.
-from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 # No public operation reads many variables in one call, and the calls are what a snapshot costs.
 from tensorflow.python.eager import context, execute
 
 from keras_ckpt.formats import arrays
 from keras_ckpt.formats.arena import Packed
+from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.matching import Kind
 
 VERSIONS = {"tensorflow": tf.__version__}
@@ -45,31 +40,30 @@ _EMPTY = {
     )
 }  # fmt: skip
 """The types of which TensorFlow allocates tensors that are not filled yet."""
-_VALUE = "VARIABLE_VALUE"
 
 
 class Reader:
-    """Reads variables, those of a device in one call, again and again.
+    """Reads variables of a model, those of a device in one call, again and again.
 
     Args:
-        variables: By key.
+        model: The model.
+        variables: The variables by key.
 
     Attributes:
-        variables: In the order in which they were given.
         small: The places of small variables when their values are packed, one after another.
     """
 
-    def __init__(self, variables: Mapping[str, Variable]) -> None:
-        self.variables = [*variables.values()]
+    def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
+        values = {key: value_of(variable) for key, variable in variables.items()}
         devices: dict[str, dict[str, Variable]] = collections.defaultdict(dict)
         self._distributed: dict[str, Variable] = {}
-        for key, variable in variables.items():
+        for key, variable in values.items():
             if isinstance(variable, tf.distribute.DistributedValues):
                 self._distributed[key] = variable
             else:
                 devices[variable.device][key] = variable
         self._calls = [_Call(group) for group in devices.values()]
-        self.small = _small(variables)
+        self.small = _small(values)
 
     def read(self) -> dict[str, Tensor]:
         """Reads the present values of the variables.
@@ -120,8 +114,9 @@ def kind_of(variable: Any) -> Kind:
     return Kind(None if shape.rank is None else tuple(shape), tf.as_dtype(variable.dtype).name)
 
 
-def size_of(variable: Variable) -> int:
+def size_of(variable: Any) -> int:
     """The bytes of a variable as it is now."""
+    variable = value_of(variable)
     elements = tf.TensorShape(variable.shape).num_elements()
     return int(tf.size(variable) if elements is None else elements) * int(variable.dtype.size)
 
@@ -166,12 +161,18 @@ def tensor_of(value: Any) -> Tensor:
         return tf.constant(value)
 
 
-def assign(variable: Variable, value: Tensor) -> None:
+def assign(variable: Any, value: Tensor) -> None:
     """Gives a variable the memory of a value."""
+    variable = value_of(variable)
     if isinstance(variable, tf.distribute.DistributedValues):
         variable.assign(value, read_value=False)
     else:
         tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+
+def storage_of(variable: Any) -> Any:
+    """The object that holds the values of a variable for its whole life."""
+    return value_of(variable)
 
 
 def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
@@ -264,61 +265,3 @@ def children(each: Any) -> Mapping[str, Any]:
     """The objects that TensorFlow tracks in the attributes of another, by the names of the attributes."""
     found: Mapping[str, Any] = tf.train.TrackableView.children(each)
     return found
-
-
-class Root:
-    """A `tf.train.Checkpoint` of a model, as the root of an object graph."""
-
-    def __init__(self, model: Any) -> None:
-        self._checkpoint = tf.train.Checkpoint(model=model)
-
-    @property
-    def save_counter(self) -> Variable:
-        """The variable in which TensorFlow counts saves."""
-        return self._checkpoint.save_counter
-
-    def graph(self, keys: Mapping[int, str]) -> bytes:
-        """Encodes the object graph of a checkpoint.
-
-        Args:
-            keys: The keys of variables in the checkpoint, by their identities.
-        """
-        view = tf.train.TrackableView(self._checkpoint)
-        objects = view.descendants()
-        numbers = {id(each): number for number, each in enumerate(objects)}
-        graph = trackable_object_graph_pb2.TrackableObjectGraph()
-        for each in objects:
-            node = graph.nodes.add()
-            for name, child in view.children(each).items():
-                node.children.add(node_id=numbers[id(child)], local_name=name)
-            if id(each) in keys:
-                node.attributes.add(name=_VALUE, checkpoint_key=keys[id(each)], full_name=each.name)
-        return bytes(graph.SerializeToString())
-
-
-class Node(NamedTuple):
-    """An object in an object graph.
-
-    Attributes:
-        children: The numbers of the objects in its attributes, by name.
-        key: The key of its value in the checkpoint, if it is a variable.
-        slots: The numbers of the objects that its slot variables name.
-    """
-
-    children: Mapping[str, int]
-    key: str | None
-    slots: Sequence[int]
-
-
-def nodes(data: bytes) -> list[Node]:
-    """Decodes an object graph; the objects by their numbers."""
-    graph = trackable_object_graph_pb2.TrackableObjectGraph()
-    graph.ParseFromString(data)
-    return [
-        Node(
-            {child.local_name: child.node_id for child in node.children},
-            next((each.checkpoint_key for each in node.attributes if each.name == _VALUE), None),
-            [n for slot in node.slot_variables for n in (slot.original_variable_node_id, slot.slot_variable_node_id)],
-        )
-        for node in graph.nodes
-    ]
