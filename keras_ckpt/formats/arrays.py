@@ -51,7 +51,11 @@ def dtype_of(number: int) -> np.dtype:
     """The NumPy type of a number in TensorFlow's `DataType`. A quantized integer becomes a plain integer."""
     if number in (STRING, VARIANT):
         return np.dtype(object)
-    name = NAMES[number].removeprefix("q").replace("quint", "uint")
+    return named(NAMES[number].removeprefix("q").replace("quint", "uint"))
+
+
+def named(name: str) -> np.dtype:
+    """The NumPy type with a name, such as `bfloat16`."""
     return np.dtype(getattr(ml_dtypes, name, name))
 
 

@@ -43,6 +43,7 @@ def config_of(model: keras.Model) -> Config:
 
 def obstacle(model: keras.Model) -> str:
     """The reason why Keras cannot save a model as a whole, `""` if it can."""
+    backend.synchronize(model)
     try:
         keras_internals.config_of(model, ())
     except Exception as error:  # noqa: BLE001 - any error of a user's method is a reason

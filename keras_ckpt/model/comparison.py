@@ -220,7 +220,8 @@ class Comparison:
                 new = type(optimizer).from_config(optimizer.get_config())
                 new.build(trained_by(optimizer))
                 pairs = zip(optimizer.variables, new.variables, strict=True)
-                found |= {names[id(mine)]: other.value for mine, other in pairs if id(mine) in names}
+                slots = {names[id(mine)]: other for mine, other in pairs if id(mine) in names}
+                found |= backend.Reader(self._model, slots).read()
         return found
 
     def _report(

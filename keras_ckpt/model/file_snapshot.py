@@ -93,6 +93,7 @@ class FileState:
     def _replanned(self) -> FileSnapshot:
         """A snapshot by a new plan, or by Keras's own writer if no plan fits the model."""
         model = self._model
+        backend.synchronize(model)
         variables, below = naming.named_variables(model), parts.tracked(model)
         owners = [*parts.optimizers_of(model, below).values(), *parts.losses_of(model, below).values()]
         self._structure, self._plan = Structure(model, owners, [*variables.values()]), None
@@ -119,6 +120,7 @@ class FileState:
 
     def _image(self) -> bytes:
         """A file of the present state that Keras's own writer makes."""
+        backend.synchronize(self._model)
         return written_by_keras(self._model, self._kind)
 
     def _of(self, image: bytes) -> FileSnapshot:
@@ -337,6 +339,8 @@ class _Plan:
         Raises:
             ValueError: An object gives other values than before.
         """
+        if self._asked:
+            backend.synchronize(self._model)
         values = Snapshot(self._reader, {})
         answers = self._answers()
         for dataset in answers.keys() | self._kinds.keys():

@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import inspect
 import io
+import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -46,9 +47,62 @@ def trained_by(optimizer: Any) -> list[Any]:
 
 
 def value_of(variable: Any) -> Any:
-    """The TensorFlow value of a variable."""
+    """The value of a variable in the backend."""
     # The public property looks for scopes first, which is slower than reading the variable.
     return variable._value if isinstance(variable, keras.Variable) else variable  # noqa: SLF001
+
+
+def set_value(variable: keras.Variable, value: Any) -> None:
+    """Sets the value of a variable to a value of the backend, of its shape and type."""
+    variable._direct_assign(value)  # noqa: SLF001
+
+
+_PARTS_OF_JAX_FIT = "trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables"
+
+
+def state_of_jax_fit(model: keras.Model) -> Mapping[str, Sequence[Any]] | None:
+    """The values of variables that a `fit` on JAX holds, by part; `None` if the variables have their values."""
+    state: Mapping[str, Sequence[Any]] | None = getattr(model, "_jax_state", None)
+    if not state or model._jax_state_synced:  # noqa: SLF001
+        return None
+    return {part: state.get(part) or () for part in _PARTS_OF_JAX_FIT}
+
+
+def places_in_jax_fit(model: keras.Model) -> dict[int, tuple[str, int]]:
+    """The part and the place of each variable in that state, by the identity of the variable."""
+    optimizer = getattr(model, "optimizer", None)
+    parts = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        optimizer.variables if optimizer is not None else (),
+        model.metrics_variables,
+    )
+    return {
+        id(variable): (part, place)
+        for part, variables in zip(_PARTS_OF_JAX_FIT, parts, strict=True)
+        for place, variable in enumerate(variables)
+    }
+
+
+_checking = threading.RLock()
+
+
+@contextlib.contextmanager
+def new_variables_checked(check: Callable[[tuple[int, ...], str], None]) -> Iterator[None]:
+    """Calls a function with the shape and the type of each new variable, before the variable takes memory."""
+    kind = keras.Variable
+    with _checking:
+        before = kind._initialize_with_initializer  # noqa: SLF001
+
+        def initialize(self: Any, initializer: Any) -> None:
+            check(tuple(self._shape), self._dtype)
+            before(self, initializer)
+
+        kind._initialize_with_initializer = initialize  # noqa: SLF001
+        try:
+            yield
+        finally:
+            kind._initialize_with_initializer = before  # noqa: SLF001
 
 
 def unlock(layer: Any) -> None:

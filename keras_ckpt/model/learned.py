@@ -89,6 +89,7 @@ class Learners:
     def __init__(
         self, model: keras.Model, names: Mapping[int, str], described: Description, weights_only: bool = False
     ) -> None:
+        self._model = model
         self._objects = learners(named_objects(model), weights_only)
         self._names = names
         self._described = described
@@ -101,6 +102,8 @@ class Learners:
 
     def collect(self) -> LearnedState:
         """The learned state now. Returns the same `LearnedState` until an object changes."""
+        if self._objects:
+            backend.synchronize(self._model)
         states = [
             self._states.get(each, functools.partial(_collect, name, each, self._names))
             for name, each in self._objects.items()

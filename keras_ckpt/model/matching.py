@@ -10,6 +10,9 @@ from typing import NamedTuple
 _UNNAMED = {"seed_generator{}", "variable{}"}
 _LORA = re.compile(r"(.*/)lora_(kernel|embeddings)_a")
 
+COUNTERS = frozenset(("int32", "uint32", "int64"))
+"""The types in which backends count. A variable takes a value of another one of them, if it can hold the value."""
+
 Shape = tuple[int | None, ...] | None
 
 
@@ -21,7 +24,8 @@ class Kind(NamedTuple):
 
     def takes(self, other: Kind) -> bool:
         """Whether a variable of this kind can take a value of another kind."""
-        return self.dtype == other.dtype and self.fits(other.shape)
+        same = self.dtype == other.dtype or {self.dtype, other.dtype} <= COUNTERS
+        return same and self.fits(other.shape)
 
     def fits(self, shape: Shape) -> bool:
         """Whether a variable of this kind can take a value of a shape."""

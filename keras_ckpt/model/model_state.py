@@ -17,6 +17,7 @@ from keras_ckpt.formats.threads import begin
 from keras_ckpt.formats.variables import COUNTER, SUFFIX
 from keras_ckpt.model import building, compiled, naming, object_graph, parts
 from keras_ckpt.model.backends import backend
+from keras_ckpt.model.integers import Reader
 from keras_ckpt.model.keras_internals import trained_by
 from keras_ckpt.model.learned import Learners
 from keras_ckpt.model.places import places_of
@@ -110,6 +111,7 @@ class ModelState:
 
     def _new_plan(self) -> _Plan:
         model = self.model
+        backend.synchronize(model)
         below = parts.tracked(model)
         optimizers = parts.optimizers_of(model, below)
         owners = [*optimizers.values(), *parts.losses_of(model, below).values()]
@@ -119,13 +121,16 @@ class ModelState:
         objects = object_graph.encoded(model, {id(variable): key for key, variable in variables.items()})
         texts = {graph.KEY: objects, NAMES_KEY: b"1"}
         learners = Learners(model, by_id, self._described(optimizers, by_id), self._weights_only)
+        made = _Config(model, by_id, learners.names())
+        if backend.PURGES_VARIABLES:
+            _ = made.constants
         return _Plan(
             variables=[*variables.values()],
-            reader=backend.Reader(model, variables),
+            reader=Reader(model, variables),
             constants={key.encode(): string_value([text], ()) for key, text in texts.items()},
             sizes={key.encode(): backend.size_of(variable) for key, variable in variables.items()},
             learners=learners,
-            config=_Config(model, by_id, learners.names()),
+            config=made,
             owners=owners,
             structure=Structure(model, owners, [*variables.values()]),
         )
@@ -160,7 +165,7 @@ class _Plan(NamedTuple):
     """
 
     variables: Sequence[Any]
-    reader: backend.Reader
+    reader: Reader
     constants: Mapping[bytes, Value]
     sizes: Mapping[bytes, int]
     learners: Learners

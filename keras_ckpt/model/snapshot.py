@@ -9,12 +9,23 @@ from typing import Protocol
 
 import numpy as np
 
-from keras_ckpt.formats.arena import LARGE, Arena
+from keras_ckpt.formats.arena import LARGE, Arena, Packed
 from keras_ckpt.formats.bundle_writer import Value, array_value, string_value
 from keras_ckpt.formats.dtypes import STRING
 from keras_ckpt.formats.threads import share_out
 from keras_ckpt.model.backends import backend
 from keras_ckpt.model.companions import companion
+
+
+class Reader(Protocol):
+    """Reads variables, again and again."""
+
+    @property
+    def small(self) -> Mapping[str, Packed]:
+        """The places of small variables when their values are packed, one after another."""
+
+    def read(self) -> dict[str, backend.Tensor]:
+        """Reads the present values by key."""
 
 
 class Late(Protocol):
@@ -36,7 +47,8 @@ class Late(Protocol):
 class Snapshot:
     """The present values of variables. A value costs memory only if its variable changes while the snapshot is held.
 
-    The backend returns a variable's value itself, not a copy. It copies a held value before it changes the variable.
+    The backend returns a variable's value itself, not a copy. TensorFlow copies a held value before it changes the
+    variable. On JAX and PyTorch, call `detach` before the next step.
 
     Example:
 
@@ -59,7 +71,7 @@ class Snapshot:
 
     def __init__(
         self,
-        reader: backend.Reader,
+        reader: Reader,
         others: Mapping[str, np.ndarray | str],
         constants: Callable[[], Mapping[bytes, Value]] = dict,
         later: Late | None = None,

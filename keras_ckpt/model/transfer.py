@@ -10,7 +10,7 @@ import keras
 
 from keras_ckpt.errors import DamagedCheckpointError, MismatchError
 from keras_ckpt.formats.description import Learned
-from keras_ckpt.model import compiled, learned, matching, naming
+from keras_ckpt.model import compiled, integers, learned, matching, naming
 from keras_ckpt.model.backends import backend
 from keras_ckpt.model.checkpoint_reader import BundleSource
 from keras_ckpt.model.comparison import OPTIMIZER, Comparison, Fit, RestoreRequest
@@ -109,7 +109,7 @@ class _Transfer:
         """Reads all values, warns, and assigns them."""
         read = self._read()
         fit = self._fit
-        values = {name: read[other] for name, other in fit.matched.items()} | {**fit.new_slots} | self._merged(read)
+        values = self._matched(read) | {**fit.new_slots} | self._merged(read)
         self._warn(values)
         self._assign(values, read)
         self._keep_rates(values)
@@ -124,6 +124,15 @@ class _Transfer:
         if unknown := names - self._source.kinds().keys():
             raise DamagedCheckpointError(f"its description names {unknown.pop()!r:.200}, which its index does not")
         return self._source.read(sorted(names))
+
+    def _matched(self, read: Mapping[str, backend.Tensor]) -> dict[str, backend.Tensor]:
+        """The values of matched variables, each in the type of its variable."""
+        kinds, values = self._source.kinds(), {}
+        for name, other in self._fit.matched.items():
+            dtype = backend.kind_of(self._fit.variables[name]).dtype
+            same = kinds[other].dtype == dtype
+            values[name] = read[other] if same else integers.converted(name, read[other], dtype)
+        return values
 
     def _lora(self) -> dict[str, tuple[str, str]]:
         return matching.lora_in(self._source.kinds())

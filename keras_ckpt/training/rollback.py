@@ -66,7 +66,8 @@ def checked_on_nan(value: object) -> Rollback | None:
 
 def has_finite_weights(model: keras.Model) -> bool:
     """Whether no weight that is trained is NaN or infinite."""
-    return all(backend.is_finite(each.value) for each in model.trainable_variables)
+    weights = {str(place): each for place, each in enumerate(model.trainable_variables)}
+    return all(map(backend.is_finite, backend.Reader(model, weights).read().values()))
 
 
 class Recovery:

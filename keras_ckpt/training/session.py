@@ -14,6 +14,7 @@ import keras
 import msgspec
 
 from keras_ckpt.errors import DiskFullError
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
 from keras_ckpt.model.position import Progress
@@ -176,7 +177,7 @@ class Session(Generic[Held]):
         self._on_full_disk = on_full_disk
         self.progress = Progress(callback.model, (callback.params or {}).get("steps"), fit or fit_in_progress())
         self._form = form
-        self._copies_at_once = bool(callback.model.jit_compile)
+        self._copies_at_once = backend.COPIES_AT_ONCE or bool(callback.model.jit_compile)
         self._began_at = self.progress.position.step
         self._writer = writer
         self._policies = writer.keep, writer.only

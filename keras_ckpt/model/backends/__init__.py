@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 import keras
 
-NAME = keras.backend.backend()
+__all__ = ["backend"]
+_NAME = keras.backend.backend()
 
-if TYPE_CHECKING or NAME == "tensorflow":
+if TYPE_CHECKING or _NAME == "tensorflow":
     from keras_ckpt.model.backends import tensorflow as backend
-elif NAME == "jax":
+elif _NAME == "jax":
     from keras_ckpt.model.backends import jax as backend
-elif NAME == "torch":
+elif _NAME == "torch":
     from keras_ckpt.model.backends import torch as backend
 else:
     raise ImportError(
-        f"keras_ckpt saves and restores models of Keras's backends tensorflow, jax and torch. Received: {NAME}, which "
+        f"keras_ckpt saves and restores models of Keras's backends tensorflow, jax and torch. Received: {_NAME}, which "
         "trains no models. Set the environment variable KERAS_BACKEND before Keras is imported. The command line, "
         "keras_ckpt.CheckpointDirectory and keras_ckpt.load_variables work with every backend."
     )

@@ -21,6 +21,9 @@ from keras_ckpt.model.keras_internals import value_of
 from keras_ckpt.model.matching import Kind
 
 VERSIONS = {"tensorflow": tf.__version__}
+PURGES_VARIABLES = False
+COPIES_AT_ONCE = False
+"""A value that is held does not change: TensorFlow copies it before it changes the variable."""
 Tensor: TypeAlias = tf.Tensor
 Variable: TypeAlias = tf.Variable
 Table: TypeAlias = tf.lookup.experimental.MutableHashTable | tf.lookup.experimental.DenseHashTable
@@ -159,6 +162,10 @@ def tensor_of(value: Any) -> Tensor:
         return value
     with tf.device("CPU"):
         return tf.constant(value)
+
+
+def synchronize(model: Any) -> None:
+    """Does nothing: the variables always have their values."""
 
 
 def assign(variable: Any, value: Tensor) -> None:

@@ -1,0 +1,68 @@
+"""JAX: the variables of Keras's JAX backend, whose values `fit` holds itself while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from keras_ckpt.model import keras_internals
+from keras_ckpt.model.backends.arrays import *  # noqa: F403 - the rest of the backend
+from keras_ckpt.model.backends.arrays import Tensor, attributes_of, children_in, small
+
+VERSIONS = {"jax": jax.__version__}
+PURGES_VARIABLES = True
+"""Within an epoch `fit` holds the values, and the variables have none, so other threads cannot read them."""
+COPIES_AT_ONCE = True
+"""A value that is held makes the next step allocate memory, because the step cannot reuse the memory of the value."""
+
+
+class Reader:
+    """Reads variables of a model, again and again, also where `fit` holds their values.
+
+    Args:
+        model: The model.
+        variables: The variables by key.
+
+    Attributes:
+        small: The places of small variables when their values are packed, one after another.
+    """
+
+    def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
+        self._model = model
+        self._variables = variables
+        self._places: dict[int, tuple[str, int]] | None = None
+        self.small = small(variables)
+
+    def read(self) -> dict[str, Tensor]:
+        """Reads the present values of the variables.
+
+        An array is the memory of its variable. While the array is held, JAX does not reuse the memory.
+        """
+        state = keras_internals.state_of_jax_fit(self._model)
+        if state is None:
+            return {key: np.asarray(keras_internals.value_of(each)) for key, each in self._variables.items()}
+        if self._places is None:
+            self._places = keras_internals.places_in_jax_fit(self._model)
+        values = {}
+        for key, variable in self._variables.items():
+            part, index = self._places.get(id(variable), ("", 0))
+            values[key] = np.asarray(state[part][index] if part else keras_internals.value_of(variable))
+        return values
+
+
+def synchronize(model: Any) -> None:
+    """Gives the variables of a model the values that `fit` holds, before code of others looks at them."""
+    model.jax_state_sync()
+
+
+def assign(variable: Any, value: Tensor) -> None:
+    """Gives a variable the memory of a value."""
+    keras_internals.set_value(variable, jax.device_put(value))
+
+
+def children(each: Any) -> Mapping[str, Any]:
+    """The objects that TensorFlow would track in the attributes of another, by the names of the attributes."""
+    return children_in(attributes_of(each))

@@ -1,0 +1,77 @@
+"""PyTorch: the variables of Keras's PyTorch backend, which change in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+import torch
+
+from keras_ckpt.model import keras_internals
+from keras_ckpt.model.backends.arrays import *  # noqa: F403 - the rest of the backend
+from keras_ckpt.model.backends.arrays import Tensor, attributes_of, children_in, small
+
+VERSIONS = {"torch": str(torch.__version__)}
+PURGES_VARIABLES = False
+COPIES_AT_ONCE = True
+"""The next step changes the memory of the values in place."""
+_WITHOUT_NUMPY = {
+    torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
+    torch.float8_e4m3fn: (torch.int8, np.dtype(ml_dtypes.float8_e4m3fn)),
+    torch.float8_e5m2: (torch.int8, np.dtype(ml_dtypes.float8_e5m2)),
+}
+"""The types that NumPy lacks, each with an integer of PyTorch of its size, and with the type of `ml_dtypes`."""
+_OF_ML_DTYPES = {ours: theirs for theirs, (_, ours) in _WITHOUT_NUMPY.items()}
+
+
+class Reader:
+    """Reads variables of a model, again and again.
+
+    Args:
+        model: The model.
+        variables: The variables by key.
+
+    Attributes:
+        small: The places of small variables when their values are packed, one after another.
+    """
+
+    def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
+        self._variables = variables
+        self.small = small(variables)
+
+    def read(self) -> dict[str, Tensor]:
+        """Reads the present values of the variables. An array is the memory of its variable, and changes with it."""
+        return {key: _array(keras_internals.value_of(each)) for key, each in self._variables.items()}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a tensor; a copy of it, where that is not the memory of the processor."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype in _WITHOUT_NUMPY:
+        integer, dtype = _WITHOUT_NUMPY[tensor.dtype]
+        found: np.ndarray = tensor.view(integer).numpy().view(dtype)
+        return found
+    plain: np.ndarray = tensor.numpy()
+    return plain
+
+
+def synchronize(model: Any) -> None:
+    """Does nothing: the variables always have their values."""
+
+
+def assign(variable: Any, value: Tensor) -> None:
+    """Copies a value into a variable."""
+    if value.dtype in _OF_ML_DTYPES:
+        tensor = torch.from_numpy(value.view(f"i{value.dtype.itemsize}")).view(_OF_ML_DTYPES[value.dtype])
+    else:
+        tensor = torch.from_numpy(value)
+    keras_internals.set_value(variable, tensor)
+
+
+def children(each: Any) -> Mapping[str, Any]:
+    """The objects that TensorFlow would track in the attributes of another, by the names of the attributes."""
+    modules = each._modules if isinstance(each, keras.Layer) else {}  # noqa: SLF001 - `named_children` skips duplicates
+    return children_in({**attributes_of(each), **modules})
