@@ -7,6 +7,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 ROWS = 32
 """The rows of a batch."""
 STATES = {
@@ -24,7 +25,7 @@ def dense(state: str, jit_compile: bool = False) -> keras.Model:
     """Dense layers, trained by Adam so slowly that they stay finite."""
     layers, width = STATES[state]
     model = keras.Sequential([keras.Input((width,)), *(keras.layers.Dense(width) for _ in range(layers))])
-    model.compile(keras.optimizers.Adam(1e-5), "mse", jit_compile=jit_compile)
+    model.compile(keras.optimizers.Adam(1e-5), "mse", jit_compile=jit_compile if ON_TENSORFLOW else "auto")
     return model
 
 

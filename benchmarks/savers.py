@@ -14,11 +14,8 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import keras_ckpt as kc
-from keras_ckpt.model.keras_internals import value_of
-from keras_ckpt.model.model_state import ModelState
 from keras_ckpt.store import background, commit
 
 
@@ -51,35 +48,6 @@ class Every(keras.callbacks.Callback):
 
     def save(self, number: int) -> None:
         raise NotImplementedError
-
-
-class Manager(Every):
-    """`tf.train.CheckpointManager`."""
-
-    def on_train_begin(self, logs=None) -> None:
-        self.manager = tf.train.CheckpointManager(tf.train.Checkpoint(model=self.model), self.path, self.keep)
-
-    def save(self, number: int) -> None:
-        self.manager.save(number)
-
-
-class SaveV2(Every):
-    """TensorFlow's operation alone, and a sync."""
-
-    def on_train_begin(self, logs=None) -> None:
-        self.names = ModelState(self.model).names()
-
-    def save(self, number: int) -> None:
-        names = self.names
-        tf.raw_ops.SaveV2(
-            prefix=str(self.path / f"ckpt-{number}"),
-            tensor_names=list(names),
-            shape_and_slices=[""] * len(names),
-            tensors=[value_of(each) for each in names.values()],
-        )
-        sync(self.path)
-        for file in self.path.glob(f"ckpt-{number - self.keep * self.every}.*"):
-            file.unlink()
 
 
 def now() -> float:
@@ -152,23 +120,9 @@ SAVERS = {
         lambda path, every, keep: keras.callbacks.OrbaxCheckpoint(path, save_freq=every, max_to_keep=keep),
         lambda callback: callback.wait_until_finished() and None,
     ),
-    "tf.train.CheckpointManager": Saver(Manager),
-    "SaveV2, sync": Saver(SaveV2, syncs=True),
 }
+"""The savers on each backend. A module `peers_of_<backend>` adds the backend's own."""
 OURS = "this: ModelCheckpoint"
-
-
-def tensorflow_in_the_background(model: keras.Model, path: pathlib.Path) -> str:
-    """What comes of TensorFlow's own way to save in the background, as a sentence."""
-    checkpoint = tf.train.Checkpoint(model=model)
-    options = tf.train.CheckpointOptions(enable_async=True)
-    for number in (1, 2, 3):
-        try:
-            checkpoint.save(str(path / "ckpt"), options)
-            checkpoint.sync()
-        except (ValueError, tf.errors.OpError) as error:
-            return f"fails at save {number}: {str(error).strip().splitlines()[-1].strip():.200}"
-    return "works"
 
 
 def sync(path: pathlib.Path) -> None:

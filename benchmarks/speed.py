@@ -3,7 +3,8 @@
 Run it from the top of the repository, alone on the machine: `python benchmarks/speed.py`. All of it takes five to six
 hours; `python benchmarks/speed.py small bytes` measures some figures, `--states` some sizes. What is compared is
 measured in one process, in turns. The samples go to `benchmarks/speed.json`, beside those of figures that were not
-measured this time; the tables and a plot of all to `benchmarks/speed.md` and `benchmarks/speed.svg`.
+measured this time; the tables and a plot of all to `benchmarks/speed.md` and `benchmarks/speed.svg`. With
+`KERAS_BACKEND=jax` or `torch` the results go to `speed-jax.json` or `speed-torch.json`, and so on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -27,7 +29,6 @@ import matplotlib as mpl
 import models
 import numpy as np
 import savers
-import tensorflow as tf
 from matplotlib import pyplot as plt
 from savers import OURS, SAVERS, Saver, now
 
@@ -41,7 +42,10 @@ MEMCPY, WRITE, READ, BARE = "floor: warm memcpy", "floor: write, sync", "floor: 
 SMALL = "500 KB"
 COLUMNS = (*models.STATES, SMALL, *models.WORKLOADS)
 NONE = "fit without a checkpoint, a batch"
-RESULTS = pathlib.Path(__file__).with_name("speed.json")
+BACKEND = keras.backend.backend()
+peers = importlib.import_module(f"peers_of_{BACKEND}")
+SAVERS |= peers.SAVERS
+RESULTS = pathlib.Path(__file__).with_name("speed.json" if models.ON_TENSORFLOW else f"speed-{BACKEND}.json")
 
 Samples = dict[str, list[float]]
 """By row."""
@@ -251,7 +255,6 @@ def restored(state: str) -> Samples:
         models.train(model, 1, *ours)
         model.save_weights(path / "model.weights.h5")
         model.save(path / "model.keras")
-        prefix = tf.train.Checkpoint(model=model).save(str(path / "tensorflow"))
         runs = kc.CheckpointDirectory(path / "ours")
         data = [path / "ours" / file.name for file in runs.latest().files]
         actions: dict[str, Callable[[], object]] = {
@@ -262,7 +265,7 @@ def restored(state: str) -> Samples:
             "this: restore of .keras": lambda: kc.restore(other, path / "model.keras"),
             "load_weights": lambda: other.load_weights(path / "model.weights.h5"),
             "keras.models.load_model": lambda: keras.models.load_model(path / "model.keras"),
-            "tf.train.Checkpoint.restore": lambda: tf.train.Checkpoint(model=other).restore(prefix),
+            **peers.restores(model, other, path),
         }
         times: Samples = {name: [] for name in actions}
         order = random.Random(0)
@@ -433,7 +436,7 @@ def save() -> None:
     for figure in FIGURES.values():
         # In one order, whatever was measured first.
         figure.columns = {each: figure.columns[each] for each in COLUMNS if each in figure.columns}
-    machine = {"processors": os.cpu_count(), "kernel": platform.release(), "tensorflow": tf.__version__}
+    machine = {"processors": os.cpu_count(), "kernel": platform.release(), BACKEND: peers.VERSION}
     figures = {name: figure.columns for name, figure in FIGURES.items()}
     RESULTS.write_text(json.dumps({"date": f"{datetime.date.today()}", **machine, "figures": figures}) + "\n")
 
@@ -478,8 +481,9 @@ def main() -> None:
     load()
     measure(arguments.figures, arguments.states)
     text = "\n\n".join(f"{each.title}\n\n{each.table()}" for each in FIGURES.values() if each.columns)
-    with savers.scratch() as path:
-        text += f"\n\nTensorFlow's `enable_async` {savers.tensorflow_in_the_background(models.small(), path)}\n"
+    if models.ON_TENSORFLOW:
+        with savers.scratch() as path:
+            text += f"\n\nTensorFlow's `enable_async` {peers.tensorflow_in_the_background(models.small(), path)}\n"
     print(text)
     RESULTS.with_suffix(".md").write_text(text)
     plot()

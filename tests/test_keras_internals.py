@@ -39,10 +39,67 @@ def test_trained_by_has_the_variables_in_the_order_of_the_optimizer(model) -> No
     assert internals.trained_by(keras.optimizers.SGD()) == []
 
 
-def test_value_of_is_the_tensorflow_value_of_a_variable(model) -> None:
+def test_value_of_is_the_value_of_a_variable_in_the_backend(model) -> None:
     assert all(internals.value_of(variable) is variable.value for variable in model.variables)
     variable = tf.Variable(1.0)
     assert internals.value_of(variable) is variable
+
+
+def test_set_value_changes_a_variable(model) -> None:
+    """The private name is `_direct_assign`."""
+    variable = model.variables[0]
+
+    internals.set_value(variable, keras.ops.ones(variable.shape))
+
+    assert np.array_equal(keras.ops.convert_to_numpy(variable), np.ones(variable.shape))
+
+
+def test_model_of_is_the_model_of_a_callback(model) -> None:
+    """The private name is `Callback._model`."""
+    callback = keras.callbacks.Callback()
+    callback.set_model(model)
+
+    assert internals.model_of(callback) is model
+
+
+def test_new_variables_are_checked_before_they_take_memory() -> None:
+    """The private name is `Variable._initialize_with_initializer`."""
+    seen = []
+
+    def check(shape: tuple[int, ...], dtype: str) -> None:
+        seen.append((shape, dtype))
+        if shape[0] > 5:
+            raise MemoryError
+
+    with internals.new_variables_checked(check):
+        layer = keras.layers.Dense(3)
+        layer.build((None, 4))
+        with pytest.raises(MemoryError):
+            keras.layers.Dense(3).build((None, 10**12))
+
+    assert seen == [((4, 3), "float32"), ((3,), "float32"), ((10**12, 3), "float32")]
+    assert layer.kernel.shape == (4, 3)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="only on JAX does fit hold the values of variables")
+def test_the_state_of_a_fit_on_jax_has_the_value_of_each_variable(model) -> None:
+    """The private names are `_jax_state` and `_jax_state_synced`."""
+    found = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            state, places = internals.state_of_jax_fit(self._model), internals.places_in_jax_fit(self._model)
+            held = {number: np.asarray(state[part][place]) for number, (part, place) in places.items()}
+            variables = [*self.model.variables, *self.model.optimizer.variables]  # with the values of fit
+            found.extend(np.array_equal(held[id(each)], each) for each in variables)
+            found.append(internals.state_of_jax_fit(self._model) is None)
+
+    model.fit(
+        np.ones((4, *model.input_shape[1:])), np.ones((4, *model.output_shape[1:])), verbose=0, callbacks=[Look()]
+    )
+
+    assert found
+    assert all(found)
 
 
 def test_unlock_lets_a_built_layer_add_variables(model) -> None:

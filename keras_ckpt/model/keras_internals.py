@@ -52,6 +52,11 @@ def value_of(variable: Any) -> Any:
     return variable._value if isinstance(variable, keras.Variable) else variable  # noqa: SLF001
 
 
+def model_of(callback: keras.callbacks.Callback) -> keras.Model:
+    """The model of a callback. On JAX, Keras's own property gives the variables their values at each access."""
+    return callback._model if keras.backend.backend() == "jax" else callback.model  # noqa: SLF001
+
+
 def set_value(variable: keras.Variable, value: Any) -> None:
     """Sets the value of a variable to a value of the backend, of its shape and type."""
     variable._direct_assign(value)  # noqa: SLF001

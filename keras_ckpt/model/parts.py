@@ -412,7 +412,7 @@ def _attributes_of_keras() -> frozenset[str]:
     ]
     others[0].build([])
     names = {name for each in (*examples, *others) for name in vars(each)}
-    return frozenset(names | {"history", "_eval_epoch_iterator"})
+    return frozenset(names | {"history", "_eval_epoch_iterator", "_jax_state", "_jax_state_synced"})
 
 
 def _is_user_table(path: str, below: Mapping[str, Any], model: keras.Model) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import keras
 
-from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
+from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress, model_of
 from keras_ckpt.model.model_state import versions
 from keras_ckpt.model.position import position_of, take_restored_epochs
 from keras_ckpt.store import journal, tables
@@ -321,7 +321,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             self._warn_of_no_epochs()
 
     def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
-        self._recovery.batch_begin(self.model)
+        self._recovery.batch_begin(model_of(self))
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         due = self._should_save_on_batch(batch)
@@ -579,7 +579,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def _modes_of(self, metrics: Mapping[str, float]) -> dict[str, Mode]:
         """The known modes of the metrics other than the monitor."""
         if new := metrics.keys() - self._modes.keys():
-            known = {**modes_of(self.model, new), **self._ranking.modes}
+            known = {**modes_of(model_of(self), new), **self._ranking.modes}
             self._modes.update({name: known.get(name) for name in new})
         return {name: mode for name in metrics if name != self.monitor and (mode := self._modes[name])}
 

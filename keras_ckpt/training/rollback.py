@@ -123,6 +123,7 @@ class Recovery:
         """
         if self._is_back:
             self._is_back = False
+            backend.synchronize(model)
             model.reset_metrics()
 
     def is_sound(
