@@ -28,9 +28,13 @@ class Reader:
 
     Attributes:
         small: The places of small variables when their values are packed, one after another.
+
+    Raises:
+        ValueError: A part of a variable is in another process.
     """
 
     def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
+        _refuse_several_processes(variables)
         self._model = model
         self._variables = variables
         self._places: dict[int, tuple[str, int]] | None = None
@@ -51,6 +55,17 @@ class Reader:
             part, index = self._places.get(id(variable), ("", 0))
             values[key] = np.asarray(state[part][index] if part else keras_internals.value_of(variable))
         return values
+
+
+def _refuse_several_processes(variables: Mapping[str, Any]) -> None:
+    for name, variable in variables.items():
+        value = keras_internals.value_of(variable)
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            raise ValueError(
+                f"{name} is spread over several processes. Received: {jax.process_count()} processes. keras_ckpt saves "
+                "and restores models whose arrays are in one process. Save the model of a single process, or save with "
+                "Orbax."
+            )
 
 
 def synchronize(model: Any) -> None:
