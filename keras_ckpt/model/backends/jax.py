@@ -45,15 +45,22 @@ class Reader:
 
         An array is the memory of its variable. While the array is held, JAX does not reuse the memory.
         """
+        values = self._values()
+        if jax.default_backend() != "cpu":  # not tried: this package was never run beside an accelerator
+            for value in values.values():
+                value.copy_to_host_async()
+        return {key: np.asarray(value) for key, value in values.items()}
+
+    def _values(self) -> dict[str, jax.Array]:
         state = keras_internals.state_of_jax_fit(self._model)
         if state is None:
-            return {key: np.asarray(keras_internals.value_of(each)) for key, each in self._variables.items()}
+            return {key: keras_internals.value_of(each) for key, each in self._variables.items()}
         if self._places is None:
             self._places = keras_internals.places_in_jax_fit(self._model)
         values = {}
         for key, variable in self._variables.items():
             part, index = self._places.get(id(variable), ("", 0))
-            values[key] = np.asarray(state[part][index] if part else keras_internals.value_of(variable))
+            values[key] = state[part][index] if part else keras_internals.value_of(variable)
         return values
 
 
