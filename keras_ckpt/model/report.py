@@ -18,6 +18,13 @@ class RestoreReport(Shown):
     A name that begins with `learned/` names the state of a layer beyond its variables: a vocabulary, the boundaries of
     bins.
 
+    Example:
+
+    ```python
+    report = keras_ckpt.restore(model, "runs/digits", strict=False)
+    print(report.step, report.missing, report.unexpected, dict(report.mismatched))
+    ```
+
     Attributes:
         prefix: The prefix of the checkpoint.
         step: The step of the checkpoint, `None` if it has no sidecar.
