@@ -16,9 +16,9 @@ VERSION = str(torch.__version__)
 
 
 def state_of(model: keras.Model) -> dict[str, torch.Tensor]:
-    """The tensors of a model and its optimizer, by name."""
+    """The tensors of a model and its optimizer, by their places."""
     variables = [*model.variables, *model.optimizer.variables]
-    return {f"{place}/{each.path}": each.value.detach() for place, each in enumerate(variables)}
+    return {str(place): each.value.detach() for place, each in enumerate(variables)}
 
 
 class Save(Every):
