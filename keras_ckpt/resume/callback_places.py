@@ -9,7 +9,8 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+
+from keras_ckpt.model.backends import backend
 
 _SET_BY_KERAS = {"params", "_model", "model"}
 """The attributes that Keras sets in each callback."""
@@ -166,7 +167,7 @@ def _fill(target: Any, value: Any) -> bool:
     Returns:
         Whether the object could be changed.
     """
-    if isinstance(target, keras.Variable | tf.Variable):
+    if isinstance(target, keras.Variable | backend.Variable):
         target.assign(value)
         return True
     if isinstance(target, keras.metrics.Metric):

@@ -9,13 +9,13 @@ import enum
 import os
 import pathlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.keras_internals import layers_of
 from keras_ckpt.model.parts import owners_of, tracked
 from keras_ckpt.resume import callback_places
@@ -35,9 +35,7 @@ _FIXED = (
     datetime.time,
     datetime.timedelta,
     np.dtype,
-    tf.DType,
-    tf.Tensor,
-    tf.data.Dataset,
+    *backend.FIXED,
     types.FunctionType,
     types.BuiltinFunctionType,
     types.MethodType,
@@ -80,13 +78,15 @@ class CallbackStates:
 
     Args:
         callbacks: The callbacks, after their `on_train_begin`.
+        model: The model that is trained.
 
     Attributes:
         unsaved: The names of attributes that cannot be saved, such as `"Tracker.client"`.
     """
 
-    def __init__(self, callbacks: Iterable[keras.callbacks.Callback]) -> None:
+    def __init__(self, callbacks: Iterable[keras.callbacks.Callback], model: keras.Model | None = None) -> None:
         self._callbacks = _named(callbacks)
+        self._model = model
         self._captures = Captures()
         self._initial = {
             name: self._looks(name, callback, first=True)
@@ -154,11 +154,16 @@ class CallbackStates:
         return looks
 
     def _look(self, value: Any, name: str, first: bool) -> Look:
-        if isinstance(value, keras.Variable | tf.Variable):
-            return self._captures.look_at_copies(_value(value))
+        if isinstance(value, keras.Variable | backend.Variable):
+            return self._captures.look_at_memory(*self._memory([value]))
         if isinstance(value, keras.metrics.Metric):
-            return self._captures.look_at_copies([_value(each) for each in value.variables])
+            return self._captures.look_at_memory(self._memory(value.variables))
         return self._captures.look(value, name, fingerprints=first)
+
+    def _memory(self, variables: Sequence[Any]) -> list[np.ndarray]:
+        """The memory of variables. It may change with the next batch."""
+        values = backend.Reader(self._model, {str(place): each for place, each in enumerate(variables)}).read()
+        return [backend.array_of(each) for each in values.values()]
 
     def _note_changed(self, name: str, looks: Mapping[str, Any]) -> None:
         initial, changed = self._initial[name], self._changed[name]
@@ -186,10 +191,10 @@ class CallbackStates:
         return any(value is each for each in self._known)
 
     def _parts_of_fit(self) -> list[Any]:
-        callbacks = [*self._callbacks.values()]
-        models = [each for callback in callbacks if (each := getattr(callback, "model", None)) is not None][:1]
-        found = [*callbacks, *(layer for model in models for layer in layers_of(model))]
-        return found + [owner for model in models for owner in owners_of(model, tracked(model)).values()]
+        found = [*self._callbacks.values()]
+        if self._model is not None:
+            found += [*layers_of(self._model), *owners_of(self._model, tracked(self._model)).values()]
+        return found
 
     def _own_state(self, name: str, callback: Any) -> Any:
         try:
@@ -258,13 +263,8 @@ def _has_own_state(callback: Any) -> bool:
 def _is_of_the_process(value: Any) -> bool:
     """Whether a value is a file, a lock, a thread, a process or a writer of summaries."""
     modules = {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
-    return isinstance(value, tf.summary.SummaryWriter) or not modules.isdisjoint(_MODULES_OF_THE_PROCESS)
+    return isinstance(value, backend.OF_THE_PROCESS) or not modules.isdisjoint(_MODULES_OF_THE_PROCESS)
 
 
 def _is_of_keras(callback: Any) -> bool:
     return type(callback).__module__.startswith("keras.")
-
-
-def _value(variable: Any) -> np.ndarray:
-    """The value of a variable. While the value is held, TensorFlow copies it before the variable changes."""
-    return np.asarray(variable.value if isinstance(variable, keras.Variable) else variable.value())

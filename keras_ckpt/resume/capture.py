@@ -118,10 +118,10 @@ class Captures:
 
         return Look(structure_of(value, leaf))
 
-    def look_at_copies(self, value: Any) -> Look:
-        """Looks at a value whose arrays were made for this look. Its large arrays always count as changed."""
+    def look_at_memory(self, value: Any) -> Look:
+        """Looks at arrays that are the memory of variables. The large arrays always count as changed."""
         return Look(
-            structure_of(value, lambda each: Copy(each) if each.nbytes < _SMALL else _Fresh(each, self._memory))
+            structure_of(value, lambda each: Copy(each) if each.nbytes < _SMALL else _OfVariable(each, self._memory))
         )
 
     def _array_leaf(self, array: np.ndarray, place: tuple[str, int], fingerprints: bool) -> Leaf:
@@ -212,8 +212,8 @@ class _Memory:
         self._free[like.shape, like.dtype] += [np.full(like.shape, 0, like.dtype) for _ in range(2)]
 
 
-class _Fresh(Leaf):
-    """A large array that was made for one look. While it is held, TensorFlow copies the variable before a change."""
+class _OfVariable(Leaf):
+    """A large array that is the memory of a variable. It is copied, or is not needed, before the variable changes."""
 
     _copy: np.ndarray
 

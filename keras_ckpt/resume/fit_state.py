@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import tensorflow as tf
-
-# TensorFlow has a public function that makes operations deterministic, and none that says whether they are.
-from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from keras_ckpt.formats import arrays
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_reader import read_values
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.checkpoint_reader import errors_as_damage
 from keras_ckpt.model.keras_internals import FitInProgress
 from keras_ckpt.model.model_state import TRAINING_KEY
@@ -88,7 +85,7 @@ class FitState:
         self.epochs: int | None = params.get("epochs")
         callbacks = [] if fit.callbacks is None else fit.callbacks.callbacks
         self.others = [each for each in callbacks if not isinstance(each, keras.callbacks.BackupAndRestore)]
-        self.states = CallbackStates(self.others)
+        self.states = CallbackStates(self.others, model)
         self.data = None if data is None else DataPlace(data, self.steps, fit)
         self.element_spec = None if data is None else data.element_spec
         self._told: set[str] = set()
@@ -184,12 +181,9 @@ def read_document(files: Folder, name: str) -> Any:
 def settings(model: keras.Model) -> dict[str, Any]:
     """The settings that decide the last bits of a result."""
     return {
-        "TensorFlow": tf.__version__,
+        **backend.settings(),
         "Keras": keras.__version__,
         "processors": os.cpu_count(),
-        "threads of an operation": tf.config.threading.get_intra_op_parallelism_threads(),
-        "threads of operations": tf.config.threading.get_inter_op_parallelism_threads(),
-        "deterministic operations": is_op_determinism_enabled(),
         "jit_compile": bool(model.jit_compile),
     }
 

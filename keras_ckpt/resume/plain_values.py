@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
+
+from keras_ckpt.formats.arrays import is_number, named
 
 _PLAIN = (type(None), bool, int, float, str)
 LONG = 1000
@@ -93,16 +94,10 @@ def _encoded(value: Any, where: str, wrap: Wrap) -> Any:
     if kind in _GENERATORS:
         read, _ = _GENERATORS[kind]
         return {kind.__name__: _encoded(read(value), where, wrap), "more": []}
-    if kind is np.ndarray or isinstance(value, np.generic):
-        try:
-            tf.as_dtype(value.dtype)
-        except TypeError:
-            pass
-        else:
-            if value.dtype.kind not in "OSU":
-                if kind is np.ndarray:
-                    return {"ndarray": wrap(value), "more": []}
-                return {"number": [tf.as_dtype(value.dtype).name, value.tobytes().hex()], "more": []}
+    if (kind is np.ndarray or isinstance(value, np.generic)) and is_number(value.dtype):
+        if kind is np.ndarray:
+            return {"ndarray": wrap(value), "more": []}
+        return {"number": [value.dtype.name, value.tobytes().hex()], "more": []}
     raise UnplainError(f"{where} is of type {kind.__module__}.{kind.__qualname__}")
 
 
@@ -164,7 +159,7 @@ def _decoded(value: Any, arrays: Mapping[int, Any]) -> Any:
         return [*zip(keys, values, strict=True)]
     if kind == "number":
         name, data = content
-        return np.frombuffer(bytes.fromhex(data), tf.as_dtype(name).as_numpy_dtype)[0]
+        return np.frombuffer(bytes.fromhex(data), named(name))[0]
     if kind in ("ndarray", "scalar"):  # older checkpoints have scalars as arrays
         # A copy, because a callback may change its array.
         array = np.array(arrays[content])

@@ -10,9 +10,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-import tensorflow as tf
-
 from keras_ckpt.errors import FormatVersionError, MismatchError
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import transfer
@@ -102,7 +101,8 @@ class Restart:
         if self._transfer is None:
             raise RuntimeError("Restart.begin() comes before resume_within().")
         batch = self.start.batch
-        self._build_metrics()
+        if self._state.element_spec is not None:
+            backend.build_metrics(self._state.model, self._state.element_spec)
         report = self._transfer(RestoreRequest(check_digests=False, again=True))
         self.close()
         if batch < self.document["steps"] and any(name.startswith("metrics/") for name in report.unexpected):
@@ -207,12 +207,6 @@ class Restart:
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         return [each for each in self._state.others if isinstance(each, ModelCheckpoint)]
-
-    def _build_metrics(self) -> None:
-        """Makes the variables that metrics have from their first batch on, by tracing a step that is not run."""
-        if self._state.element_spec is not None:
-            with contextlib.suppress(Exception):  # TensorFlow may be unable to trace the step of a user's model
-                tf.function(self._state.model.train_step).get_concrete_function(self._state.element_spec)
 
     def _warning_of_another_fit(self) -> str | None:
         """A warning if the backup is of another `fit()` of the script."""

@@ -25,6 +25,8 @@ Tracked = (keras.Layer, keras.Variable, keras.optimizers.Optimizer)
 _ALIGNMENT = 64
 _SMALL, _MOST_PACKED = 1 << 16, 16 << 20
 """Values of fewer bytes are packed, up to so many bytes in all."""
+OF_THE_PROCESS: tuple[type, ...] = ()
+"""The classes of objects that belong to a process."""
 
 
 class Absent:

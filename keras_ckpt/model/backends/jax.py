@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ PURGES_VARIABLES = True
 """Within an epoch `fit` holds the values, and the variables have none, so other threads cannot read them."""
 COPIES_AT_ONCE = True
 """A value that is held makes the next step allocate memory, because the step cannot reuse the memory of the value."""
+FIXED = (jax.Array,)
+"""The classes of objects that never change."""
 
 
 class Reader:
@@ -88,3 +91,23 @@ def assign(variable: Any, value: Tensor) -> None:
 def children(each: Any) -> Mapping[str, Any]:
     """The objects that TensorFlow would track in the attributes of another, by the names of the attributes."""
     return children_in(attributes_of(each))
+
+
+def generators() -> dict[str, Any]:
+    """The states of global generators of random numbers. JAX has none."""
+    return {}
+
+
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Does nothing: JAX has no global generators."""
+
+
+def settings() -> dict[str, Any]:
+    """The settings of JAX that decide the last bits of a result."""
+    return {
+        "JAX": jax.__version__,
+        "devices": ", ".join(sorted(each.device_kind for each in jax.devices())),
+        "64-bit types": bool(jax.config.jax_enable_x64),
+        "precision of products": str(jax.config.jax_default_matmul_precision),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }

@@ -6,14 +6,20 @@ import collections
 import contextlib
 import ctypes
 import functools
+import numbers
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
-# No public operation reads many variables in one call, and the calls are what a snapshot costs.
+# No public operation reads many variables in one call, and the calls are what a snapshot costs. The generator of
+# TensorFlow that seeds eager operations has no public name.
 from tensorflow.python.eager import context, execute
+
+# TensorFlow has a public function that makes operations deterministic, and none that says whether they are.
+from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from keras_ckpt.formats import arrays
 from keras_ckpt.formats.arena import Packed
@@ -31,6 +37,10 @@ Module: TypeAlias = tf.Module
 Tracked = tf.Module.__mro__[-2]
 """The class of all that TensorFlow tracks, which has no public name."""
 OutOfMemory = tf.errors.ResourceExhaustedError
+FIXED = tf.DType, tf.Tensor, tf.data.Dataset
+"""The classes of objects that never change."""
+OF_THE_PROCESS = (tf.summary.SummaryWriter,)
+"""The classes of objects that belong to a process."""
 
 _NO_NUMBERS = (tf.string, tf.resource, tf.variant)
 _SMALL, _MOST_PACKED = 1 << 16, 16 << 20
@@ -272,3 +282,63 @@ def children(each: Any) -> Mapping[str, Any]:
     """The objects that TensorFlow tracks in the attributes of another, by the names of the attributes."""
     found: Mapping[str, Any] = tf.train.TrackableView.children(each)
     return found
+
+
+def generators() -> dict[str, Any]:
+    """The states of the global generators of random numbers, as plain values.
+
+    Generators inside operations, such as an unseeded `tf.random.uniform` in a graph, have no readable state. A Python
+    generator seeds operations that run eagerly, if the script has called `tf.random.set_seed`.
+    """
+    return {
+        "tensorflow": None if (generator := _global_generator()) is None else generator.state.numpy(),
+        "operations": _operations_state(),
+    }
+
+
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Sets each generator to the state that `generators` returned. Ignores the states of other generators."""
+    state = states.get("tensorflow")
+    if state is not None and (generator := _global_generator()) is not None:
+        generator.state.assign(state)
+    if (operations := states.get("operations")) is not None:
+        tf.random.set_seed(operations["seed"])
+        _eager_generator().setstate(operations["generator"])
+
+
+def _operations_state() -> dict[str, Any] | None:
+    """The global seed and the generator that seed TensorFlow's eager operations, `None` without a global seed."""
+    seed = context.global_seed()
+    if not isinstance(seed, numbers.Integral):
+        return None
+    return {"seed": int(seed), "generator": _eager_generator().getstate()}
+
+
+def _eager_generator() -> random.Random:
+    """The generator that seeds eager operations. It exists once `tf.random.set_seed` was called."""
+    generator: random.Random = context.context()._rng  # noqa: SLF001
+    return generator
+
+
+def _global_generator() -> tf.random.Generator | None:
+    """TensorFlow's global generator, `None` if operations are deterministic and the script has not set one."""
+    try:
+        return tf.random.get_global_generator()
+    except RuntimeError:
+        return None
+
+
+def settings() -> dict[str, Any]:
+    """The settings of TensorFlow that decide the last bits of a result."""
+    return {
+        "TensorFlow": tf.__version__,
+        "threads of an operation": tf.config.threading.get_intra_op_parallelism_threads(),
+        "threads of operations": tf.config.threading.get_inter_op_parallelism_threads(),
+        "deterministic operations": is_op_determinism_enabled(),
+    }
+
+
+def build_metrics(model: Any, element_spec: Any) -> None:
+    """Makes the variables that metrics have from their first batch on, by tracing a step that is not run."""
+    with contextlib.suppress(Exception):  # TensorFlow may be unable to trace the step of a user's model
+        tf.function(model.train_step).get_concrete_function(element_spec)

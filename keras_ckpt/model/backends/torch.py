@@ -18,6 +18,8 @@ VERSIONS = {"torch": str(torch.__version__)}
 PURGES_VARIABLES = False
 COPIES_AT_ONCE = True
 """The next step changes the memory of the values in place."""
+FIXED = torch.dtype, torch.device
+"""The classes of objects that never change."""
 _WITHOUT_NUMPY = {
     torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
     torch.float8_e4m3fn: (torch.int8, np.dtype(ml_dtypes.float8_e4m3fn)),
@@ -75,3 +77,30 @@ def children(each: Any) -> Mapping[str, Any]:
     """The objects that TensorFlow would track in the attributes of another, by the names of the attributes."""
     modules = each._modules if isinstance(each, keras.Layer) else {}  # noqa: SLF001 - `named_children` skips duplicates
     return children_in({**attributes_of(each), **modules})
+
+
+def generators() -> dict[str, Any]:
+    """The states of the global generators of random numbers, as arrays: of the processor, and of each CUDA device."""
+    return {
+        "torch": torch.get_rng_state().numpy(),
+        "cuda": [state.numpy() for state in torch.cuda.get_rng_state_all()],
+    }
+
+
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Sets each generator to the state that `generators` returned. Ignores the states of other generators."""
+    if (state := states.get("torch")) is not None:
+        torch.set_rng_state(torch.from_numpy(state))
+    for device, state in zip(range(torch.cuda.device_count()), states.get("cuda", ()), strict=False):
+        torch.cuda.set_rng_state(torch.from_numpy(state), device)
+
+
+def settings() -> dict[str, Any]:
+    """The settings of PyTorch that decide the last bits of a result."""
+    return {
+        "PyTorch": str(torch.__version__),
+        "devices": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "cpu",
+        "threads of an operation": torch.get_num_threads(),
+        "deterministic operations": torch.are_deterministic_algorithms_enabled(),
+        "precision of products": torch.get_float32_matmul_precision(),
+    }
