@@ -30,6 +30,10 @@ _FUNCTIONS = "activations", "constraints", "initializers", "losses", "metrics", 
 
 def config_of(model: keras.Model) -> Config:
     """The config of a model, or the reason why it has none. Call it in any thread; it raises no error of a model."""
+    if any(map(is_pickled, layers_of(model))):
+        return Config(
+            reason="it has a torch.nn.Module, which Keras pickles, and load_model() runs no code from a checkpoint"
+        )
     try:
         text, _ = keras_internals.config_of(model, ())
         config = json.loads(text)
@@ -39,6 +43,12 @@ def config_of(model: keras.Model) -> Config:
     if any(each["class_name"] == _LAMBDA for each in _objects(config)):
         return Config(reason="it contains a lambda, and load_model() runs no code from a checkpoint")
     return Config(config, paths, keras=keras.__version__)
+
+
+def is_pickled(layer: Any) -> bool:
+    """Whether the config of a layer has a pickled module of PyTorch, with all its values."""
+    kind = keras.layers.TorchModuleWrapper
+    return isinstance(layer, kind) and type(layer).get_config is kind.get_config
 
 
 def obstacle(model: keras.Model) -> str:

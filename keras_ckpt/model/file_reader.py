@@ -22,8 +22,8 @@ from keras_ckpt.formats.targets import Target, fill
 from keras_ckpt.model import naming
 from keras_ckpt.model.backends import backend
 from keras_ckpt.model.checkpoint_reader import errors_as_damage
-from keras_ckpt.model.keras_internals import answers_of, places_in_files
-from keras_ckpt.model.learned import learners, learns_elsewhere
+from keras_ckpt.model.keras_internals import places_in_files
+from keras_ckpt.model.learned import learners, learns_elsewhere, saved_by
 from keras_ckpt.model.matching import Kind, is_lora
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.record import CheckpointFile, CheckpointRecord
@@ -228,7 +228,7 @@ class FileSource:
 def _answers(owner: Any) -> dict[str, Any]:
     """The values that an object would save, none if it can save nothing yet, such as a layer that is not adapted."""
     try:
-        return answers_of(owner)
+        return saved_by(owner)
     except Exception:  # noqa: BLE001 - a restore does not need the answer
         return {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import h5py
@@ -33,9 +33,10 @@ from keras_ckpt.formats.threads import begin
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model import naming, parts
 from keras_ckpt.model.backends import backend
+from keras_ckpt.model.building import is_pickled
 from keras_ckpt.model.companions import companion
-from keras_ckpt.model.keras_internals import answers_of, config_of, places_in_files, written_by_keras
-from keras_ckpt.model.learned import Steady, files_of
+from keras_ckpt.model.keras_internals import config_of, layers_of, places_in_files, written_by_keras
+from keras_ckpt.model.learned import Steady, files_of, saved_by
 from keras_ckpt.model.snapshot import Snapshot, arena_of
 from keras_ckpt.model.structure import Structure
 from keras_ckpt.store.files import Folder
@@ -238,15 +239,13 @@ class _Moment(NamedTuple):
     Attributes:
         values: The values of variables.
         answers: The sources of the values of objects that are asked, by dataset.
-        assets: The files that objects saved, by member of the archive.
-        scalars: The values of variables without dimensions, which a config may have.
+        others: Makes the members of a `.keras` file other than the weights.
         seeds: The states of seed generators by name.
     """
 
     values: Snapshot
     answers: Mapping[str, Source]
-    assets: Mapping[str, bytes]
-    scalars: list[tuple[keras.Variable, Any]]
+    others: Callable[[], Mapping[str, bytes]]
     seeds: Mapping[str, Any]
 
 
@@ -300,7 +299,9 @@ class _Plan:
         read |= zip(self._seeds, seeds.values(), strict=True)
         self._keys = {id(variable): key for key, variable in read.items()}
         self._reader = backend.Reader(model, read)
-        self._scalars = {key: variable for key, variable in read.items() if not tuple(variable.shape)}
+        own = {key: variable for key, variable in read.items() if isinstance(variable, keras.Variable)}
+        self._scalars = {key: variable for key, variable in own.items() if not tuple(variable.shape)}
+        self._has_pickle = any(map(is_pickled, layers_of(model)))
         self._kinds = {dataset: _kind(source) for dataset, source in self._answers().items()}
         proofs, layout = companion(model, _Proofs), self._layout(objects, read)
         if kind not in proofs or proofs[kind].layout != layout:
@@ -312,12 +313,12 @@ class _Plan:
         """Notes the source of each dataset. Returns the variables to read by key."""
         read = {}
         for path, owner in objects.items():
-            variables = answers_of(owner)
-            is_fixed = _is_fixed(owner, variables)
+            variables = saved_by(owner)
+            is_fixed = _is_fixed(owner, variables, keys)
             for name, value in variables.items():
                 dataset = dataset_of(path, name)
                 key = keys.get(id(value), f"file/{dataset}{SUFFIX}")
-                if isinstance(value, keras.Variable):
+                if isinstance(value, keras.Variable) or id(value) in keys:
                     read[key] = value
                 if is_fixed:
                     self._fixed[dataset] = key
@@ -348,13 +349,16 @@ class _Plan:
                 raise ValueError(f"{dataset} is {_kind(answers.get(dataset))}, it was {self._kinds.get(dataset)}")
         scalars = [(variable, values.values[key]) for key, variable in self._scalars.items()]
         seeds = {name: values.values[key] for key, name in self._seeds.items()}
-        return _Moment(values, answers, self._saved_assets(), scalars, seeds)
+        others = functools.cache(functools.partial(self._others, scalars, self._saved_assets()))
+        if self._has_pickle and self._kind == "keras":
+            others()  # the config has the values of a module of PyTorch, which the next step changes
+        return _Moment(values, answers, others, seeds)
 
     def _answers(self) -> dict[str, Source]:
         """The sources of the values of objects that are asked, by dataset."""
         found: dict[str, Source] = {}
         for path, owner in self._asked.items():
-            for name, value in answers_of(owner).items():
+            for name, value in saved_by(owner).items():
                 found[dataset_of(path, name)] = self._keys.get(id(value)) or _copy(value)
         return found
 
@@ -381,7 +385,7 @@ class _Plan:
     def _members(self, moment: _Moment, weights: Iterable[memoryview]) -> Iterator[Member]:
         """The members of a `.keras` file. The config is made last, while the disk writes the weights."""
         yield Member(_WEIGHTS, self._skeleton.size, weights)
-        for name, data in self._others(moment).items():
+        for name, data in moment.others().items():
             yield Member(name, len(data), [memoryview(data)])
 
     def _by_dataset(self, moment: _Moment, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -389,10 +393,15 @@ class _Plan:
         sources = {**self._fixed, **moment.answers}
         return {name: values[each] if isinstance(each, str) else _flat(each) for name, each in sources.items()}
 
-    def _others(self, moment: _Moment) -> dict[str, bytes]:
-        """The members of a `.keras` file other than the weights."""
-        config, metadata = config_of(self._model, moment.scalars)
-        return {_METADATA: metadata.encode(), _CONFIG: config.encode(), **moment.assets}
+    def _others(self, scalars: Sequence[tuple[keras.Variable, Any]], assets: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The members of a `.keras` file other than the weights.
+
+        Args:
+            scalars: The values of variables without dimensions, which a config may have.
+            assets: The files that objects saved, by member of the archive.
+        """
+        config, metadata = config_of(self._model, scalars)
+        return {_METADATA: metadata.encode(), _CONFIG: config.encode(), **assets}
 
     def _prove(self, image: bytes) -> Skeleton:
         """The skeleton of a file by Keras, after a proof that the plan makes the same file now."""
@@ -407,17 +416,17 @@ class _Plan:
         for path, each in datasets.items():
             if not same_bytes(ours[path], data[each.offset : each.offset + each.size]):
                 raise ValueError(f"the values of {path} differ")
-        others = self._others(moment) if self._kind == "keras" else {}
+        others = moment.others() if self._kind == "keras" else {}
         for name in theirs.keys() | others.keys():
             if _undated(name, theirs.get(name)) != _undated(name, others.get(name)):
                 raise ValueError(f"{name} differs")
         return Skeleton(weights, datasets)
 
 
-def _is_fixed(owner: Any, answers: Mapping[str, Any]) -> bool:
+def _is_fixed(owner: Any, answers: Mapping[str, Any], keys: Container[int]) -> bool:
     """Whether an object saves the same variables until the structure of the model changes."""
     of_keras = owner.save_own_variables.__module__.startswith("keras.")
-    return of_keras and all(isinstance(value, keras.Variable) for value in answers.values())
+    return of_keras and all(isinstance(value, keras.Variable) or id(value) in keys for value in answers.values())
 
 
 def _kind(source: Source | None) -> object:

@@ -24,7 +24,7 @@ from keras_ckpt.formats.arrays import number_of
 from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description, Learned
 from keras_ckpt.model.backends import backend
-from keras_ckpt.model.keras_internals import unlock
+from keras_ckpt.model.keras_internals import answers_of, unlock
 from keras_ckpt.model.matching import ambiguous, same_end
 from keras_ckpt.model.naming import named_objects
 from keras_ckpt.store.files import files_below, temporary_directory, write_below
@@ -188,12 +188,19 @@ def learners(objects: Mapping[str, Any], weights_only: bool = False) -> dict[str
 def _has_own(each: Any, method: str) -> bool:
     """Whether the class of an object overrides a method, other than the methods that save variables alone."""
     function = getattr(type(each), method, None)
-    return callable(function) and function not in _plain_methods()
+    return callable(function) and (function not in _plain_methods() or backend.has_extra_state(each))
 
 
 def saves_variables(each: Any) -> bool:
     """Whether the class of an object decides which values of it are saved."""
     return _has_own(each, "save_own_variables") or _has_own(each, "load_own_variables")
+
+
+def saved_by(each: Any) -> dict[str, Any]:
+    """The values that an object saves into a file of Keras, by key. Most are variables, or buffers of a module."""
+    answers = answers_of(each)
+    known = backend.module_state(each) if isinstance(each, keras.layers.TorchModuleWrapper) else {}
+    return {key: known.get(key, value) for key, value in answers.items()}
 
 
 @functools.cache
@@ -202,6 +209,7 @@ def _plain_methods() -> frozenset[Any]:
     plain = (
         keras.Layer, keras.Model, keras.Sequential, keras.optimizers.Optimizer, keras.utils.FeatureSpace,
         layers.Dense, layers.EinsumDense, layers.Embedding, layers.ReversibleEmbedding, layers.Conv1D,
+        layers.TorchModuleWrapper,
     )  # fmt: skip
     return frozenset(getattr(kind, method) for kind in plain for method in _PROTOCOL if hasattr(kind, method))
 

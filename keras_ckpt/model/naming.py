@@ -41,10 +41,14 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
         weights_only: Whether to skip the optimizers, the losses and the metrics.
 
     Returns:
-        The `keras.Variable`s, and the `tf.Variable`s that layers hold.
+        The `keras.Variable`s, the `tf.Variable`s that layers hold, and the buffers of modules of PyTorch.
     """
-    weights, layers, below = model.variables, layers_of(model), tracked(model)
-    own = _relative_paths(model, layers, map(_segments, weights))
+    variables, layers, below = model.variables, layers_of(model), tracked(model)
+    in_modules = _segments_in_modules(layers)
+    buffers = [each for each, _ in in_modules.values() if not isinstance(each, keras.Variable)]
+    weights = [*variables, *buffers]
+    segments = [in_modules[id(each)][1] if id(each) in in_modules else _segments(each) for each in weights]
+    own = _relative_paths(model, layers, segments)
     paths = _numbered(own, _automatic_names(layers))
     found = [(f"model/{path}", variable) for path, variable in zip(paths, weights, strict=True)]
     found += [(f"model/{path}", each) for path, each in below.items() if isinstance(each, backend.Variable)]
@@ -54,7 +58,7 @@ def named_variables(model: keras.Model, weights_only: bool = False) -> dict[str,
         found += [(f"states/{path}", variable) for path, variable in zip(paths_of_states, states, strict=True)]
         names = dict(zip(map(id, weights), paths, strict=True))
         for prefix, optimizer in optimizers_of(model, below).items():
-            found += _optimizer_variables(prefix, optimizer, weights, names)
+            found += _optimizer_variables(prefix, optimizer, variables, names)
         found += _loss_variables(losses_of(model, below), {id(variable) for _, variable in found})
         found += _metric_variables(model)
     unique = _unique([name for name, _ in found])
@@ -109,7 +113,7 @@ def automatic_stems(model: keras.Model) -> frozenset[str]:
 def named_objects(model: keras.Model) -> dict[str, Any]:
     """The layers, losses, metrics and optimizers of a model by name: objects that may hold more than variables."""
     (top, *layers), below = layers_of(model), tracked(model)
-    own = _relative_paths(model, [top, *layers], (tuple((layer.path or layer.name).split("/")) for layer in layers))
+    own = _relative_paths(model, [top, *layers], map(_segments_of_layer, layers))
     paths = _numbered(own, _automatic_names([top, *layers]))
     metrics = metrics_of(model)
     names = _numbered([(metric.name,) for metric in metrics], _automatic_names(metrics))
@@ -120,6 +124,19 @@ def named_objects(model: keras.Model) -> dict[str, Any]:
         **{f"metrics/{name}": metric for name, metric in zip(names, metrics, strict=True)},
         **optimizers_of(model, below),
     }
+
+
+def _segments_in_modules(layers: Iterable[Any]) -> dict[int, tuple[Any, tuple[str, ...]]]:
+    """The variables and buffers of modules of PyTorch, each with its path: of the layer, then of the `state_dict`."""
+    found: dict[int, tuple[Any, tuple[str, ...]]] = {}
+    for layer in layers:
+        for name, each in backend.module_state(layer).items():
+            found.setdefault(id(each), (each, (*_segments_of_layer(layer), name)))
+    return found
+
+
+def _segments_of_layer(layer: Any) -> tuple[str, ...]:
+    return tuple((layer.path or layer.name).split("/"))
 
 
 def _relative_paths(

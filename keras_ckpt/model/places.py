@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import keras
 
 from keras_ckpt.formats.config import Place
-from keras_ckpt.model.keras_internals import answers_of, places_in_files
-from keras_ckpt.model.learned import saves_variables
+from keras_ckpt.model.keras_internals import places_in_files
+from keras_ckpt.model.learned import saved_by, saves_variables
 
 
 def places_of(model: keras.Model, names: Mapping[int, str], learners: Mapping[int, str]) -> dict[str, Place]:
@@ -32,7 +32,7 @@ def _place(each: object, names: Mapping[int, str], learners: Mapping[int, str]) 
     """The place of an object, `None` for an optimizer whose variables the checkpoint lacks."""
     name, learned = getattr(each, "name", None), learners.get(id(each), "")
     # The learned state has the values of an object that decides about them, at the moment of each save.
-    answers = {} if learned and saves_variables(each) else answers_of(each)
+    answers = {} if learned and saves_variables(each) else saved_by(each)
     variables = {key: names.get(id(value), "") for key, value in answers.items()}
     if isinstance(each, keras.optimizers.Optimizer) and "" in variables.values():
         return None

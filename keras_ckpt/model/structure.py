@@ -68,4 +68,5 @@ def _parts_of(model: keras.Model, owners: Iterable[Any]) -> list[Any]:
     found += parts.contents_of(layers)
     for owner in owners:
         found += owner.variables if isinstance(owner, keras.optimizers.Optimizer) else vars(owner).values()
+    found += [each for layer in layers for each in backend.module_state(layer).values()]
     return [*layers, *found, *model.variables, *parts.states_of(layers), *model.metrics_variables]

@@ -215,6 +215,8 @@ class _Transfer:
         objects = self._fit.objects
         changes_objects = bool(objects.paired or objects.variables_only)
         before = backend.Reader(self._model, variables).read() if changes_objects else {}
+        if backend.COPIES_AT_ONCE:
+            before = {name: backend.array_of(value).copy() for name, value in before.items()}
         for name, value in values.items():
             backend.assign(variables[name], value)
         if not changes_objects:

@@ -111,3 +111,13 @@ def settings() -> dict[str, Any]:
         "precision of products": str(jax.config.jax_default_matmul_precision),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def module_state(layer: Any) -> dict[str, Any]:
+    """The state of a layer as a module of PyTorch: there is none."""
+    return {}
+
+
+def has_extra_state(layer: Any) -> bool:
+    """Whether a layer wraps a module of PyTorch with more than variables and buffers: there is none."""
+    return False

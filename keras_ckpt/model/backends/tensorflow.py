@@ -342,3 +342,13 @@ def build_metrics(model: Any, element_spec: Any) -> None:
     """Makes the variables that metrics have from their first batch on, by tracing a step that is not run."""
     with contextlib.suppress(Exception):  # TensorFlow may be unable to trace the step of a user's model
         tf.function(model.train_step).get_concrete_function(element_spec)
+
+
+def module_state(layer: Any) -> dict[str, Any]:
+    """The state of a layer as a module of PyTorch: there is none."""
+    return {}
+
+
+def has_extra_state(layer: Any) -> bool:
+    """Whether a layer wraps a module of PyTorch with more than variables and buffers: there is none."""
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -15,6 +15,8 @@ from keras_ckpt.model.backends.arrays import *  # noqa: F403 - the rest of the b
 from keras_ckpt.model.backends.arrays import Tensor, attributes_of, children_in, small
 
 VERSIONS = {"torch": str(torch.__version__)}
+Variable = torch.nn.Parameter
+"""A variable that Keras does not know, for instance of a module in a list. The search for unsaved state finds it."""
 PURGES_VARIABLES = False
 COPIES_AT_ONCE = True
 """The next step changes the memory of the values in place."""
@@ -70,7 +72,38 @@ def assign(variable: Any, value: Tensor) -> None:
         tensor = torch.from_numpy(value.view(f"i{value.dtype.itemsize}")).view(_OF_ML_DTYPES[value.dtype])
     else:
         tensor = torch.from_numpy(value)
-    keras_internals.set_value(variable, tensor)
+    if isinstance(variable, torch.Tensor):
+        with torch.no_grad():
+            variable.copy_(tensor)
+    else:
+        keras_internals.set_value(variable, tensor)
+
+
+def module_state(layer: keras.Layer) -> dict[str, Any]:
+    """The variables and the buffers that a layer has as a module of PyTorch, by the names of a `state_dict`.
+
+    Keras knows the parameters of a module that it wraps as variables, but neither their names nor the buffers.
+    """
+    transient = layer._non_persistent_buffers_set  # noqa: SLF001 - a `state_dict` of a layer has its variables too
+    found = {name: each for name, each in layer.named_buffers(recurse=False) if name not in transient}
+    if isinstance(layer, keras.layers.TorchModuleWrapper):
+        tensors = {id(keras_internals.value_of(each)): each for each in layer.variables}
+        tensors |= {id(each): each for each in layer.module.buffers()}
+        found |= {name: tensors[id(each)] for name, each in _entries(layer) if id(each) in tensors}
+    return found
+
+
+def has_extra_state(layer: Any) -> bool:
+    """Whether the `state_dict` of a wrapped module has more than variables and buffers."""
+    if not isinstance(layer, keras.layers.TorchModuleWrapper):
+        return False
+    known = module_state(layer)
+    return any(name not in known for name, _ in _entries(layer))
+
+
+def _entries(wrapper: Any) -> Iterable[tuple[str, Any]]:
+    """The entries of the `state_dict` of a wrapped module, uncopied."""
+    return wrapper.module.state_dict(keep_vars=True).items()  # type: ignore[no-any-return]
 
 
 def children(each: Any) -> Mapping[str, Any]:
