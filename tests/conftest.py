@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.pop("COLUMNS", None)  # a table would fit this width; a pipe has none
 
 from keras_ckpt import CheckpointDirectory

@@ -67,12 +67,12 @@ def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
 
     from keras_ckpt.formats.arena import Arena
     from keras_ckpt.formats.sharing import SharingWrite
-    from keras_ckpt.model.backends.tensorflow import Reader
-    from keras_ckpt.model.snapshot import Snapshot
+    from keras_ckpt.formats.bundle_writer import array_value
 
-    arrays = {"changed": np.frombuffer(content.encode(), np.uint8), "same": np.arange(10, dtype=np.uint8)}
-    arena = Arena()
-    return SharingWrite(Snapshot(Reader(None, {}), arrays).move(arena), arena, Writer(runs))
+    arrays = {b"changed": np.frombuffer(content.encode(), np.uint8), b"same": np.arange(10, dtype=np.uint8)}
+    arena, values = Arena(), {key: array_value(array) for key, array in arrays.items()}
+    arena.make_room({key: len(value.data) for key, value in values.items()})
+    return SharingWrite({key: arena.take(key, value) for key, value in values.items()}, arena, Writer(runs))
 
 
 class Filler:
