@@ -173,12 +173,56 @@ def test_fit_in_progress_finds_the_data_and_the_callbacks_of_fit() -> None:
         def on_train_begin(self, logs=None) -> None:
             seen.append(internals.fit_in_progress(self))
 
-    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).repeat()
-    dense_model().fit(data, steps_per_epoch=3, verbose=0, shuffle=False, callbacks=[looks := Looks()])
+    data = kc.ResumableDataset(X, Y).repeat()
+    with pytest.raises(ValueError, match="fit\\(\\) ignores y"):
+        dense_model().fit(data, Y, steps_per_epoch=3, verbose=0, callbacks=[looks := Looks()])
     found = seen[0]
 
-    assert (found.steps_per_epoch, found.batches, found.dataset, found.is_known) == (3, None, data, True)
+    assert (found.steps_per_epoch, found.batches, found.is_known) == (3, None, True)
+    assert found.adapter is data
+    assert found.beside == ("y",)
     assert looks in found.callbacks.callbacks
+
+
+class Batches(internals.DataAdapter):
+    """Two batches, for each backend."""
+
+    num_batches, batch_size = 2, 4
+
+    def get_tf_dataset(self):
+        return tf.data.Dataset.from_tensors((X[:4], Y[:4])).repeat(2)
+
+    def get_jax_iterator(self):
+        return iter([(X[:4], Y[:4])] * 2)
+
+    get_torch_dataloader = get_jax_iterator
+
+
+def test_fit_reads_the_batches_of_a_data_adapter() -> None:
+    """Keras takes an object of any subclass as it is."""
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            seen.append(internals.fit_in_progress().adapter)
+
+    dense_model().fit(data := Batches(), verbose=0, callbacks=[Looks()])
+
+    assert seen == [data, data]
+
+
+def test_builds_a_model_says_that_keras_reads_a_batch_for_its_shapes() -> None:
+    """Such a batch is not trained on."""
+    model = dense_model()
+    seen = [internals.builds_a_model()]
+
+    def batches():
+        seen.append(internals.builds_a_model())
+        yield X[:4], Y[:4]
+
+    model._symbolic_build(iterator=[(0, 0, batches())])
+
+    assert seen == [False, True]
 
 
 class OneBatch(keras.utils.PyDataset):
@@ -217,7 +261,7 @@ def test_fit_in_progress_tells_how_to_type_its_data_as_a_dataset(typed, options)
 
     assert seen[0].typed == typed
     data = eval(f"ResumableDataset({typed})", {"ResumableDataset": kc.ResumableDataset, **options})
-    assert data.batches == seen[0].batches
+    assert data.num_batches == seen[0].batches
 
 
 def test_fit_in_progress_finds_the_list_of_callbacks_of_a_loop_of_the_user() -> None:

@@ -14,7 +14,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
@@ -30,10 +30,14 @@ from keras.src.saving import saving_lib
 from keras.src.saving.serialization_lib import SafeModeScope
 
 # Keras tells no callback whether the data of a fit is read by index.
+from keras.src.trainers.data_adapters import data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
 from keras_ckpt.formats.keras_writer import hdf5_in_memory
+
+DataAdapter: TypeAlias = data_adapter.DataAdapter
+"""The class of objects that `fit` reads batches from, through a method for each backend."""
 
 
 def layers_of(model: keras.Model) -> list[Any]:
@@ -158,6 +162,9 @@ def set_seed_of_random(state: Any) -> None:
         global_seed_generator().state.assign(state)
 
 
+_BESIDE = ("y", "sample_weight", "class_weight")
+
+
 @dataclasses.dataclass(frozen=True)
 class FitInProgress:
     """The arguments and data of a `fit` in progress, which Keras does not pass to callbacks.
@@ -166,17 +173,22 @@ class FitInProgress:
         callbacks: The list of callbacks that calls the callback; `None` if the user calls the callback directly.
         steps_per_epoch: The number of batches after which an epoch ends; `None` if an epoch ends with the data.
         batches: The number of batches of the data; `None` if it is endless or not known.
-        dataset: The `tf.data.Dataset` that `fit` reads; `None` if the data is not a dataset of TensorFlow.
-        is_known: Whether Keras's `fit` is in progress, and not a user's training loop.
+        adapter: The object through which `fit` reads its data; `None` if a user's training loop is in progress.
         typed: The data and its order as arguments of a dataset: `x, y, batch_size=32, shuffle=True`.
+        beside: The names of the arguments of `fit` that describe the data beside `x`.
     """
 
     callbacks: keras.callbacks.CallbackList | None = None
     steps_per_epoch: int | None = None
     batches: int | None = None
-    dataset: Any = None
-    is_known: bool = False
+    adapter: DataAdapter | None = None
     typed: str = "x, y, ..."
+    beside: tuple[str, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether Keras's `fit` is in progress, and not a user's training loop."""
+        return self.adapter is not None
 
 
 def fit_in_progress(callback: keras.callbacks.Callback | None = None) -> FitInProgress:
@@ -193,8 +205,9 @@ def fit_in_progress(callback: keras.callbacks.Callback | None = None) -> FitInPr
         if frame.f_code.co_name == "fit" and {"steps_per_epoch", "epoch_iterator"} <= {*frame.f_locals}:
             steps = frame.f_locals["steps_per_epoch"] or keras.config.max_steps_per_epoch()
             adapter = frame.f_locals["epoch_iterator"].data_adapter
-            dataset, typed = getattr(adapter, "_dataset", None), _typed(frame.f_locals, adapter)
-            return FitInProgress(callbacks, steps, adapter.num_batches, dataset, True, typed)
+            typed = _typed(frame.f_locals, adapter)
+            beside = [name for name in _BESIDE if frame.f_locals.get(name) is not None]
+            return FitInProgress(callbacks, steps, adapter.num_batches, adapter, typed, tuple(beside))
         frame = frame.f_back
     return FitInProgress(callbacks)
 
@@ -215,6 +228,14 @@ def _typed(given: Mapping[str, Any], adapter: Any) -> str:
     if reads_by_index and given.get("shuffle"):
         arguments.append("shuffle=True")
     return ", ".join(arguments)
+
+
+def builds_a_model() -> bool:
+    """Whether Keras reads a batch for its shapes, to build a model, and does not train on it."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_symbolic_build":
+        frame = frame.f_back
+    return frame is not None
 
 
 def is_running(callbacks: keras.callbacks.CallbackList, frame: FrameType | None) -> bool:

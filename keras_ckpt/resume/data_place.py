@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import tensorflow as tf
-
 from keras_ckpt.model.keras_internals import FitInProgress
-from keras_ckpt.resume import pipelines
 from keras_ckpt.resume.resumable_dataset import ResumableDataset
 from keras_ckpt.store.notices import warn
 
@@ -32,13 +29,14 @@ class DataPlace:
         self._data = data
         self._steps = steps
         self._streams = fit.steps_per_epoch is not None
-        between = pipelines.steps_between(fit.dataset, data)
-        _refuse_another_order(between)
-        _warn_of_draws(between)
+        if fit.adapter is not None and not data.is_read_by(fit.adapter):
+            raise ValueError(
+                "fit() does not train on the ResumableDataset of BackupAndRestore. Give both the same dataset: "
+                "model.fit(data, ..., callbacks=[keras_ckpt.BackupAndRestore(..., data=data)])."
+            )
         self._refuse_other_epochs(fit)
         self._epoch, self._batch = data.passes, 0
         self._taken = 0
-        self._is_read = False
 
     def epoch_begin(self) -> None:
         """An epoch begins."""
@@ -46,18 +44,8 @@ class DataPlace:
             self._epoch = self._data.passes
 
     def batch_end(self, ran: int) -> None:
-        """Counts batches that were read and trained on.
-
-        Raises:
-            ValueError: The batches were not read from the dataset.
-        """
+        """Counts batches that were trained on."""
         self._taken += ran
-        if not self._is_read and self._data.passes == self._epoch:
-            raise ValueError(
-                "fit() does not train on the ResumableDataset of BackupAndRestore. Give both the same dataset: "
-                "model.fit(data, ..., callbacks=[keras_ckpt.BackupAndRestore(..., data=data)])."
-            )
-        self._is_read = True
 
     def get_state(self, batch: int) -> dict[str, Any]:
         """The place, for another process that resumes here.
@@ -68,8 +56,8 @@ class DataPlace:
         state = self._data.get_state()
         if self._streams:
             number, place = self._epoch, self._batch + self._taken
-            if self._data.batches is not None:
-                number, place = number + place // self._data.batches, place % self._data.batches
+            if self._data.num_batches is not None:
+                number, place = number + place // self._data.num_batches, place % self._data.num_batches
             return state | {"pass": number, "batch": place}
         return state | ({"pass": self._epoch} if 0 < batch < (self._steps or 0) else {})
 
@@ -91,10 +79,11 @@ class DataPlace:
             return
         self._epoch = state["pass"]
         self._batch = state.get("batch", 0)
-        self._data.set_state(state, self._batch if self._streams else batch if batch != self._steps else 0)
+        is_last = batch == self._steps
+        self._data.set_state(state, self._batch if self._streams else 0 if is_last else batch, skips_a_step=is_last)
 
     def _refuse_other_epochs(self, fit: FitInProgress) -> None:
-        batches = self._data.batches
+        batches = self._data.num_batches
         if self._streams:
             if fit.batches is not None:
                 raise ValueError(
@@ -105,36 +94,8 @@ class DataPlace:
                 )
         elif batches is None:
             raise ValueError("The ResumableDataset is endless, so fit() needs steps_per_epoch.")
-        elif self._steps is None:
-            raise ValueError(
-                f"fit() does not know its number of batches; the ResumableDataset has {batches}. Give fit() the "
-                "dataset itself, or a step that keeps its batches, such as data.map(...) or data.prefetch(...)."
-            )
         elif self._steps != batches:
             raise ValueError(
-                f"fit() has {self._steps} batches in an epoch; the ResumableDataset of BackupAndRestore has {batches}. "
-                "Give both the same dataset. If fit() reads only a part of the data, make the ResumableDataset of this "
-                "part."
+                f"The training has {self._steps} batches in an epoch; the ResumableDataset of BackupAndRestore has "
+                f"{batches}. Train on the whole dataset, or make the ResumableDataset of the part that is trained on."
             )
-
-
-def _refuse_another_order(steps: Sequence[tf.data.Dataset]) -> None:
-    """Refuses steps between a `ResumableDataset` and `fit` that may change the batches or their order."""
-    other = [pipelines.name_of(step) for step in steps if not pipelines.keeps_batches(step)]
-    if other:
-        raise ValueError(
-            f"fit() reads the ResumableDataset through a step {other[0]!r} of tf.data. It may change the batches or "
-            "their order, so an epoch cannot be resumed at a batch. Give this step to the pipeline inside the "
-            "ResumableDataset: ResumableDataset(pipeline). The steps map, prefetch, repeat and with_options keep the "
-            "batches."
-        )
-
-
-def _warn_of_draws(steps: Sequence[tf.data.Dataset]) -> None:
-    """Warns of steps whose random numbers a restart cannot repeat."""
-    if any(map(pipelines.draws, steps)):
-        warn(
-            "fit() reads the ResumableDataset through a map() that draws random numbers or changes variables. A "
-            "restart does not know how often the map() ran. To resume exactly, move the map() into the pipeline inside "
-            "the ResumableDataset: ResumableDataset(pipeline.map(...))."
-        )
