@@ -171,7 +171,7 @@ class _ObjectState(NamedTuple):
 
 
 def learners(objects: Mapping[str, Any], weights_only: bool = False) -> dict[str, Any]:
-    """The objects whose class overrides methods of Keras's saving protocol, by name.
+    """The objects whose class overrides methods of Keras's saving protocol, and modules with extra state, by name.
 
     Args:
         objects: The objects of a model by name.
@@ -180,7 +180,7 @@ def learners(objects: Mapping[str, Any], weights_only: bool = False) -> dict[str
     return {
         name: each
         for name, each in objects.items()
-        if any(_has_own(each, method) for method in _PROTOCOL)
+        if (any(_has_own(each, method) for method in _PROTOCOL) or backend.has_extra_state(each))
         and not (weights_only and name.partition("/")[0] != "model")
     }
 
@@ -188,12 +188,13 @@ def learners(objects: Mapping[str, Any], weights_only: bool = False) -> dict[str
 def _has_own(each: Any, method: str) -> bool:
     """Whether the class of an object overrides a method, other than the methods that save variables alone."""
     function = getattr(type(each), method, None)
-    return callable(function) and (function not in _plain_methods() or backend.has_extra_state(each))
+    return callable(function) and function not in _plain_methods()
 
 
 def saves_variables(each: Any) -> bool:
     """Whether the class of an object decides which values of it are saved."""
-    return _has_own(each, "save_own_variables") or _has_own(each, "load_own_variables")
+    own = _has_own(each, "save_own_variables") or _has_own(each, "load_own_variables")
+    return own or backend.has_extra_state(each)
 
 
 def saved_by(each: Any) -> dict[str, Any]:
