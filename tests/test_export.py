@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -266,3 +267,25 @@ def test_the_command_explains_an_error_in_a_line(runs, tmp_path, monkeypatch, st
 
     assert result.exit_code == code
     assert "Error: " in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "words"),
+    [
+        ("x.safetensors", "state_dict", "Keras did not run on PyTorch. With KERAS_BACKEND=torch"),
+        ("x.keras", "state_dict", "is for files that end in .safetensors or .npz"),
+        ("x.npz", "torch", "names expected 'variables' or 'state_dict'. Received: 'torch'"),
+    ],
+)
+def test_names_of_a_state_dict_are_refused_where_there_are_none(runs, tmp_path, name, names, words) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        kc.export(runs, tmp_path / name, names=names)
+
+    assert not (tmp_path / name).exists()
+
+
+def test_a_file_of_keras_has_no_names_of_a_state_dict(tmp_path) -> None:
+    dense_model().save(tmp_path / "model.keras")
+
+    with pytest.raises(ValueError, match="is a file of Keras, which has no names of a state_dict"):
+        kc.export(tmp_path / "model.keras", tmp_path / "x.npz", names="state_dict")

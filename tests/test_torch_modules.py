@@ -9,6 +9,7 @@ import pytest
 if keras.backend.backend() != "torch":
     pytest.skip("the backend of this process is another", allow_module_level=True)
 
+import safetensors.torch
 import torch
 
 import keras_ckpt as kc
@@ -366,3 +367,105 @@ def test_a_parameter_of_a_module_in_a_list_is_named_as_unsaved() -> None:
     found = states.unsaved(states.attributes())
 
     assert [name for name in found if name.endswith("weight")] == ["parts/0/_parameters/weight"]
+
+
+class Network(keras.Model):
+    """A model with a module of PyTorch, a module in a module, layers of Keras, and a seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Subclassed()
+        self.block = torch.nn.Sequential(Block(), torch.nn.Linear(3, 4))
+        self.dropout = keras.layers.Dropout(0.5, seed=1)
+
+    def call(self, x, training=None):
+        return self.inner(self.dropout(self.block(x, training=training), training=training), training=training)
+
+
+def network() -> keras.Model:
+    model = Network()
+    model(X[:2], training=False)
+    return model
+
+
+def sequential() -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3, dtype="bfloat16"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+@pytest.fixture
+def unnumbered():
+    """Keras numbers automatic names as in a new process, at each call."""
+    keras.utils.clear_session()
+    return keras.utils.clear_session
+
+
+@pytest.mark.parametrize("build", [sequential, subclassed, network])
+def test_a_checkpoint_is_exported_as_a_state_dict_that_the_model_loads(tmp_path, unnumbered, build) -> None:
+    """Each name of the `state_dict` is in the file, and loads strictly."""
+    model = trained(build())
+    save(model, tmp_path / "run")
+    expected = {name: each.clone() for name, each in model.state_dict().items()}
+    unnumbered()
+    other = build()
+
+    kc.export(tmp_path / "run", tmp_path / "x.safetensors", names="state_dict")
+    found = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    other.load_state_dict(found)
+
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(each, expected[name]) for name, each in other.state_dict().items())
+    assert all(map(np.array_equal, other.get_weights(), model.get_weights()))
+
+
+def test_a_module_outside_of_keras_loads_its_part_of_an_export(tmp_path) -> None:
+    """The names in the part are those of the module. A `state_dict` of a functional model lacks the module."""
+    model = trained(functional())
+    save(model, tmp_path / "run")
+    module = Block()
+
+    kc.export(tmp_path / "run", tmp_path / "x.safetensors", weights_only=True)
+    found = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    place = "model/block/"
+    module.load_state_dict({key.removeprefix(place): each for key, each in found.items() if key.startswith(place)})
+
+    expected = module_of(model).state_dict()
+    assert all(torch.equal(each, expected[name]) for name, each in module.state_dict().items())
+
+
+def test_an_export_as_a_state_dict_names_the_buffers_that_the_state_dict_of_keras_lacks(tmp_path) -> None:
+    """A functional model has its layers in a list, so PyTorch does not see the modules in them."""
+    save(trained(functional()), tmp_path / "run")
+
+    with pytest.warns(UserWarning, match=r"lacks .*model/block/norm\.running_mean.*names=\"variables\""):
+        kc.export(tmp_path / "run", tmp_path / "x.safetensors", names="state_dict")
+
+
+def test_a_run_continues_from_a_state_dict_that_the_model_loaded(tmp_path, unnumbered) -> None:
+    """A file that PyTorch wrote is loaded by PyTorch. The next checkpoint has its values."""
+    model = trained(subclassed())
+    safetensors.torch.save_file({name: each.clone() for name, each in model.state_dict().items()}, tmp_path / "x")
+    unnumbered()
+    other, third = subclassed(), subclassed()
+
+    other.load_state_dict(safetensors.torch.load_file(tmp_path / "x"))
+    kc.restore(third, save(other, tmp_path / "run"))
+
+    assert module_of(third).norm.num_batches_tracked == 4
+    assert all(map(np.array_equal, third.get_weights(), model.get_weights()))
+    assert all(map(torch.equal, module_of(third).state_dict().values(), module_of(model).state_dict().values()))
+
+
+def test_an_archive_of_numpy_has_the_names_of_a_state_dict_too(tmp_path) -> None:
+    model = trained(subclassed())
+    save(model, tmp_path / "run")
+
+    kc.export(tmp_path / "run", tmp_path / "x.npz", names="state_dict")
+
+    assert np.load(tmp_path / "x.npz").keys() == model.state_dict().keys()

@@ -62,6 +62,7 @@ class Description(msgspec.Struct, frozen=True):
         compiled: The arguments of `compile` as JSON, if the model is compiled.
         lora: The factors of low-rank updates of kernels, by the names of their first factors.
         objects: The states of objects, by name.
+        state_dict: The names of the model's variables by the names in its `state_dict`, if Keras ran on PyTorch.
     """
 
     version: Annotated[int, msgspec.Meta(ge=1)] = VERSION
@@ -69,6 +70,7 @@ class Description(msgspec.Struct, frozen=True):
     compiled: str | None = None
     lora: dict[str, float] = {}
     objects: dict[str, Learned] = {}
+    state_dict: dict[str, str] = {}
 
 
 _decode = msgspec.json.Decoder(Description).decode

@@ -8,23 +8,29 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from keras_ckpt.errors import DamagedCheckpointError
+from keras_ckpt.formats.bundle_index import read_index
+from keras_ckpt.formats.bundle_parts import BundleParts
 from keras_ckpt.formats.keras_export import archive_of, keras_content, weights_of
 from keras_ckpt.formats.keras_writer import Member, archive
-from keras_ckpt.formats.variables import Variables, load_variables
+from keras_ckpt.formats.variables import Variables, load_variables, values_of
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.locating import read_checkpoint
+from keras_ckpt.store.notices import warn
 from keras_ckpt.store.record import CheckpointRecord
 from keras_ckpt.store.tails import read_tail
 
 _ARCHIVE, _NPZ = ".keras", ".npz"
 _OF_KERAS = _ARCHIVE, ".weights.h5"
-ENDINGS = (*_OF_KERAS, ".safetensors", _NPZ)
+NAMED = ".safetensors", _NPZ
+"""The endings of the files that have values by name."""
+ENDINGS = (*_OF_KERAS, *NAMED)
 """The endings of the files that `export_values` writes."""
 _OWN = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e5m2": "F8_E5M2",
@@ -33,16 +39,23 @@ _OWN = {
 }  # fmt: skip
 """The names of types in a safetensors file."""
 
+_FROM_PYTORCH = (
+    "With KERAS_BACKEND=torch, restore it into the model, and save the model's own state_dict: "
+    "safetensors.torch.save_model(model, path)."
+)
+
+Names: TypeAlias = Literal["variables", "state_dict"]
 Checkpoint: TypeAlias = CheckpointRecord | CheckpointDirectory | str | os.PathLike[str]
 
 
-def export_values(checkpoint: Checkpoint, path: str, weights_only: bool = False) -> None:
+def export_values(checkpoint: Checkpoint, path: str, weights_only: bool = False, names: Names = "variables") -> None:
     """Exports the values of a checkpoint to a file whose ending is one of `ENDINGS`.
 
     Args:
         checkpoint: A record, a directory (its newest checkpoint), or the path of a directory or a checkpoint.
         path: The file to write. One rename replaces a file at the path, but no checkpoint.
         weights_only: Whether to skip the optimizer and the metrics.
+        names: The names of the values in a file that is not Keras's.
 
     Raises:
         DamagedCheckpointError: The checkpoint cannot be trusted.
@@ -58,11 +71,8 @@ def export_values(checkpoint: Checkpoint, path: str, weights_only: bool = False)
             content = content.without_optimizer() if weights_only else content
             pieces = archive_of(content) if path.endswith(_ARCHIVE) else weights_of(content)
         else:
-            variables = load_variables(checkpoint)
-            names = variables.weights if weights_only else [*variables]
-            if weights_only and not names:
-                raise ValueError("export(..., weights_only=True) found no variable whose name begins with 'model/'.")
-            pieces = (_npz if path.endswith(_NPZ) else _safetensors)(variables, names)
+            values = _of_state_dict(checkpoint) if names == "state_dict" else _by_own_names(checkpoint, weights_only)
+            pieces = (_npz if path.endswith(_NPZ) else _safetensors)(*values)
         folder = stack.enter_context(Folder(os.path.dirname(path)))
         file = stack.enter_context(folder.replacing(os.path.basename(path)))
         for piece in pieces:
@@ -77,12 +87,45 @@ def _refuse_checkpoint(path: str) -> None:
             raise FileExistsError(errno.EEXIST, "An export replaces no checkpoint. Choose another path", path)
 
 
-def _npz(variables: Variables, names: Sequence[str]) -> Iterator[memoryview]:
+def _by_own_names(checkpoint: Checkpoint, weights_only: bool) -> tuple[Variables, Mapping[str, str]]:
+    """The variables of a checkpoint, and the names of those to write."""
+    variables = load_variables(checkpoint)
+    names = variables.weights if weights_only else [*variables]
+    if weights_only and not names:
+        raise ValueError("export(..., weights_only=True) found no variable whose name begins with 'model/'.")
+    return variables, {name: name for name in names}
+
+
+def _of_state_dict(checkpoint: Checkpoint) -> tuple[Variables, Mapping[str, str]]:
+    """The variables of a checkpoint, and the names of the model's own by their names in its `state_dict`."""
+
+    def read(files: Folder, name: str, record: CheckpointRecord | None) -> tuple[Variables, Mapping[str, str]]:
+        prefix, digested = os.path.join(files.path, name), record.files if record else ()
+        if files.series.template:
+            raise ValueError(f"{prefix} is a file of Keras, which has no names of a state_dict. {_FROM_PYTORCH}")
+        index = read_index(files, name, digested)
+        description, values = BundleParts(files, index).description, values_of(index, digested)
+        if description is None or not description.state_dict:
+            raise ValueError(f"{prefix} has no names of a state_dict: Keras did not run on PyTorch. {_FROM_PYTORCH}")
+        found = description.state_dict
+        if unknown := [each for each in found.values() if each not in values.kinds]:
+            raise DamagedCheckpointError(f"{prefix} does not have {unknown[0]:.200}, which its description names")
+        if lacking := [each for each in values.weights if each not in found.values()]:
+            warn(
+                f"The state_dict of the model of {prefix} lacks {', '.join(lacking):.300}: Keras has no module in an "
+                'attribute that holds them. Export with names="variables", which has them.'
+            )
+        return Variables(files, name, values), found
+
+    return read_checkpoint(checkpoint, read)
+
+
+def _npz(variables: Variables, names: Mapping[str, str]) -> Iterator[memoryview]:
     """NumPy's archive, which `np.load` reads."""
 
     def members() -> Iterator[Member]:
-        for name in names:
-            array = variables[name]
+        for name, variable in names.items():
+            array = variables[variable]
             # Strings have a fixed size here, because NumPy pickles other strings.
             array = np.asarray(array, "S") if array.dtype == object else array.astype(_for_npz(array.dtype), copy=False)
             header = io.BytesIO()
@@ -92,20 +135,20 @@ def _npz(variables: Variables, names: Sequence[str]) -> Iterator[memoryview]:
     return archive(members())
 
 
-def _safetensors(variables: Variables, names: Sequence[str]) -> Iterator[memoryview]:
+def _safetensors(variables: Variables, names: Mapping[str, str]) -> Iterator[memoryview]:
     """A safetensors file: the length of a header, the header in JSON, and the values."""
-    kinds = variables.kinds()
-    types = {name: _for_safetensors(name, kinds[name][0]) for name in names}
+    kinds = {name: variables.kinds()[variable] for name, variable in names.items()}
+    types = {name: _for_safetensors(name, kind.dtype) for name, kind in kinds.items()}
     # The largest types come first, so that each value is aligned.
     order = sorted(names, key=lambda name: (-types[name].itemsize, name))
     header, end = {}, 0
     for name in order:
-        shape = kinds[name][1]
+        shape = kinds[name].shape
         begin, end = end, end + math.prod(shape) * types[name].itemsize
         header[name] = {"dtype": _OWN[types[name].name], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    return _joined(text, (variables[name].astype(types[name], copy=False) for name in order))
+    return _joined(text, (variables[names[name]].astype(types[name], copy=False) for name in order))
 
 
 def _joined(header: bytes, values: Iterator[np.ndarray]) -> Iterator[memoryview]:

@@ -7,9 +7,9 @@ import errno
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
-from keras_ckpt.formats.exporting import ENDINGS, Checkpoint, export_values
+from keras_ckpt.formats.exporting import ENDINGS, NAMED, Checkpoint, Names, export_values
 from keras_ckpt.store.files import Folder
 
 _ONNX = ".onnx"
@@ -20,6 +20,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     weights_only: bool = False,
+    names: Names = "variables",
     custom_objects: Mapping[str, Any] | None = None,
 ) -> None:
     """Exports a checkpoint to a file in another format, or to a SavedModel.
@@ -29,8 +30,9 @@ def export(
     - `.keras`: the file that Keras would have written. `keras.models.load_model` reads it. Without the state of an
       optimizer the model is not compiled.
     - `.weights.h5`: the same for `load_weights`.
-    - `.npz` and `.safetensors`: the values by the names of `load_variables`. Numbers of a type that the format lacks,
-      such as `bfloat16` in an `.npz`, become the next larger type that it has, with the same values.
+    - `.npz` and `.safetensors`: the values by the names of `load_variables`, or of a `state_dict`. Numbers of a type
+      that the format lacks, such as `bfloat16` in an `.npz`, become the next larger type that it has, with the same
+      values.
     - `.onnx`: an ONNX file. `load_model` builds the model. The packages `onnx` and `tf2onnx` are needed.
     - A path that ends in `/` or has no ending: a folder with TensorFlow's SavedModel. `load_model` builds the model.
 
@@ -47,6 +49,9 @@ def export(
             Keras is accepted too.
         path: The file or the folder to write.
         weights_only: Whether to skip the optimizer and the metrics. ONNX and SavedModels never have them.
+        names: The names of the values in an `.npz` or a `.safetensors` file. `"state_dict"` means those of the model's
+            `state_dict` on PyTorch: `model.load_state_dict(safetensors.torch.load_file(path))` loads them. Such a file
+            has the weights alone. The checkpoint must be of a model on PyTorch.
         custom_objects: Classes and functions of the model that are neither Keras's nor registered with
             `keras.saving.register_keras_serializable`, by name. Only the formats that build the model need them.
 
@@ -61,8 +66,12 @@ def export(
     """
     name = os.fspath(path)
     path = os.path.abspath(name)
+    if names not in get_args(Names):
+        raise ValueError(f"names expected 'variables' or 'state_dict'. Received: {names!r}")
+    if names == "state_dict" and not path.endswith(NAMED):
+        raise ValueError(f"names='state_dict' is for files that end in {' or '.join(NAMED)}. Received: {name!r}")
     if path.endswith(ENDINGS):
-        export_values(checkpoint, path, weights_only)
+        export_values(checkpoint, path, weights_only, names)
     elif path.endswith(_ONNX):
         _export_model(checkpoint, path, "onnx", custom_objects)
     elif name.endswith(os.sep) or not os.path.splitext(path)[1]:

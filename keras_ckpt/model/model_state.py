@@ -140,14 +140,15 @@ class ModelState:
 
         A variable that an optimizer trains and the model does not have gets the empty name.
         """
-        lora = parts.lora_scales(self.model, names)
+        found = description.Description(
+            lora=parts.lora_scales(self.model, names), state_dict=backend.state_dict_names(self.model, names)
+        )
         if self._weights_only:
-            return description.Description(lora=lora)
+            return found
         built = {prefix: optimizer for prefix, optimizer in optimizers.items() if optimizer.built}
         trained = {prefix: [names.get(id(v), "") for v in trained_by(built[prefix])] for prefix in built}
-        return description.Description(
-            optimizers=trained, compiled=compiled.encoded(compiled.settings_of(self.model, optimizers)), lora=lora
-        )
+        settings = compiled.encoded(compiled.settings_of(self.model, optimizers))
+        return msgspec.structs.replace(found, optimizers=trained, compiled=settings)
 
 
 class _Plan(NamedTuple):

@@ -349,6 +349,11 @@ def module_state(layer: Any) -> dict[str, Any]:
     return {}
 
 
+def state_dict_names(model: Any, names: Mapping[int, str]) -> dict[str, str]:
+    """The names of a model's variables by the names in its `state_dict`: it has none."""
+    return {}
+
+
 def has_extra_state(layer: Any) -> bool:
     """Whether a layer wraps a module of PyTorch with more than variables and buffers: there is none."""
     return False

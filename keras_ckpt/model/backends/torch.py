@@ -93,6 +93,20 @@ def module_state(layer: keras.Layer) -> dict[str, Any]:
     return found
 
 
+def state_dict_names(model: Any, names: Mapping[int, str]) -> dict[str, str]:
+    """The names of a model's variables by the names in its `state_dict`, which may have a variable several times.
+
+    Args:
+        model: The model.
+        names: The names of the variables and buffers of the model, by identity.
+    """
+    layers = keras_internals.layers_of(model)
+    held = [*model.variables, *(each for layer in layers for each in module_state(layer).values())]
+    tensors = {id(keras_internals.value_of(each)): names[id(each)] for each in held}
+    entries = model.state_dict(keep_vars=True).items()
+    return {name: tensors[id(each)] for name, each in entries if id(each) in tensors}
+
+
 def has_extra_state(layer: Any) -> bool:
     """Whether the `state_dict` of a wrapped module has more than variables and buffers."""
     if not isinstance(layer, keras.layers.TorchModuleWrapper):
