@@ -66,8 +66,8 @@ def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
     import numpy as np
 
     from keras_ckpt.formats.arena import Arena
-    from keras_ckpt.formats.sharing import SharingWrite
     from keras_ckpt.formats.bundle_writer import array_value
+    from keras_ckpt.formats.sharing import SharingWrite
 
     arrays = {b"changed": np.frombuffer(content.encode(), np.uint8), b"same": np.arange(10, dtype=np.uint8)}
     arena, values = Arena(), {key: array_value(array) for key, array in arrays.items()}
