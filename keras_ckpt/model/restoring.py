@@ -18,6 +18,9 @@ from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.notices import log
 from keras_ckpt.store.record import CheckpointRecord
 
+_HOLDS_MODEL = "module", "_orig_mod"
+"""The attributes in which `DistributedDataParallel` and `torch.compile` hold a model."""
+
 
 def restore(
     model: keras.Model,
@@ -68,7 +71,9 @@ def restore(
         ValueError: The model is not built, or the file is a whole model in Keras's legacy `.h5` format.
     """
     if not isinstance(model, keras.Model):
-        raise TypeError(f"restore(model, checkpoint) expected a Keras model first. Received: {model!r:.200}")
+        held = [name for name in _HOLDS_MODEL if isinstance(getattr(model, name, None), keras.Model)]
+        advice = f" Pass the Keras model in it, model.{held[0]}." if held else ""
+        raise TypeError(f"restore(model, checkpoint) expected a Keras model first. Received: {model!r:.200}.{advice}")
     if not is_built(model):
         raise ValueError(
             f"The model {model.name!r} is not built, so it has no variables to restore. Build it first: "

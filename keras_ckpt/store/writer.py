@@ -495,6 +495,7 @@ class Writer:
             raise
         except Exception as error:  # the caller's `write` may raise any error
             number = error.errno or 0 if isinstance(error, OSError) else 0
+            number = errno.ENOMEM if isinstance(error, MemoryError) else number
             kind, mend = DiskFullError if number in _FULL else SaveError, _MENDS.get(number, "")
             text = _plain(str(error)) or type(error).__name__
             if isinstance(error, UnfinishedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import functools
 import time
 import weakref
@@ -13,7 +14,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, g
 import keras
 import msgspec
 
-from keras_ckpt.errors import DiskFullError
+from keras_ckpt.errors import DiskFullError, SaveError
 from keras_ckpt.model.backends import backend
 from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress, fit_in_progress
@@ -152,7 +153,7 @@ class Session(Generic[Held]):
 
     Attributes:
         progress: The progress of the training.
-        missed: The number of saves that found the disk full.
+        missed: The number of saves that found the disk or the memory full.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class Session(Generic[Held]):
     def save(
         self, request: SaveRequest, snapshot: Held, handler: Callable[[Outcome], object], amends: bool = False
     ) -> None:
-        """Saves the model, unless the policy would not keep the checkpoint or the disk is full.
+        """Saves the model, unless the policy would not keep the checkpoint, or the disk or the memory is full.
 
         Args:
             request: The request, without versions.
@@ -315,7 +316,12 @@ class Session(Generic[Held]):
             background.wait()
         self.settle()
         if self._copies_at_once:
-            self.copy(snapshot)
+            try:
+                self.copy(snapshot)
+            except SaveError as error:
+                self._backlog.done(number)
+                self._answer(error, handler)
+                return
         if self._on_background:
             request = msgspec.structs.replace(request, blocked_ms=milliseconds(request.began, time.perf_counter()))
         write = functools.partial(self._write, request, snapshot, amends)
@@ -390,14 +396,19 @@ class Session(Generic[Held]):
             self._backlog.done(save.number)
             try:
                 outcome = save.job.result()
-            except Exception as error:
-                save.handler(Outcome(None, error))
-                if not isinstance(error, DiskFullError) or self._on_full_disk == "raise":
-                    raise
-                self.missed += 1
-                warn(f"{error} Training continues.")
+            except Exception as error:  # noqa: BLE001 - the answer raises it
+                self._answer(error, save.handler)
             else:
                 save.handler(outcome)
+
+    def _answer(self, error: Exception, handler: Callable[[Outcome], object]) -> None:
+        """Warns of a save that found no room on the disk or in the memory, and raises any other error."""
+        handler(Outcome(None, error))
+        is_passing = isinstance(error, DiskFullError) and self._on_full_disk == "warn"
+        if not is_passing and not _is_out_of_memory(error.__cause__):
+            raise error
+        self.missed += 1
+        warn(f"{error} Training continues.")
 
     def _is_too_far_ahead(self) -> bool:
         return len(self._saves) > MAX_WAITING or self._backlog.is_too_long()
@@ -443,6 +454,12 @@ class Session(Generic[Held]):
 
     def _moment(self) -> tuple[str, int]:
         return self.progress.position.run_id, self.progress.position.step
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is a lack of memory, for instance for the copies of a save."""
+    is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return is_refused or isinstance(error, (MemoryError, backend.OutOfMemory))
 
 
 def checked_on_full_disk(value: object) -> OnFullDisk:
