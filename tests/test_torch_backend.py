@@ -1,5 +1,8 @@
 """PyTorch's side of the seam: memory that changes in place, and types that NumPy lacks."""
 
+import errno
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ import ml_dtypes
 import torch
 
 import keras_ckpt as kc
+from keras_ckpt.formats import arena
 from keras_ckpt.model.backends import backend
+from support.models import X, dense_model, fit
 
 
 def test_a_value_that_was_read_is_the_memory_of_its_variable() -> None:
@@ -70,3 +75,71 @@ def test_a_model_on_a_gpu_is_saved_and_restored(tmp_path) -> None:
 
     assert all(map(np.array_equal, saved, map(keras.ops.convert_to_numpy, model.variables)))
     assert model.variables[0].value.is_cuda
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")], ids=repr)
+def test_a_save_without_memory_for_its_copies_is_skipped_with_a_warning(tmp_path, monkeypatch, error) -> None:
+    """The values are copied before the callback returns. Training continues, and the next save has memory."""
+    pages, refused = arena.pages, []
+
+    def once(size: int) -> object:
+        if len(refused) < 2:  # the preparation of the first save, and the save itself
+            refused.append(size)
+            raise error
+        return pages(size)
+
+    monkeypatch.setattr(arena, "pages", once)
+
+    with pytest.warns(UserWarning, match=r"Could not save step 1 into .* A save needs memory .* Training continues\."):
+        fit(dense_model(), kc.ModelCheckpoint(tmp_path, save_freq=1, save_on_background=False), batches=3)
+
+    assert [record.step for record in kc.CheckpointDirectory(tmp_path)] == [2, 3]
+
+
+def test_the_model_in_distributed_data_parallel_is_saved_and_named_by_the_error_of_a_restore(tmp_path) -> None:
+    """Keras gives a callback the model itself. A loop of PyTorch trains the module around the model."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model, checkpoint = dense_model(), kc.ModelCheckpoint(tmp_path / "run", save_freq=2)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(parallel.parameters())
+        checkpoint.set_params({"steps": 4, "epochs": 1})
+        checkpoint.set_model(parallel)
+        checkpoint.on_train_begin()
+        checkpoint.on_epoch_begin(0)
+        for batch in range(4):
+            optimizer.zero_grad()
+            parallel(torch.from_numpy(X[batch : batch + 4])).square().mean().backward()
+            optimizer.step()
+            checkpoint.on_train_batch_end(batch, {})
+        checkpoint.on_epoch_end(0, {})
+        checkpoint.on_train_end()
+
+        with pytest.raises(TypeError, match=r"Pass the Keras model in it, model\.module\.$"):
+            kc.restore(parallel, tmp_path / "run")
+        other = dense_model()
+        kc.restore(other, tmp_path / "run", weights_only=True)
+    finally:
+        torch.distributed.destroy_process_group()
+
+    assert [record.step for record in kc.CheckpointDirectory(tmp_path / "run")] == [2, 4]
+    assert all(map(np.array_equal, other.get_weights(), model.get_weights()))
+
+
+def test_a_compiled_step_is_saved_at_its_step(tmp_path, monkeypatch, long) -> None:
+    """The code that `torch.compile` makes from a step changes the values in place too."""
+    if not long:
+        pytest.skip("PyTorch takes 15 s of a processor to compile: --long")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    seen = {}
+
+    class Watches(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            seen[batch + 1] = self.model.get_weights()[0].copy()
+
+    model = dense_model(run_eagerly=False, jit_compile=True)
+    fit(model, Watches(), kc.ModelCheckpoint(tmp_path, save_freq=1), batches=4)
+
+    runs = kc.CheckpointDirectory(tmp_path)
+    assert all(np.array_equal(kc.load_variables(each)["model/dense/kernel"], seen[each.step]) for each in runs)
+    assert runs.latest().step == 4

@@ -63,7 +63,7 @@ class Bundles:
         sizes, config = self._state.sizes(), self._state.config()
 
         def prepare() -> str:
-            with contextlib.suppress(OSError):  # a save that needs the memory raises the error
+            with contextlib.suppress(OSError, MemoryError):  # a save that needs the memory raises the error
                 self._arena.make_room(sizes)
             return config().reason
 
