@@ -28,6 +28,13 @@ from keras_ckpt import CheckpointDirectory
 from support.fork_server import ForkServer
 from support.runs import HOLD, Filler
 
+EVERY_BACKEND = [
+    "averaging", "backends", "backup_and_restore", "callbacks", "data", "evaluating", "file_checkpoints",
+    "integers", "jax_backend", "keras_internals", "learned", "load_best", "loading", "model_checkpoint",
+    "new_run", "on_nan", "restoring", "restoring_files", "rollback", "state", "torch_backend", "torch_modules",
+]  # fmt: skip
+"""The tests that run on JAX and PyTorch too, where TensorFlow is not installed. The others need TensorFlow, or no
+backend."""
 MEMORY = "/dev/shm"
 """A file system in memory, where a sync takes no time. The tests of power cuts bring file systems of their own."""
 ROOM = 4 << 30
@@ -86,6 +93,14 @@ def pytest_configure(config: pytest.Config) -> None:
         place = tempfile.mkdtemp(prefix="keras_ckpt-", dir=MEMORY)
         config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
         os.environ["TMPDIR"] = tempfile.tempdir = place
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
+    """On JAX and PyTorch, only the files of every backend run."""
+    if os.environ["KERAS_BACKEND"] == "tensorflow" or collection_path.suffix != ".py":
+        return None
+    name = collection_path.stem
+    return (name.startswith("test_") and name.removeprefix("test_") not in EVERY_BACKEND) or None
 
 
 def pytest_configure_node(node) -> None:

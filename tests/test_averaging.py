@@ -12,6 +12,7 @@ from keras_ckpt.formats.averaging import average_into
 from keras_ckpt.model.averaged import count_statistics
 from keras_ckpt.model.naming import named_variables
 from support.bundles import written
+from support.frameworks import tf
 from support.models import Reports, X, Y, dense_model, fit, same, save, values
 
 rng = np.random.default_rng(5)
@@ -186,7 +187,6 @@ def test_an_average_is_assigned_to_a_model(trained) -> None:
 
 def test_files_of_keras_and_checkpoints_of_tensorflow_are_averaged_in_a_model(tmp_path) -> None:
     """Each by its own names."""
-    import tensorflow as tf
 
     model, kernels = dense_model(), []
     fit(model, kc.ModelCheckpoint(tmp_path / "a.keras"))

@@ -7,10 +7,10 @@ import re
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.model.position import position_of
+from support.frameworks import tf
 from support.models import Interrupts, X, Y, dense_model, fit, into_a_stage, same
 
 

@@ -16,9 +16,9 @@ from typing import ClassVar
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_ckpt as kc
+from support.frameworks import tf
 from support.models import Reports, X, Y, dense_model, fit, same
 
 callbacks = keras.callbacks

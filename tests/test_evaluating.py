@@ -6,9 +6,9 @@ import shutil
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_ckpt as kc
+from support.frameworks import tf
 from support.models import X, Y, dense_model, fit, same
 
 DATA = X[20:], Y[20:]

@@ -8,11 +8,11 @@ import h5py
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras.src.saving import saving_lib
 
 import keras_ckpt as kc
 from keras_ckpt.model import keras_internals as internals
+from support.frameworks import tf
 from support.models import X, Y, dense_model, fit
 
 

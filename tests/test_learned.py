@@ -10,13 +10,13 @@ import keras
 import msgspec
 import numpy as np
 import pytest
-import tensorflow as tf
 from blake3 import blake3
 
 import keras_ckpt as kc
 from keras_ckpt.formats import description
 from keras_ckpt.model.model_state import ModelState
 from support import zoo
+from support.frameworks import tf
 from support.keras_files import content
 from support.models import save
 

@@ -12,7 +12,6 @@ import keras
 import msgspec
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.formats import config
@@ -23,6 +22,7 @@ from keras_ckpt.model.naming import named_variables
 from keras_ckpt.store import background
 from keras_ckpt.store.files import Folder
 from support import keras_zoo
+from support.frameworks import tf
 from support.models import WithFunction, X, Y, dense_model, fit, same, save
 
 OWN = {kind.__name__: kind for kind in (keras_zoo.Subclassed, keras_zoo.OwnVariables, keras_zoo.OwnAssets)}

@@ -12,10 +12,10 @@ import warnings
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.store.files import Folder
+from support.frameworks import tf
 from support.models import HoldsSaves, Interrupts, Reports, X, Y, dense_model, fit, same
 
 

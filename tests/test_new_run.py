@@ -11,7 +11,6 @@ import subprocess
 
 import keras
 import pytest
-import tensorflow as tf
 from click.testing import CliRunner
 
 import keras_ckpt as kc
@@ -20,6 +19,7 @@ from keras_ckpt.store import background, tails
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.writer import SaveRequest, Writer
 from reliability.trainer import Child, keras_station
+from support.frameworks import tf
 from support.models import Interrupts, Reports, dense_model, fit, into_a_stage
 from support.restarts import prepare
 from support.runs import Filler, payload

@@ -7,7 +7,6 @@ import keras
 import msgspec
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.model import checkpoint_reader
@@ -15,6 +14,7 @@ from keras_ckpt.model.naming import named_variables
 from keras_ckpt.model.position import position_of
 from keras_ckpt.store import record as sidecars
 from support import zoo
+from support.frameworks import tf
 from support.models import X, Y, dense_model, fit, same, save, values
 from test_state import convolutional, functional, mixed, named, subclassed, two_of_one_path
 

@@ -13,11 +13,11 @@ from typing import ClassVar
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_ckpt as kc
 from keras_ckpt.resume import backup_and_restore, random_state, restart
 from keras_ckpt.store.files import Folder
+from support.frameworks import tf
 from support.models import X, Y, dense_model, into_a_stage, same
 from support.runs import HOLD
 

@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from keras_ckpt.formats import config, description, graph
 from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX
 from keras_ckpt.model.naming import named_variables
+from support.frameworks import tf
 from support.models import X, dense_model, fit, save
 
 

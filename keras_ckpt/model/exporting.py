@@ -85,6 +85,7 @@ def export(
 
 def _export_model(checkpoint: Checkpoint, path: str, form: str, custom_objects: Mapping[str, Any] | None) -> None:
     """Builds the model of a checkpoint, and lets Keras export it."""
+    _require_tensorflow(path)
     if form == "onnx":
         _require_onnx()
     elif os.path.lexists(path):
@@ -97,6 +98,17 @@ def _export_model(checkpoint: Checkpoint, path: str, form: str, custom_objects: 
         model.export(new, format=form, verbose=False)
         if form == "onnx":
             _check_onnx(new)
+
+
+def _require_tensorflow(path: str) -> None:
+    import keras
+
+    if (name := keras.backend.backend()) != "tensorflow":
+        raise ValueError(
+            f"Keras exports {os.path.basename(path) or path} with TensorFlow. Received: the backend {name}. Export the "
+            "checkpoint in a process with KERAS_BACKEND=tensorflow; it builds the same model there. Or export to "
+            f"{', '.join(ENDINGS)} here."
+        )
 
 
 def _call(model: Any) -> None:

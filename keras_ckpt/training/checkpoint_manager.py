@@ -13,7 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import keras
 import msgspec
+
+if (_backend := keras.backend.backend()) != "tensorflow":
+    raise ImportError(
+        f"CheckpointManager is a tf.train.CheckpointManager, for loops with TensorFlow. Received: the backend "
+        f"{_backend}. Set KERAS_BACKEND=tensorflow, or save with keras_ckpt.ModelCheckpoint in fit()."
+    )
+
 import tensorflow as tf
 
 from keras_ckpt.errors import DamagedCheckpointError, DirectoryNotEmptyError

@@ -1,0 +1,22 @@
+"""TensorFlow, for the tests that compare with it or hand it over. On other backends such a test is skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import pytest
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+else:
+
+    class _Absent:
+        """Skips the test that asks for an attribute."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            pytest.skip(f"needs tf.{name}, and the backend is {keras.backend.backend()}", allow_module_level=True)
+
+    tf = _Absent()
