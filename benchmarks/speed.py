@@ -251,7 +251,11 @@ def restored(state: str) -> Samples:
     for each in (model, other):
         models.train(each, 1)
     with savers.scratch() as path:
-        ours = [kc.ModelCheckpoint(path / "ours", save_freq=1, keep=1)]
+        ours = [
+            kc.ModelCheckpoint(path / "ours", save_freq=1, keep=1),
+            kc.ModelCheckpoint(path / "ours.weights.h5", save_weights_only=True, save_freq=1),
+            kc.ModelCheckpoint(path / "ours.keras", save_freq=1),
+        ]
         models.train(model, 1, *ours)
         model.save_weights(path / "model.weights.h5")
         model.save(path / "model.keras")
@@ -261,9 +265,12 @@ def restored(state: str) -> Samples:
             READ: lambda: savers.read(data),
             "this: restore": lambda: kc.restore(other, runs),
             "this: restore, check_digests=False": lambda: kc.restore(other, runs, check_digests=False),
+            "this: restore of its .weights.h5": lambda: kc.restore(other, path / "ours.weights.h5"),
+            "this: restore of its .keras": lambda: kc.restore(other, path / "ours.keras"),
             "this: restore of .weights.h5": lambda: kc.restore(other, path / "model.weights.h5"),
             "this: restore of .keras": lambda: kc.restore(other, path / "model.keras"),
             "load_weights": lambda: other.load_weights(path / "model.weights.h5"),
+            "load_weights of .keras": lambda: other.load_weights(path / "model.keras"),
             "keras.models.load_model": lambda: keras.models.load_model(path / "model.keras"),
             **peers.restores(model, other, path),
         }

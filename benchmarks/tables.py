@@ -33,6 +33,8 @@ ROWS = {
     "this: BackupAndRestore": "this, `BackupAndRestore`",
     "this: restore": "this, `restore`",
     "this: restore, check_digests=False": "this, `restore(check_digests=False)`",
+    "this: restore of its .weights.h5": "this, `restore` of its own `.weights.h5`",
+    "this: restore of its .keras": "this, `restore` of its own `.keras`",
     "this: restore of .weights.h5": "this, `restore` of Keras's `.weights.h5`",
     "this: restore of .keras": "this, `restore` of Keras's `.keras`",
     "ModelCheckpoint, .weights.h5": "Keras's `ModelCheckpoint`, `.weights.h5`",
@@ -42,6 +44,7 @@ ROWS = {
     "tf.train.CheckpointManager": "`tf.train.CheckpointManager`",
     "SaveV2, sync": "TensorFlow's `SaveV2`, and a sync",
     "load_weights": "Keras's `load_weights`",
+    "load_weights of .keras": "Keras's `load_weights` of `.keras`",
     "keras.models.load_model": "Keras's `load_model`",
     "tf.train.Checkpoint.restore": "`tf.train.Checkpoint.restore`",
 }
