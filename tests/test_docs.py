@@ -23,7 +23,7 @@ from keras_ckpt.cli import main
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
-RECIPES = (ROOT / "tests" / "test_trackers.py").read_text()
+RECIPES = "".join((ROOT / "tests" / name).read_text() for name in ("test_trackers.py", "test_torch_page.py"))
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = re.compile(r"^```(python|sh)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 """A block that runs, and its output, if the page shows it directly below."""
@@ -80,7 +80,8 @@ def examples() -> dict[str, str]:
 def test_each_block_of_a_page_has_a_kind_that_is_checked(page) -> None:
     """Python and shell run, Bash and JSON are parsed, `text` is output, and `sh setup` sets a machine up.
 
-    Python that needs another package names it, as in `python mlflow`, and runs in `test_trackers.py`.
+    Python that needs another package names it. `python mlflow` runs in `test_trackers.py`, `python torch` in
+    `test_torch_page.py`.
     """
     text = page.read_text()
     blocks = BLOCK.findall(text)
