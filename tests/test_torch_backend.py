@@ -16,7 +16,7 @@ import torch
 import keras_ckpt as kc
 from keras_ckpt.formats import arena
 from keras_ckpt.model.backends import backend
-from support.models import X, dense_model, fit
+from support.models import X, dense_model, fit, save
 
 
 def test_a_value_that_was_read_is_the_memory_of_its_variable() -> None:
@@ -96,6 +96,22 @@ def test_a_save_without_memory_for_its_copies_is_skipped_with_a_warning(tmp_path
     assert [record.step for record in kc.CheckpointDirectory(tmp_path)] == [2, 3]
 
 
+def test_a_backup_without_memory_for_its_copies_lets_the_training_continue(tmp_path, monkeypatch) -> None:
+    """Also for the copy of the state before the first batch."""
+
+    def none(size: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(arena, "pages", none)
+    backup = kc.BackupAndRestore(tmp_path, save_freq=2, delete_checkpoint=False)
+
+    with pytest.warns(UserWarning, match="A save needs memory") as told:
+        history = fit(dense_model(), backup, batches=4)
+
+    assert len(history.history["loss"]) == 1
+    assert any("Could not save step 0" in str(each.message) for each in told)
+
+
 def test_the_model_in_distributed_data_parallel_is_saved_and_named_by_the_error_of_a_restore(tmp_path) -> None:
     """Keras gives a callback the model itself. A loop of PyTorch trains the module around the model."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
@@ -143,3 +159,28 @@ def test_a_compiled_step_is_saved_at_its_step(tmp_path, monkeypatch, long) -> No
     runs = kc.CheckpointDirectory(tmp_path)
     assert all(np.array_equal(kc.load_variables(each)["model/dense/kernel"], seen[each.step]) for each in runs)
     assert runs.latest().step == 4
+
+
+def test_a_layer_that_refuses_its_state_leaves_all_variables_as_they_were(tmp_path) -> None:
+    """The values of before are copies: their memory changes with the variables."""
+
+    class Picky(keras.layers.Layer):
+        def save_own_variables(self, store) -> None:
+            store["size"] = np.ones(1)
+
+        def load_own_variables(self, store) -> None:
+            raise RuntimeError("not mine")
+
+        def call(self, x):
+            return x
+
+    def build() -> keras.Model:
+        return keras.Sequential([keras.Input((4,)), keras.layers.Dense(1), Picky(name="picky")])
+
+    model = build()
+    record, before = save(build(), tmp_path), model.get_weights()[0].copy()
+
+    with pytest.raises(kc.MismatchError, match=r"model/picky refused its state in .*nothing was restored"):
+        kc.restore(model, record)
+
+    assert np.array_equal(model.get_weights()[0], before)

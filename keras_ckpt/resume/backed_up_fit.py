@@ -127,7 +127,8 @@ class BackedUpFit:
         leaves nothing.
         """
         self._beginning = self._now(assumes=False)  # the run begins with the arrays of this process
-        self._session.copy(self._beginning.snapshot)
+        if self._session.copy(self._beginning.snapshot):
+            self._beginning = None
         self._session.hold_first(self, BackedUpFit._save_the_beginning)
 
     def resume(self, batch: int, document: Mapping[str, Any]) -> None:

@@ -245,10 +245,19 @@ class Session(Generic[Held]):
         """Notes an event in the journal, of the current step by default."""
         self._writer.directory.note(Event(kind=kind, **{**dataclasses.asdict(self.progress.position), **facts}))
 
-    def copy(self, snapshot: Held) -> None:
-        """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
-        with self._writer.explaining(self.progress.position.step):
-            self._form.copy(snapshot)
+    def copy(self, snapshot: Held) -> SaveError | None:
+        """Copies the values of a snapshot now, so that training need not copy values before it changes them.
+
+        Returns:
+            The error of a copy that found no memory, after a warning.
+        """
+        try:
+            with self._writer.explaining(self.progress.position.step):
+                self._form.copy(snapshot)
+        except SaveError as error:
+            self._answer(error)
+            return error
+        return None
 
     def hold_first(self, owner: Owner, save: Callable[[Owner], object]) -> None:
         """Registers a method that saves before any other save of the model in this fit. Holds its object weakly.
@@ -315,13 +324,10 @@ class Session(Generic[Held]):
         if not snapshot.is_copied and background.is_full(moment, self._snapshot_size):
             background.wait()
         self.settle()
-        if self._copies_at_once:
-            try:
-                self.copy(snapshot)
-            except SaveError as error:
-                self._backlog.done(number)
-                self._answer(error, handler)
-                return
+        if self._copies_at_once and (error := self.copy(snapshot)):
+            self._backlog.done(number)
+            handler(Outcome(None, error))
+            return
         if self._on_background:
             request = msgspec.structs.replace(request, blocked_ms=milliseconds(request.began, time.perf_counter()))
         write = functools.partial(self._write, request, snapshot, amends)
@@ -397,13 +403,13 @@ class Session(Generic[Held]):
             try:
                 outcome = save.job.result()
             except Exception as error:  # noqa: BLE001 - the answer raises it
-                self._answer(error, save.handler)
+                save.handler(Outcome(None, error))
+                self._answer(error)
             else:
                 save.handler(outcome)
 
-    def _answer(self, error: Exception, handler: Callable[[Outcome], object]) -> None:
+    def _answer(self, error: Exception) -> None:
         """Warns of a save that found no room on the disk or in the memory, and raises any other error."""
-        handler(Outcome(None, error))
         is_passing = isinstance(error, DiskFullError) and self._on_full_disk == "warn"
         if not is_passing and not _is_out_of_memory(error.__cause__):
             raise error
