@@ -147,6 +147,20 @@ def begin_with_epoch(model: keras.Model, epoch: int | None) -> None:
     model._initial_epoch = epoch  # noqa: SLF001
 
 
+AVERAGES_AFTER_ERRORS = keras.backend.backend() == "jax"
+"""Whether `fit` replaces the weights by the averages of the optimizer after an error too, not at its end alone."""
+
+
+def no_step(logs: Any, arguments: Sequence[Any]) -> Any:
+    """The result of a train function that trains nothing. On JAX a train function takes the state of the model too.
+
+    Args:
+        logs: The logs of the step.
+        arguments: The arguments of the train function.
+    """
+    return (logs, arguments[0]) if keras.backend.backend() == "jax" else logs
+
+
 def seed_of_random() -> Any:
     """The state of the generator of unseeded functions of `keras.random`, `None` if there is no such generator yet."""
     # Read it without creating a generator: Keras would draw the seed of a new generator from Python's.

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.companions import companion
 from keras_ckpt.model.keras_internals import FitInProgress
 from keras_ckpt.store.notices import warn
@@ -231,7 +232,8 @@ def _iterations(model: keras.Model) -> int:
     """The number of updates of the optimizer, from its variable: gradient accumulation divides `iterations`."""
     optimizer = _optimizer(model)
     variables: list[Any] = optimizer.variables if optimizer is not None else []
-    return max((int(variable.numpy()) for variable in variables if variable.name == "iteration"), default=0)
+    counters = {str(place): each for place, each in enumerate(variables) if each.name == "iteration"}
+    return max((int(backend.array_of(each)) for each in backend.Reader(model, counters).read().values()), default=0)
 
 
 def _optimizer(model: keras.Model) -> Any:

@@ -213,8 +213,12 @@ class BackedUpFit:
         if self._is_stopped_within:
             self._phase = Phase.STOPPED
         elif self._is_trained or not self._place.batch:
-            self._phase = Phase.HELD
-            self._held = self._now() if self._unsaved else None
+            self._hold_now()
+
+    def hold_before_averages(self) -> None:
+        """Holds the state before `fit` replaces the weights by their averages, which it does after an error too."""
+        if self._phase is Phase.WHOLE:
+            self._hold_now()
 
     def save_last(self, reason: str) -> None:
         """Saves the last state that is whole, if it is not saved, and waits until it is on disk."""
@@ -257,6 +261,14 @@ class BackedUpFit:
     def _repeat_within(self) -> str | None:
         """The reason of a save to repeat within an epoch."""
         return self._repeat if self._state.data is not None else None
+
+    def _hold_now(self) -> None:
+        self._phase, self._held = Phase.HELD, None
+        if self._unsaved:
+            with errors_as_warnings():  # such as no memory for a copy
+                moment = self._now()
+                self._bundles.hold(moment.snapshot)
+                self._held = moment
 
     def _now(self, assumes: bool = True) -> _Moment:
         document, later = self._state.take(self._place, self._logs, self._due, assumes)

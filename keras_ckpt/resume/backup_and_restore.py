@@ -220,10 +220,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if self._backed_up is not None:
             self._backed_up.validation_begin()
 
-    def on_test_batch_end(self, batch: int, logs: Logs = None) -> None:
+    # With a method for the end of these batches, Keras would wait for the end of each before it begins the next.
+    def on_test_batch_begin(self, batch: int, logs: Logs = None) -> None:
         self._answer()
 
-    def on_predict_batch_end(self, batch: int, logs: Logs = None) -> None:
+    def on_predict_batch_begin(self, batch: int, logs: Logs = None) -> None:
         self._answer()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
@@ -317,6 +318,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 backed_up.begin()
             failed.pop_all()
         self._restart, self._backed_up = restart, backed_up
+        self._patches.before_averages(self.model, backed_up.hold_before_averages)
 
     def _replace_for(self, rollback: RolledBack, backup: CheckpointRecord) -> None:
         """Says that the fit replaces a backup of before a rollback, which would undo the rollback.

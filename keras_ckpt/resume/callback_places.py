@@ -167,8 +167,11 @@ def _fill(target: Any, value: Any) -> bool:
     Returns:
         Whether the object could be changed.
     """
-    if isinstance(target, keras.Variable | backend.Variable):
+    if isinstance(target, keras.Variable):
         target.assign(value)
+        return True
+    if isinstance(target, backend.Variable):
+        backend.assign(target, backend.tensor_of(value))
         return True
     if isinstance(target, keras.metrics.Metric):
         for variable, each in zip(target.variables, value, strict=True):

@@ -32,6 +32,8 @@ ENDED = "ended"
 ROLLBACK = "rollback"
 """In the metadata of a backup: the step to which the user rolled the model back before the fit, and the number of the
 rollback in the process."""
+BACKEND = "backend"
+"""In the settings of a backup: the backend of Keras. Backups without it are TensorFlow's."""
 STOPPED = "stopped"
 """In the metadata of a backup: a callback stopped the fit, and the fit came to its end."""
 
@@ -181,6 +183,7 @@ def read_document(files: Folder, name: str) -> Any:
 def settings(model: keras.Model) -> dict[str, Any]:
     """The settings that decide the last bits of a result."""
     return {
+        BACKEND: keras.backend.backend(),
         **backend.settings(),
         "Keras": keras.__version__,
         "processors": os.cpu_count(),

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_ckpt.model.keras_internals import begin_with_epoch
+from keras_ckpt.model.keras_internals import AVERAGES_AFTER_ERRORS, begin_with_epoch, no_step
 
 Logs = Mapping[str, Any] | None
 
@@ -24,16 +24,19 @@ class Patches:
     | `keep_csv_files` | `append` of each `CSVLogger` | training begins |
     | `begin_with` | the first epoch of `fit`, `on_epoch_begin` of the list | the first epoch begins |
     | `resume_within` | four methods of the list, `train_function` for one step | the batches of the epoch are done |
+    | `before_averages` | on JAX, `finalize_variable_values` of the optimizer | the fit ends |
 
-    Each begins after the one before was removed. An error that ends `fit` is followed by `remove`.
+    Each of the first three begins after the one before was removed. An error that ends `fit` is followed by `remove`.
     """
 
     def __init__(self) -> None:
         self._installed = contextlib.ExitStack()
+        self._until_the_end = contextlib.ExitStack()
 
     def remove(self) -> None:
         """Restores all that is replaced."""
         self._installed.close()
+        self._until_the_end.close()
 
     def keep_csv_files(self, callbacks: keras.callbacks.CallbackList) -> list[keras.callbacks.CSVLogger]:
         """Keeps each `CSVLogger` from emptying its file when training begins.
@@ -70,20 +73,33 @@ class Patches:
             steps: The number of batches of the epoch.
             logs: The logs of the last batch if no batch is left, else `None`.
         """
-        rest = _EpochRest(callbacks, done, steps, logs, self.remove)
+        rest = _EpochRest(callbacks, done, steps, logs, self._installed.close)
         for hook in _HOOKS:
             self._set(callbacks, hook, getattr(rest, hook))
 
+    def before_averages(self, model: keras.Model, call: Callable[[], object]) -> None:
+        """Calls a function before `fit` replaces the weights by averages after an error, when no callback is called."""
+        optimizer = model.optimizer
+        if AVERAGES_AFTER_ERRORS and optimizer is not None:
+            finalize = optimizer.finalize_variable_values
+
+            def finalize_after(variables: Any) -> None:
+                self._until_the_end.close()
+                call()
+                finalize(variables)
+
+            self._set(optimizer, "finalize_variable_values", finalize_after, self._until_the_end)
+
     def _begin_epoch(self, callbacks: keras.callbacks.CallbackList, epoch: int, logs: Logs = None) -> None:
-        self.remove()
+        self._installed.close()
         callbacks.on_epoch_begin(epoch, logs)
 
-    def _set(self, owner: Any, name: str, value: Any) -> None:
+    def _set(self, owner: Any, name: str, value: Any, installed: contextlib.ExitStack | None = None) -> None:
         """Replaces an attribute until `remove`."""
         own = vars(owner)
         restore = functools.partial(setattr, owner, name, own[name]) if name in own else None
         setattr(owner, name, value)
-        self._installed.callback(restore or functools.partial(delattr, owner, name))
+        (installed or self._installed).callback(restore or functools.partial(delattr, owner, name))
 
 
 class _EpochRest:
@@ -142,9 +158,9 @@ class _EpochRest:
         self._end()
         self._callbacks.on_epoch_end(epoch, logs)
 
-    def _take_no_step(self, train_function: Callable[..., Logs], iterator: Any) -> Logs:
+    def _take_no_step(self, train_function: Callable[..., Any], *arguments: Any) -> Any:
         self._model.train_function = train_function
-        return self._logs
+        return no_step(self._logs, arguments)
 
     def _end(self) -> None:
         self._remove()

@@ -16,7 +16,7 @@ from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.transfer import transfer
 from keras_ckpt.resume import random_state
-from keras_ckpt.resume.fit_state import ENDED, STOPPED, VERSION, FitState, read_document, settings
+from keras_ckpt.resume.fit_state import BACKEND, ENDED, STOPPED, VERSION, FitState, read_document, settings
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.locating import read_checkpoint
@@ -250,7 +250,14 @@ class Restart:
         )
 
     def _warn_of_other_settings(self) -> None:
-        before, now = self.document["settings"], settings(self._state.model)
+        before, now = {BACKEND: "tensorflow", **self.document["settings"]}, settings(self._state.model)
+        if before[BACKEND] != now[BACKEND]:
+            warn(
+                f"The backup was saved on Keras's backend {before[BACKEND]}, and this fit() is on {now[BACKEND]}. The "
+                "state of the run is restored. From here on, random numbers differ, and so does the end of the run. To "
+                f"resume exactly, set KERAS_BACKEND={before[BACKEND]}."
+            )
+            return
         known = [name for name in now if name in before]
         if other := [f"{name} {now[name]}, {before[name]} before" for name in known if before[name] != now[name]]:
             warn(f"From here on, results may differ in the last bits: {'; '.join(other)}.")

@@ -9,9 +9,11 @@ from typing import Any
 import keras
 import msgspec
 
+from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.sharing import SharingWrite
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model import model_state
+from keras_ckpt.model.backends import backend
 from keras_ckpt.model.snapshot import Late, Snapshot, arena_of
 from keras_ckpt.store import background
 from keras_ckpt.store.record import CheckpointRecord
@@ -37,6 +39,7 @@ class Bundles:
     def __init__(self, model: keras.Model, writer: Writer, weights_only: bool = False) -> None:
         self._state = model_state.ModelState(model, weights_only)
         self._arena = arena_of(model)
+        self._held = Arena()
         self._attributes = self._state.attributes()
         self._writer = writer
 
@@ -57,6 +60,12 @@ class Bundles:
     def copy(self, snapshot: Snapshot) -> None:
         """Copies the values of a snapshot now, so that training need not copy values before it changes them."""
         snapshot.detach(self._arena, background.is_idle())
+
+    def hold(self, snapshot: Snapshot) -> None:
+        """Lets other callbacks change the model and save it, before this snapshot is saved or dropped."""
+        if backend.COPIES_AT_ONCE:
+            # Saves of other callbacks meanwhile use the arena of the model.
+            snapshot.detach(self._held, background.is_idle())
 
     def preparation(self) -> Callable[[], str]:
         """A function that allocates the memory of the copies and makes the model's config, for a thread."""

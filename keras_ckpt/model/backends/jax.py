@@ -63,7 +63,8 @@ class Reader:
         values = {}
         for key, variable in self._variables.items():
             part, index = self._places.get(id(variable), ("", 0))
-            values[key] = state[part][index] if part else keras_internals.value_of(variable)
+            held = state[part] if part else ()  # `evaluate` holds no optimizer
+            values[key] = held[index] if held else keras_internals.value_of(variable)
         return values
 
 
