@@ -9,12 +9,12 @@ import pytest
 import keras_ckpt as kc
 from keras_ckpt.formats import sharing
 from keras_ckpt.store.bounds import MaxBytes, MaxCount
-from keras_ckpt.store.policies import BestN, EveryNSteps, LatestN, PreservationPolicy, as_policy, is_known
+from keras_ckpt.store.policies import BestN, EveryNHours, EveryNSteps, LatestN, PreservationPolicy, as_policy, is_known
 from keras_ckpt.store.quantities import as_bytes
 from keras_ckpt.store.record import CheckpointFile
 from keras_ckpt.store.writer import SaveRequest, Writer
 from support.models import dense_model, fit
-from support.runs import history, shared_payload, steps
+from support.runs import history, payload, shared_payload, steps
 
 
 def sized(text: str) -> list:
@@ -208,6 +208,22 @@ def test_a_directory_stays_within_its_bound_save_by_save(filler) -> None:
         assert sum(path.stat().st_size for path in files) <= 3 * SIZE
 
     assert [record.step for record in runs] == [10, 20, 50]
+
+
+def test_a_save_that_would_go_with_a_checkpoint_that_it_displaces_is_not_made(tmp_path) -> None:
+    """`EveryNHours` counts from step 10. If the bound dropped step 10, step 30 would be half an hour too early."""
+    keep = (BestN(1, "loss", "min") | EveryNHours(1)) & MaxBytes(2 * SIZE)
+    runs = kc.CheckpointDirectory(tmp_path)
+    writer = Writer(runs, keep)
+    saved = []
+    for record, hours in zip(history("10:0.5 20:0.1 30:0.3"), (0, 0.5, 1), strict=True):
+        request = SaveRequest(step=record.step, metrics=record.metrics, time=3600.0 * hours, batch=0, size=0)
+        saved.append(writer.save(request, payload(str(record.step).encode())))
+    writer.close()
+
+    assert [record.step for record in runs] == [10, 20]
+    assert saved[2] is None
+    assert "30 min after 20" in runs.why(30)
 
 
 def test_files_that_are_hard_links_count_once_on_disk(tmp_path, monkeypatch) -> None:

@@ -262,9 +262,9 @@ def test_a_bound_holds_or_one_checkpoint_is_left(policy, saved):
 
 
 @settings(max_examples=50)
-@given(unbounded, bounds, histories)
+@given(unbounded.filter(lambda policy: "EveryNHours" not in repr(policy)), bounds, histories)
 def test_a_bound_keeps_the_newest_checkpoint_that_the_policy_keeps(policy, bound, saved):
-    """However large it is."""
+    """However large it is. `EveryNHours` may drop the newest after the bound dropped the one from which it counts."""
     newest = {record.step for record in saved[-1:]}
 
     assert newest & policy.select(saved) <= (policy & bound).select(saved)

@@ -261,7 +261,8 @@ class Writer:
             staged: The result of `stage`, of this writer or of another, even of a process that died.
 
         Returns:
-            The record; `None` if a checkpoint of the same step or name was pinned meanwhile.
+            The record; `None` if the policy would prune the checkpoint at once, or if a checkpoint of the same step or
+            name was pinned meanwhile.
 
         Raises:
             SaveError: The commit failed. Earlier checkpoints are untouched.
@@ -283,7 +284,7 @@ class Writer:
             self._refuse_other_run(newest, candidate)
         # Refuses what no sidecar can hold before anything is written.
         sidecars.encode(candidate)
-        if why := self._unwanted(candidate, listing) or self._pinned(listing, candidate):
+        if why := self._unwanted(candidate, listing, self.keep, self.only) or self._pinned(listing, candidate):
             self.directory.notify([Change("skipped", candidate, why)])
             return None
         name = lock.take_stage()
@@ -315,7 +316,9 @@ class Writer:
         if any(each.same_save(record) for each in listing.records):
             changes += self.retain(folder, listing)
             return True
-        if why := self._pinned(listing, record) or _pinned_without_record(folder, listing, record):
+        # The size is known now. A bound may drop an older checkpoint for it, without which the policy drops it too.
+        unwanted = self._unwanted(record, listing, self.keep) if self.keep and self.keep.bounds else ""
+        if why := unwanted or self._pinned(listing, record) or _pinned_without_record(folder, listing, record):
             changes.append(Change("skipped", record, why))
             return False
         _refuse_disorder(listing, stage, record)
@@ -531,12 +534,12 @@ class Writer:
             return candidate
         return msgspec.structs.replace(candidate, name=series.next_to(candidate.name, names))
 
-    def _unwanted(self, candidate: CheckpointRecord, listing: Listing) -> str:
+    def _unwanted(self, candidate: CheckpointRecord, listing: Listing, *policies: PreservationPolicy | None) -> str:
         """The reason why the policies would not keep a checkpoint, else `""`; "save" and "prune" are one question."""
         # A checkpoint of the same name counts too, or a worse one would replace it. Other runs do not count.
         own = [record for record in listing.records if record.run_id == candidate.run_id]
         records = [*(record for record in own if record.step != candidate.step), candidate]
-        for policy in (self.keep, self.only):
+        for policy in policies:
             if policy is not None and candidate.step not in kept_in_training(policy, records):
                 return _reasons(policy, records)[candidate]
         return ""

@@ -61,15 +61,15 @@ def file_payload(content: bytes) -> Write:
     return write
 
 
-def shared_payload(runs: CheckpointDirectory, content: str) -> Write:
-    """A `Write` of a TensorFlow checkpoint with one changed and one constant array, which later checkpoints share."""
+def shared_payload(runs: CheckpointDirectory, content: str, same: bytes = bytes(range(10))) -> Write:
+    """A `Write` of a TensorFlow checkpoint with two arrays. Later checkpoints with the same second array share it."""
     import numpy as np
 
     from keras_ckpt.formats.arena import Arena
     from keras_ckpt.formats.bundle_writer import array_value
     from keras_ckpt.formats.sharing import SharingWrite
 
-    arrays = {b"changed": np.frombuffer(content.encode(), np.uint8), b"same": np.arange(10, dtype=np.uint8)}
+    arrays = {b"changed": np.frombuffer(content.encode(), np.uint8), b"same": np.frombuffer(same, np.uint8)}
     arena, values = Arena(), {key: array_value(array) for key, array in arrays.items()}
     arena.make_room({key: len(value.data) for key, value in values.items()})
     return SharingWrite({key: arena.take(key, value) for key, value in values.items()}, arena, Writer(runs))
