@@ -11,7 +11,7 @@ import keras_ckpt as kc
 from keras_ckpt.formats.averaging import average_into
 from keras_ckpt.model.averaged import count_statistics
 from keras_ckpt.model.naming import named_variables
-from support.bundles import written
+from support.arrays import written
 from support.frameworks import tf
 from support.models import Reports, X, Y, dense_model, fit, same, save, values
 

@@ -16,7 +16,7 @@ from keras_ckpt.cli import main
 from keras_ckpt.formats.difference import difference, open_side
 from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.store.writer import SaveRequest, Writer
-from support.bundles import written
+from support.arrays import written
 from support.models import dense_model, fit, save
 
 FLOATS = ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]

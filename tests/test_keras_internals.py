@@ -245,7 +245,7 @@ class OneBatch(keras.utils.PyDataset):
             {"x": X, "y": Y, "sample_weight": Y[:, 0] ** 2, "batch_size": 40},
         ),
         ("x, shuffle=True", {"x": OneBatch()}),
-        ("x", {"x": tf.data.Dataset.from_tensors((X, Y)), "shuffle": False}),
+        ("x", lambda: {"x": tf.data.Dataset.from_tensors((X, Y)), "shuffle": False}),
     ],
 )
 def test_fit_in_progress_tells_how_to_type_its_data_as_a_dataset(typed, options) -> None:
@@ -257,7 +257,7 @@ def test_fit_in_progress_tells_how_to_type_its_data_as_a_dataset(typed, options)
             seen.append(internals.fit_in_progress(self))
 
     model = dense_model()
-    model.fit(**options, verbose=0, callbacks=[Looks()])
+    model.fit(**(options() if callable(options) else options), verbose=0, callbacks=[Looks()])
 
     assert seen[0].typed == typed
     data = eval(f"ResumableDataset({typed})", {"ResumableDataset": kc.ResumableDataset, **options})

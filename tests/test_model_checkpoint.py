@@ -333,12 +333,13 @@ class TestMonitor:
     @pytest.mark.parametrize(
         "shaped",
         [
-            np.float16, np.float64, lambda value: np.array([value]), lambda value: np.array([[value]]), tf.constant,
-            lambda value: tf.constant([value]), lambda value: [value], lambda value: (value,), tf.Variable,
+            np.float16, np.float64, lambda value: np.array([value]), lambda value: np.array([[value]]),
+            keras.ops.convert_to_tensor, lambda value: keras.ops.convert_to_tensor([value]), lambda value: [value],
+            lambda value: (value,), keras.Variable, lambda value: tf.Variable([value]),
         ],
     )  # fmt: skip
     def test_a_metric_of_one_number_ranks_in_any_shape(self, runs, shaped) -> None:
-        """A number of NumPy or TensorFlow, alone or in an array or a list."""
+        """A number of NumPy or of a backend, alone or in an array or a list."""
         trained(runs, [shaped(0.5), shaped(0.25), shaped(0.75)], keep=kc.BestN(1))
 
         assert [record.metrics["val_loss"] for record in runs] == [0.25]

@@ -189,16 +189,19 @@ def test_restore_enters_the_scope_of_a_models_strategy(runs, model) -> None:
     assert same(model, other)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [MemoryError, lambda: tf.errors.ResourceExhaustedError(None, None, "OOM")], ids=["Python", "TensorFlow"]
+)
 def test_a_lack_of_memory_is_not_damage(runs, model, monkeypatch, error) -> None:
     """Restore does not fall back: an older checkpoint would need as much memory."""
+    raised = error()
 
     def fail(*_: object) -> None:
-        raise error
+        raise raised
 
     monkeypatch.setattr(checkpoint_reader, "read_values", fail)
 
-    with pytest.raises(type(error)):
+    with pytest.raises(type(raised)):
         kc.restore(dense_model(), runs)
 
 
@@ -602,7 +605,7 @@ class TestCheckpointsOfTensorFlow:
             lambda model: tf.train.Checkpoint(model=model),
             lambda model: tf.train.Checkpoint(net=model, step=tf.Variable(3)),
             lambda model: tf.train.Checkpoint(optimizer=model.optimizer, model=model),
-            tf.train.Checkpoint,
+            lambda model: tf.train.Checkpoint(root=model),
         ],
     )
     @pytest.mark.parametrize("build", [convolutional, subclassed])

@@ -10,13 +10,9 @@ import tensorflow as tf
 from keras_ckpt.formats.arena import Arena
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_writer import array_value, write_bundle
-from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model.backends.tensorflow import Reader, array_of
 from keras_ckpt.model.snapshot import Snapshot
-from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
-from keras_ckpt.store.record import CheckpointRecord
-from keras_ckpt.store.writer import SaveRequest, Writer
 
 NUMBERS = [
     tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool,
@@ -60,13 +56,3 @@ def native(path: pathlib.Path, tensors: dict[str, tf.Tensor]) -> None:
         shape_and_slices=[""] * len(tensors),
         tensors=list(tensors.values()),
     )
-
-
-def written(path: pathlib.Path, step: int = 1, loss: float = 0.0, /, **arrays: np.ndarray) -> CheckpointRecord:
-    """A checkpoint of arrays, by the names of variables in a model: `dense__kernel` is `model/dense/kernel`."""
-    values = {f"model/{name.replace('__', '/')}{SUFFIX}".encode(): array_value(each) for name, each in arrays.items()}
-    writer = Writer(CheckpointDirectory(path))
-    request = SaveRequest(step=step, metrics={"loss": loss}, monitor="loss", mode="min", metadata={"data": "digits"})
-    record = writer.save(request, lambda folder, record: write_bundle(folder, record.name, [values])[0])
-    writer.close()
-    return record

@@ -18,9 +18,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 SERVER = """
 import gc, json, os, signal, socket, sys
 import keras, keras_ckpt
-if keras.backend.backend() == "tensorflow":
-    from support import iterators
-    iterators.end_at_once()
+from support import iterators
+iterators.end_at_once()
 [getattr(keras_ckpt, name) for name in keras_ckpt.__all__ if name != "CheckpointManager"]
 gc.freeze()  # the exit of a fork collects garbage among the other objects alone
 server = socket.socket(fileno=int(sys.argv.pop()))

@@ -17,6 +17,6 @@ else:
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
-            pytest.skip(f"needs tf.{name}, and the backend is {keras.backend.backend()}", allow_module_level=True)
+            pytest.skip(f"needs tf.{name}, and the backend is {keras.backend.backend()}")
 
     tf = _Absent()

@@ -1,6 +1,6 @@
 """The end of an iterator of `tf.data`, which may wait for a thread."""
 
-import tensorflow as tf
+import keras
 
 
 def end_at_once() -> None:
@@ -9,4 +9,7 @@ def end_at_once() -> None:
     The thread sleeps between two rounds. TensorFlow wakes it up just before it says that the iterator ends, so the
     thread may sleep for another round. A round gets as long as the iterator has lived, up to a minute.
     """
-    tf.data.experimental.AutotuneOptions.enabled = False
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.data.experimental.AutotuneOptions.enabled = False

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import keras_ckpt as kc
+from support.frameworks import tf
 
 layers = keras.layers
 WORDS = np.array([["a b"], ["b c d"], ["a a e"], ["c d e f"]])
