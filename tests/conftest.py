@@ -31,7 +31,8 @@ from support.runs import HOLD, Filler
 EVERY_BACKEND = [
     "averaging", "backends", "backup_and_restore", "callbacks", "data", "evaluating", "file_checkpoints",
     "integers", "jax_backend", "keras_internals", "learned", "load_best", "loading", "model_checkpoint",
-    "new_run", "on_nan", "restoring", "restoring_files", "rollback", "state", "torch_backend", "torch_modules",
+    "new_run", "on_nan", "restoring", "restoring_files", "resume", "resuming_on_each_backend", "rollback", "state",
+    "torch_backend", "torch_modules",
 ]  # fmt: skip
 """The tests that run on JAX and PyTorch too, where TensorFlow is not installed. The others need TensorFlow, or no
 backend."""
@@ -89,6 +90,15 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if config.option.seed is None:
         config.option.seed = random.randrange(1 << 30)
+    if os.environ["KERAS_BACKEND"] == "jax":
+        # A model is compiled once, in whichever process: to compile it takes longer than most tests.
+        cache = tempfile.mkdtemp(prefix="keras_ckpt-jax-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+        os.environ |= {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
     if os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > ROOM:
         place = tempfile.mkdtemp(prefix="keras_ckpt-", dir=MEMORY)
         config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))

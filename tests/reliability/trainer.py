@@ -38,9 +38,10 @@ def keras_station(prepare: Callable[[], object]) -> concurrent.futures.ProcessPo
 
 
 def _prepare(prepare: Callable[[], object]) -> None:
-    from support import iterators
+    if os.environ["KERAS_BACKEND"] == "tensorflow":
+        from support import iterators
 
-    iterators.end_at_once()
+        iterators.end_at_once()
     prepare()
 
 

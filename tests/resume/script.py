@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import pathlib
 import random
 from collections.abc import Callable
@@ -16,17 +17,17 @@ Tell = Callable[[str, int], object]
 EPOCHS = 3
 BATCHES = 20
 BATCH_SIZE = 32
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 
 
 def prepare() -> None:
     """Loads what takes long, and begins nothing that a fork would not survive."""
     import keras
     import sklearn.datasets
-    import tensorflow as tf
 
     import keras_ckpt as kc
 
-    _ = keras, sklearn.datasets, tf, kc.BackupAndRestore, kc.ModelCheckpoint, kc.ResumableDataset
+    _ = keras, sklearn.datasets, kc.BackupAndRestore, kc.ModelCheckpoint, kc.ResumableDataset
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -51,6 +52,7 @@ def validation_part() -> tuple[np.ndarray, np.ndarray]:
 class Row:
     """A way to train. What is different from row to row is overridden."""
 
+    backends = "tensorflow", "jax", "torch"
     save_freq: Any = 3
     validates = True
     executions = EPOCHS * BATCHES
@@ -108,6 +110,8 @@ class ArraysSavedAtEveryBatch(Row):
 class Pipeline(Row):
     """A tf.data pipeline, a schedule of the learning rate, and swapped averages."""
 
+    backends = ("tensorflow",)
+
     def data(self) -> Any:
         import tensorflow as tf
 
@@ -124,9 +128,57 @@ class Pipeline(Row):
         return [*super().callbacks(path)[1:], schedule, keras.callbacks.SwapEMAWeights()]
 
 
+class Listed(Row):
+    """A function that lists the batches of an epoch, a schedule of the learning rate, and swapped averages."""
+
+    def data(self) -> Any:
+        import keras_ckpt as kc
+
+        x, y = training_part()
+
+        def batches(epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+            order = np.random.default_rng(epoch).permutation(len(x))
+            return [(x[rows], y[rows]) for rows in np.array_split(order, BATCHES)]
+
+        return kc.ResumableDataset(batches)
+
+    def callbacks(self, path: pathlib.Path) -> list[Any]:
+        return Pipeline().callbacks(path)
+
+
+class Loaded(Row):
+    """A DataLoader of PyTorch whose workers draw random numbers, and a log in CSV."""
+
+    backends = ("torch",)
+
+    def data(self) -> Any:
+        import torch
+
+        import keras_ckpt as kc
+
+        x, y = training_part()
+
+        class Noisy(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return len(x)
+
+            def __getitem__(self, index: int) -> tuple[Any, int]:
+                return torch.from_numpy(x[index]) + 0.1 * torch.randn(64) * random.random(), int(y[index])
+
+        generator = torch.Generator().manual_seed(3)
+        loader = torch.utils.data.DataLoader(Noisy(), BATCH_SIZE, shuffle=True, num_workers=2, generator=generator)
+        return kc.ResumableDataset(loader)
+
+    def callbacks(self, path: pathlib.Path) -> list[Any]:
+        import keras
+
+        return [*super().callbacks(path), keras.callbacks.CSVLogger(str(path / "log.csv"))]
+
+
 class Generated(Row):
     """A PyDataset that draws from NumPy's generator, four batches an execution."""
 
+    backends = "tensorflow", "jax"
     save_freq = 4
     executions = EPOCHS * BATCHES // 4
 
@@ -161,6 +213,7 @@ class Generated(Row):
 class GeneratedByBatch(Generated):
     """The same, a batch an execution."""
 
+    backends = Row.backends
     save_freq = 3
     executions = EPOCHS * BATCHES
 
@@ -171,6 +224,7 @@ class GeneratedByBatch(Generated):
 class MixedPrecision(Row):
     """Half the bits, a scaled loss, accumulated gradients, a function that makes the pipeline, a log in CSV."""
 
+    backends = ("tensorflow",)
     save_freq = 5
 
     def data(self) -> Any:
@@ -201,6 +255,8 @@ class MixedPrecision(Row):
 
 class NotValidated(Row):
     """Compiled by XLA, no validation, and a backup at the ends of epochs beside that by batches."""
+
+    backends = "tensorflow", "jax"
 
     save_freq = ("epoch", 6)
     validates = False
@@ -233,12 +289,15 @@ ROWS = {
         Arrays,
         ArraysSavedAtEveryBatch,
         Pipeline,
+        Listed,
+        Loaded,
         Generated,
         GeneratedByBatch,
         MixedPrecision,
         NotValidated,
         Stops,
     )
+    if BACKEND in row.backends
 }
 
 
@@ -262,14 +321,16 @@ def run(
         Digests of all that the run ends with.
     """
     import keras
-    import tensorflow as tf
 
     import keras_ckpt as kc
 
     row = ROWS[name]()
     keras.utils.set_random_seed(seed)
     model = row.model()
-    tf.random.set_seed(1)  # which TensorFlow joins with the seeds of a pipeline
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tf.random.set_seed(1)  # which TensorFlow joins with the seeds of a pipeline
     data = row.data()
     records, tells = _callbacks(tell)
     checkpoint = kc.ModelCheckpoint(
@@ -285,7 +346,7 @@ def run(
     with contextlib.redirect_stdout(io.StringIO()), backup:
         history = model.fit(data, epochs=EPOCHS, shuffle=False, verbose=2, callbacks=callbacks, **validation)
     variables = {
-        f"{kind} {index} {each.name}": _digest(np.asarray(each.value).tobytes())
+        f"{kind} {index} {each.name}": _digest(keras.ops.convert_to_numpy(each.value).tobytes())
         for kind, each_of in (("model", model.variables), ("optimizer", model.optimizer.variables))
         for index, each in enumerate(each_of)
     }
@@ -297,9 +358,20 @@ def run(
         "batches": repr(records.batches),
         "epochs": repr(records.epochs),
         "kept": repr(sorted(kept)),
-        "generators": repr((random.random(), np.random.random(), keras.random.uniform((1,)).numpy().tolist())),
+        "generators": repr((random.random(), np.random.random(), _drawn_by_the_backend())),
         "log": log.read_text() if log.exists() else "",
     }
+
+
+def _drawn_by_the_backend() -> Any:
+    import keras
+
+    numbers = [keras.ops.convert_to_numpy(keras.random.uniform((1,))).tolist()]
+    if BACKEND == "torch":
+        import torch
+
+        numbers.append(torch.rand(1).tolist())  # as Dropout without a seed
+    return numbers
 
 
 def _digest(data: bytes) -> str:

@@ -9,7 +9,7 @@ from resume import script, trials
 
 @pytest.fixture(scope="module")
 def station():
-    """The process from which trainings are forked. It has TensorFlow loaded."""
+    """The process from which trainings are forked. It has Keras and its backend loaded."""
     with trials.prepared() as executor:
         yield executor
 
@@ -43,15 +43,17 @@ def test_a_run_that_is_killed_at_a_batch_ends_as_if_it_were_not(station, whole, 
     for place, at in points:
         found, resumes, seconds = station.submit(trials.killed, name, at, place).result()
         different = differing(found, whole(name))
-        tally.update(trials=1, differing=bool(different))
+        tally.update(trials=1, resumed=resumes, differing=bool(different))
         assert not different, (at, place)
-        # The first backup begins at the end of the first batch, and is on disk within a second. A loaded machine may
-        # train a few batches meanwhile.
-        assert resumes or at < 10 or (at < 20 and seconds < 1), (at, place, seconds)
+        # The first backup begins at the end of the first batch, and is on disk within a second. Some batches are
+        # trained meanwhile.
+        assert resumes or at < 10 or seconds < 1, (at, place, seconds)
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("name", ["Arrays", "Pipeline", "Generated"])
+@pytest.mark.parametrize(
+    "name", [name for name in ("Arrays", "Pipeline", "Generated", "Loaded") if name in script.ROWS]
+)
 def test_a_run_that_is_killed_often_ends_as_if_it_were_not(station, whole, tally, long, dice, name) -> None:
     """At random moments: in a batch, in a save, while the model is compiled; ten times in the long form."""
     kills = 10 if long else 3
@@ -66,7 +68,7 @@ CODES = {signal.SIGTERM: -signal.SIGTERM, signal.SIGUSR1: -signal.SIGUSR1, signa
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("name", ["Arrays", "Pipeline"])
+@pytest.mark.parametrize("name", [name for name in ("Arrays", "Pipeline", "Loaded") if name in script.ROWS])
 def test_a_run_that_is_asked_to_end_has_all_that_it_trained(station, whole, tally, long, dice, name) -> None:
     """At random moments, in validation and between epochs too; the exit code is that of the signal.
 

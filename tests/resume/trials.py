@@ -21,7 +21,7 @@ _forks = multiprocessing.get_context("fork")
 
 
 def prepared():
-    """A station that has TensorFlow loaded."""
+    """A station that has Keras and its backend loaded."""
     return keras_station(script.prepare)
 
 
@@ -46,7 +46,7 @@ class Process:
         self._ours, theirs = _forks.Pipe()
         self.resumes = CheckpointDirectory(pathlib.Path(path, "backup")).latest() is not None
         seed = seed if self.resumes else 0
-        self._process = _forks.Process(target=_run, args=(theirs, name, path, seed, place, kill_at), daemon=True)
+        self._process = _forks.Process(target=_run, args=(theirs, name, path, seed, place, kill_at))
         self._process.start()
         theirs.close()
         self.result: dict[str, str] | None = None
