@@ -29,11 +29,32 @@ from support.fork_server import ForkServer
 from support.runs import HOLD, Filler
 
 EVERY_BACKEND = [
-    "averaging", "backends", "backup_and_restore", "callbacks", "data", "evaluating", "file_checkpoints",
-    "integers", "jax_backend", "keras_internals", "learned", "load_best", "loading", "model_checkpoint",
-    "new_run", "on_nan", "restoring", "restoring_files", "resume", "resuming_on_each_backend", "rollback", "state",
-    "torch_backend", "torch_modules",
-]  # fmt: skip
+    "averaging",
+    "backends",
+    "backup_and_restore",
+    "callbacks",
+    "data",
+    "evaluating",
+    "file_checkpoints",
+    "integers",
+    "jax_backend",
+    "keras_internals",
+    "learned",
+    "load_best",
+    "loading",
+    "model_checkpoint",
+    "new_run",
+    "on_nan",
+    "restoring",
+    "restoring_files",
+    "resume",
+    "resuming_on_each_backend",
+    "rollback",
+    "state",
+    "torch_backend",
+    "torch_modules",
+    "torch_page",
+]
 """The tests that run on JAX and PyTorch too, where TensorFlow is not installed. The others need TensorFlow, or no
 backend."""
 MEMORY = "/dev/shm"
