@@ -378,10 +378,10 @@ class Crash(keras.callbacks.Callback):
             raise KeyError("crash")
 
 
-def resumed(data: Callable[[], tf.data.Dataset], backup: Callable[[tf.data.Dataset], keras.callbacks.Callback]) -> bool:
+def resumed(data: Callable[[], object], backup: Callable[[object], keras.callbacks.Callback]) -> bool:
     """Whether a training that crashed and was started again has the weights of an unbroken training."""
 
-    def train(*makers: Callable[[tf.data.Dataset], keras.callbacks.Callback]) -> list[np.ndarray]:
+    def train(*makers: Callable[[object], keras.callbacks.Callback]) -> list[np.ndarray]:
         model, source = keras_model(), data()
         model.fit(source, epochs=3, shuffle=False, callbacks=[make(source) for make in makers], verbose=0)
         return model.get_weights()

@@ -38,7 +38,7 @@ model.compile("adam", "mse")
 x = np.zeros(({BATCHES * BATCH}, 8), "float32")
 data = kc.ResumableDataset(x, x[:, 0], batch_size={BATCH}, shuffle=True, seed=1)
 backup = kc.BackupAndRestore(path, save_freq=stop or {BATCHES}, data=data, save_on_background=False)
-model.fit(data, epochs=1, shuffle=False, verbose=0, callbacks=[backup, Stop()])
+model.fit(data, epochs=1, verbose=0, callbacks=[backup, Stop()])
 """
 
 

@@ -44,7 +44,7 @@ def train(path: str, epochs: int, crash: int | None = None) -> dict[int, float]:
     losses = Losses(crash)
     batches = kc.ResumableDataset(x, y, batch_size=32, shuffle=True, seed=1)
     with contextlib.suppress(RuntimeError), kc.BackupAndRestore(path, save_freq=10, data=batches) as backup:
-        build().fit(batches, epochs=epochs, shuffle=False, callbacks=[losses, backup], verbose=0)
+        build().fit(batches, epochs=epochs, callbacks=[losses, backup], verbose=0)
     return losses.batches
 
 

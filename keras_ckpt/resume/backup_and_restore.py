@@ -72,7 +72,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     ```python
     data = keras_ckpt.ResumableDataset(x, y, batch_size=64, shuffle=True)
     with keras_ckpt.BackupAndRestore("runs/digits/backup", save_freq=50, data=data) as backup:
-        model.fit(data, epochs=30, shuffle=False, callbacks=[backup])
+        model.fit(data, epochs=30, callbacks=[backup])
     ```
 
     Another callback may have `get_state()` and `set_state(state)`, of plain values and NumPy arrays. Without them, the

@@ -246,7 +246,7 @@ class Restart:
             return ""
         return (
             f" To resume exactly, wrap the data, data = keras_ckpt.ResumableDataset({self._state.fit.typed}), and give "
-            "it to fit(data, shuffle=False) and to BackupAndRestore(..., data=data)."
+            "it to fit(data) and to BackupAndRestore(..., data=data)."
         )
 
     def _warn_of_other_settings(self) -> None:
