@@ -139,11 +139,20 @@ def test_the_values_of_checkpoints_are_read_and_compared_without_a_framework(tmp
 
 
 @pytest.mark.parametrize("framework", ["tensorflow", "jax", "torch"])
-def test_below_training_only_the_module_of_a_backend_imports_its_framework(framework) -> None:
-    below = [path for room in ROOMS[: ROOMS.index("training")] for path in modules(room)]
-    importing = {path for path in below if any(name.split(".")[0] == framework for name in imports(path))}
+def test_only_the_module_of_a_backend_imports_its_framework(framework) -> None:
+    """Beside it there is the manager of TensorFlow's checkpoints, and a module for the data of each framework."""
+    importing = {
+        str(path.relative_to(PACKAGE))
+        for room in ROOMS
+        for path in modules(room)
+        if any(name.split(".")[0] == framework for name in imports(path))
+    }
+    others = {
+        "tensorflow": {"training/checkpoint_manager.py", "resume/pipelines.py"},
+        "torch": {"resume/data_loaders.py"},
+    }
 
-    assert importing <= {PACKAGE / "model" / "backends" / f"{framework}.py"}
+    assert importing == {f"model/backends/{framework}.py", *others.get(framework, ())}
 
 
 @pytest.mark.parametrize("room", ["store", "formats"])

@@ -1,4 +1,4 @@
-"""A PyTorch `DataLoader` as a source of batches."""
+"""PyTorch: a `DataLoader` as a source of batches, and batches as tensors. Only this module imports PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import keras
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -115,3 +117,14 @@ class _Batches(Dataset[Any]):
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def as_tensors(batch: Any) -> Any:
+    """A batch as tensors in the memory of its arrays. Arrays of other things than numbers stay as they are."""
+    return keras.tree.map_structure(_as_tensor, batch)
+
+
+def _as_tensor(array: np.ndarray) -> Any:
+    if array.dtype.kind not in "biufc":
+        return array
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -241,11 +241,12 @@ class ResumableDataset(_Batches):
         yield from map(self._weighed, self._source.batches(self._begin()))
 
     def _read_as_tensors(self) -> Iterator[Any]:
+        from keras_ckpt.resume.data_loaders import as_tensors
+
         skips_a_step, self._skips_a_step = self._skips_a_step, False
         if skips_a_step:
             yield self._like
-        for batch in self._read():
-            yield keras.tree.map_structure(_tensor, batch)
+        yield from map(as_tensors, self._read())
 
     def _weighed(self, batch: Any) -> Any:
         return batch if self._weights is None else self._weights.weigh(batch)
@@ -291,12 +292,3 @@ _MENDS = {
 def _without_values(array: Any) -> Any:
     """An array of the same shape and type that takes no memory."""
     return np.broadcast_to(np.zeros((), array.dtype), array.shape) if isinstance(array, np.ndarray) else array
-
-
-def _tensor(array: np.ndarray) -> Any:
-    """A tensor of PyTorch in the memory of an array."""
-    import torch
-
-    if array.dtype.kind not in "biufc":
-        return array
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
