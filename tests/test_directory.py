@@ -272,6 +272,20 @@ def test_metrics_are_added_to_the_sidecar(filler) -> None:
     assert (pathlib.Path(runs.path) / "ckpt-10.index").read_bytes() == data
 
 
+def test_metrics_are_added_with_their_modes(filler) -> None:
+    """Then `best` needs no mode. A wrong mode is refused, and changes nothing."""
+    runs = filler.save("10 20")
+    for step, value in ((10, 0.5), (20, 0.75)):
+        runs.add_metrics(step, {"f1": value}, {"f1": "max"})
+    runs.add_metrics(10, {"error": 0.1}, {"error": "min"})
+
+    assert runs.best("f1").step == 20
+    assert runs[10].modes == {"f1": "max", "error": "min"}
+    with pytest.raises(ValueError, match=r"expected mode 'min' or 'max' for each metric\. Received: .*'up'"):
+        runs.add_metrics(20, {"f1": 0.9}, {"f1": "up"})
+    assert runs[20].metrics == {"f1": 0.75}
+
+
 @pytest.mark.parametrize("value", [[0.5, 0.4], [], [True], "0.5", None, True, {}, 1j])
 def test_a_metric_that_is_not_one_number_is_refused(filler, value) -> None:
     """The error shows the received value."""

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
+from keras_ckpt.model.evaluating import _modes
+from keras_ckpt.store.record import CheckpointRecord
 from support.frameworks import tf
 from support.models import X, Y, dense_model, fit, same
 
@@ -69,7 +71,28 @@ def test_each_checkpoint_gets_the_metrics_of_its_own_weights(runs, model) -> Non
         own = other.evaluate(*DATA, batch_size=4, verbose=0, return_dict=True)
         assert metrics == pytest.approx({"test_loss": own["loss"], "test_mae": own["mae"]})
         assert {name: value for name, value in runs[step].metrics.items() if name in metrics} == metrics
-    assert runs.best("test_mae", mode="min").step == min(added, key=lambda step: added[step]["test_mae"])
+    assert runs.best("test_mae").step == min(added, key=lambda step: added[step]["test_mae"])
+
+
+def test_the_mode_of_a_measured_metric_is_that_of_the_same_metric_in_the_sidecar(runs, model) -> None:
+    """Training knew a mode of `loss` and `mae`, and of its monitor `val_loss`. For another metric `best` asks."""
+
+    def own(y_true, y_pred):
+        return keras.ops.mean(y_pred)
+
+    added = runs.evaluate(dense_model(metrics=["mae", own]), DATA)
+
+    assert runs.latest().modes == {"loss": "min", "mae": "min", "test_loss": "min", "test_mae": "min"}
+    assert runs.best("test_loss").step == min(added, key=lambda step: added[step]["test_loss"])
+    with pytest.raises(kc.MonitorError, match="'test_own' is better: give the mode"):
+        runs.best("test_own")
+
+
+def test_the_mode_of_a_measured_metric_may_be_known_from_validation_alone() -> None:
+    """Such as that of the monitor, which the user gave."""
+    record = CheckpointRecord(sequence=1, step=1, monitor="val_own", mode="max", modes={"val_mae": "min"})
+
+    assert _modes(record, "test_", ["test_own", "test_mae", "test_loss"]) == {"test_own": "max", "test_mae": "min"}
 
 
 def test_the_model_has_its_own_state_afterwards(runs, model) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import keras_ckpt as kc
-from support.models import Interrupts, dense_model, fit, same
+from support.models import Interrupts, X, Y, dense_model, fit, same
 
 Rollback = kc.Rollback
 
@@ -73,7 +73,25 @@ def test_training_continues_from_the_last_good_checkpoint_in_graph_mode(runs) ->
     assert [(event.step, event.why) for event in runs.events() if event.kind == "restored"] == [
         (4, "Step 6: the loss is nan")
     ]
-    assert runs.history("loss").points[0].step == 4
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", 1])
+def test_the_step_of_a_nan_is_the_end_of_a_branch_in_the_history_and_in_each_picture(runs, tmp_path, save_freq) -> None:
+    """Also if nothing was saved since the checkpoint that was restored. The monitored metric has no value there."""
+    checkpoint = kc.ModelCheckpoint(runs.path, save_freq=save_freq, on_nan="rollback")
+    with pytest.warns(UserWarning, match="Step 6: the loss is nan"):
+        fit(dense_model(), Poisons(6), checkpoint, epochs=3, batches=4, validation_data=(X, Y))
+
+    branch = [point for point in runs.history("loss").points if point.branch]
+    assert [(point.step, point.branch) for point in branch] == [(6, 1)]
+    assert math.isnan(branch[0].value)
+    assert runs.why(6) == "Step 6 was not saved: the loss is nan."
+    [end] = runs.seen("val_loss").picture.of_kind("left")
+    assert (end.step, end.text) == (6, "step 6: nan, the run went back: Step 6: the loss is nan")
+    runs.report(tmp_path / "report.html")
+    assert f"<title>{end.text}</title>" in (tmp_path / "report.html").read_text()
+    labels = [each.get_text() for each in runs.plot().get_legend().get_texts()]
+    assert labels[0] == "left"
 
 
 def test_a_training_that_diverges_is_rescued_by_a_smaller_learning_rate(runs) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -17,7 +17,7 @@ from keras_ckpt.model.restoring import restore
 from keras_ckpt.model.transfer import retrace
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import log, warn
-from keras_ckpt.store.record import CheckpointRecord
+from keras_ckpt.store.record import CheckpointRecord, Mode
 
 
 def evaluate(
@@ -30,16 +30,16 @@ def evaluate(
     """Evaluates each checkpoint of a run on data, and adds the metrics to its sidecar.
 
     Each checkpoint is restored into the model and measured by `model.evaluate`. Its metrics are on disk before the next
-    checkpoint begins, so interrupted work is kept. A checkpoint that has the metrics already is skipped, whatever the
-    data are. A terminal shows a progress bar. At the end, or after an error, the model has its own state again:
-    weights, seeds, learned state and place in its run.
+    checkpoint begins, so interrupted work is kept. Their modes are those that training knew. A checkpoint that has the
+    metrics already is skipped, whatever the data are. A terminal shows a progress bar. At the end, or after an error,
+    the model has its own state again: weights, seeds, learned state and place in its run.
 
     Example:
 
     ```python
     runs = keras_ckpt.CheckpointDirectory("runs/digits")
     keras_ckpt.evaluate(model, runs, (x_test, y_test))
-    print(runs.best("test_accuracy", mode="max"))
+    print(runs.best("test_accuracy"))
     ```
 
     Args:
@@ -75,7 +75,7 @@ def evaluate(
             try:
                 restore(model, record, weights_only=True)
                 metrics = {f"{prefix}{name}": value for name, value in _measured(model, record, arguments).items()}
-                directory.add_metrics(record, metrics)
+                directory.add_metrics(record, metrics, _modes(record, prefix, metrics))
             except (CheckpointNotFoundError, DamagedCheckpointError) as error:
                 warn(f"{record.prefix} is not evaluated: {error}")
                 continue
@@ -83,6 +83,13 @@ def evaluate(
     if skipped:
         log.info("%d checkpoints had %sloss already; another prefix measures them again", skipped, prefix)
     return found
+
+
+def _modes(record: CheckpointRecord, prefix: str, metrics: Iterable[str]) -> dict[str, Mode]:
+    """The modes of measured metrics: those of the same metrics, without the prefix, that training knew."""
+    known = record.known_modes
+    found = {name: (name.removeprefix(prefix), f"val_{name.removeprefix(prefix)}") for name in metrics}
+    return {name: known[each] for name, names in found.items() for each in names if each in known}
 
 
 def _check(model: object, data: Any, prefix: object) -> None:

@@ -466,7 +466,12 @@ class CheckpointDirectory(tables.Shown):
         self.note(of_record("unpinned", record, by=user()))
 
     def add_metrics(
-        self, step: int | CheckpointRecord | None, metrics: Mapping[str, float] = {}, /, **named: float
+        self,
+        step: int | CheckpointRecord | None,
+        metrics: Mapping[str, float] = {},
+        modes: Mapping[str, Mode] = {},
+        /,
+        **named: float,
     ) -> None:
         """Adds metrics of a checkpoint to its sidecar. Replaces metrics of the same name.
 
@@ -480,12 +485,22 @@ class CheckpointDirectory(tables.Shown):
         Args:
             step: The checkpoint's step or record.
             metrics: Values by name, for names that are not Python identifiers.
+            modes: The modes by name: `"min"` if smaller is better, `"max"` if larger is better. `best` and policies
+                then need no mode.
             **named: Values by name.
+
+        Raises:
+            CheckpointNotFoundError: The checkpoint does not exist, or was saved again after its record was read.
+            ValueError: A mode is neither `"min"` nor `"max"`.
+            TypeError: A value is not a number.
         """
         added = {name: as_metric(name, value) for name, value in {**metrics, **named}.items()}
+        if wrong := {name: mode for name, mode in modes.items() if mode not in ("min", "max")}:
+            raise ValueError(f"add_metrics() expected mode 'min' or 'max' for each metric. Received: modes={wrong!r}")
         with self._change() as (folder, listing):
             record = self._find(listing, step)
-            amend(folder, msgspec.structs.replace(record, metrics={**record.metrics, **added}))
+            described = {"metrics": {**record.metrics, **added}, "modes": {**record.modes, **modes}}
+            amend(folder, msgspec.structs.replace(record, **described))
         self.note(of_record("metrics", record, metrics=added, by=user()))
 
     def evaluate(self, model: Any, data: Any, prefix: str = "test_", **options: Any) -> dict[int, dict[str, float]]:
@@ -497,7 +512,7 @@ class CheckpointDirectory(tables.Shown):
 
         ```python
         runs.evaluate(model, (x_test, y_test))
-        print(runs.best("test_accuracy", mode="max"))
+        print(runs.best("test_accuracy"))
         ```
 
         Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,8 +21,8 @@ from keras_ckpt.store.overview import Ranking, metric_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Kind = Literal["removed", "kept", "pinned", "best"]
-KINDS: tuple[Kind, ...] = ("removed", "kept", "pinned", "best")
+Kind = Literal["left", "removed", "kept", "pinned", "best"]
+KINDS: tuple[Kind, ...] = ("left", "removed", "kept", "pinned", "best")
 """The kinds of marks. A later kind is drawn above an earlier kind."""
 GRAY, BLUE, VIOLET, GOLD = "#767b83", "#2f7de1", "#9a5fe0", "#c27c0e"
 """Colors that can be read on a light page and on a dark one."""
@@ -32,7 +32,7 @@ _POINTS = 2000
 _SPAN = 100
 """The ratio of the largest and the smallest value from which the axis is logarithmic."""
 _REASONS = 100
-"""The largest number of marks that tell why their checkpoints stay or went, so that a page stays small."""
+"""The largest number of marks that tell why, so that a page stays small: of checkpoints, and of ends of branches."""
 _HUGE = 1e200
 """The size from which a value counts as infinite: scales and their margins must be finite too."""
 _GONE = ("removed", "lost")
@@ -44,10 +44,10 @@ _MOST, _LEAST = 40, 8
 
 
 class Mark(NamedTuple):
-    """A checkpoint in a picture.
+    """A checkpoint in a picture, or the end of a branch.
 
     Attributes:
-        kind: The kind. The best checkpoint has a second mark, of the kind `"best"`.
+        kind: The kind. The best checkpoint has a second mark, of the kind `"best"`. `"left"`: the end of a branch.
         step: The step.
         value: The value of the metric; NaN without a finite value: the mark is at the lower edge.
         text: The facts that a reader sees who points at the mark.
@@ -67,7 +67,7 @@ class Picture:
         title: The run.
         metric: The name of the metric.
         lines: The lines of the curve, each of one branch. A run that went back to an earlier step has several.
-        marks: The checkpoints.
+        marks: The checkpoints, and the ends of the branches.
     """
 
     title: str
@@ -149,7 +149,8 @@ def of_past(title: str, past: Past, listing: Listing, ranking: Ranking, monitor:
     marks = [_mark(fate, history.name, len(saves) <= _REASONS) for fate in saves]
     pairs = zip(marks, saves, strict=True)
     rings = [Mark("best", *mark[1:3], f"{mark.text}, best") for mark, fate in pairs if fate.facts.identity in best]
-    return Picture(title, history.name, tuple(tuple(line) for _, line in lines), (*marks, *rings))
+    ends = [_end(history.name, *end) for end in past.ends()[-_REASONS:]]
+    return Picture(title, history.name, tuple(tuple(line) for _, line in lines), (*ends, *marks, *rings))
 
 
 def _mark(fate: Fate, metric: str, reasons: bool) -> Mark:
@@ -159,6 +160,12 @@ def _mark(fate: Fate, metric: str, reasons: bool) -> Mark:
     why = fate.why if reasons else ""
     text = why if why.startswith(kind) else f"{kind}: {why}" if why else kind
     return Mark(kind, fate.facts.step, value, f"step {fate.facts.step}: {tables.metric(value)}, {text}")
+
+
+def _end(metric: str, step: int, metrics: Mapping[str, float], why: str) -> Mark:
+    """The mark at the end of a branch."""
+    value = metrics.get(metric, math.nan)
+    return Mark("left", step, value, f"step {step}: {tables.metric(value)}, {why}")
 
 
 def bars(picture: Picture) -> str:
@@ -220,6 +227,7 @@ def _draw(picture: Picture, axes: Axes, legend: bool) -> None:
         style = "dashed" if line[0].branch else "solid"
         axes.plot(*_columns(line), color=GRAY, linewidth=1, alpha=0.6, linestyle=style, zorder=1)
     styles: dict[Kind, dict[str, Any]] = {
+        "left": {"color": GRAY, "s": 40, "marker": "x"},
         "removed": {"facecolors": "none", "edgecolors": GRAY, "s": 20},
         "kept": {"color": BLUE, "s": 30},
         "pinned": {"color": VIOLET, "s": 40, "marker": "D"},
@@ -366,6 +374,7 @@ def _curve(picture: Picture, x: _Axis, y: _Axis) -> Iterator[str]:
 
 
 _DOTS: dict[Kind, str] = {
+    "left": f'stroke="{GRAY}" stroke-width="4"',
     "removed": f'stroke="{GRAY}" stroke-width="9" stroke-linecap="round"',
     "kept": f'stroke="{BLUE}" stroke-width="15" stroke-linecap="round"',
     "pinned": f'stroke="{VIOLET}" stroke-width="17" stroke-linecap="square"',
@@ -374,11 +383,12 @@ _DOTS: dict[Kind, str] = {
 
 
 def _dot(kind: Kind, x: int, y: int, text: str = "") -> str:
-    """A mark. A line without a length is a dot, in fewer bytes than a circle."""
+    """A mark: a cross, a ring, or a line without a length, which is a dot in fewer bytes than a circle."""
     title = text and f"<title>{_text(text)}</title>"
     if kind == "best":
         return f'<circle cx="{x}" cy="{y}" r="15" pointer-events="all">{title}</circle>'
-    return f'<path d="M{x} {y}h0">{title}</path>'
+    shape = "m-9 -9l18 18m0 -18l-18 18" if kind == "left" else "h0"
+    return f'<path d="M{x} {y}{shape}">{title}</path>'
 
 
 def _marks(picture: Picture, x: _Axis, y: _Axis) -> Iterator[str]:

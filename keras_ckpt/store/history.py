@@ -120,8 +120,8 @@ class Fate:
     Attributes:
         facts: The save: its step, epoch, name, size and all metrics that are known of it.
         state: `"kept"`: the checkpoint is there. `"damaged"`: it is there, and cannot be trusted. `"removed"`: it was
-            removed. `"lost"`: it is gone, and the journal does not tell why. `"skipped"`: the save was due, and was
-            not made. `"failed"`: the save failed.
+            removed. `"lost"`: it is gone, and the journal does not tell why. `"skipped"`: the save was due, or
+            the loss was not finite, and no save was made. `"failed"`: the save failed.
         why: The reason of the state, `""` if it is not known. For a kept checkpoint, the parts of the policy that
             keep it, and its pin.
         by: Who removed the checkpoint: `"callback"` for the training, a user and a host otherwise.
@@ -142,12 +142,13 @@ class Fate:
 
 @dataclasses.dataclass
 class _Place:
-    """A step of a run: its metrics, and its branch."""
+    """A step of a run: its metrics, its branch, and the reason if its branch ends there."""
 
     step: int
     epoch: int | None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     branch: int = 0
+    end: str = ""
 
     def measure(self, event: Event) -> None:
         self.metrics.update(event.metrics)
@@ -161,11 +162,13 @@ class _Run:
     def __init__(self) -> None:
         self._lines: list[dict[int, _Place]] = [{}]
 
-    def go_back(self, step: int) -> None:
-        """Continues from a step, of the newest line that has it."""
+    def go_back(self, step: int, why: str) -> None:
+        """Continues from a step, of the newest line that has it. The line until now may end for a reason."""
         line = next((line for line in reversed(self._lines) if step in line), self._lines[-1])
         kept = {each: place for each, place in line.items() if each <= step}
         if len(kept) < len(self._lines[-1]) or line is not self._lines[-1]:
+            last = self._lines[-1][max(self._lines[-1])]
+            last.end = f"the run went back: {why}" if why else "the run went back"
             self._lines.append(kept)
 
     def measure(self, event: Event) -> _Place:
@@ -220,7 +223,7 @@ class Past(tables.Shown):
             self._moves.append(event)
         match event.kind:
             case "restored":
-                run.go_back(event.step)
+                run.go_back(event.step, event.why)
             case "epoch":
                 run.measure(event)
             case "saved":
@@ -260,6 +263,11 @@ class Past(tables.Shown):
             Point(each.step, each.epoch, each.metrics[name], each.branch) for each in places if name in each.metrics
         )
         return History(self._listing.path, name, tuple(found))
+
+    def ends(self) -> list[tuple[int, Mapping[str, float], str]]:
+        """The end of each branch of the newest run: its step, its metrics, and why the run went back."""
+        places = self._points.get(self._newest, [])
+        return [(place.step, place.metrics, place.end) for place in places if place.branch and place.end]
 
     def fates(self) -> tuple[Fate, ...]:
         """The fate of each save, in the order in which the saves were told."""

@@ -59,8 +59,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
         at: When the event was written, in seconds since 1970; 0 before.
         kind: `"run"`: a fit begins a run. `"restored"`: a fit continues the run from the step. `"epoch"`: an epoch
             has ended. `"saved"`: a checkpoint was saved, or got the metrics of the epoch's end. `"skipped"`: a save
-            was due, and was not made. `"failed"`: a save failed. `"removed"`, `"pinned"`, `"unpinned"`: of a
-            checkpoint. `"metrics"`: a checkpoint got metrics. `"ended"`: a fit has ended.
+            was due, or the loss was not finite, and no save was made. `"failed"`: a save failed. `"removed"`,
+            `"pinned"`, `"unpinned"`: of a checkpoint. `"metrics"`: a checkpoint got metrics. `"ended"`: a fit has
+            ended.
         step: Training batches completed since the run began.
         run_id: The run.
         epoch: Epochs completed since the run began; `None` if not known.

@@ -84,8 +84,7 @@ def resolved(policy: PreservationPolicy, listing: Listing, unknown: type[Checkpo
         CheckpointError: An error of the type `unknown`: no checkpoint has a metric that the policy ranks by.
         MonitorError: Neither the policy nor the sidecars give the metric, or its mode.
     """
-    modes = {name: mode for record in listing.records for name, mode in record.modes.items()}
-    modes |= {record.monitor: record.mode for record in listing.records if record.monitor and record.mode}
+    modes = {name: mode for record in listing.records for name, mode in record.known_modes.items()}
     known = sorted({name for record in listing.records for name in record.metrics})
 
     def mode_of(monitor: str) -> Mode:

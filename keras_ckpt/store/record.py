@@ -197,6 +197,12 @@ class CheckpointRecord(tables.Shown, msgspec.Struct, frozen=True, kw_only=True, 
         epoch = self.metadata.get(INITIAL_EPOCH)
         return isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0 and self.monitor is None
 
+    @property
+    def known_modes(self) -> dict[str, Mode]:
+        """The modes of all metrics, of the monitor too, where known."""
+        monitored: dict[str, Mode] = {self.monitor: self.mode} if self.monitor and self.mode else {}
+        return {**self.modes, **monitored}
+
     def finite(self, metric: str) -> float | None:
         """The value of a metric; `None` where it is missing, NaN or infinite, and can never be best."""
         value = self.metrics.get(metric)

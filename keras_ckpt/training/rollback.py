@@ -156,6 +156,7 @@ class Recovery:
             return True
         session.settle(wait=True)
         what = "the weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
+        session.note("skipped", metrics=metrics_in(logs), why=what)
         self._answer(self._rollback, session.progress, directory, what, note)
         return False
 
