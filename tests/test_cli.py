@@ -15,7 +15,8 @@ from click.testing import CliRunner
 
 import keras_ckpt as kc
 from keras_ckpt.cli import main
-from support.runs import Filler
+from keras_ckpt.store.writer import SaveRequest, Writer
+from support.runs import Filler, payload
 from test_series import save as save_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -64,6 +65,23 @@ def test_ls_all_prints_removed_checkpoints_with_the_reason(runs) -> None:
     assert re.search(r"^ +10 .* removed +LatestN\(1\): 40 is newer$", "\n".join(lines), re.MULTILINE)
     assert re.search(r"^ +40 .* kept$", "\n".join(lines), re.MULTILINE)
     assert lines[-1] == "3 removed, 1 kept"
+
+
+def test_ls_all_numbers_the_runs_where_there_are_several(filler) -> None:
+    """As after `new_run="replace"`. The oldest run is 1."""
+    filler.save("10 20", run_id="old")
+    assert run("ls", "--all", filler.runs.path).splitlines()[1].split()[0] == "step"
+    writer = Writer(filler.runs)
+    writer.replaced = {"old"}
+    for step in (10, 20):
+        writer.save(SaveRequest(step=step, run_id="new", batch=0), payload())
+    writer.close()
+
+    _title, head, _line, *rows = run("ls", "--all", filler.runs.path).splitlines()
+
+    assert head.split()[:2] == ["run", "step"]
+    assert [row.split()[:2] for row in rows[:4]] == [["1", "10"], ["1", "20"], ["2", "10"], ["2", "20"]]
+    assert ["removed" in row for row in rows[:4]] == [True, True, False, False]
 
 
 def test_ls_all_prints_json(runs) -> None:
@@ -715,6 +733,7 @@ def test_the_demo_can_run_again(fork_server, runs) -> None:
     code = """
     import os, sys
     from keras_ckpt.cli import main
+from keras_ckpt.store.writer import SaveRequest, Writer
     os.environ["COLUMNS"] = "80"
     os.chdir(sys.argv[1])
     main(["demo", sys.argv[2]])

@@ -319,6 +319,7 @@ def test_metadata_of_a_save_updates_the_managers_metadata(ours) -> None:
         ({"checkpoint_name": ""}, "Received: ''"),
         ({"max_to_keep": True}, "Received: True"),
         ({"metadata": {"x": object()}}, "metadata"),
+        ({"min_free": "10 G"}, "min_free expected a size above 0, such as '50 GB'"),
     ],
 )
 def test_the_error_of_an_invalid_argument_has_the_received_value_or_the_fix(ours, options, text) -> None:

@@ -87,11 +87,7 @@ class History(tables.Shown):
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(f"to_pandas() needs pandas. Install it: pip install pandas ({error})") from error
-        return pd.DataFrame(self.points, columns=list(Point._fields))
+        return tables.pandas().DataFrame(self.points, columns=list(Point._fields))
 
     def _table(self) -> tables.Table:
         points = list(self)

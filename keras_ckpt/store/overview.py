@@ -144,6 +144,7 @@ def of_fates(path: str, fates: Sequence[Fate], listing: Listing, ranking: Rankin
     rows = shortened(fates, lambda fate: fate.record is not None, ROWS)
     facts = [row if isinstance(row, int) else row.facts for row in rows]
     columns = [
+        _column("run", rows, run_number(fates)),
         *_facts(facts, [fate.facts for fate in fates], ranking.monitors),
         _column("size", facts, lambda event: size(event.size) if event.size else "", rank=_Rank.SIZE),
         _column("saved", facts, lambda event: f"{local_time(event.at):%Y-%m-%d %H:%M}", rank=_Rank.SAVED),
@@ -154,6 +155,13 @@ def of_fates(path: str, fates: Sequence[Fate], listing: Listing, ranking: Rankin
     summary = ", ".join(f"{count} {state}" for state, count in counts.items())
     colors = _colors(rows, lambda fate: _COLORS.get(_state(fate, ranking), "dim"))
     return Table(printable(path), _used(columns), (summary or _absence([listing]),), colors)
+
+
+def run_number(fates: Iterable[Fate]) -> Callable[[Fate], str]:
+    """The numbers of the runs of saves, the oldest run first. Empty where all saves are of one run."""
+    runs = dict.fromkeys(fate.facts.run_id for fate in fates if fate.facts.run_id)
+    numbers = {run: str(number) for number, run in enumerate(runs, 1)} if len(runs) > 1 else {}
+    return lambda fate: numbers.get(fate.facts.run_id, "")
 
 
 def _state(fate: Fate, ranking: Ranking) -> str:

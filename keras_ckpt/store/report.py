@@ -55,6 +55,12 @@ th,td{padding:.15rem .9rem .15rem 0;text-align:right;vertical-align:top;white-sp
 figure{margin:0;min-width:0}
 figcaption{font-weight:600;overflow-wrap:anywhere}
 .gray{color:#767b83}
+@media(max-width:64rem){
+table{font-size:.85em}
+th,td{padding-right:.6rem}
+.l{min-width:9em}
+td:last-child{white-space:normal;min-width:6em}
+}
 @media(max-width:40rem){dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
 """
 
@@ -214,6 +220,7 @@ def _saves(seen: Seen) -> Table:
         return "best" if fate.facts.identity in best else fate.state
 
     columns = [
+        column("run", overview.run_number(fates)),
         column("step", lambda fate: str(fate.facts.step), gap="..."),
         column("epoch", lambda fate: "" if fate.facts.epoch is None else str(fate.facts.epoch)),
         *(column(name, functools.partial(_metric, name)) for name in names),

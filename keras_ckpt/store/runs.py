@@ -199,11 +199,7 @@ class Runs(tables.Shown):
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(f"to_pandas() needs pandas. Install it: pip install pandas ({error})") from error
-        return pd.json_normalize(self.facts())
+        return tables.pandas().json_normalize(self.facts())
 
     def plot(self, monitor: str | None = None) -> list[Axes]:
         """Plots a metric over each run with matplotlib, on axes beside each other, the best run first.

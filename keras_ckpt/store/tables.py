@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -239,3 +239,16 @@ def _fitting(columns: Sequence[Column], width: int) -> list[Column]:
             room -= needed
             chosen.add(place)
     return [columns[place] for place in sorted(chosen)]
+
+
+def pandas() -> Any:
+    """The module pandas, for `to_pandas`.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(f"to_pandas() needs pandas. Install it: pip install pandas ({error})") from error
+    return pd

@@ -38,6 +38,7 @@ from keras_ckpt.store.listing import Listing
 from keras_ckpt.store.locating import opened
 from keras_ckpt.store.notices import warn
 from keras_ckpt.store.policies import LatestN, PreservationPolicy, as_policy
+from keras_ckpt.store.quantities import as_bytes
 from keras_ckpt.store.record import Mode, as_metric, encodable_metadata, step_in
 from keras_ckpt.store.tables import counted
 from keras_ckpt.store.writer import SaveRequest, Writer, by_prefix
@@ -79,6 +80,9 @@ class CheckpointManager(tf.train.CheckpointManager):
         metadata: A dict to put into each sidecar.
         monitor: The metric that `keep` ranks by if it names no metric.
         mode: Whether less (`"min"`) or more (`"max"`) of the metric is better.
+        min_free: The bytes of the disk to leave free: a number, or a text such as `"10 GB"`. A save that would leave
+            less removes checkpoints before it, as for `ModelCheckpoint`. If these are too few, `save` raises. A save
+            counts as large as the newest checkpoint.
         on_saved: A function of a `CheckpointRecord`, called by `save` after the checkpoint is on disk. An error in it
             is a warning.
         on_removed: The same for each checkpoint that was removed.
@@ -103,6 +107,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         metadata: Mapping[str, Any] | None = None,
         monitor: str | None = None,
         mode: Mode | None = None,
+        min_free: str | float | None = None,
         on_saved: Hook | None = None,
         on_removed: Hook | None = None,
     ) -> None:
@@ -145,7 +150,8 @@ class CheckpointManager(tf.train.CheckpointManager):
         policy = policy and policy.resolve(monitor, self._mode_of)
         target = CheckpointDirectory(self._directory, TENSORFLOW)
         self._hooks = Hooks(target, on_saved, on_removed)
-        self._writer = _PreservingWriter(keep_checkpoint_every_n_hours, target, policy)
+        room = 0 if min_free is None else as_bytes(min_free, "min_free")
+        self._writer = _PreservingWriter(keep_checkpoint_every_n_hours, target, policy, min_free=room)
 
     @property
     def directory(self) -> str:

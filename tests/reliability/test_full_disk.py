@@ -206,6 +206,28 @@ print(json.dumps({
 }))
 """
 
+MANAGER_WITH_ROOM = """
+import json, sys
+import tensorflow as tf
+import keras_ckpt as kc
+from keras_ckpt.errors import DiskFullError
+
+path, keep, min_free = sys.argv[1] + "/run", eval(sys.argv[2]), sys.argv[3]
+checkpoint = tf.train.Checkpoint(value=tf.Variable(tf.zeros(20_000)))
+manager = kc.CheckpointManager(checkpoint, path, keep=keep, min_free=None if min_free == "None" else min_free)
+full = []
+for step in range(1, 6):
+    try:
+        manager.save(step)
+    except DiskFullError as error:
+        full.append(step)
+events = kc.CheckpointDirectory(path).events()
+print(json.dumps({
+    "events": [f"{event.kind} {event.step}" for event in events if event.kind in ("saved", "removed")],
+    "full": full,
+}))
+"""
+
 FILES = """
 import json, sys, warnings
 import numpy as np
@@ -311,3 +333,12 @@ class TestRoomBeforeASave:
         found = on_a_small_disk("2200k", FIT_WITH_ROOM, name, "500 kB")
 
         assert found == {"warned": [], "kept": [3, 4], "whole": True}
+
+    def test_a_manager_makes_room(self, on_a_small_disk) -> None:
+        """What its policy removes goes before the save instead of after it. If that is too little, `save` raises."""
+        late = ["saved 1", "saved 2", "saved 3", "saved 4", "removed 1", "saved 5", "removed 2"]
+        early = ["saved 1", "saved 2", "saved 3", "removed 1", "saved 4", "removed 2", "saved 5"]
+
+        assert on_a_small_disk("1m", MANAGER_WITH_ROOM, "3", "None") == {"events": late, "full": []}
+        assert on_a_small_disk("1m", MANAGER_WITH_ROOM, "3", "740 kB") == {"events": early, "full": []}
+        assert on_a_small_disk("1m", MANAGER_WITH_ROOM, "None", "740 kB") == {"events": early[:3], "full": [4, 5]}
