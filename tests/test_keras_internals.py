@@ -256,8 +256,8 @@ def test_fit_in_progress_tells_how_to_type_its_data_as_a_dataset(typed, options)
         def on_train_begin(self, logs=None) -> None:
             seen.append(internals.fit_in_progress(self))
 
-    model = dense_model()
-    model.fit(**(options() if callable(options) else options), verbose=0, callbacks=[Looks()])
+    options = options() if callable(options) else options
+    dense_model().fit(**options, verbose=0, callbacks=[Looks()])
 
     assert seen[0].typed == typed
     data = eval(f"ResumableDataset({typed})", {"ResumableDataset": kc.ResumableDataset, **options})
