@@ -733,7 +733,6 @@ def test_the_demo_can_run_again(fork_server, runs) -> None:
     code = """
     import os, sys
     from keras_ckpt.cli import main
-from keras_ckpt.store.writer import SaveRequest, Writer
     os.environ["COLUMNS"] = "80"
     os.chdir(sys.argv[1])
     main(["demo", sys.argv[2]])
