@@ -145,6 +145,40 @@ def test_begin_with_epoch_makes_fit_begin_with_that_epoch() -> None:
     assert fit(model, says, epochs=4).epoch == [2, 3]
 
 
+def test_fit_replaces_weights_by_averages_after_an_error_where_the_constant_says_so() -> None:
+    """`fit` on JAX does. It calls `finalize_variable_values` of the optimizer."""
+    model = dense_model(optimizer=keras.optimizers.SGD(0.1, use_ema=True), run_eagerly=False)
+
+    class Stops(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            if batch == 3:
+                self.before = self.model.get_weights()
+                raise RuntimeError("injected")
+
+    stops = Stops()
+    with pytest.raises(RuntimeError, match="injected"):
+        fit(model, stops)
+
+    is_replaced = any(map(np.any, map(np.not_equal, model.get_weights(), stops.before)))
+    assert is_replaced == internals.AVERAGES_AFTER_ERRORS
+
+
+def test_no_step_is_what_a_train_function_returns_to_fit() -> None:
+    """The logs of the step are the logs of the epoch, and no weight changes."""
+    model = dense_model(run_eagerly=False)
+    before = model.get_weights()
+
+    class Replaces(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None) -> None:
+            self.model.train_function = lambda *arguments: internals.no_step({"own": 5.0}, arguments)
+            self.model.stop_training = True
+
+    history = fit(model, Replaces())
+
+    assert history.history == {"own": [5.0]}
+    assert all(map(np.array_equal, model.get_weights(), before))
+
+
 def test_set_seed_of_random_restores_a_state_or_removes_it() -> None:
     """The generator of unseeded functions draws the same numbers after the state is set."""
     before = internals.seed_of_random()

@@ -172,6 +172,20 @@ def test_a_callback_may_hold_variables_of_the_model_and_its_own(tmp_path) -> Non
     assert {"large", "kernel"} <= last.keys()
 
 
+def test_a_backup_of_each_batch_does_not_give_the_variables_their_values(tmp_path) -> None:
+    """On JAX, `fit` holds the values within an epoch. To give them to the variables and back takes time."""
+
+    class Notes(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None) -> None:
+            if batch:
+                synced.append(getattr(self._model, "_jax_state_synced", False))
+
+    synced = []
+    train(backup_in(tmp_path / "backup", save_freq=1), Notes(), epochs=2)
+
+    assert synced == [False] * 18
+
+
 def test_the_generators_of_the_backend_continue_with_the_same_numbers() -> None:
     """Dropout without a seed draws from PyTorch's generator on that backend."""
     dropout = keras.layers.Dropout(0.5)
