@@ -213,6 +213,17 @@ def counts_of(report: object) -> dict[str, object] | None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    """Skips a test of a layer for which Keras needs TensorFlow, such as a layer of words, where it is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if "requires TensorFlow" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Tells how to repeat the samples of a test that has failed."""
     report = yield

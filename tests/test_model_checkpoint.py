@@ -15,8 +15,8 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.store.files import Folder
-from support.frameworks import tf
-from support.models import HoldsSaves, Interrupts, Reports, X, Y, dense_model, fit, same
+from support.frameworks import needs_executions, tf
+from support.models import HoldsSaves, Interrupts, Reports, X, Y, dense_model, fit, same, warned
 
 
 def steps(runs: kc.CheckpointDirectory) -> list[int]:
@@ -68,7 +68,7 @@ class TestSaves:
         assert [(r.step, r.epoch, r.batch, r.reason) for r in runs] == [(5, 1, 0, "epoch"), (10, 2, 0, "epoch")]
         assert set(runs[5].metrics) == {"loss", "val_loss"}
         assert (runs[5].monitor, runs[5].mode) == ("val_loss", "min")
-        assert set(runs[5].versions) == {"keras_ckpt", "keras", "tensorflow", "python"}
+        assert set(runs[5].versions) == {"keras_ckpt", "keras", keras.backend.backend(), "python"}
         assert set(runs[5].timings) == {"write_ms", "blocked_ms"}
         assert len({record.run_id for record in runs}) == 1
 
@@ -296,8 +296,8 @@ class TestMonitor:
                 validation_freq=2,
             )
 
-        assert len(caught) == 1
-        assert "The metrics are: loss, mae, val_loss, val_mae. Did you mean 'val_mae'?" in str(caught[0].message)
+        assert len(warned(caught)) == 1
+        assert "The metrics are: loss, mae, val_loss, val_mae. Did you mean 'val_mae'?" in warned(caught)[0]
         assert steps(runs) == [5, 10, 15, 20]
 
     def test_an_unused_monitor_causes_no_warning(self, runs) -> None:
@@ -335,7 +335,8 @@ class TestMonitor:
         [
             np.float16, np.float64, lambda value: np.array([value]), lambda value: np.array([[value]]),
             keras.ops.convert_to_tensor, lambda value: keras.ops.convert_to_tensor([value]), lambda value: [value],
-            lambda value: (value,), keras.Variable, lambda value: tf.Variable([value]),
+            lambda value: (value,),
+            lambda value: keras.Variable(value, trainable=False), lambda value: tf.Variable([value]),
         ],
     )  # fmt: skip
     def test_a_metric_of_one_number_ranks_in_any_shape(self, runs, shaped) -> None:
@@ -466,6 +467,7 @@ class TestSaveFreq:
             ({"epochs": 3, "steps_per_epoch": 8}, [3, 6, 9, 10, 13, 16, 19]),
         ],
     )
+    @needs_executions
     def test_steps_count_the_batches_that_each_execution_ran(self, runs, options, expected) -> None:
         """Executions of three batches; the last execution of an epoch runs the rest."""
         model = dense_model(steps_per_execution=3, run_eagerly=False)

@@ -231,7 +231,7 @@ def test_training_of_a_restored_model_ends_like_an_unbroken_training(runs, optio
     options = lambda: {"optimizer": make() if callable(make) else make}  # noqa: E731
     whole = dense_model(**options())
     start = whole.get_weights()
-    seeds = [variable.numpy() for variable in whole.variables]
+    seeds = [variable.numpy().copy() for variable in whole.variables]
     fit(whole, epochs=4)
     first = dense_model(**options())
     first.set_weights(start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from keras_ckpt.model.parts import is_built
 from keras_ckpt.model.position import set_position
 from keras_ckpt.model.report import RestoreReport
 from keras_ckpt.model.source import Source
-from keras_ckpt.model.transfer import open_source, transfer_from
+from keras_ckpt.model.transfer import UndoAssignment, open_source, transfer_from
 from keras_ckpt.store.files import Folder
 from keras_ckpt.store.locating import read_checkpoint
 from keras_ckpt.store.record import CheckpointRecord
@@ -50,7 +50,8 @@ def average_in(model: keras.Model, checkpoints: Sequence[Any], data: Any) -> Res
         raise ValueError(
             f"The model {model.name!r} is not built, so it has no weights. Call it on a batch of data first."
         )
-    variables, layers = _Weights(model), learned.Undo(learned.learners(naming.named_objects(model), True).values())
+    weights = UndoAssignment(model, naming.named_variables(model, weights_only=True))
+    layers = learned.Undo(learned.learners(naming.named_objects(model), True).values())
     request = RestoreRequest(weights_only=True)
     with contextlib.ExitStack() as keep_open:
         openers = [read_checkpoint(each, functools.partial(_opener, model), keep_open) for each in checkpoints]
@@ -59,7 +60,7 @@ def average_in(model: keras.Model, checkpoints: Sequence[Any], data: Any) -> Res
         if data is not None:
             count_statistics(model, data)
     except BaseException:
-        variables.reset()
+        weights.undo()
         layers.undo()
         raise
     set_position(model, None)
@@ -135,29 +136,6 @@ def _without_seeds(names: Mapping[str, Any]) -> dict[str, Any]:
     return {name: each for name, each in names.items() if not name.endswith(naming.SEED)}
 
 
-class _Weights:
-    """Remembers the weights of a model, to undo an assignment.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: keras.Model) -> None:
-        self._variables = naming.named_variables(model, weights_only=True)
-        self._before = backend.Reader(model, self._variables).read()
-
-    def reset(self, but: Iterable[Any] = ()) -> None:
-        """Resets the weights.
-
-        Args:
-            but: The variables that stay as they are.
-        """
-        stay = {id(each) for each in but}
-        for name, variable in self._variables.items():
-            if id(variable) not in stay:
-                backend.assign(variable, self._before[name])
-
-
 def count_statistics(model: keras.Model, data: Any) -> None:
     """Counts the statistics of each batch normalization that trains again, as means over batches.
 
@@ -174,7 +152,8 @@ def count_statistics(model: keras.Model, data: Any) -> None:
     layers = [each for each in layers_of(model) if isinstance(each, keras.layers.BatchNormalization) and each.trainable]
     if not layers:
         return
-    weights, momenta, counter = _Weights(model), [each.momentum for each in layers], _Counter(layers)
+    weights = UndoAssignment(model, naming.named_variables(model, weights_only=True))
+    momenta, counter = [each.momentum for each in layers], _Counter(layers)
     try:
         for layer in layers:
             # A NaN would survive a momentum of 0. A variance that stays negative tells that no batch reached its layer.
@@ -187,7 +166,7 @@ def count_statistics(model: keras.Model, data: Any) -> None:
     if not counter.batches:
         raise ValueError("average(data=...) expected at least one batch. Received none.")
     counted = [layer for layer in layers if not keras.ops.any(layer.moving_variance < 0)]
-    weights.reset(but=[each for layer in counted for each in (layer.moving_mean, layer.moving_variance)])
+    weights.undo(but=[each for layer in counted for each in (layer.moving_mean, layer.moving_variance)])
 
 
 class _Counter(keras.callbacks.Callback):

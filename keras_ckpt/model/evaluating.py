@@ -11,10 +11,9 @@ import keras
 
 from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError
 from keras_ckpt.model import learned, naming
-from keras_ckpt.model.backends import backend
 from keras_ckpt.model.position import keeping_position
 from keras_ckpt.model.restoring import restore
-from keras_ckpt.model.transfer import retrace
+from keras_ckpt.model.transfer import UndoAssignment, retrace
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.notices import log, warn
 from keras_ckpt.store.record import CheckpointRecord, Mode
@@ -126,15 +125,13 @@ def _unchanged(model: keras.Model) -> Iterator[None]:
     """Gives a model its state back at the end of the block: variables, learned state, place in its run."""
     learners = learned.learners(naming.named_objects(model))
     undo = learned.Undo(learners.values())
-    variables = naming.named_variables(model)
-    before = backend.Reader(model, variables).read()
+    before = UndoAssignment(model, naming.named_variables(model))
     with keeping_position(model):
         try:
             yield
         finally:
             undo.undo()
-            for name, value in before.items():
-                backend.assign(variables[name], value)
+            before.undo()
             if learners:
                 retrace(model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -214,9 +214,7 @@ class _Transfer:
         variables = {name: self._fit.variables[name] for name in values}
         objects = self._fit.objects
         changes_objects = bool(objects.paired or objects.variables_only)
-        before = backend.Reader(self._model, variables).read() if changes_objects else {}
-        if backend.COPIES_AT_ONCE:
-            before = {name: backend.array_of(value).copy() for name, value in before.items()}
+        before = UndoAssignment(self._model, variables if changes_objects else {})
         for name, value in values.items():
             backend.assign(variables[name], value)
         if not changes_objects:
@@ -229,8 +227,7 @@ class _Transfer:
                 with self._refusal(name):
                     learned.restore_variables(each, names, values)
         except BaseException:
-            for name, value in before.items():
-                backend.assign(variables[name], value)
+            before.undo()
             raise
         retrace(self._model)
 
@@ -263,6 +260,32 @@ class _Transfer:
                 f"{name} refused its state in {self._prefix}; nothing was restored. It raised "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+class UndoAssignment:
+    """Remembers the values of variables, to undo an assignment.
+
+    Args:
+        model: The model of the variables.
+        variables: The variables by name.
+    """
+
+    def __init__(self, model: keras.Model, variables: Mapping[str, Any]) -> None:
+        self._variables = variables
+        self._before = backend.Reader(model, variables).read()
+        if backend.COPIES_AT_ONCE:  # the next assignment changes the memory of the values in place
+            self._before = {name: backend.array_of(value).copy() for name, value in self._before.items()}
+
+    def undo(self, but: Iterable[Any] = ()) -> None:
+        """Assigns the values again.
+
+        Args:
+            but: The variables that stay as they are.
+        """
+        stay = {id(each) for each in but}
+        for name, variable in self._variables.items():
+            if id(variable) not in stay:
+                backend.assign(variable, self._before[name])
 
 
 def _set_position(model: keras.Model, record: CheckpointRecord | None, request: RestoreRequest, differs: bool) -> None:

@@ -7,6 +7,10 @@ from typing import Any
 import keras
 import pytest
 
+needs_executions = pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="Keras has no steps_per_execution on PyTorch"
+)
+
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 else:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 
 import keras
@@ -24,11 +25,14 @@ X = rng.normal(size=(40, 4)).astype("float32")
 Y = rng.normal(size=(40, 1)).astype("float32")
 
 
+DROPOUT_SEED = 1 if keras.backend.backend() == "torch" else None
+"""Keras's dropout without a seed draws from PyTorch's own generator there, which is no state of a model."""
+
+
 def dense_model(name: str | None = None, *, compiled: bool = True, **options) -> keras.Model:
     """Two dense layers with dropout between them, trained by Adam. The model is eager, so that a fit begins at once."""
-    model = keras.Sequential(
-        [keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)], name=name
-    )
+    dropout = keras.layers.Dropout(0.5, seed=DROPOUT_SEED)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), dropout, keras.layers.Dense(1)], name=name)
     if compiled:
         model.compile(**{"optimizer": "adam", "loss": "mse", "run_eagerly": True, **options})
     return model
@@ -53,9 +57,9 @@ def save(model: keras.Model, path: str | os.PathLike[str], step: int = 1, **fact
 
 
 def values(model: keras.Model) -> list[np.ndarray]:
-    """The values that a restore sets: weights, seeds and optimizer."""
+    """The values that a restore sets: weights, seeds and optimizer. PyTorch's variables change in place."""
     optimizer = model.optimizer.variables if model.compiled else []
-    return [variable.numpy() for variable in (*model.variables, *optimizer)]
+    return [variable.numpy().copy() for variable in (*model.variables, *optimizer)]
 
 
 def same(model: keras.Model, other: keras.Model) -> bool:
@@ -69,6 +73,11 @@ def into_a_stage(path: pathlib.Path) -> None:
     with Folder(path) as folder, folder.folder(PRIVATE) as private, private.folder("stage-0", create=True) as stage:
         for name in [name for name in folder.names() if name.startswith("ckpt-")]:
             folder.move(name, stage)
+
+
+def warned(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """The texts of the caught `UserWarning`s. On PyTorch, Keras also warns, of NumPy's plans."""
+    return [str(each.message) for each in caught if each.category is UserWarning]
 
 
 class Reports(keras.callbacks.Callback):
