@@ -10,7 +10,7 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.model.position import position_of
-from support.frameworks import tf
+from support.frameworks import needs_tensorflow, tf
 from support.models import Interrupts, X, Y, dense_model, fit, into_a_stage, same
 
 
@@ -361,6 +361,7 @@ def two_optimizers() -> TwoOptimizers:
     return model
 
 
+@needs_tensorflow
 def test_every_optimizer_that_a_model_holds_is_backed_up(backup) -> None:
     """A restart of a model with two optimizers ends where the uninterrupted run ends."""
     whole = two_optimizers()

@@ -207,9 +207,10 @@ def test_fit_in_progress_finds_the_data_and_the_callbacks_of_fit() -> None:
         def on_train_begin(self, logs=None) -> None:
             seen.append(internals.fit_in_progress(self))
 
-    data = kc.ResumableDataset(X, Y).repeat()
+    data, model = kc.ResumableDataset(X, Y).repeat(), dense_model()
+    fit(model)  # so that Keras needs no batch to build the model
     with pytest.raises(ValueError, match="fit\\(\\) ignores y"):
-        dense_model().fit(data, Y, steps_per_epoch=3, verbose=0, callbacks=[looks := Looks()])
+        model.fit(data, Y, steps_per_epoch=3, verbose=0, callbacks=[looks := Looks()])
     found = seen[0]
 
     assert (found.steps_per_epoch, found.batches, found.is_known) == (3, None, True)

@@ -7,7 +7,7 @@ import pytest
 from keras_ckpt.formats import config, description, graph
 from keras_ckpt.model.model_state import NAMES_KEY, SUFFIX
 from keras_ckpt.model.naming import named_variables
-from support.frameworks import tf
+from support.frameworks import needs_tensorflow, tf
 from support.models import X, dense_model, fit, save
 
 
@@ -249,6 +249,7 @@ def test_a_name_that_ends_in_a_number_of_duplicates_stays_unique() -> None:
     assert len(named_variables(keras.Model(inputs, values))) == 4
 
 
+@needs_tensorflow
 def test_names_do_not_depend_on_an_earlier_error() -> None:
     """A call that TensorFlow refuses leaves its scope open in Keras, which prefixes every later path."""
     models = [dense_model()]

@@ -157,8 +157,8 @@ def count_statistics(model: keras.Model, data: Any) -> None:
     try:
         for layer in layers:
             # A NaN would survive a momentum of 0. A variance that stays negative tells that no batch reached its layer.
-            layer.moving_mean.assign(keras.ops.zeros_like(layer.moving_mean))
-            layer.moving_variance.assign(-keras.ops.ones_like(layer.moving_variance))
+            layer.moving_mean.assign(keras.ops.zeros(layer.moving_mean.shape))
+            layer.moving_variance.assign(-keras.ops.ones(layer.moving_variance.shape))
         _InTraining(model).evaluate(data, verbose=0, callbacks=[counter], return_dict=True)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
@@ -194,6 +194,8 @@ class _InTraining(keras.Model):
         self.built = True
         self.compile(run_eagerly=True)  # a traced function would keep the first momentum
 
-    def test_step(self, data: Any) -> dict[str, Any]:
+    def test_step(self, *arguments: Any) -> Any:
+        *state, data = arguments  # the state of a model, which has no variables, is given and returned on JAX alone
         self._in_training(keras.utils.unpack_x_y_sample_weight(data)[0])
-        return {"loss": keras.ops.zeros(())}  # evaluate expects a metric
+        logs = {"loss": keras.ops.zeros(())}  # evaluate expects a metric
+        return (logs, *state) if state else logs

@@ -14,7 +14,7 @@ from keras_ckpt.errors import CheckpointNotFoundError, DamagedCheckpointError
 from keras_ckpt.model.backends import backend
 from keras_ckpt.model.comparison import RestoreRequest
 from keras_ckpt.model.position import Progress, keeping_position
-from keras_ckpt.model.transfer import transfer
+from keras_ckpt.model.transfer import UndoAssignment, transfer
 from keras_ckpt.store import tables
 from keras_ckpt.store.directory import CheckpointDirectory
 from keras_ckpt.store.files import Folder
@@ -170,6 +170,7 @@ class Recovery:
     ) -> None:
         """Restores the last good checkpoint, and says so. Stops the training instead after too many rollbacks."""
         model = progress.model
+        backend.synchronize(model)
         what = f"Step {progress.position.step}: {what}"
         good = _good(directory, progress.position.run_id)
         if self._count == rollback.times:
@@ -216,11 +217,10 @@ def _is_restored(model: keras.Model, record: CheckpointRecord) -> bool:
         return transfer(model, files, name, found, RestoreRequest(again=True))
 
     try:
-        metrics = [(each, each.numpy()) for each in model.metrics_variables]
+        metrics = UndoAssignment(model, {str(place): each for place, each in enumerate(model.metrics_variables)})
         with keeping_position(model):
             read_checkpoint(record, read)
-        for each, value in metrics:
-            each.assign(value)
+        metrics.undo()
     except (DamagedCheckpointError, CheckpointNotFoundError) as error:
         warn(f"{record.prefix} is not restored: {error}")
         return False

@@ -7,6 +7,9 @@ from typing import Any
 import keras
 import pytest
 
+needs_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="is TensorFlow's, or needs TensorFlow in Keras"
+)
 needs_executions = pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="Keras has no steps_per_execution on PyTorch"
 )
