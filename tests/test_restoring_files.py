@@ -194,7 +194,7 @@ def wider(case: str) -> keras.Model:
         "a layer less": [keras.layers.Dense(1), keras.layers.Dropout(0.5)],
         "no dropout": [keras.layers.Dense(3), keras.layers.Dense(1)],
         "another name": [keras.layers.Dense(3, name="head"), keras.layers.Dropout(0.5), keras.layers.Dense(1)],
-        "another dtype": [keras.layers.Dense(3, dtype="float64"), keras.layers.Dropout(0.5), keras.layers.Dense(1)],
+        "another dtype": [keras.layers.Dense(3, dtype="float16"), keras.layers.Dropout(0.5), keras.layers.Dense(1)],
     }.get(case, [keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
     model = keras.Sequential([keras.Input((4,)), *layers])
     model.compile("rmsprop" if case == "another optimizer" else "adam", "mse", run_eagerly=True)
@@ -209,7 +209,7 @@ def wider(case: str) -> keras.Model:
         ("a layer less", "model/dense_1/0: in the checkpoint, not in the model"),
         ("no dropout", "model/seed_generator/seed_generator_state: in the checkpoint, not in the model"),
         ("another name", "model/head/kernel: not in the checkpoint"),
-        ("another dtype", r"model/dense/kernel: shape \(4, 3\) float64 in the model, shape \(4, 3\) float32"),
+        ("another dtype", r"model/dense/kernel: shape \(4, 3\) float16 in the model, shape \(4, 3\) float32"),
         ("another optimizer", "optimizer/adam.*/2: in the checkpoint, not in the model"),
     ],
 )
