@@ -1,7 +1,8 @@
-"""Counters and seeds: integers of one type in each directory checkpoint, whichever type a backend counts in.
+"""Integers of one type in each directory checkpoint, whichever type a backend has for their values.
 
-TensorFlow counts in int64, JAX and PyTorch in int32, and JAX has seeds of uint32. A checkpoint has int64, so that plain
-TensorFlow restores the checkpoints of every backend.
+Plain TensorFlow restores the checkpoints of every backend. TensorFlow counts in int64, JAX and PyTorch in int32, and
+JAX has seeds of uint32: a checkpoint has int64. Another variable is saved in the type that it was made with. Its values
+may have another one: JAX has int32 for int64, and PyTorch has int64 for uint32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_ckpt.errors import MismatchError
@@ -20,8 +22,9 @@ from keras_ckpt.formats.variables import SUFFIX
 from keras_ckpt.model.backends import backend
 from keras_ckpt.model.matching import COUNTERS
 
-_COUNTED = re.compile(rf"(.*/)?(seed_generator_state|iteration|step_counter)(~\d+)?({re.escape(SUFFIX)})?")
-_SAVED = "int64"
+_COUNTED = re.compile(rf"(.*/)?(seed_generator_state|iteration|step_counter|count)(~\d+)?({re.escape(SUFFIX)})?")
+_TYPES = keras.backend.standardize_dtype("int"), "uint32"
+"""The types of counters and of seeds on this backend."""
 
 
 class Reader:
@@ -37,25 +40,34 @@ class Reader:
 
     def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
         self._reader = backend.Reader(model, variables)
-        kinds = {key: backend.kind_of(each).dtype for key, each in variables.items() if _COUNTED.fullmatch(key)}
-        self._others = [key for key, dtype in kinds.items() if dtype in COUNTERS and dtype != _SAVED]
+        self._others = {}
+        for key, variable in variables.items():
+            dtype = backend.kind_of(variable).dtype
+            if dtype in COUNTERS and (saved := _saved(key, dtype, variable)) != dtype:
+                self._others[key] = np.dtype(saved)
         self.small: dict[str, Packed] = {}
         end = 0
         for key, packed in self._reader.small.items():
-            self.small[key] = widened = (_widened(packed) if key in self._others else packed)._replace(begin=end)
-            end += widened.size
+            place = _of_type(self._others[key], packed) if key in self._others else packed
+            self.small[key] = place._replace(begin=end)
+            end += place.size
 
     def read(self) -> dict[str, backend.Tensor]:
         """Reads the present values of the variables, as the reader of the backend does."""
         values = self._reader.read()
-        for key in self._others:
-            values[key] = backend.tensor_of(backend.array_of(values[key]).astype(_SAVED))
+        for key, dtype in self._others.items():
+            values[key] = backend.tensor_of(backend.array_of(values[key]).astype(dtype))
         return values
 
 
-def _widened(packed: Packed) -> Packed:
-    """The place of integers in the type of checkpoints."""
-    dtype = np.dtype(_SAVED)
+def _saved(key: str, dtype: str, variable: Any) -> str:
+    """The type of an integer in a checkpoint."""
+    counted = dtype in _TYPES and _COUNTED.fullmatch(key)
+    return "int64" if counted else keras.backend.standardize_dtype(variable.dtype)
+
+
+def _of_type(dtype: np.dtype, packed: Packed) -> Packed:
+    """The place of integers of another type."""
     return packed._replace(dtype=arrays.number_of(dtype), size=math.prod(packed.shape) * dtype.itemsize)
 
 
@@ -74,7 +86,7 @@ def converted(name: str, value: backend.Tensor, dtype: str) -> backend.Tensor:
     found = array.astype(dtype)
     if not np.array_equal(found, array):
         raise MismatchError(
-            f"{name} is {array.tolist()!s:.100} in the checkpoint, which {dtype} cannot hold. Keras counts in {dtype} "
+            f"{name} is {array.tolist()!s:.100} in the checkpoint, which {dtype} cannot hold. Its values are {dtype} "
             "on this backend. Nothing was restored. Restore on the backend that saved the checkpoint."
         )
     return backend.tensor_of(found)

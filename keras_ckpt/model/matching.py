@@ -10,8 +10,9 @@ from typing import NamedTuple
 _UNNAMED = {"seed_generator{}", "variable{}"}
 _LORA = re.compile(r"(.*/)lora_(kernel|embeddings)_a")
 
-COUNTERS = frozenset(("int32", "uint32", "int64"))
-"""The types in which backends count. A variable takes a value of another one of them, if it can hold the value."""
+COUNTERS = frozenset(("uint16", "int32", "uint32", "int64"))
+"""The types of integers for which a backend may have another one of them. A variable takes a value of another one, if
+it can hold the value."""
 
 Shape = tuple[int | None, ...] | None
 

@@ -154,7 +154,7 @@ class _Transfer:
                 values[kernel] = backend.merged(read[kernel], read[first], read[second], factors.get(first, 1.0))
         # One zero factor makes the product zero, so the other factor may stay.
         zero = [name for name in wanted if matching.is_lora(name) and name.endswith("_b") and name not in read]
-        return values | {name: backend.zeros_like(wanted[name]) for name in zero}
+        return values | {name: backend.zeros(backend.kind_of(wanted[name])) for name in zero}
 
     def _warn(self, values: Mapping[str, backend.Tensor]) -> None:
         """Warns before the model changes: where warnings are errors, the model stays as it was."""

@@ -36,24 +36,23 @@ class Absent:
 Variable = Table = Module = Absent
 
 
-def kind_of(variable: Any) -> Kind:
-    """The shape and the type of a variable."""
-    return Kind(tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype))
+def bytes_of(kind: Kind) -> int:
+    """The bytes of a value."""
+    return math.prod(_shape(kind)) * arrays.named(kind.dtype).itemsize
 
 
-def size_of(variable: Any) -> int:
-    """The bytes of a variable."""
-    return int(math.prod(variable.shape)) * arrays.named(kind_of(variable).dtype).itemsize
+def _shape(kind: Kind) -> tuple[int, ...]:
+    shape: Any = kind.shape  # the variables of these backends have no unknown sizes
+    return shape  # type: ignore[no-any-return]
 
 
-def small(variables: Mapping[str, Any]) -> Mapping[str, Packed]:
-    """The variables with small values that are packed, and their places."""
+def small(kinds: Mapping[str, Kind]) -> Mapping[str, Packed]:
+    """The small values that are packed, and their places."""
     found, end = {}, 0
-    for key, variable in variables.items():
-        size = size_of(variable)
+    for key, kind in kinds.items():
+        size = bytes_of(kind)
         if size < _SMALL and end + size <= _MOST_PACKED:
-            number = arrays.number_of(arrays.named(kind_of(variable).dtype))
-            found[key] = Packed(key.encode(), number, tuple(variable.shape), end, size)
+            found[key] = Packed(key.encode(), arrays.number_of(arrays.named(kind.dtype)), _shape(kind), end, size)
             end += size
     return found
 
@@ -147,9 +146,9 @@ def merged(kernel: np.ndarray, first: np.ndarray, second: np.ndarray, scale: flo
     return found
 
 
-def zeros_like(variable: Any) -> np.ndarray:
-    """Zeros in the shape and the type of a variable."""
-    return np.zeros(tuple(variable.shape), arrays.named(kind_of(variable).dtype))
+def zeros(kind: Kind) -> np.ndarray:
+    """Zeros of a shape and a type."""
+    return np.zeros(_shape(kind), arrays.named(kind.dtype))
 
 
 def children_in(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import keras
 import numpy as np
 
 from keras_ckpt.model import keras_internals
 from keras_ckpt.model.backends.arrays import *  # noqa: F403 - the rest of the backend
-from keras_ckpt.model.backends.arrays import Tensor, attributes_of, children_in, small
+from keras_ckpt.model.backends.arrays import Tensor, attributes_of, bytes_of, children_in, small
+from keras_ckpt.model.matching import Kind
 
 VERSIONS = {"jax": jax.__version__}
 PURGES_VARIABLES = True
@@ -41,7 +43,7 @@ class Reader:
         self._model = model
         self._variables = variables
         self._places: dict[int, tuple[str, int]] | None = None
-        self.small = small(variables)
+        self.small = small({key: kind_of(each) for key, each in variables.items()})
 
     def read(self) -> dict[str, Tensor]:
         """Reads the present values of the variables.
@@ -77,6 +79,17 @@ def _refuse_several_processes(variables: Mapping[str, Any]) -> None:
                 "and restores models whose arrays are in one process. Save the model of a single process, or save with "
                 "Orbax."
             )
+
+
+def kind_of(variable: Any) -> Kind:
+    """The shape of a variable, and the type of its values. Without `jax_enable_x64`, JAX has none of 64 bits."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return Kind(tuple(variable.shape), jax.dtypes.canonicalize_dtype(dtype).name)
+
+
+def size_of(variable: Any) -> int:
+    """The bytes of a variable."""
+    return bytes_of(kind_of(variable))
 
 
 def synchronize(model: Any) -> None:

@@ -273,9 +273,9 @@ def merged(kernel: Tensor, first: Tensor, second: Tensor, scale: float) -> Tenso
     return kernel + tf.cast(tf.matmul(first, second) * scale, kernel.dtype)
 
 
-def zeros_like(variable: Any) -> Tensor:
-    """Zeros in the shape and the type of a variable."""
-    return tf.zeros_like(variable.value)
+def zeros(kind: Kind) -> Tensor:
+    """Zeros of a shape and a type."""
+    return tf.zeros(kind.shape, kind.dtype)
 
 
 def children(each: Any) -> Mapping[str, Any]:

@@ -12,7 +12,8 @@ import torch
 
 from keras_ckpt.model import keras_internals
 from keras_ckpt.model.backends.arrays import *  # noqa: F403 - the rest of the backend
-from keras_ckpt.model.backends.arrays import Tensor, attributes_of, children_in, small
+from keras_ckpt.model.backends.arrays import Tensor, attributes_of, bytes_of, children_in, small
+from keras_ckpt.model.matching import Kind
 
 VERSIONS = {"torch": str(torch.__version__)}
 Variable = torch.nn.Parameter
@@ -44,7 +45,7 @@ class Reader:
 
     def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
         self._variables = variables
-        self.small = small(variables)
+        self.small = small({key: kind_of(each) for key, each in variables.items()})
 
     def read(self) -> dict[str, Tensor]:
         """Reads the present values of the variables. An array is the memory of its variable, and changes with it."""
@@ -60,6 +61,18 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
         return found
     plain: np.ndarray = tensor.numpy()
     return plain
+
+
+def kind_of(variable: Any) -> Kind:
+    """The shape of a variable, and the type of its values. Keras has values of uint32 as int64 on PyTorch."""
+    value = keras_internals.value_of(variable)
+    dtype = variable.dtype if value is None else value.dtype
+    return Kind(tuple(variable.shape), keras.backend.standardize_dtype(dtype))
+
+
+def size_of(variable: Any) -> int:
+    """The bytes of a variable."""
+    return bytes_of(kind_of(variable))
 
 
 def synchronize(model: Any) -> None:

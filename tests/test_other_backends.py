@@ -1,0 +1,59 @@
+"""Checkpoints of every backend, restored on the backend of this process.
+
+`tests/checkpoints` has them; `docs/development.md` says how they are made.
+"""
+
+import functools
+import pathlib
+import shutil
+
+import keras
+import pytest
+
+import keras_ckpt as kc
+from support import backends
+from support.backends import MODELS, Trained, check
+
+CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints"
+each_checkpoint = pytest.mark.parametrize(
+    ("backend", "name"), [(backend, name) for backend in ("tensorflow", "jax", "torch") for name in MODELS]
+)
+built = functools.cache(backends.built)
+"""A model is restored as a whole, so that all tests of a process share it."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for archive in CHECKPOINTS.glob("*.zip"):
+        shutil.unpack_archive(archive, folder / archive.stem)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")  # JAX has int32 for int64
+@pytest.mark.sample(6)
+@each_checkpoint
+def test_a_checkpoint_of_each_backend_is_restored_to_the_bit(saved, backend, name) -> None:
+    """Weights, optimizer, metrics, seeds and adapted layers have the saved values, and the model predicts the same."""
+    trained = built(name)
+
+    report = kc.restore(trained.model, saved / backend / name)
+
+    assert (report.missing, report.unexpected, dict(report.mismatched)) == ((), (), {})
+    check(trained, saved / backend / name)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="plain TensorFlow restores models of TensorFlow")
+@pytest.mark.sample(6)
+@each_checkpoint
+def test_plain_tensorflow_restores_the_weights_of_each_backend(saved, backend, name) -> None:
+    """It restores the optimizer too. It knows neither the seeds of Keras nor the metrics of `compile`."""
+    import tensorflow as tf
+
+    trained: Trained = built(name)
+    path = saved / backend / name
+
+    status = tf.train.Checkpoint(model=trained.model).restore(kc.CheckpointDirectory(path).latest().prefix)
+
+    status.assert_existing_objects_matched()
+    check(trained, path, parts=["weights"])
