@@ -45,6 +45,7 @@ EVERY_BACKEND = [
     "model_checkpoint",
     "new_run",
     "on_nan",
+    "other_backends",
     "restoring",
     "restoring_files",
     "resume",
