@@ -11,12 +11,13 @@ import keras
 import pytest
 
 import keras_ckpt as kc
+from keras_ckpt.model.backends import NAMES
 from support import backends
 from support.backends import MODELS, Trained, check
 
 CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints"
 each_checkpoint = pytest.mark.parametrize(
-    ("backend", "name"), [(backend, name) for backend in ("tensorflow", "jax", "torch") for name in MODELS]
+    ("backend", "name"), [(backend, name) for backend in NAMES for name in MODELS]
 )
 built = functools.cache(backends.built)
 """A model is restored as a whole, so that all tests of a process share it."""
@@ -41,6 +42,17 @@ def test_a_checkpoint_of_each_backend_is_restored_to_the_bit(saved, backend, nam
 
     assert (report.missing, report.unexpected, dict(report.mismatched)) == ((), (), {})
     check(trained, saved / backend / name)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_the_report_names_another_backend_that_saved_the_checkpoint(saved, backend) -> None:
+    """A further training draws other random numbers, so it is no exact continuation."""
+    report = kc.restore(built("bfloat16").model, saved / backend / "bfloat16")
+
+    is_other = backend != keras.backend.backend()
+    assert report.other_backend == (backend if is_other else None)
+    assert (f"saved on the backend {backend}: random numbers differ" in str(report)) == is_other
+    assert (f"saved on the backend {backend}: random numbers differ" in report._repr_html_()) == is_other
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="plain TensorFlow restores models of TensorFlow")

@@ -12,7 +12,7 @@ import keras
 
 from keras_ckpt.errors import MismatchError
 from keras_ckpt.model import compiled, learned, matching, naming
-from keras_ckpt.model.backends import backend
+from keras_ckpt.model.backends import NAMES, backend
 from keras_ckpt.model.keras_internals import trained_by
 from keras_ckpt.model.matching import Matching
 from keras_ckpt.model.naming import SEED
@@ -236,6 +236,7 @@ class Comparison:
             missing=(*(name for name in found.missing if name not in new_slots), *objects.missing),
             unexpected=(*found.unexpected, *objects.unexpected),
             mismatched={**found.mismatched, **objects.mismatched, **mismatched},
+            other_backend=_other_backend(record),
         )
 
     def _check(self, report: RestoreReport) -> list[str]:
@@ -322,3 +323,9 @@ class Comparison:
 
     def _names(self) -> dict[str, Any]:
         return naming.named_variables(self._model, self._request.weights_only)
+
+
+def _other_backend(record: CheckpointRecord | None) -> str | None:
+    """The backend that saved a checkpoint, if it is not the present one."""
+    versions = record.versions if record else {}
+    return next((name for name in NAMES if name in versions and name not in backend.VERSIONS), None)

@@ -33,6 +33,8 @@ class RestoreReport(Shown):
         missing: The names in the model, not in the checkpoint; left as they were.
         unexpected: The names in the checkpoint, not in the model.
         mismatched: The names in both that were left as they were; each with the reason.
+        other_backend: The backend of Keras that saved the checkpoint, if it is not the present one: `"jax"`. A further
+            training draws other random numbers than on that backend, so it is no exact continuation of the run.
     """
 
     prefix: str
@@ -42,12 +44,14 @@ class RestoreReport(Shown):
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: Mapping[str, str]
+    other_backend: str | None = None
 
     def __str__(self) -> str:
         restored = ", ".join(f"{part} {done} of {total}" for part, done, total in self._counts())
         lines = [f"{self._title()}: {restored}"]
         for title, names in self._lists():
             lines += [f"  {title}:", *(f"    {line}" for line in names)]
+        lines += [f"  {note}" for note in self._notes()]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -60,7 +64,7 @@ class RestoreReport(Shown):
             Column("of", tuple(str(total) for _, _, total in counts)),
         )
         notes = [f"{title}: {', '.join(lines)}" for title, lines in self._lists()]
-        return Table(self._title(), columns, tuple(notes))
+        return Table(self._title(), columns, (*notes, *self._notes()))
 
     def _title(self) -> str:
         at = "" if self.step is None else f" at step {self.step}"
@@ -72,6 +76,12 @@ class RestoreReport(Shown):
         parts = ("model", "learned", "optimizer", "losses", "metrics")
         counts = [(part, _count(self.matched, part), _count(wanted, part)) for part in parts]
         return [(part, done, total) for part, done, total in counts if total]
+
+    def _notes(self) -> list[str]:
+        """The line about another backend, if one saved the checkpoint."""
+        if self.other_backend is None:
+            return []
+        return [f"saved on the backend {self.other_backend}: random numbers differ, so no training continues exactly"]
 
     def _lists(self) -> list[tuple[str, list[str]]]:
         """The titles and the lines of the lists of names, without empty lists."""

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import keras
 
-__all__ = ["backend"]
+__all__ = ["NAMES", "backend"]
+NAMES = ("tensorflow", "jax", "torch")
+"""The backends that train models. A sidecar has the name of its backend, with the version of the package."""
 _NAME = keras.backend.backend()
 
 if TYPE_CHECKING or _NAME == "tensorflow":
