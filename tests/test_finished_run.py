@@ -16,6 +16,7 @@ from keras_ckpt.store.record import RunEnd
 from support.models import Interrupts, Reports, dense_model, fit, same
 
 EPOCHS = 3
+BATCHES = 2
 
 
 @pytest.fixture
@@ -52,17 +53,17 @@ def run(
     model = model or dense_model()
     batches = Batches()
     checkpoint, backup = kc.ModelCheckpoint(place, **options), kc.BackupAndRestore(place / "backup")
-    fit(model, checkpoint, backup, batches, *callbacks, epochs=epochs)
+    fit(model, checkpoint, backup, batches, *callbacks, epochs=epochs, batches=BATCHES)
     return model, batches.count
 
 
 def test_a_finished_script_trains_nothing_and_says_so(place, capsys) -> None:
     """The backup is gone. The last checkpoint says that the run has ended, and has the model."""
     first, batches = run(place)
-    assert batches == 15
+    assert batches == EPOCHS * BATCHES
     assert not (place / "backup").exists()
     records = list(kc.CheckpointDirectory(place))
-    assert [record.end for record in records] == [None, None, RunEnd(EPOCHS, 15)]
+    assert [record.end for record in records] == [None, None, RunEnd(EPOCHS, EPOCHS * BATCHES)]
     capsys.readouterr()
 
     again, batches = run(place)
@@ -72,15 +73,15 @@ def test_a_finished_script_trains_nothing_and_says_so(place, capsys) -> None:
     assert list(kc.CheckpointDirectory(place)) == records
     assert capsys.readouterr().out.splitlines()[0] == (
         f"Found a finished run in {place}; nothing is left to train; restored: model, as the run left it, from step "
-        "15. To train another run, give ModelCheckpoint new_run='subdirectory' or new_run='replace'."
+        "6. To train another run, give ModelCheckpoint new_run='subdirectory' or new_run='replace'."
     )
 
 
 def test_a_killed_script_that_was_resumed_to_its_end_trains_nothing(place) -> None:
     with pytest.raises(RuntimeError):
-        run(place, Interrupts(8, RuntimeError()))
+        run(place, Interrupts(3, RuntimeError()))
     whole, batches = run(place)
-    assert batches == 10
+    assert batches == 2 * BATCHES
 
     again, batches = run(place)
 
@@ -95,7 +96,7 @@ def test_a_script_that_early_stopping_ended_trains_nothing(place) -> None:
         return keras.callbacks.EarlyStopping("loss", patience=0, min_delta=9.0)
 
     first, batches = run(place, stops(), epochs=9)
-    assert 0 < batches < 45
+    assert 0 < batches < 9 * BATCHES
 
     again, batches = run(place, stops(), epochs=9)
 
@@ -116,11 +117,11 @@ def test_the_best_weights_that_early_stopping_restored_are_the_end(place, option
         return [Reports(), kc.ModelCheckpoint(place, **options), kc.BackupAndRestore(place / "backup"), stop]
 
     first, again, batches = dense_model(), dense_model(), Batches()
-    fit(first, *callbacks(), epochs=9)
+    fit(first, *callbacks(), epochs=9, batches=BATCHES)
     newest = kc.CheckpointDirectory(place).latest()
-    assert (newest.step, newest.end) == (10 if options else 20, RunEnd(9, 10))
+    assert (newest.step, newest.end) == ((2 if options else 4) * BATCHES, RunEnd(9, 2 * BATCHES))
 
-    fit(again, *callbacks(), batches, epochs=9)
+    fit(again, *callbacks(), batches, epochs=9, batches=BATCHES)
 
     assert batches.count == 0
     assert all(np.array_equal(a, b) for a, b in zip(first.get_weights(), again.get_weights(), strict=True))
@@ -148,7 +149,7 @@ def test_a_run_whose_end_was_pruned_is_refused(place) -> None:
     stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=9.0, restore_best_weights=True)
     run(place, stop, epochs=9)
     runs = kc.CheckpointDirectory(place)
-    assert runs.latest().end == RunEnd(9, 5)
+    assert runs.latest().end == RunEnd(9, BATCHES)
     runs.prune(kc.LatestN(1))
 
     with pytest.raises(kc.DirectoryNotEmptyError, match="1 checkpoint of a finished run of 9 epochs"):
@@ -164,9 +165,9 @@ def test_the_refusal_of_more_epochs_names_the_finished_run(place) -> None:
 
     model = dense_model()
     kc.restore(model, place)
-    fit(model, kc.ModelCheckpoint(place), initial_epoch=kc.initial_epoch(model), epochs=5)
+    fit(model, kc.ModelCheckpoint(place), initial_epoch=kc.initial_epoch(model), epochs=5, batches=BATCHES)
 
-    assert [record.step for record in kc.CheckpointDirectory(place)] == [5, 10, 15, 20, 25]
+    assert [record.step for record in kc.CheckpointDirectory(place)] == [2, 4, 6, 8, 10]
 
 
 @pytest.mark.parametrize("new_run", ["subdirectory", "replace"])
@@ -175,9 +176,9 @@ def test_a_finished_script_that_asks_for_a_new_run_trains_it(place, new_run) -> 
 
     _, batches = run(place, new_run=new_run)
 
-    assert batches == 15
+    assert batches == EPOCHS * BATCHES
     newest = kc.CheckpointDirectory(place / "2" if new_run == "subdirectory" else place).latest()
-    assert newest.end == RunEnd(EPOCHS, 15)
+    assert newest.end == RunEnd(EPOCHS, EPOCHS * BATCHES)
 
 
 def test_a_second_fit_of_the_model_trains(place) -> None:
@@ -186,7 +187,7 @@ def test_a_second_fit_of_the_model_trains(place) -> None:
 
     _, batches = run(place, model=model)
 
-    assert batches == 15
+    assert batches == EPOCHS * BATCHES
     assert kc.CheckpointDirectory(place).latest().end is None
 
 
@@ -206,13 +207,20 @@ def test_a_finished_fit_that_is_run_again_saves_no_checkpoint_that_a_later_fit_h
         model = dense_model()
         for name, epochs in (("first", 2), ("second", 4)):
             backup = kc.BackupAndRestore(place / name, delete_checkpoint=False)
-            fit(model, kc.ModelCheckpoint(place, keep=2), backup, epochs=epochs, initial_epoch=epochs - 2)
+            fit(
+                model,
+                kc.ModelCheckpoint(place, keep=2),
+                backup,
+                epochs=epochs,
+                initial_epoch=epochs - 2,
+                batches=BATCHES,
+            )
 
     script()
     records = list(kc.CheckpointDirectory(place))
     script()
 
-    assert [record.step for record in records] == [15, 20]
+    assert [record.step for record in records] == [3 * BATCHES, 4 * BATCHES]
     assert list(kc.CheckpointDirectory(place)) == records
 
 
@@ -230,7 +238,7 @@ def test_after_clear_the_script_trains_again(place) -> None:
     run(place)
     kc.CheckpointDirectory(place).clear()
 
-    assert run(place)[1] == 15
+    assert run(place)[1] == EPOCHS * BATCHES
 
 
 def test_a_kill_between_the_note_and_the_removal_of_the_backup_resumes(place, monkeypatch) -> None:
@@ -244,13 +252,13 @@ def test_a_kill_between_the_note_and_the_removal_of_the_backup_resumes(place, mo
         patch.setattr(backup_and_restore, "_ended", collections.Counter())  # it would die with the process
         with pytest.raises(RuntimeError, match="killed"):
             run(place)
-    assert kc.CheckpointDirectory(place).latest().end == RunEnd(EPOCHS, 15)
+    assert kc.CheckpointDirectory(place).latest().end == RunEnd(EPOCHS, EPOCHS * BATCHES)
     assert len(kc.CheckpointDirectory(place / "backup")) == 1
 
     _, batches = run(place)
 
     assert batches == 0
-    assert kc.CheckpointDirectory(place).latest().end == RunEnd(EPOCHS, 15)
+    assert kc.CheckpointDirectory(place).latest().end == RunEnd(EPOCHS, EPOCHS * BATCHES)
     assert not (place / "backup").exists()
 
 
@@ -271,9 +279,9 @@ def test_the_next_fit_of_a_model_whose_run_was_finished_trains(place, tmp_path) 
     model, _ = run(place)
     batches = Batches()
 
-    fit(model, batches, epochs=2)
+    fit(model, batches, epochs=2, batches=BATCHES)
 
-    assert batches.count == 10
+    assert batches.count == 2 * BATCHES
 
 
 class Script:
@@ -295,6 +303,7 @@ class Script:
         *callbacks: keras.callbacks.Callback,
         file: str = "best.keras",
         epochs: int = 2,
+        batches: int = BATCHES,
         model: keras.Model | None = None,
         backup: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
@@ -302,11 +311,11 @@ class Script:
         """Runs the script. Returns the model and the number of trained batches."""
         self.another_process()
         keras.utils.set_random_seed(1)
-        model, batches = model or dense_model(), Batches()
+        model, counted = model or dense_model(), Batches()
         options = {"monitor": "made_up", "mode": "min", "save_best_only": True, **options}
         saves = kc.ModelCheckpoint(self.place / file, **options), kc.BackupAndRestore(self.place / "backup", **backup)
-        fit(model, Reports(made_up=range(9)), *saves, batches, *callbacks, epochs=epochs)
-        return model, batches.count
+        fit(model, Reports(made_up=range(9)), *saves, counted, *callbacks, epochs=epochs, batches=batches)
+        return model, counted.count
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -333,7 +342,7 @@ def script(place, another_process) -> Script:
 )
 def test_a_script_whose_checkpoints_lack_the_end_trains_nothing_and_says_so(script, capsys, options) -> None:
     """Its backup stays. The next start restores the end from it, and changes nothing on disk."""
-    first, batches = script(**options)
+    first, batches = script(batches=5, **options)
     assert batches == 10
     assert capsys.readouterr().out == (
         f"\nThe backup stays in {script.place}/backup: with it the same script trains nothing when it is run again. In "
@@ -341,7 +350,7 @@ def test_a_script_whose_checkpoints_lack_the_end_trains_nothing_and_says_so(scri
     )
     files = script.files
 
-    again, batches = script(**options)
+    again, batches = script(batches=5, **options)
 
     assert batches == 0
     assert same(first, again)
@@ -358,7 +367,7 @@ def test_the_history_and_the_weights_that_early_stopping_restored_are_those_of_t
         return keras.callbacks.EarlyStopping("made_up", mode="min", patience=1, restore_best_weights=True)
 
     first, batches = script(stop(), epochs=9)
-    assert batches == 10
+    assert batches == 2 * BATCHES
 
     again, batches = script(stop(), epochs=9)
 
@@ -375,7 +384,7 @@ def test_more_epochs_continue_a_finished_run_from_its_backup(script, tmp_path, a
 
     longer, batches = script(file=file, epochs=3)
 
-    assert batches == 5
+    assert batches == BATCHES
     assert same(whole, longer)
     assert script(file=file, epochs=3)[1] == 0
 
@@ -411,10 +420,10 @@ def test_a_finished_script_trains_again_when_its_backup_or_its_file_was_removed(
     if removed == "backup":
         kc.CheckpointDirectory(script.place / "backup").clear()
         with pytest.warns(UserWarning, match="An earlier training wrote"):
-            assert script()[1] == 10
+            assert script()[1] == 2 * BATCHES
     else:
         (script.place / "best.keras").unlink()
-        assert script()[1] == 10
+        assert script()[1] == 2 * BATCHES
 
     assert script()[1] == 0
 
@@ -424,7 +433,7 @@ def test_a_finished_script_with_a_file_of_keras_that_asks_for_a_new_run_trains_i
     """Its backup does not stay."""
     script()
 
-    assert script(new_run=new_run)[1] == 10
+    assert script(new_run=new_run)[1] == 2 * BATCHES
     assert not (script.place / "backup").exists()
 
 
@@ -446,30 +455,30 @@ def test_a_model_that_was_loaded_from_the_file_trains(script, load) -> None:
     """The script continues the run from the best epoch, as it asks for. The backup of the end does not replace it."""
     script()
 
-    assert script(model=load(script.place / "best.keras"))[1] == 10
+    assert script(model=load(script.place / "best.keras"))[1] == 2 * BATCHES
 
 
 def test_fits_of_one_process_that_share_a_backup_and_a_file_all_train(script, monkeypatch) -> None:
     """The backup of one fit does not end another, in this process and when the script is run again."""
     monkeypatch.setattr(script, "another_process", lambda: None)
-    assert script()[1] == 10
+    assert script()[1] == 2 * BATCHES
     with pytest.warns(UserWarning, match="An earlier training wrote"):
-        assert script()[1] == 10
+        assert script()[1] == 2 * BATCHES
 
     backup_and_restore._ended.clear()
     with pytest.warns(UserWarning, match="An earlier training wrote"):
-        assert script()[1] == 10
+        assert script()[1] == 2 * BATCHES
 
 
 def test_folds_that_share_a_backup_train_when_their_files_are_their_own(script) -> None:
     """The checkpoints of the backup's run are not those of the second fold."""
-    assert [script(file=f"{fold}.keras")[1] for fold in "ab"] == [10, 10]
+    assert [script(file=f"{fold}.keras")[1] for fold in "ab"] == [2 * BATCHES, 2 * BATCHES]
 
 
 def test_a_pinned_file_of_a_finished_run_is_no_reason_for_a_warning(script) -> None:
     """Nothing is saved. The filter of the suite turns a warning into an error."""
     script()
-    kc.CheckpointDirectory(script.place / "best.keras").pin(5)
+    kc.CheckpointDirectory(script.place / "best.keras").pin(BATCHES)
 
     assert script()[1] == 0
 
@@ -480,8 +489,8 @@ def test_a_backup_beside_kerass_own_checkpoint_is_removed(place, another_process
         batches = Batches()
         place.mkdir(exist_ok=True)
         saves = keras.callbacks.ModelCheckpoint(place / "last.keras"), kc.BackupAndRestore(place / "backup")
-        fit(dense_model(), *saves, batches, epochs=2)
+        fit(dense_model(), *saves, batches, epochs=2, batches=BATCHES)
         another_process()
 
-        assert batches.count == 10
+        assert batches.count == 2 * BATCHES
         assert not (place / "backup").exists()
