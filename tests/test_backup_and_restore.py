@@ -159,7 +159,7 @@ def test_the_advice_to_wrap_the_data_resumes_exactly_as_it_is_typed(backup, tmp_
     with pytest.warns(UserWarning, match="To resume exactly, wrap the data") as warned:
         dense_model().fit(**options, callbacks=[kc.BackupAndRestore(backup, 2)])
     advice = next(str(each.message) for each in warned if "wrap the data" in str(each.message))
-    wrap, arguments = re.search(r"data = (.*?\)), and give it to fit\((data, .*?)\)", advice).groups()
+    wrap, arguments = re.search(r"data = (.*?\)), and give it to fit\((data.*?)\)", advice).groups()
     assert wrap == "keras_ckpt.ResumableDataset(x, y, batch_size=8, shuffle=True)"
 
     def run(name: str, *callbacks: keras.callbacks.Callback) -> keras.Model:

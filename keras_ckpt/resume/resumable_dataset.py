@@ -117,8 +117,8 @@ class ResumableDataset(_Batches):
         self._shuffle = shuffle
         self._source = source_of(x, y, sample_weight, batch_size, shuffle)
         self._own_seed = seed is None
-        drawn = random.getrandbits(31) if self._source.seed is None else self._source.seed
-        self._seed = drawn if seed is None else int(seed)
+        given = self._source.seed if seed is None else int(seed)
+        self._seed = random.getrandbits(31) if given is None else given
         # Read here, because it begins the first epoch of a source that cannot rewind, with a backup or without.
         first, self._fingerprint = self._source.look()
         self._like = keras.tree.map_structure(_without_values, self._weighed(first[0]))
