@@ -58,6 +58,16 @@ EVERY_BACKEND = [
 ]
 """The tests that run on JAX and PyTorch too, where TensorFlow is not installed. The others need TensorFlow, or no
 backend."""
+OF_THE_BACKENDS = [
+    "backends",
+    "jax_backend",
+    "other_backends",
+    "resuming_on_each_backend",
+    "torch_backend",
+    "torch_modules",
+    "torch_page",
+]
+"""The files about the backends, whose tests all run. The short form runs a quarter of the tests of the other files."""
 MEMORY = "/dev/shm"
 """A file system in memory, where a sync takes no time. The tests of power cuts bring file systems of their own."""
 ROOM = 4 << 30
@@ -158,8 +168,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for (test, number), found in variants.items():
         chance = random.Random(f"{config.option.seed} {test}")
         left_out |= set(found) - set(chance.sample(found, min(number, len(found))))
+    if os.environ["KERAS_BACKEND"] != "tensorflow":
+        left_out |= other_than_sampled(config, [item for item in items if item not in left_out])
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def other_than_sampled(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
+    """The tests that the short form leaves out on JAX and PyTorch: three of four in a file that TensorFlow runs too."""
+    files = collections.defaultdict(list)
+    for item in items:
+        if item.path.stem.removeprefix("test_") not in OF_THE_BACKENDS:
+            files[item.path.stem].append(item)
+    left_out = set()
+    for name, found in files.items():
+        chance = random.Random(f"{config.option.seed} {name}")
+        left_out |= set(found) - set(chance.sample(found, -(-len(found) // 4)))
+    return left_out
 
 
 def pytest_collection_finish() -> None:
