@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -67,7 +68,8 @@ OF_THE_BACKENDS = [
     "torch_modules",
     "torch_page",
 ]
-"""The files about the backends, whose tests all run. The short form runs a quarter of the tests of the other files."""
+"""The files about the backends, whose tests all run. The short form runs an eighth of the tests of the other files, the
+same tests in each run."""
 MEMORY = "/dev/shm"
 """A file system in memory, where a sync takes no time. The tests of power cuts bring file systems of their own."""
 ROOM = 4 << 30
@@ -155,11 +157,20 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"samples: --seed={config.option.seed}"
 
 
+def is_run_everywhere(item: pytest.Item) -> bool:
+    """Whether the short form runs a test on JAX and PyTorch too."""
+    of_the_backends = item.path.stem.removeprefix("test_") in OF_THE_BACKENDS
+    return of_the_backends or zlib.crc32(item.nodeid.encode()) % 8 == 0
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects variants of a test that is marked with `sample`, except so many; the long form runs all."""
     if config.option.long:
         return
+    if os.environ["KERAS_BACKEND"] != "tensorflow":
+        config.hook.pytest_deselected(items=[item for item in items if not is_run_everywhere(item)])
+        items[:] = [item for item in items if is_run_everywhere(item)]
     variants = collections.defaultdict(list)
     for item in items:
         if mark := item.get_closest_marker("sample"):
@@ -168,23 +179,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for (test, number), found in variants.items():
         chance = random.Random(f"{config.option.seed} {test}")
         left_out |= set(found) - set(chance.sample(found, min(number, len(found))))
-    if os.environ["KERAS_BACKEND"] != "tensorflow":
-        left_out |= other_than_sampled(config, [item for item in items if item not in left_out])
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
-
-
-def other_than_sampled(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
-    """The tests that the short form leaves out on JAX and PyTorch: three of four in a file that TensorFlow runs too."""
-    files = collections.defaultdict(list)
-    for item in items:
-        if item.path.stem.removeprefix("test_") not in OF_THE_BACKENDS:
-            files[item.path.stem].append(item)
-    left_out = set()
-    for name, found in files.items():
-        chance = random.Random(f"{config.option.seed} {name}")
-        left_out |= set(found) - set(chance.sample(found, -(-len(found) // 4)))
-    return left_out
 
 
 def pytest_collection_finish() -> None:
