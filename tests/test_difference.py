@@ -153,14 +153,14 @@ def shared(path: pathlib.Path, changed: np.ndarray) -> list[kc.CheckpointRecord]
     """Two checkpoints of a directory, which share the file of all values but one."""
     from keras_ckpt.formats.arena import Arena
     from keras_ckpt.formats.sharing import SharingWrite
-    from keras_ckpt.model.backends.tensorflow import Reader
+    from keras_ckpt.model.backends import backend
     from keras_ckpt.model.snapshot import Snapshot
 
     arrays = {f"model/body/kernel{SUFFIX}": np.ones(1 << 19, "float32"), f"model/head/kernel{SUFFIX}": changed}
     arena, writer, records = Arena(), Writer(kc.CheckpointDirectory(path)), []
     for step in (1, 2, 3):
         arrays[f"model/head/kernel{SUFFIX}"] = changed * step
-        write = SharingWrite(Snapshot(Reader(None, {}), arrays).move(arena), arena, writer)
+        write = SharingWrite(Snapshot(backend.Reader(None, {}), arrays).move(arena), arena, writer)
         records.append(writer.save(SaveRequest(step=step), write))
         write.remember(records[-1])
     writer.close()
@@ -191,9 +191,17 @@ def test_a_model_in_memory_is_compared_with_its_checkpoint(tmp_path) -> None:
     after = kc.diff(record, model)
 
     assert before.identical
+    assert not before.mismatched
     assert [each.name for each in after.layers if not each.frozen] == ["dense"]
     assert after.layers[0].change == pytest.approx(1)
     assert (after.a, after.b) == (record.prefix, f"the model {model.name!r}")
+
+
+def test_integers_of_two_types_are_compared_by_value(tmp_path) -> None:
+    """Backends count in other types: a seed of a model on PyTorch is int32, and int64 in its checkpoint."""
+    found = pair(tmp_path, np.array([1, 2, 3, -4], np.int32), np.array([1, 2, 5, -4]))
+
+    assert (found.changed, found.frozen) == (0.25, False)
 
 
 def test_the_optimizer_is_compared_on_request(tmp_path) -> None:
@@ -220,6 +228,7 @@ def test_a_file_of_keras_is_compared_with_a_directory_and_a_model(tmp_path, name
     for found in (kc.diff(tmp_path / name, record), kc.diff(record, tmp_path / name), kc.diff(model, tmp_path / name)):
         assert {each.name for each in found.layers} >= {"layers/dense", "layers/dense_1"}
         assert all(each.frozen for each in found.layers)
+        assert not found.mismatched
     full = kc.diff(tmp_path / name, model, optimizer=True)
     assert any("optimizer" in each.name for each in full.layers)
     assert not full.only_in_a

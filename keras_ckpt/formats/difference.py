@@ -193,9 +193,14 @@ def difference(a: Side, b: Side, optimizer: bool) -> Difference:
         a, b = a if a.is_file else a.as_file(), b if b.is_file else b.as_file()
     here, there = a.names(optimizer), b.names(optimizer)
     common = sorted({*here} & {*there})
+    mismatched = {
+        name: f"{_kind(a, name)} in a, {_kind(b, name)} in b"
+        for name in common
+        if not _are_comparable(a.kinds[name], b.kinds[name])
+    }
     layers: dict[str, list[str]] = collections.defaultdict(list)
     for name in common:
-        if a.kinds[name] == b.kinds[name]:
+        if name not in mismatched:
             layers[_layer(name)].append(name)
     found = [_of_layer(layer, names, a, b) for layer, names in layers.items()]
     return Difference(
@@ -204,8 +209,13 @@ def difference(a: Side, b: Side, optimizer: bool) -> Difference:
         tuple(sorted(found, key=lambda each: (each.frozen, -(each.change or 0), -each.changed))),
         tuple(name for name in here if name not in b.kinds),
         tuple(name for name in there if name not in a.kinds),
-        {name: f"{_kind(a, name)} in a, {_kind(b, name)} in b" for name in common if a.kinds[name] != b.kinds[name]},
+        mismatched,
     )
+
+
+def _are_comparable(a: Kind, b: Kind) -> bool:
+    """Whether two values have one type and one shape. Integers may differ in type, because backends count in others."""
+    return a == b or (a.shape == b.shape and a.dtype.kind in "iu" and b.dtype.kind in "iu")
 
 
 def _kind(side: Side, name: str) -> str:
@@ -262,7 +272,9 @@ class _Sums:
         return math.sqrt(self._moved / self._before)
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Adds the elements of two arrays of one type and one shape."""
+        """Adds the elements of two arrays of one shape, and of one type or of two types of integers."""
+        if a.dtype != b.dtype:
+            a, b = a.astype(np.int64), b.astype(np.int64)
         floats = arrays.is_floating(a.dtype)
         self.has_floats |= floats
         a, b = _parts(a), _parts(b)
