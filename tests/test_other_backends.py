@@ -69,3 +69,11 @@ def test_plain_tensorflow_restores_the_weights_of_each_backend(saved, backend, n
 
     status.assert_existing_objects_matched()
     check(trained, path, parts=["weights"])
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_a_loaded_model_of_another_backend_is_compiled_as_this_backend_compiles(saved, backend) -> None:
+    """JAX compiles by XLA unless told otherwise. On PyTorch the same setting would start another compiler."""
+    model = kc.load_model(saved / backend / "dense")
+
+    assert model.jit_compile == built("dense").model.jit_compile

@@ -61,7 +61,9 @@ def obstacle(model: keras.Model) -> str:
     return ""
 
 
-def build(config: Config, custom_objects: Mapping[str, Any] | None, compiles: bool, limit: int) -> keras.Model:
+def build(
+    config: Config, custom_objects: Mapping[str, Any] | None, compiles: bool, limit: int, is_of_other_backend: bool
+) -> keras.Model:
     """Builds a model from its config.
 
     Args:
@@ -69,6 +71,7 @@ def build(config: Config, custom_objects: Mapping[str, Any] | None, compiles: bo
         custom_objects: The classes and functions by the names in the config, besides the registered ones.
         compiles: Whether to compile the model as it was.
         limit: The most bytes of all variables that are made.
+        is_of_other_backend: Whether another backend made the config. Its choice of `jit_compile` does not count here.
 
     Raises:
         CannotBuildError: The model cannot be built.
@@ -84,8 +87,9 @@ def build(config: Config, custom_objects: Mapping[str, Any] | None, compiles: bo
             # The optimizer names its slots by the paths.
             if _set_paths(model, config.paths):
                 _compile_inner_again(model, known)
-            if compiles and config.config.get("compile_config"):
-                keras_internals.compile_from(model, config.config["compile_config"], known)
+            if compiles and (settings := config.config.get("compile_config")):
+                own = {"jit_compile": "auto"} if is_of_other_backend else {}
+                keras_internals.compile_from(model, settings | own, known)
     except Exception as error:
         raise _refusal(memory, config, error) from error
     if memory.is_exceeded:

@@ -236,7 +236,7 @@ class Comparison:
             missing=(*(name for name in found.missing if name not in new_slots), *objects.missing),
             unexpected=(*found.unexpected, *objects.unexpected),
             mismatched={**found.mismatched, **objects.mismatched, **mismatched},
-            other_backend=_other_backend(record),
+            other_backend=other_backend(record),
         )
 
     def _check(self, report: RestoreReport) -> list[str]:
@@ -325,7 +325,7 @@ class Comparison:
         return naming.named_variables(self._model, self._request.weights_only)
 
 
-def _other_backend(record: CheckpointRecord | None) -> str | None:
+def other_backend(record: CheckpointRecord | None) -> str | None:
     """The backend that saved a checkpoint, if it is not the present one."""
     versions = record.versions if record else {}
     return next((name for name in NAMES if name in versions and name not in backend.VERSIONS), None)

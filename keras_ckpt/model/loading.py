@@ -14,7 +14,7 @@ from keras_ckpt.formats.description import Description
 from keras_ckpt.formats.keras_reader import read_config
 from keras_ckpt.model import building, compiled, parts
 from keras_ckpt.model.checkpoint_reader import BundleSource, errors_as_damage
-from keras_ckpt.model.comparison import RestoreRequest
+from keras_ckpt.model.comparison import RestoreRequest, other_backend
 from keras_ckpt.model.naming import named_objects, named_variables
 from keras_ckpt.model.position import note_restored
 from keras_ckpt.model.transfer import transfer
@@ -68,7 +68,7 @@ def load_model(
     def read(files: Folder, name: str, record: CheckpointRecord | None) -> keras.Model:
         prefix = os.path.join(files.path, name)
         try:
-            model = _build(_saved(files, name), custom_objects or {}, compile)
+            model = _build(_saved(files, name), custom_objects or {}, compile, other_backend(record) is not None)
         except CannotBuildError as error:
             raise CannotBuildError(
                 f"{prefix} {error} The values need no config: build the model in code, and call "
@@ -111,14 +111,15 @@ def _saved(files: Folder, name: str) -> _Saved:
         return _Saved(read_config(files, name), files.size(name), None)
 
 
-def _build(saved: _Saved, custom_objects: Mapping[str, Any], compiles: bool) -> keras.Model:
+def _build(saved: _Saved, custom_objects: Mapping[str, Any], compiles: bool, is_of_other_backend: bool) -> keras.Model:
     """Builds the model of a checkpoint, with its settings of `compile`."""
     if saved.config is None:
         raise CannotBuildError(
             "has no config of its model: it is a file of weights, or TensorFlow, Keras 2 or an older version of "
             "keras_ckpt wrote it."
         )
-    model = building.build(saved.config, custom_objects, compiles, _OPTIMIZERS * saved.size + _MORE)
+    limit = _OPTIMIZERS * saved.size + _MORE
+    model = building.build(saved.config, custom_objects, compiles, limit, is_of_other_backend)
     if saved.description is not None:
         _complete(model, saved.description)
     return model
