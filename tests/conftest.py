@@ -56,6 +56,7 @@ EVERY_BACKEND = [
     "torch_backend",
     "torch_modules",
     "torch_page",
+    "torn",
 ]
 """The tests that run on JAX and PyTorch too, where TensorFlow is not installed. The others need TensorFlow, or no
 backend."""
@@ -67,6 +68,7 @@ OF_THE_BACKENDS = [
     "torch_backend",
     "torch_modules",
     "torch_page",
+    "torn",
 ]
 """The files about the backends, whose tests all run. The short form runs an eighth of the tests of the other files, the
 same tests in each run."""

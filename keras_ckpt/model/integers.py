@@ -36,10 +36,12 @@ class Reader:
 
     Attributes:
         small: The places of small variables when their values are packed, one after another.
+        transfers: Whether the values that are read are copies on the way from an accelerator.
     """
 
     def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
         self._reader = backend.Reader(model, variables)
+        self.transfers = self._reader.transfers
         self._others = {}
         for key, variable in variables.items():
             dtype = backend.kind_of(variable).dtype
@@ -56,8 +58,19 @@ class Reader:
         """Reads the present values of the variables, as the reader of the backend does."""
         values = self._reader.read()
         for key, dtype in self._others.items():
-            values[key] = backend.tensor_of(backend.array_of(values[key]).astype(dtype))
+            later = _Converted(values[key], dtype)
+            values[key] = later if self.transfers else backend.tensor_of(np.asarray(later))
         return values
+
+
+class _Converted:
+    """A value in another type. NumPy asks for the array, once the value has arrived from an accelerator."""
+
+    def __init__(self, value: backend.Tensor, dtype: np.dtype) -> None:
+        self._value, self._dtype = value, dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return backend.array_of(self._value).astype(self._dtype)
 
 
 def _saved(key: str, dtype: str, variable: Any) -> str:

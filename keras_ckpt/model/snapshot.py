@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,10 @@ class Reader(Protocol):
     @property
     def small(self) -> Mapping[str, Packed]:
         """The places of small variables when their values are packed, one after another."""
+
+    @property
+    def transfers(self) -> bool:
+        """Whether the values that are read are copies on the way from an accelerator, which training cannot affect."""
 
     def read(self) -> dict[str, backend.Tensor]:
         """Reads the present values by key."""
@@ -48,7 +52,8 @@ class Snapshot:
     """The present values of variables. A value costs memory only if its variable changes while the snapshot is held.
 
     The backend returns a variable's value itself, not a copy. TensorFlow copies a held value before it changes the
-    variable. On JAX and PyTorch, call `detach` before the next step.
+    variable. On JAX and PyTorch, call `detach` before the next step. Values on an accelerator are copied into memory of
+    the host while training continues.
 
     Example:
 
@@ -84,6 +89,7 @@ class Snapshot:
         self.size = size + sum(len(value.data) for value in self._others.values()) + (later.size if later else 0)
         self._names = [*self.values]
         self._small = reader.small
+        self._transfers = reader.transfers
         self._is_moved = False
         self._packed: io.BytesIO | None = None
         self._copies: dict[bytes, Value] = {}
@@ -105,7 +111,7 @@ class Snapshot:
             arena: The memory for the copies.
             change: Whether the arena may be changed now.
         """
-        if self.is_copied:
+        if self.is_copied or self._transfers:
             return
         self._packed = self._copy_small(arena)
         self._copies = self._encoded()
@@ -139,7 +145,9 @@ class Snapshot:
         """Copies the small values in one call: a call for each would cost more than its bytes."""
         packed = arena.spare.pop() if arena.spare else io.BytesIO()
         packed.seek(0)
-        packed.writelines([self.values.pop(key) for key in self._small])
+        small = [self.values.pop(key) for key in self._small]
+        buffers: list[Any] = [backend.array_of(each) for each in small] if self._transfers else small
+        packed.writelines(buffers)
         return packed
 
     def _place_small(self, arena: Arena, packed: io.BytesIO) -> dict[bytes, Value]:

@@ -20,6 +20,8 @@ PURGES_VARIABLES = True
 """Within an epoch `fit` holds the values, and the variables have none, so other threads cannot read them."""
 COPIES_AT_ONCE = True
 """A value that is held makes the next step allocate memory, because the step cannot reuse the memory of the value."""
+_PINNED = "pinned_host"
+"""JAX's name of memory of the host into which an accelerator copies while it computes."""
 FIXED = (jax.Array,)
 """The classes of objects that never change."""
 
@@ -33,6 +35,7 @@ class Reader:
 
     Attributes:
         small: The places of small variables when their values are packed, one after another.
+        transfers: Whether the values that are read are copies on the way from an accelerator.
 
     Raises:
         ValueError: A part of a variable is in another process.
@@ -44,16 +47,18 @@ class Reader:
         self._variables = variables
         self._places: dict[int, tuple[str, int]] | None = None
         self.small = small({key: kind_of(each) for key, each in variables.items()})
+        self.transfers = has_accelerator()
 
     def read(self) -> dict[str, Tensor]:
         """Reads the present values of the variables.
 
-        An array is the memory of its variable. While the array is held, JAX does not reuse the memory.
+        An array is the memory of its variable. While the array is held, JAX does not reuse the memory. On an
+        accelerator the values are copied into pinned memory of the host. JAX donates no memory before its copy is made.
         """
         values = self._values()
-        if jax.default_backend() != "cpu":  # not tried: this package was never run beside an accelerator
-            for value in values.values():
-                value.copy_to_host_async()
+        if self.transfers:
+            places = {key: value.sharding.with_memory_kind(_PINNED) for key, value in values.items()}
+            return jax.device_put(values, places)  # type: ignore[no-any-return]
         return {key: np.asarray(value) for key, value in values.items()}
 
     def _values(self) -> dict[str, jax.Array]:
@@ -68,6 +73,15 @@ class Reader:
             held = state[part] if part else ()  # `evaluate` holds no optimizer
             values[key] = held[index] if held else keras_internals.value_of(variable)
         return values
+
+
+def has_accelerator() -> bool:
+    """Whether models are on an accelerator which copies into pinned memory of the host.
+
+    The tests let the processor take this path. This package was never run beside an accelerator.
+    """
+    device = jax.devices()[0]
+    return device.platform != "cpu" and _PINNED in {each.kind for each in device.addressable_memories()}
 
 
 def _refuse_several_processes(variables: Mapping[str, Any]) -> None:

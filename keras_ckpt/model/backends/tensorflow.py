@@ -64,7 +64,10 @@ class Reader:
 
     Attributes:
         small: The places of small variables when their values are packed, one after another.
+        transfers: Whether the values that are read are copies on the way from an accelerator: they never are.
     """
+
+    transfers = False
 
     def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
         values = {key: value_of(variable) for key, variable in variables.items()}

@@ -41,15 +41,62 @@ class Reader:
 
     Attributes:
         small: The places of small variables when their values are packed, one after another.
+        transfers: Whether the values that are read are copies on the way from an accelerator.
     """
 
     def __init__(self, model: Any, variables: Mapping[str, Any]) -> None:
         self._variables = variables
         self.small = small({key: kind_of(each) for key, each in variables.items()})
+        self._stream = _stream_beside(keras_internals.value_of(each) for each in variables.values())
+        self.transfers = self._stream is not None
 
-    def read(self) -> dict[str, Tensor]:
-        """Reads the present values of the variables. An array is the memory of its variable, and changes with it."""
-        return {key: _array(keras_internals.value_of(each)) for key, each in self._variables.items()}
+    def read(self) -> dict[str, Any]:
+        """Reads the present values of the variables, as arrays or as objects of which NumPy makes arrays.
+
+        An array is the memory of its variable, and changes with it. Values on a CUDA device are copied into pinned
+        memory of the host by a stream of its own. The next step waits for the stream, and `fit` does not.
+        """
+        tensors = {key: keras_internals.value_of(each).detach() for key, each in self._variables.items()}
+        if self._stream is None:
+            return {key: _array(tensor) for key, tensor in tensors.items()}
+        return _transfers(tensors, self._stream)
+
+
+def _stream_beside(tensors: Iterable[torch.Tensor]) -> torch.cuda.Stream | None:
+    """A stream for copies beside the training, where all tensors are on one CUDA device; `None` elsewhere.
+
+    This package was never run beside a CUDA device.
+    """
+    devices = {each.device for each in tensors}
+    if len(devices) != 1 or (device := devices.pop()).type != "cuda":
+        return None
+    return torch.cuda.Stream(device)
+
+
+def _transfers(tensors: Mapping[str, torch.Tensor], stream: torch.cuda.Stream) -> dict[str, _Transfer]:
+    training = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(training)
+    with torch.cuda.stream(stream):
+        copies = {key: _pinned(tensor) for key, tensor in tensors.items()}
+    training.wait_stream(stream)
+    copied = stream.record_event()
+    return {key: _Transfer(copy, copied) for key, copy in copies.items()}
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+class _Transfer:
+    """A copy that a stream makes in memory of the host. NumPy waits for the copy."""
+
+    def __init__(self, copy: torch.Tensor, copied: torch.cuda.Event) -> None:
+        self._copy, self._copied = copy, copied
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self._copied.synchronize()
+        return _array(self._copy)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
