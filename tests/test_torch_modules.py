@@ -11,8 +11,10 @@ if keras.backend.backend() != "torch":
 
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 
 import keras_ckpt as kc
+from keras_ckpt.cli import main
 from keras_ckpt.formats.arena import Arena
 from keras_ckpt.model.file_snapshot import FileState
 from keras_ckpt.model.model_state import ModelState
@@ -423,6 +425,18 @@ def test_a_checkpoint_is_exported_as_a_state_dict_that_the_model_loads(tmp_path,
     assert found.keys() == expected.keys()
     assert all(torch.equal(each, expected[name]) for name, each in other.state_dict().items())
     assert all(map(np.array_equal, other.get_weights(), model.get_weights()))
+
+
+def test_the_command_exports_the_same_state_dict(tmp_path, unnumbered) -> None:
+    save(trained(sequential()), tmp_path / "run")
+    kc.export(tmp_path / "run", tmp_path / "x.safetensors", names="state_dict")
+
+    ended = CliRunner().invoke(
+        main, ["export", str(tmp_path / "run"), "latest", str(tmp_path / "y.safetensors"), "--names", "state_dict"]
+    )
+
+    assert ended.exit_code == 0, ended.output
+    assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
 def test_a_module_outside_of_keras_loads_its_part_of_an_export(tmp_path) -> None:

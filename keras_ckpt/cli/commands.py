@@ -12,7 +12,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import click
 import msgspec
@@ -292,7 +292,15 @@ def report(path: str, output: str, form: str | None) -> None:
 @arguments.step
 @click.argument("file", type=click.Path())
 @click.option("--weights-only", is_flag=True, help="Skip the optimizer and the metrics.")
-def export(path: str, step: int | str, file: str, weights_only: bool) -> None:
+@click.option(
+    "--names",
+    type=click.Choice(["variables", "state_dict"]),
+    default="variables",
+    help="The names of the values in an .npz or .safetensors file: of load_variables, or of a state_dict of PyTorch.",
+)
+def export(
+    path: str, step: int | str, file: str, weights_only: bool, names: Literal["variables", "state_dict"]
+) -> None:
     """Export the checkpoint of a STEP to a FILE. Its ending is the format.
 
     .keras, .weights.h5, .safetensors and .npz need no TensorFlow. For .onnx, and for a SavedModel at a path that ends
@@ -304,7 +312,7 @@ def export(path: str, step: int | str, file: str, weights_only: bool) -> None:
 
     checkpoint, name = _exported(path, step)
     try:
-        keras_ckpt.export(checkpoint, file, weights_only=weights_only)
+        keras_ckpt.export(checkpoint, file, weights_only=weights_only, names=names)
     except CheckpointError:
         raise
     except ValueError as error:
