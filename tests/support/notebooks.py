@@ -1,10 +1,13 @@
 """Runs notebooks in one kernel. As a program it runs all of them, and stores their outputs:
 
 python tests/support/notebooks.py
+
+The program needs TensorFlow, JAX and PyTorch in one environment.
 """
 
 import contextlib
 import functools
+import json
 import os
 import pathlib
 import re
@@ -20,6 +23,9 @@ from nbformat import NotebookNode
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OF_THREE_BACKENDS = ROOT / "notebooks" / "2_restore_load_compare.ipynb"
+BACKENDS = '"jax", "torch", "tensorflow"'
+"""The backends of that notebook, as its first line names them. Its kernel has the second."""
 
 
 class Manager(AsyncKernelManager):
@@ -34,18 +40,19 @@ class Manager(AsyncKernelManager):
 class Kernel:
     """A kernel for all notebooks, because the import of Keras takes longer than a notebook.
 
-    Keras is imported already: TensorFlow logs lines at its import, which belong to no notebook.
+    TensorFlow is imported already, because it logs lines which belong to no notebook. On every backend Keras imports it
+    to set a seed, if it is installed.
     """
 
     def __init__(self, client: NotebookClient) -> None:
         self._client = client
-        self._execute("import keras")
+        self._execute("import keras\nkeras.utils.set_random_seed(0)")
 
-    def run(self, path: pathlib.Path, directory: pathlib.Path) -> NotebookNode:
+    def run(self, path: pathlib.Path, directory: pathlib.Path, backends: str = BACKENDS) -> NotebookNode:
         """Runs a notebook in a directory, as a new kernel would. Paths in its outputs are relative to the directory."""
         shutil.copy(path.with_name("digits.py"), directory)
         self._execute(f"%cd -q {directory}\nget_ipython().execution_count = 1\n%reset -f")
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.reads(path.read_text().replace(json.dumps(BACKENDS)[1:-1], json.dumps(backends)[1:-1]), 4)
         self._run(notebook)
         return nbformat.reads(nbformat.writes(notebook).replace(f"{directory}/", ""), as_version=4)
 
@@ -59,10 +66,11 @@ class Kernel:
 
 
 @contextlib.contextmanager
-def kernel() -> Iterator[Kernel]:
-    """Starts a kernel, and ends it."""
+def kernel(backend: str = "tensorflow") -> Iterator[Kernel]:
+    """Starts a kernel for one backend, and ends it."""
     client = NotebookClient(nbformat.v4.new_notebook(), timeout=300, record_timing=False, kernel_manager_class=Manager)
-    with client.setup_kernel(env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}):
+    environment = {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
+    with client.setup_kernel(env={**os.environ, **environment}):
         yield Kernel(client)
 
 
@@ -83,10 +91,11 @@ def _kind(output: NotebookNode) -> str:
 
 def store() -> None:
     """Runs all notebooks, each in an empty directory, and stores their outputs."""
-    with kernel() as running:
+    with kernel() as running, kernel("torch") as other:
         for path in NOTEBOOKS:
             with tempfile.TemporaryDirectory() as directory:
-                nbformat.write(running.run(path, pathlib.Path(directory)), path)
+                chosen = other if path == OF_THREE_BACKENDS else running
+                nbformat.write(chosen.run(path, pathlib.Path(directory)), path)
 
 
 if __name__ == "__main__":
