@@ -47,21 +47,30 @@ ROWS = {
     "load_weights of .keras": "Keras's `load_weights` of `.keras`",
     "keras.models.load_model": "Keras's `load_model`",
     "tf.train.Checkpoint.restore": "`tf.train.Checkpoint.restore`",
+    "torch.save, sync": "`torch.save`, and a sync",
+    "dcp.async_save": "`torch.distributed.checkpoint.async_save`",
+    "torch.load, copy": "`torch.load`, and a copy into the model",
 }
-"""The rows of `speed.json` that a page shows, in the page's order and words."""
+"""The rows of the results that a page shows, in the page's order and words."""
 
-SPEED = {
-    "blocked": ("milliseconds", ["blocked"]),
-    "blocked_jit": ("milliseconds, XLA", ["blocked_jit"]),
-    "lost": ("milliseconds", ["lost"]),
-    "lost_jit": ("milliseconds, XLA", ["lost_jit"]),
-    "durable": ("milliseconds", ["durable"]),
-    "restore": ("milliseconds", ["restore"]),
-    "memory": ("states", ["memory"]),
-    "small": ("milliseconds", ["small_returned", "small_durable"]),
-    "bytes": ("states", ["bytes", "taken"]),
+SPEED: dict[str, tuple[str, list[str], str]] = {
+    "blocked": ("milliseconds", ["blocked"], "speed.json"),
+    "blocked_jit": ("milliseconds, XLA", ["blocked_jit"], "speed.json"),
+    "lost": ("milliseconds", ["lost"], "speed.json"),
+    "lost_jit": ("milliseconds, XLA", ["lost_jit"], "speed.json"),
+    "durable": ("milliseconds", ["durable"], "speed.json"),
+    "restore": ("milliseconds", ["restore"], "speed.json"),
+    "memory": ("states", ["memory"], "speed.json"),
+    "small": ("milliseconds", ["small_returned", "small_durable"], "speed.json"),
+    "bytes": ("states", ["bytes", "taken"], "speed.json"),
 }
-"""The tables of `speed.json`: the unit, and the figures side by side."""
+OTHERS = {"JAX": "jax", "PyTorch": "torch"}
+SPEED |= {
+    f"{figure}_{backend}": (f"milliseconds, {name}", [figure], f"speed-{backend}.json")
+    for name, backend in OTHERS.items()
+    for figure in ("blocked", "durable", "restore")
+}
+"""The tables of the results: the unit, and the figures side by side. Other backends have a file each."""
 
 COLUMNS = {
     "small_returned": {"500 KB": "until the callback returns"},
@@ -129,8 +138,8 @@ def table(name: str) -> str:
 
 def speed(name: str) -> str:
     """A table of medians."""
-    unit, figures = SPEED[name]
-    results = json.loads((ROOT / "benchmarks" / "speed.json").read_text())["figures"]
+    unit, figures, file = SPEED[name]
+    results = json.loads((ROOT / "benchmarks" / file).read_text())["figures"]
     columns = {
         COLUMNS.get(figure, {}).get(column, column.removesuffix(" variables")): rows
         for figure in figures
