@@ -22,6 +22,7 @@ from support.models import X, Y, dense_model, into_a_stage, same
 from support.runs import HOLD
 
 HERE = pathlib.Path(__file__).parent
+VALIDATION = {"validation_data": (X, Y)}
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def train(backup: kc.BackupAndRestore, *callbacks: keras.callbacks.Callback, mod
     if model is None:
         keras.utils.set_random_seed(1)
         model = dense_model(run_eagerly=False)
-    options = {"validation_data": (X, Y), "shuffle": False, "verbose": 0, **options}
+    options = {"shuffle": False, "verbose": 0, **options}
     model.fit(backup.data, epochs=epochs, callbacks=[backup, *callbacks], **options)
     return model
 
@@ -81,12 +82,12 @@ class Fails(keras.callbacks.Callback):
 )
 def test_an_error_within_a_with_statement_saves_the_last_complete_state(backup, where, which, step) -> None:
     """The error propagates. The next training ends as without the error."""
-    whole = train(kc.BackupAndRestore(backup, data=data()))
+    whole = train(kc.BackupAndRestore(backup, data=data()), **VALIDATION)
 
     with pytest.raises(RuntimeError, match="injected"), kc.BackupAndRestore(backup, save_freq=13, data=data()) as each:
-        train(each, Fails(where, which))
+        train(each, Fails(where, which), **VALIDATION)
     assert kc.CheckpointDirectory(backup).latest().step == step
-    again = train(kc.BackupAndRestore(backup, data=data()))
+    again = train(kc.BackupAndRestore(backup, data=data()), **VALIDATION)
 
     assert same(whole, again)
 
@@ -136,7 +137,7 @@ def test_steps_are_counted_with_several_batches_in_one_execution(backup, make) -
         model = make()
         model.steps_per_execution = 4
         with kc.BackupAndRestore(backup, save_freq=100, data=data()) as each:
-            return train(each, *callbacks, model=model)
+            return train(each, *callbacks, model=model, **VALIDATION)
 
     whole = trained()
     with pytest.raises(RuntimeError, match="injected"):
@@ -157,7 +158,7 @@ def test_the_line_at_a_restart_describes_the_backup(backup, capsys) -> None:
         train(kc.BackupAndRestore(backup, save_freq=4, data=data()), Extra(), Fails("on_train_batch_end", 14))
     capsys.readouterr()
 
-    train(kc.BackupAndRestore(backup, data=data()), keras.callbacks.EarlyStopping(patience=9))
+    train(kc.BackupAndRestore(backup, data=data()), keras.callbacks.EarlyStopping("loss", patience=9))
 
     line = capsys.readouterr().out.splitlines()[0]
     assert line == (
@@ -607,11 +608,11 @@ def test_two_callbacks_of_a_class_are_distinguished_by_their_monitors(backup) ->
 
     first, second = stops()
     with pytest.raises(RuntimeError):
-        train(kc.BackupAndRestore(backup, data=data()), first, second, Fails("on_train_batch_end", 14))
+        train(kc.BackupAndRestore(backup, data=data()), first, second, Fails("on_train_batch_end", 14), **VALIDATION)
     best = first.best, second.best
     first, second = stops()
     with pytest.raises(RuntimeError):
-        train(kc.BackupAndRestore(backup, data=data()), second, first, Fails("on_train_batch_end", 2))
+        train(kc.BackupAndRestore(backup, data=data()), second, first, Fails("on_train_batch_end", 2), **VALIDATION)
 
     assert (first.best, second.best) == best
 
@@ -789,7 +790,7 @@ def test_a_signal_in_a_validation_is_handled_after_it_with_data_of_unknown_lengt
     batches = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4).filter(lambda x, y: True)
     callbacks = [kc.BackupAndRestore(backup), Signals()]
     model = dense_model(run_eagerly=False)
-    model.fit(batches, epochs=2, validation_data=(X, Y), callbacks=callbacks, shuffle=False, verbose=0)
+    model.fit(batches, epochs=2, callbacks=callbacks, shuffle=False, verbose=0, **VALIDATION)
 
     assert saved == [10, 20]
 
