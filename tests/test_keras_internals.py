@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import sys
 
 import h5py
 import keras
@@ -419,3 +420,18 @@ def test_config_of_is_the_config_in_a_file_of_keras(model) -> None:
     assert json.loads(config)["compile_config"]["optimizer"]["config"]["learning_rate"] == 0.25
     assert float(rate.value) != 0.25
     assert json.loads(metadata).keys() == {"keras_version", "date_saved"}
+
+
+def test_serialized_imports_no_tensorflow(monkeypatch) -> None:
+    """Keras asks its module `tensorflow` for `available`, which imports TensorFlow unless `_available` is known."""
+    from keras.src.utils import module_utils
+
+    monkeypatch.setattr(module_utils.tensorflow, "_available", None)
+    monkeypatch.setattr(module_utils.tensorflow, "initialize", lambda: pytest.fail("TensorFlow would be imported"))
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    layer = keras.layers.Dense(3, name="dense")
+
+    config = internals.serialized(layer)
+
+    assert internals.deserialized(config).units == 3
+    assert module_utils.tensorflow._available is None

@@ -142,6 +142,7 @@ def test_the_model_in_distributed_data_parallel_is_saved_and_named_by_the_error_
     assert all(map(np.array_equal, other.get_weights(), model.get_weights()))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_step_is_saved_at_its_step(tmp_path, monkeypatch, long) -> None:
     """The code that `torch.compile` makes from a step changes the values in place too."""
     if not long:

@@ -5,6 +5,7 @@ The config is JSON, as in a `.keras` file, compressed by zlib: 760 KB become 17 
 
 from __future__ import annotations
 
+import re
 import zlib
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ KEY = "_KERAS_CKPT_CONFIG"
 VERSION = 1
 LIMIT = 1 << 28
 """The maximum bytes of a config that is read."""
+_OPTIMIZER_OF_A_BACKEND = re.compile(r"keras\.src\.backend\.\w+\.optimizers\.\w+")
 
 
 class Place(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -58,6 +60,15 @@ def uncompiled(config: Any) -> Any:
     if isinstance(config, dict):
         return {name: {} if name == "compile_config" else uncompiled(each) for name, each in config.items()}
     return [*map(uncompiled, config)] if isinstance(config, list) else config
+
+
+def portable(config: Any) -> Any:
+    """A config for every backend: on PyTorch an optimizer of Keras is saved as a class of the backend's own."""
+    if isinstance(config, dict):
+        found = {name: portable(each) for name, each in config.items()}
+        is_optimizer = _OPTIMIZER_OF_A_BACKEND.fullmatch(str(found.get("module")))
+        return found | {"module": "keras.optimizers", "registered_name": None} if is_optimizer else found
+    return [*map(portable, config)] if isinstance(config, list) else config
 
 
 def encode(config: Config) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 from keras_ckpt.errors import CannotBuildError
-from keras_ckpt.formats.config import Config, uncompiled
+from keras_ckpt.formats.config import Config, portable, uncompiled
 from keras_ckpt.model import keras_internals
 from keras_ckpt.model.backends import backend
 from keras_ckpt.model.keras_internals import layers_of
@@ -78,16 +78,17 @@ def build(
     """
     if config.config is None:
         raise CannotBuildError(f"has a model that cannot be built without its code, because {config.reason}.")
-    known = _known(config.config, custom_objects or {})
+    saved = portable(config.config)
+    known = _known(saved, custom_objects or {})
     memory = backend.VariableLimit(limit)
     try:
         with memory.scope():
-            plain = {**config.config, "compile_config": None} if compiles else uncompiled(config.config)
+            plain = {**saved, "compile_config": None} if compiles else uncompiled(saved)
             model = keras_internals.built_from(plain, known)
             # The optimizer names its slots by the paths.
             if _set_paths(model, config.paths):
                 _compile_inner_again(model, known)
-            if compiles and (settings := config.config.get("compile_config")):
+            if compiles and (settings := saved.get("compile_config")):
                 own = {"jit_compile": "auto"} if is_of_other_backend else {}
                 keras_internals.compile_from(model, settings | own, known)
     except Exception as error:
@@ -108,7 +109,7 @@ def _reason(model: keras.Model, error: Exception) -> str:
     """The reason why a model has no config: the innermost layer that has none, and its error."""
     for layer in reversed(layers_of(model)):
         try:
-            json.dumps(keras.saving.serialize_keras_object(layer))
+            json.dumps(keras_internals.serialized(layer))
         except NotImplementedError:
             return f"{type(layer).__name__} has no get_config()"
         except Exception as inner:  # noqa: BLE001 - as above

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.trainers.data_adapters import data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.utils import module_utils
 
 from keras_ckpt.formats.keras_writer import hdf5_in_memory
 
@@ -273,14 +275,15 @@ def written_by_keras(model: keras.Model, kind: str) -> bytes:
         model: The model.
         kind: `"keras"`, `"weights"`, or `"legacy"` for a whole model in HDF5.
     """
-    if kind == "legacy":
-        return hdf5_in_memory(functools.partial(legacy_h5_format.save_model_to_hdf5, model))
-    memory = _WeightsInMemory()
-    if kind == "weights":
-        saving_lib.save_weights_only(model, memory)
-    else:
-        saving_lib.save_model(model, memory)
-    return memory.getvalue()
+    with _no_more_frameworks():
+        if kind == "legacy":
+            return hdf5_in_memory(functools.partial(legacy_h5_format.save_model_to_hdf5, model))
+        memory = _WeightsInMemory()
+        if kind == "weights":
+            saving_lib.save_weights_only(model, memory)
+        else:
+            saving_lib.save_model(model, memory)
+        return memory.getvalue()
 
 
 def places_in_files(model: keras.Model) -> dict[str, Any]:
@@ -334,9 +337,38 @@ def config_of(model: keras.Model, values: Sequence[tuple[keras.Variable, Any]]) 
         model: The model.
         values: The values that variables have in the config. Another thread may change the variables meanwhile.
     """
-    with keras.StatelessScope(values, initialize_variables=False):
+    with keras.StatelessScope(values, initialize_variables=False), _no_more_frameworks():
         config, metadata = saving_lib._serialize_model_as_json(model)  # noqa: SLF001
     return config, metadata
+
+
+def serialized(each: Any) -> Any:
+    """The config of an object as Keras serializes it."""
+    with _no_more_frameworks():
+        return keras.saving.serialize_keras_object(each)
+
+
+def deserialized(config: Any) -> Any:
+    """The object of a config."""
+    with _no_more_frameworks():
+        return keras.saving.deserialize_keras_object(config)
+
+
+@contextlib.contextmanager
+def _no_more_frameworks() -> Iterator[None]:
+    """Keeps Keras from importing TensorFlow only to ask whether an object is TensorFlow's.
+
+    The import takes seconds and half a gigabyte. Without it no object can be TensorFlow's.
+    """
+    tensorflow = module_utils.tensorflow
+    if "tensorflow" in sys.modules or tensorflow._available is not None:  # noqa: SLF001
+        yield
+        return
+    tensorflow._available = False  # noqa: SLF001
+    try:
+        yield
+    finally:
+        tensorflow._available = None  # noqa: SLF001
 
 
 def built_from(config: Any, custom_objects: Mapping[str, Any]) -> Any:
@@ -356,7 +388,12 @@ def compile_from(model: keras.Model, config: Mapping[str, Any], custom_objects: 
 
 @contextlib.contextmanager
 def _building(custom_objects: Mapping[str, Any]) -> Iterator[None]:
-    with saving_lib.ObjectSharingScope(), SafeModeScope(True), keras.saving.custom_object_scope(dict(custom_objects)):
+    with (
+        saving_lib.ObjectSharingScope(),
+        SafeModeScope(True),
+        keras.saving.custom_object_scope(dict(custom_objects)),
+        _no_more_frameworks(),
+    ):
         yield
 
 
