@@ -32,7 +32,7 @@ for name in kc.__all__:
         getattr(kc, name)
 path, x, y = sys.argv[1], np.ones((8, 4)), np.ones((8, 1))
 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
-model.compile("adam", "mse")
+model.compile(keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)), "mse")
 data = kc.ResumableDataset(x, y, batch_size=2)
 backup = kc.BackupAndRestore(f"{path}/backup", save_freq=2, data=data)
 files = kc.ModelCheckpoint(f"{path}/best.keras", monitor="loss", save_best_only=True)

@@ -13,7 +13,7 @@ import keras
 from keras_ckpt.errors import MismatchError
 from keras_ckpt.model import compiled, learned, matching, naming
 from keras_ckpt.model.backends import NAMES, backend
-from keras_ckpt.model.keras_internals import trained_by
+from keras_ckpt.model.keras_internals import get_config_of, trained_by
 from keras_ckpt.model.matching import Matching
 from keras_ckpt.model.naming import SEED
 from keras_ckpt.model.parts import lora_scales
@@ -217,7 +217,7 @@ class Comparison:
         for prefix, optimizer in self._optimizers.items():
             lacks = any(id(each) in names for each in optimizer.variables)
             if lacks and optimizer.built and prefix not in self._source.description.optimizers:
-                new = type(optimizer).from_config(optimizer.get_config())
+                new = type(optimizer).from_config(get_config_of(optimizer))
                 new.build(trained_by(optimizer))
                 pairs = zip(optimizer.variables, new.variables, strict=True)
                 slots = {names[id(mine)]: other for mine, other in pairs if id(mine) in names}

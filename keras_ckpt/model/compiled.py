@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_ckpt.model.companions import companion
-from keras_ckpt.model.keras_internals import arguments_of, loss_weights
+from keras_ckpt.model.keras_internals import arguments_of, get_config_of, loss_weights
 
 _IGNORED = {"name", "module", "registered_name", "is_legacy_optimizer"}
 RATE = "learning_rate"
@@ -115,7 +115,7 @@ def _short(value: Any) -> str:
 def _settings(optimizer: Any) -> Iterator[tuple[str, Any]]:
     yield CLASS, type(optimizer).__name__
     try:
-        config = optimizer.get_config()
+        config = get_config_of(optimizer)
     except Exception:  # noqa: BLE001 - a user's class may have no config
         return
     for name, value in config.items():

@@ -342,6 +342,12 @@ def config_of(model: keras.Model, values: Sequence[tuple[keras.Variable, Any]]) 
     return config, metadata
 
 
+def get_config_of(each: Any) -> dict[str, Any]:
+    """The config of an object. It may have other objects, such as a schedule, which Keras serializes."""
+    with _no_more_frameworks():
+        return each.get_config()  # type: ignore[no-any-return]
+
+
 def serialized(each: Any) -> Any:
     """The config of an object as Keras serializes it."""
     with _no_more_frameworks():

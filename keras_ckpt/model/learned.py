@@ -24,7 +24,7 @@ from keras_ckpt.formats.arrays import number_of
 from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description, Learned
 from keras_ckpt.model.backends import backend
-from keras_ckpt.model.keras_internals import answers_of, deserialized, serialized, unlock
+from keras_ckpt.model.keras_internals import answers_of, deserialized, get_config_of, serialized, unlock
 from keras_ckpt.model.matching import ambiguous, same_end
 from keras_ckpt.model.naming import named_objects
 from keras_ckpt.store.files import files_below, temporary_directory, write_below
@@ -236,7 +236,7 @@ def _collect(name: str, each: Any, names: Mapping[int, str]) -> _ObjectState:
             arrays[str(key)] = array
     write = _vocabulary_of if isinstance(each, _LOOKUPS) else files_of
     files = call("save_assets", write, each) if _has_own(each, "save_assets") else None
-    config = call("get_config", lambda: _as_json(each.get_config())) if hasattr(each, "adapt") else None
+    config = call("get_config", lambda: _as_json(get_config_of(each))) if hasattr(each, "adapt") else None
     own_build = _has_own(each, "build_from_config") or _has_own(each, "get_build_config")
     build = call("get_build_config", lambda: _as_json(each.get_build_config())) if own_build else None
     own = [names[id(value)] for value in vars(each).values() if isinstance(value, _VARIABLES) and id(value) in names]
@@ -374,7 +374,7 @@ def _learned_settings(each: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if type(each) in _STEADY_LAYERS or not hasattr(each, "adapt"):
         return {}
-    here = json.loads(_as_json(each.get_config()))
+    here = json.loads(_as_json(get_config_of(each)))
     other = {name: value for name, value in config.items() if value is not None and here.get(name, value) != value}
     return {
         name: deserialized(value)
@@ -432,7 +432,7 @@ def difference(each: Any, learned: Learned, assets: Sequence[bytes]) -> str | No
         return f"of class {kind} in the model, {learned.kind} in the checkpoint"
     if type(each) not in _STEADY_LAYERS or learned.config is None:
         return None
-    here, there = json.loads(_as_json(each.get_config())), json.loads(learned.config)
+    here, there = json.loads(_as_json(get_config_of(each))), json.loads(learned.config)
     for name in sorted(here.keys() & there.keys() - _IGNORED_SETTINGS - _ADAPTED_SETTINGS):
         if here[name] != there[name]:
             return f"{name}={here[name]!r:.100} in the model, {there[name]!r:.100} in the checkpoint"
