@@ -77,3 +77,14 @@ def test_a_loaded_model_of_another_backend_is_compiled_as_this_backend_compiles(
     model = kc.load_model(saved / backend / "dense")
 
     assert model.jit_compile == built("dense").model.jit_compile
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_keras_loads_and_compiles_an_export_of_a_checkpoint_of_each_backend(saved, tmp_path, backend) -> None:
+    """Keras saves an optimizer on PyTorch as a class of that backend. The export names the class of all backends."""
+    kc.export(saved / backend / "dense", tmp_path / "dense.keras")
+
+    model = keras.models.load_model(tmp_path / "dense.keras")
+
+    check(built("dense")._replace(model=model), saved / backend / "dense", parts=["weights"])
+    assert type(model.optimizer).__name__ == type(built("dense").model.optimizer).__name__

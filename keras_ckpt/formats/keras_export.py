@@ -17,7 +17,7 @@ import numpy as np
 from keras_ckpt.errors import DamagedCheckpointError
 from keras_ckpt.formats.bundle_index import read_index
 from keras_ckpt.formats.bundle_parts import BundleParts
-from keras_ckpt.formats.config import Config, Place, uncompiled
+from keras_ckpt.formats.config import Config, Place, portable, uncompiled
 from keras_ckpt.formats.damage import damage_of, errors_as_damage
 from keras_ckpt.formats.description import Learned
 from keras_ckpt.formats.keras_reader import read_assets, read_config, read_names, read_verified
@@ -79,7 +79,7 @@ def archive_of(content: KerasContent) -> Iterator[memoryview]:
         reason = content.config.reason if content.config else "it is a file of weights, or another program wrote it"
         raise ValueError(f"{content.prefix} has no config of its model, because {reason}. Export to .weights.h5.")
     is_trained = any(map(is_of_optimizer, content.kinds))
-    config = content.config.config if is_trained else uncompiled(content.config.config)
+    config = portable(content.config.config) if is_trained else uncompiled(content.config.config)
     date = f"{datetime.datetime.now():%Y-%m-%d@%H:%M:%S}"
     texts = {
         "metadata.json": msgspec.json.encode({"keras_version": content.config.keras, "date_saved": date}),

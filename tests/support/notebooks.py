@@ -68,7 +68,8 @@ class Kernel:
 @contextlib.contextmanager
 def kernel(backend: str = "tensorflow") -> Iterator[Kernel]:
     """Starts a kernel for one backend, and ends it."""
-    client = NotebookClient(nbformat.v4.new_notebook(), timeout=300, record_timing=False, kernel_manager_class=Manager)
+    options = {"timeout": 300, "record_timing": False, "coalesce_streams": True, "kernel_manager_class": Manager}
+    client = NotebookClient(nbformat.v4.new_notebook(), **options)
     environment = {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
     with client.setup_kernel(env={**os.environ, **environment}):
         yield Kernel(client)
