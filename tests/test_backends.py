@@ -1,6 +1,7 @@
 """The package on every backend: nothing imports TensorFlow on the others, and its own parts are refused in words."""
 
 import ast
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 import keras_ckpt as kc
 from keras_ckpt.model.backends import backend
-from support.models import X, Y, dense_model, fit
+from support.models import X, Y, dense_model, fit, save
 
 ROOT = pathlib.Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
@@ -62,6 +63,20 @@ def test_a_training_loads_no_framework_but_that_of_its_backend(tmp_path) -> None
     ended = run(SCRIPT, tmp_path)
 
     assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+@elsewhere
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="the layer needs TensorFlow")
+def test_a_model_with_a_layer_that_needs_tensorflow_is_loaded_where_it_is_not_imported_yet(tmp_path) -> None:
+    """Keras looks up words with TensorFlow on every backend."""
+    words = keras.layers.StringLookup(vocabulary=["a", "b"])
+    model = keras.Sequential([keras.Input((1,), dtype="string"), words, keras.layers.Embedding(3, 2)])
+    model.compile("sgd", "mse")
+    save(model, tmp_path)
+
+    ended = run("import sys, keras_ckpt as kc; print(kc.load_model(sys.argv[1]).layers[0].vocabulary_size())", tmp_path)
+
+    assert ended.stdout == "3\n", ended.stderr[-2000:]
 
 
 @elsewhere

@@ -1,4 +1,4 @@
-"""Saves inside real trainings: each checkpoint has the state of one step, while the training goes on."""
+"""Saves inside real trainings: each checkpoint has the state of one step, while training continues."""
 
 import functools
 import pathlib

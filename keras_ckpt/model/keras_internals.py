@@ -354,17 +354,12 @@ def serialized(each: Any) -> Any:
         return keras.saving.serialize_keras_object(each)
 
 
-def deserialized(config: Any) -> Any:
-    """The object of a config."""
-    with _no_more_frameworks():
-        return keras.saving.deserialize_keras_object(config)
-
-
 @contextlib.contextmanager
 def _no_more_frameworks() -> Iterator[None]:
     """Keeps Keras from importing TensorFlow only to ask whether an object is TensorFlow's.
 
-    The import takes seconds and half a gigabyte. Without it no object can be TensorFlow's.
+    The import takes seconds and half a gigabyte. Without it no object can be TensorFlow's. No object is built in this
+    scope, because some layers need TensorFlow.
     """
     tensorflow = module_utils.tensorflow
     if "tensorflow" in sys.modules or tensorflow._available is not None:  # noqa: SLF001
@@ -394,12 +389,7 @@ def compile_from(model: keras.Model, config: Mapping[str, Any], custom_objects: 
 
 @contextlib.contextmanager
 def _building(custom_objects: Mapping[str, Any]) -> Iterator[None]:
-    with (
-        saving_lib.ObjectSharingScope(),
-        SafeModeScope(True),
-        keras.saving.custom_object_scope(dict(custom_objects)),
-        _no_more_frameworks(),
-    ):
+    with saving_lib.ObjectSharingScope(), SafeModeScope(True), keras.saving.custom_object_scope(dict(custom_objects)):
         yield
 
 

@@ -24,7 +24,7 @@ from keras_ckpt.formats.arrays import number_of
 from keras_ckpt.formats.bundle_writer import Value, string_value
 from keras_ckpt.formats.description import ASSET_LIMIT, Asset, Description, Learned
 from keras_ckpt.model.backends import backend
-from keras_ckpt.model.keras_internals import answers_of, deserialized, get_config_of, serialized, unlock
+from keras_ckpt.model.keras_internals import answers_of, get_config_of, serialized, unlock
 from keras_ckpt.model.matching import ambiguous, same_end
 from keras_ckpt.model.naming import named_objects
 from keras_ckpt.store.files import files_below, temporary_directory, write_below
@@ -377,7 +377,7 @@ def _learned_settings(each: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     here = json.loads(_as_json(get_config_of(each)))
     other = {name: value for name, value in config.items() if value is not None and here.get(name, value) != value}
     return {
-        name: deserialized(value)
+        name: keras.saving.deserialize_keras_object(value)
         for name, value in other.items()
         if name in vars(each)
         and name not in _IGNORED_SETTINGS
@@ -422,7 +422,7 @@ def build(each: Any, learned: Learned) -> None:
         return
     # Keras locks a built layer. Here the layer gets variables that its first build did not make.
     unlock(each)
-    each.build_from_config(deserialized(json.loads(learned.build)))
+    each.build_from_config(keras.saving.deserialize_keras_object(json.loads(learned.build)))
 
 
 def difference(each: Any, learned: Learned, assets: Sequence[bytes]) -> str | None:
