@@ -74,10 +74,11 @@ def in_fit(state: str, jit_compile: bool) -> tuple[Samples, Samples]:
             models.train(model, batches, *callbacks, clock)
         return clock
 
-    for _ in range(0 if models.ON_TENSORFLOW else FITS):
-        for name in SAVERS:
+    if not models.ON_TENSORFLOW:
+        for name in [*SAVERS] * FITS:
             fit(name)
-    for _ in range(ROUNDS if models.ON_TENSORFLOW else 0):
+        return blocked, {}
+    for _ in range(ROUNDS):
         waiting: list[tuple[str, Batches]] = []
         before = fit(None)
         for name in SAVERS:
@@ -428,7 +429,7 @@ def measure(names: list[str], states: list[str]) -> None:
             if f"fit{suffix}" in names:
                 blocked, lost = in_fit(state, jit_compile)
                 FIGURES[f"blocked{suffix}"].columns[state] = blocked
-                if models.ON_TENSORFLOW:
+                if lost:
                     FIGURES[f"lost{suffix}"].columns[state] = lost
         for name, run in {"durable": durable, "restore": restored, "memory": memory}.items():
             if name in names:
